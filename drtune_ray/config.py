@@ -1,0 +1,467 @@
+"""Configuration as data: typed, frozen, refused early with every problem at once.
+
+Precedence: ``--set path=value`` > file > preset > default. ``TrialConfig`` decides one training;
+``StudyConfig`` a search over trials. The resolved configuration is saved with each study.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from drtune_ray.errors import ConfigError
+
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+PresetName = Literal["default", "paper", "authors"]
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class CalibrationConfig(Section):
+    """Semantic calibration; see `drtune_ray.method.SemanticCalibration` for each meaning."""
+
+    rotation: bool = True
+    rotation_interval: PositiveInt = 10
+    rotation_solver: Literal["svd"] = "svd"
+    rotation_kept: bool = True
+    rotation_restarts_each_epoch: bool = False
+    proper_rotation: bool = False
+    recenter: bool = True
+    normalize: bool = True
+    translation: bool = True
+    confidence_weighting: bool = True
+    confidence_temperature: PositiveFloat = 0.1
+    similarity: Literal["cosine", "dot"] = "cosine"
+
+
+class MethodConfig(Section):
+    """What is trained: DR-Tune, or CE-tuning, which reads none of the other settings.
+
+    `regularization_weight` is lambda of eq. 14; ``bank_over_batch`` means K/B and
+    ``one_plus_bank_over_batch`` 1 + K/B, with K = min(bank_size, training images) and B the
+    global batch size, fixed for the whole trial.
+    """
+
+    name: Literal["dr_tune", "ce_tuning"] = "dr_tune"
+    regularization_weight: NonNegativeFloat | Literal["bank_over_batch"] = 1.0
+    reduction: Literal["sum", "mean"] = "sum"
+    bank_size: PositiveInt = 512
+    head_lr_multiplier: PositiveFloat | Literal["one_plus_bank_over_batch"] = 1.0
+    calibration: CalibrationConfig = CalibrationConfig()
+
+
+class OptimConfig(Section):
+    """Optimiser and learning-rate schedule; `momentum` and `nesterov` are read by SGD only."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    backbone_lr: PositiveFloat = 0.001
+    weight_decay: NonNegativeFloat = 1e-4
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    nesterov: bool = False
+    schedule: Literal["cosine", "cosine_per_epoch", "constant"] = "cosine"
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> Self:
+        if self.nesterov and self.momentum == 0.0:
+            raise ValueError("nesterov=true needs momentum > 0, but got momentum=0")
+        return self
+
+
+class TrainingConfig(Section):
+    """The loop. `batch_size` is global: it is divided among the workers."""
+
+    epochs: PositiveInt = 10
+    batch_size: PositiveInt = 32
+    workers: PositiveInt = 1
+    batch_norm: Literal["frozen", "synchronised", "local"] = "frozen"
+    drop_last: bool = False
+    patience_epochs: PositiveInt | None = None
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    save_every_seconds: PositiveFloat = 300.0
+
+
+class DataConfig(Section):
+    """The images, their splits and their views.
+
+    `train` is a folder of class folders. `views` = V > 0 gives each image V seeded augmentations
+    (epoch e uses view e mod V) whose frozen features are computed once; 0 augments afresh in each
+    epoch and runs the frozen encoder at every step.
+    """
+
+    train: str
+    train_per_class: PositiveInt | None = None
+    validation_fraction: Fraction = 0.2
+    test_fraction: Fraction = 0.2
+    image_size: Annotated[int, Field(ge=16)] = 224
+    views: Annotated[int, Field(ge=0)] = 8
+    view_seed: int = 0
+    crop_scale_min: Annotated[float, Field(gt=0.0, le=1.0)] = 0.4
+    horizontal_flip: Probability = 0.5
+    crop_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.875
+    loader_workers: Annotated[int, Field(ge=0)] = 0
+    cache_limit_gib: NonNegativeFloat = 4.0
+
+    @model_validator(mode="after")
+    def _some_images_remain(self) -> Self:
+        held_out = self.validation_fraction + self.test_fraction
+        if self.train_per_class is None and held_out >= 1.0:
+            raise ValueError(
+                "validation_fraction + test_fraction < 1 must hold, but got "
+                f"{self.validation_fraction} + {self.test_fraction}"
+            )
+        return self
+
+
+class BackboneConfig(Section):
+    """A timm model and where its pretrained weights come from.
+
+    `weights` is ``timm`` (its hub), ``demo`` (EfficientNet-Lite0 from the package of the demo
+    extra) or a file.
+    """
+
+    name: str = "tf_efficientnet_lite0"
+    weights: str = "timm"
+
+
+class TrialConfig(Section):
+    """Everything that decides one training."""
+
+    data: DataConfig
+    backbone: BackboneConfig = BackboneConfig()
+    method: MethodConfig = MethodConfig()
+    optim: OptimConfig = OptimConfig()
+    training: TrainingConfig = TrainingConfig()
+    seed: int = 0
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], *, preset: str | None = None) -> Self:
+        """Validate a nested mapping; its own key ``preset`` names one of `PRESETS` too.
+
+        Raises:
+            ConfigError: Naming every problem.
+        """
+        merged = dict(values)
+        preset = merged.pop("preset", None) or preset or "default"
+        if preset not in PRESETS:
+            raise ConfigError(_unknown("preset", str(preset), get_args(PresetName)))
+        return validated(cls, deep_merge(PRESETS[preset], merged))
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Nested plain values, as they stand in YAML."""
+        return self.model_dump(mode="json")
+
+    def with_values(self, values: Mapping[str, Any]) -> Self:
+        """A copy with dotted paths replaced, validated as a whole."""
+        return validated(type(self), deep_merge(self.to_mapping(), nested(values)))
+
+
+class SamplerConfig(Section):
+    """Optuna's sampler."""
+
+    name: Literal["tpe", "random"] = "tpe"
+    num_startup_trials: PositiveInt = 6
+
+
+class SchedulerConfig(Section):
+    """Early stopping: ASHA with its r (`min_epochs`) and eta (`reduction_factor`)."""
+
+    name: Literal["asha", "none"] = "asha"
+    min_epochs: PositiveInt = 2
+    reduction_factor: Annotated[float, Field(gt=1.0)] = 3.0
+
+
+class ResourcesConfig(Section):
+    """What a worker of a trial takes, and how many trials run at a time (None: as many as fit)."""
+
+    trials_at_a_time: PositiveInt | None = None
+    cpus_per_worker: PositiveInt = 1
+    gpus_per_worker: NonNegativeFloat = 0.0
+
+
+class TrackingConfig(Section):
+    """Where MLflow records; None is SQLite under the storage."""
+
+    uri: str | None = None
+    experiment: str = "drtune-ray"
+    num_top_checkpoints: Annotated[int, Field(ge=0)] = 3
+
+
+ReferenceName = Literal["default", "ce_tuning", "authors", "paper"]
+
+
+class StudyConfig(Section):
+    """A search over trials.
+
+    `trial` is the configuration that the search space varies; `space` the name of a shipped search
+    space, a YAML file, or its content (see `drtune_ray.search.space`).
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    storage: str = "./drtune-studies"
+    trial: TrialConfig
+    space: str | dict[str, Any] = "quick"
+    trials: PositiveInt = 20
+    seed: int = 0
+    reference_trials: tuple[ReferenceName, ...] = ("default", "ce_tuning", "authors")
+    sampler: SamplerConfig = SamplerConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _references_fit(self) -> Self:
+        if len(set(self.reference_trials)) != len(self.reference_trials):
+            raise ValueError(f"reference_trials must differ, but got {list(self.reference_trials)}")
+        if len(self.reference_trials) > self.trials:
+            raise ValueError(
+                "trials >= number of reference_trials must hold, but got "
+                f"trials={self.trials} with {len(self.reference_trials)} reference trials; set "
+                f"trials to at least {len(self.reference_trials)} or shorten reference_trials"
+            )
+        return self
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """Validate a nested mapping; ``trial`` may name a ``preset``.
+
+        Raises:
+            ConfigError: Naming every problem.
+        """
+        merged = dict(values)
+        trial = dict(merged.get("trial") or {})
+        preset = trial.pop("preset", "default")
+        if preset not in PRESETS:
+            raise ConfigError(_unknown("trial.preset", str(preset), get_args(PresetName)))
+        merged["trial"] = deep_merge(PRESETS[preset], trial)
+        return validated(cls, merged)
+
+    @property
+    def folder(self) -> Path:
+        """The study's folder under the storage."""
+        return Path(self.storage).expanduser().resolve() / self.name
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Nested plain values, as they stand in YAML."""
+        return self.model_dump(mode="json")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    # Eq. 5-14 as printed: raw features, dot-product confidence, R fresh at every step.
+    "paper": {
+        "method": {
+            "regularization_weight": "bank_over_batch",
+            "reduction": "sum",
+            "bank_size": 2048,
+            "head_lr_multiplier": "one_plus_bank_over_batch",
+            "calibration": {
+                "rotation_interval": 1,
+                "normalize": False,
+                "similarity": "dot",
+                "confidence_temperature": 1.0,
+            },
+        },
+        "training": {"batch_norm": "local"},
+    },
+    # The authors' published code, commit ef9a7b1, without its faults.
+    "authors": {
+        "method": {
+            "regularization_weight": "bank_over_batch",
+            "reduction": "mean",
+            "bank_size": 2048,
+            "head_lr_multiplier": "one_plus_bank_over_batch",
+            "calibration": {
+                "rotation_interval": 10,
+                "rotation_kept": False,
+                "rotation_restarts_each_epoch": True,
+                "proper_rotation": True,
+                "recenter": False,
+                "normalize": True,
+                "similarity": "cosine",
+                "confidence_temperature": 1.0,
+            },
+        },
+        "optim": {"nesterov": True, "schedule": "cosine_per_epoch"},
+        "training": {"batch_norm": "local", "drop_last": True},
+    },
+}
+
+
+def reference_config(base: TrialConfig, reference: str) -> TrialConfig:
+    """A reference trial: a preset's method and recipe on `base`'s backbone, epochs and data.
+
+    Args:
+        base: The study's trial configuration.
+        reference: ``ce_tuning`` or the name of a preset.
+    """
+    if reference == "ce_tuning":
+        return base.with_values({"method.name": "ce_tuning"})
+    if reference == "default":
+        return base.with_values({"method.name": "dr_tune"})
+    preset = PRESETS[reference]
+    training = deep_merge(base.training.model_dump(), preset["training"])
+    if base.training.workers > 1:  # statistics of a part of the batch would be another method
+        training["batch_norm"] = base.training.batch_norm
+    optim = {"name": base.optim.name, "backbone_lr": base.optim.backbone_lr}
+    return validated(
+        TrialConfig,
+        base.model_dump()
+        | {
+            "method": preset["method"],
+            "optim": deep_merge(optim, preset.get("optim", {})),
+            "training": training,
+        },
+    )
+
+
+S = TypeVar("S", bound=Section)
+
+
+def validated(section: type[S], values: Mapping[str, Any]) -> S:
+    """Build a section, turning pydantic's errors into one `ConfigError`."""
+    try:
+        return section.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(_sentence(section, problem) for problem in error.errors()) from None
+
+
+def _sentence(section: type[Section], problem: Any) -> str:
+    # Union members and validators appear in the location; only real keys are shown.
+    known = set(known_paths(section))
+    keys: list[str] = []
+    for part in problem["loc"]:
+        if problem["type"] == "extra_forbidden" or ".".join([*keys, str(part)]) in known:
+            keys.append(str(part))
+    path = ".".join(keys)
+    if problem["type"] == "extra_forbidden":
+        return _unknown("key", path, sorted(known))
+    if problem["type"] == "missing":
+        return f"{path} is missing: give it a value"
+    if problem["type"] == "value_error":
+        prefix = f"{path}: " if path else ""
+        return prefix + str(problem["ctx"]["error"])
+    return f"{path}={problem['input']!r} is not valid: {problem['msg'].lower()}"
+
+
+def _unknown(what: str, value: str, valid: Iterable[str]) -> str:
+    valid = list(valid)
+    nearest = difflib.get_close_matches(value, valid, n=1, cutoff=0.5)
+    if not nearest:
+        leaf = value.rsplit(".", 1)[-1]
+        nearest = [path for path in valid if path.rsplit(".", 1)[-1] == leaf][:1]
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; valid are {valid}"
+    return f"unknown {what} {value!r}{hint}"
+
+
+def known_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted path of a section, groups included."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from known_paths(annotation, f"{prefix}{name}.")
+
+
+def unknown_path_problem(section: type[BaseModel], path: str) -> str | None:
+    """A sentence that names the nearest valid path, or None where the path exists."""
+    valid = list(known_paths(section))
+    return None if path in valid else _unknown("key", path, valid)
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """``path=value`` strings to {path: value}; values are read as YAML.
+
+    Raises:
+        ConfigError: For a string without ``=``.
+    """
+    values, problems = {}, []
+    for assignment in assignments:
+        path, separator, text = assignment.partition("=")
+        if not separator or not path.strip():
+            problems.append(f"--set {assignment!r} must be path=value, like training.epochs=20")
+            continue
+        values[path.strip()] = yaml.safe_load(text) if text.strip() else text
+    if problems:
+        raise ConfigError(problems)
+    return values
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        ConfigError: If it is missing, not YAML, or not a mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold a mapping of keys to values")
+    return content
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """YAML in the order of the mapping."""
+    return yaml.safe_dump(dict(values), sort_keys=False)
+
+
+def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the nested values of `over` on top."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        both = isinstance(below, Mapping) and isinstance(value, Mapping)
+        merged[key] = deep_merge(below, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a.b": 1} to {"a": {"b": 1}}."""
+    result: dict[str, Any] = {}
+    for path, value in values.items():
+        *groups, leaf = path.split(".")
+        inner = value
+        for key in reversed([*groups, leaf]):
+            inner = {key: inner}
+        result = deep_merge(result, inner)
+    return result
+
+
+def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} to {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flattened(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def digest(*parts: Any) -> str:
+    """A short stable hash of plain values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

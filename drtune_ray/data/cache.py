@@ -1,0 +1,160 @@
+"""Memory-mapped Arrow tables that all trials of a node share.
+
+`images-*.arrow` holds the encoded images of training and validation (never of test),
+`views-*.arrow` their pixels view by view where these fit under the limit, `features-*.arrow` the
+frozen encoder's features. Each name carries a hash of all that decides its content; a file
+appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from drtune_ray.data.sources import decode, read_bytes
+from drtune_ray.data.splits import TRAIN, VALIDATION, Splits
+from drtune_ray.data.views import Pixels, ViewMaker
+
+ROWS_PER_BATCH = 256
+
+
+class ImageRows:
+    """Images of one split: labels at hand, encoded bytes mapped from disk.
+
+    Args:
+        table: Columns ``image``, ``label`` and ``content_hash``.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        self.labels: NDArray[np.int64] = table["label"].to_numpy().astype(np.int64)
+        self._images = table["image"]
+        self._hashes: list[str] = table["content_hash"].to_pylist()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def training_view(self, maker: ViewMaker, row: int, view: int) -> Pixels:
+        """Pixels of view `view` of image `row`, (3, S, S)."""
+        image = decode(self._images[row].as_py())
+        return maker.training_view(image, self._hashes[row], view)
+
+    def evaluation_view(self, maker: ViewMaker, row: int) -> Pixels:
+        """Pixels of the evaluation view of image `row`, (3, S, S)."""
+        return maker.evaluation_view(decode(self._images[row].as_py()))
+
+
+def write_images(splits: Splits, root: Path, path: Path) -> None:
+    """Write the encoded images of training and validation; does nothing if they are there.
+
+    Raises:
+        ConfigError: If a file is gone or changed since the scan.
+    """
+    if path.exists():
+        return
+    # Files, not row groups, decide the order: training rows first, each split by content hash, so
+    # that the order of rows does not depend on names.
+    rows = [
+        row
+        for split in (TRAIN, VALIDATION)
+        for row in splits.rows(split).sort_by([("content_hash", "ascending")]).to_pylist()
+    ]
+    schema = pa.schema(
+        [
+            ("image", pa.binary()),
+            ("label", pa.int32()),
+            ("content_hash", pa.string()),
+            ("split", pa.string()),
+        ]
+    )
+
+    def batches() -> Iterable[pa.RecordBatch]:
+        for start in range(0, len(rows), ROWS_PER_BATCH):
+            part = [
+                {**{name: row[name] for name in schema.names if name != "image"}}
+                | {"image": read_bytes(root, row)}
+                for row in rows[start : start + ROWS_PER_BATCH]
+            ]
+            yield pa.RecordBatch.from_pylist(part, schema=schema)
+
+    write_table(path, schema, batches())
+
+
+def read_images(path: Path) -> tuple[ImageRows, ImageRows]:
+    """(training, validation) rows of a file made by :func:`write_images`."""
+    table = read_table(path)
+    train = table.filter(pa.compute.equal(table["split"], TRAIN))
+    validation = table.filter(pa.compute.equal(table["split"], VALIDATION))
+    return ImageRows(train), ImageRows(validation)
+
+
+def write_array(path: Path, blocks: Iterable[NDArray[Any]]) -> None:
+    """Write blocks of equal row shape, (rows, ...), one below the other.
+
+    Raises:
+        ValueError: If there is no block.
+    """
+    iterator = iter(blocks)
+    first = next(iterator, None)
+    if first is None:
+        raise ValueError("write_array needs at least one block")
+    width = int(np.prod(first.shape[1:]))
+    schema = pa.schema(
+        [("row", pa.list_(pa.from_numpy_dtype(first.dtype), width))],
+        metadata={"shape": ",".join(map(str, first.shape[1:]))},
+    )
+
+    def batches() -> Iterable[pa.RecordBatch]:
+        for block in (first, *iterator):
+            values = pa.array(np.ascontiguousarray(block).reshape(-1))
+            column = pa.FixedSizeListArray.from_arrays(values, width)
+            yield pa.RecordBatch.from_arrays([column], schema=schema)
+
+    write_table(path, schema, batches())
+
+
+class MappedArray:
+    """Rows of a file made by :func:`write_array`, mapped from disk."""
+
+    def __init__(self, path: Path) -> None:
+        table = read_table(path)
+        shape = [int(n) for n in table.schema.metadata[b"shape"].decode().split(",")]
+        self._chunks = [
+            chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, *shape)
+            for chunk in table["row"].chunks
+        ]
+        self._starts = np.cumsum([0] + [len(chunk) for chunk in self._chunks])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, row: int) -> NDArray[Any]:
+        chunk = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self._chunks[chunk][row - int(self._starts[chunk])]
+
+    def take(self, rows: Iterable[int]) -> NDArray[Any]:
+        """Copies of rows, (rows, ...)."""
+        return np.stack([self[row] for row in rows])
+
+
+def write_table(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
+    """Write an Arrow file that appears only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_table(path: Path) -> pa.Table:
+    """An Arrow file, mapped into memory without a copy."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()

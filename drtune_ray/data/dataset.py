@@ -1,0 +1,143 @@
+"""The tables of a study as batches: what a trial reads, and nothing of the test split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from drtune_ray.config import DataConfig
+from drtune_ray.data.cache import ImageRows, MappedArray, Pixels, read_images
+from drtune_ray.data.views import ViewMaker
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Where the prepared tables of a study lie, and the names of its classes.
+
+    Attributes:
+        classes: Names in the order of the labels.
+        backbone: The pretrained encoder, safetensors.
+        images: Encoded images of training and validation.
+        views: Pixels of all training views, view by view; None where they exceed the limit.
+        evaluation: Pixels of the validation images; None likewise.
+        features: The frozen encoder's features of all training views; None for live features.
+    """
+
+    classes: tuple[str, ...]
+    backbone: Path
+    images: Path
+    views: Path | None
+    evaluation: Path | None
+    features: Path | None
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values, for sending to another process."""
+        return {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_mapping(cls, values: dict[str, Any]) -> Tables:
+        """The counterpart of :meth:`to_mapping`."""
+        paths = {
+            key: None if value is None else Path(value)
+            for key, value in values.items()
+            if key != "classes"
+        }
+        return cls(classes=tuple(values["classes"]), **paths)  # type: ignore[arg-type]
+
+
+class TrainingData:
+    """Training and validation images of a study.
+
+    Args:
+        tables: The prepared tables.
+        config: The data settings they were prepared for.
+        interpolation: Of the pretrained weights.
+    """
+
+    def __init__(self, tables: Tables, config: DataConfig, interpolation: str) -> None:
+        self.classes = tables.classes
+        self.train, self.validation = read_images(tables.images)
+        self.num_views = config.views
+        self._config = config
+        self._maker = ViewMaker(config, interpolation)
+        self._views = None if tables.views is None else MappedArray(tables.views)
+        self._evaluation = None if tables.evaluation is None else MappedArray(tables.evaluation)
+        self._features = None if tables.features is None else MappedArray(tables.features)
+
+    @property
+    def has_features(self) -> bool:
+        """Whether the frozen features are at hand; otherwise the frozen encoder must run."""
+        return self._features is not None
+
+    def view_of_epoch(self, epoch: int) -> int:
+        """The view that an epoch (from 0; -1 is before the first) is trained on."""
+        return epoch % self.num_views if self.num_views else epoch
+
+    def training_batches(self, batches: Sequence[Sequence[int]], view: int) -> Iterator[Batch]:
+        """Pixels (B, 3, S, S) uint8 and labels (B,) of each batch of rows."""
+        return self._load(_Views(self.train, self._maker, view, self._views), batches)
+
+    def validation_batches(self, batches: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        """As :meth:`training_batches`, of the evaluation view of validation images."""
+        return self._load(_Views(self.validation, self._maker, None, self._evaluation), batches)
+
+    def pretrained_features(self, rows: Sequence[int], view: int) -> Tensor | None:
+        """z^p of rows in a view, (rows, D); None where they are not at hand."""
+        if self._features is None:
+            return None
+        first = view * len(self.train)
+        return torch.from_numpy(self._features.take(first + row for row in rows))
+
+    def _load(self, dataset: _Views, batches: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        workers = 0 if dataset.is_mapped else self._config.loader_workers
+        return iter(
+            DataLoader(
+                dataset,
+                batch_sampler=[list(batch) for batch in batches],
+                num_workers=workers,
+                collate_fn=_collate,
+                pin_memory=torch.cuda.is_available(),
+                # Its own generator: the loader must not draw from the trial's random state.
+                generator=torch.Generator().manual_seed(0),
+            )
+        )
+
+
+class _Views(Dataset[tuple[Pixels, int]]):
+    """Pixels of one view (None: the evaluation view), mapped where there is a table."""
+
+    def __init__(
+        self, images: ImageRows, maker: ViewMaker, view: int | None, mapped: MappedArray | None
+    ) -> None:
+        self.images, self.maker, self.view, self.mapped = images, maker, view, mapped
+
+    @property
+    def is_mapped(self) -> bool:
+        return self.mapped is not None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> tuple[Pixels, int]:
+        label = int(self.images.labels[row])
+        if self.mapped is not None:
+            return self.mapped[(self.view or 0) * len(self.images) + row], label
+        if self.view is None:
+            return self.images.evaluation_view(self.maker, row), label
+        return self.images.training_view(self.maker, row, self.view), label
+
+
+def _collate(samples: list[tuple[Pixels, int]]) -> Batch:
+    pixels = torch.stack([torch.tensor(pixels) for pixels, _ in samples])
+    return pixels, torch.tensor([label for _, label in samples])

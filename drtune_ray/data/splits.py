@@ -1,0 +1,117 @@
+"""Train / validation / sealed test: stratified by quota, in the order of the content hash.
+
+Nothing is drawn at random: an image's place among its class follows from its content. Images that
+were placed before keep their split; later ones fill up the quotas. Exact copies stay together.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from drtune_ray.config import DataConfig, digest
+from drtune_ray.data.sources import ImageFolder
+from drtune_ray.errors import ConfigError
+
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A scanned source with a split for each image.
+
+    Attributes:
+        manifest: The files' table with a column ``split`` (train, validation or test).
+        classes: Names in the order of the labels.
+    """
+
+    manifest: pa.Table
+    classes: tuple[str, ...]
+
+    def rows(self, split: str) -> pa.Table:
+        """The manifest's rows of one split."""
+        return self.manifest.filter(pa.compute.equal(self.manifest["split"], split))
+
+    def count(self, split: str) -> int:
+        """Number of images of one split."""
+        return self.manifest["split"].to_pylist().count(split)
+
+    def content_digest(self, split: str | None = None) -> str:
+        """Hash over content, label and split of the images, of one split or of all."""
+        table = self.manifest if split is None else self.rows(split)
+        columns = [table[name].to_pylist() for name in ("content_hash", "label", "split")]
+        return digest(self.classes, sorted(zip(*columns, strict=True)))
+
+
+def make_splits(folder: ImageFolder, config: DataConfig, former: pa.Table | None = None) -> Splits:
+    """Assign every image to a split.
+
+    Args:
+        folder: The scanned source.
+        config: `validation_fraction`, `test_fraction` and `train_per_class`. With the last, a
+            class gives that many images for training and the rest is shared between validation
+            and test in the proportion of the fractions.
+        former: An earlier manifest of the same source, whose assignments are kept.
+
+    Raises:
+        ConfigError: Naming each class with too few different images.
+    """
+    assigned = (
+        {}
+        if former is None
+        else dict(zip(former["content_hash"].to_pylist(), former["split"].to_pylist(), strict=True))
+    )
+    hashes = folder.files["content_hash"].to_pylist()
+    labels = folder.files["label"].to_pylist()
+    problems = []
+    for label, name in enumerate(folder.classes):
+        copies = Counter(h for h, own in zip(hashes, labels, strict=True) if own == label)
+        problem = _too_few(name, len(copies), config)
+        if problem:
+            problems.append(problem)
+            continue
+        _fill_quotas(copies, _quotas(sum(copies.values()), config), assigned)
+    if problems:
+        raise ConfigError(problems)
+    column = pa.array([assigned[h] for h in hashes], pa.string())
+    return Splits(folder.files.append_column("split", column), folder.classes)
+
+
+def _too_few(name: str, num_images: int, config: DataConfig) -> str | None:
+    needed = (config.train_per_class or 1) + 2
+    if num_images >= needed:
+        return None
+    return (
+        f"class {name!r} has {num_images} different images but the splits need at least {needed} "
+        f"({needed - 2} for training, 1 for validation, 1 for test): add images or remove the class"
+    )
+
+
+def _quotas(num_images: int, config: DataConfig) -> dict[str, int]:
+    if config.train_per_class is None:
+        test = max(1, round(num_images * config.test_fraction))
+        validation = max(1, round(num_images * config.validation_fraction))
+    else:
+        rest = num_images - config.train_per_class
+        share = config.test_fraction / (config.test_fraction + config.validation_fraction)
+        test = min(max(1, round(rest * share)), rest - 1)
+        validation = rest - test
+    while num_images - test - validation < 1:
+        test, validation = max(1, test - 1), max(1, validation - 1)
+    return {TEST: test, VALIDATION: validation, TRAIN: num_images - test - validation}
+
+
+def _fill_quotas(copies: Counter[str], quotas: dict[str, int], assigned: dict[str, str]) -> None:
+    """Place the class's images that have no split yet, by content hash, where room is left."""
+    room = dict(quotas)
+    for content, number in copies.items():
+        if content in assigned:
+            room[assigned[content]] -= number
+    for content in sorted(set(copies) - set(assigned)):
+        # Test is filled first and training takes what is left, so copies that overrun a quota
+        # cost training images, never the other way round.
+        split = next((s for s in (TEST, VALIDATION) if room[s] > 0), TRAIN)
+        assigned[content] = split
+        room[split] -= copies[content]

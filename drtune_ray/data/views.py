@@ -1,0 +1,87 @@
+"""Views of an image: timm's transforms, seeded per (image, view)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from drtune_ray.config import DataConfig, digest
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Mean and standard deviation that the pretrained weights expect, per channel, of [0, 1]."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str = "bicubic"
+
+
+class ViewMaker:
+    """Makes the training views and the evaluation view of an image.
+
+    Args:
+        config: `image_size`, `crop_scale_min`, `horizontal_flip`, `crop_fraction`, `view_seed`.
+        interpolation: Of the pretrained weights, as timm names it.
+    """
+
+    def __init__(self, config: DataConfig, interpolation: str) -> None:
+        from timm.data import create_transform
+
+        self._seed = config.view_seed
+        # `use_prefetcher` makes timm stop at uint8 pixels; normalising is left to the device.
+        common: dict[str, Any] = {
+            "input_size": config.image_size,
+            "interpolation": interpolation,
+            "use_prefetcher": True,
+        }
+        self._augment = create_transform(
+            is_training=True,
+            scale=(config.crop_scale_min, 1.0),
+            hflip=config.horizontal_flip,
+            color_jitter=None,
+            **common,
+        )
+        self._evaluate = create_transform(
+            is_training=False, crop_pct=config.crop_fraction, **common
+        )
+        self.key = digest(
+            repr(self._augment), repr(self._evaluate), config.view_seed, config.image_size
+        )
+
+    def training_view(self, image: Image.Image, content_hash: str, view: int) -> Pixels:
+        """View number `view` of an image, (3, S, S); the same at every call."""
+        seed = int(digest(self._seed, content_hash, view), 16)
+        with _seeded(seed):
+            return _pixels(self._augment, image)
+
+    def evaluation_view(self, image: Image.Image) -> Pixels:
+        """The view on which models are compared: resize and centre crop, (3, S, S)."""
+        return _pixels(self._evaluate, image)
+
+
+def _pixels(transform: Callable[[Image.Image], Any], image: Image.Image) -> Pixels:
+    return np.asarray(transform(image), dtype=np.uint8)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators that timm and torchvision draw from, then put them back."""
+    python_state, torch_state = random.getstate(), torch.get_rng_state()
+    random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        torch.set_rng_state(torch_state)

@@ -1,0 +1,55 @@
+"""What DR-Tune is compared with: methods with the same interface as ``DRTune``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from drtune_ray.method.collective import Collective, OneProcess
+from drtune_ray.method.objective import MethodOutput, at_least_float32, row_share
+
+
+class CETuning(nn.Module):
+    """Plain fine-tuning with cross-entropy: encoder and head, nothing else.
+
+    The baseline "CE-tuning" of DR-Tune's Table 1 (https://arxiv.org/abs/2308.12058).
+
+    Args:
+        downstream_encoder: Images to features (B, D); trained.
+        head: Linear layer, (B, D) to (B, C).
+        collective: The other processes of the trial.
+    """
+
+    def __init__(
+        self,
+        downstream_encoder: nn.Module,
+        head: nn.Linear,
+        *,
+        collective: Collective | None = None,
+    ) -> None:
+        super().__init__()
+        self.downstream_encoder = downstream_encoder
+        self.head = head
+        self.collective = collective or OneProcess()
+
+    def begin_epoch(self) -> None:
+        """Nothing depends on the epoch."""
+
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        pretrained_features: Tensor | None = None,
+        num_rows: int | None = None,
+    ) -> MethodOutput:
+        """Loss of one step, with the part ``cross_entropy``; arguments as for ``DRTune``."""
+        num_rows = len(labels) if num_rows is None else num_rows
+        logits = self.head(self.downstream_encoder(images))[:num_rows]
+        num_global = self.collective.sum(torch.tensor(float(num_rows), device=logits.device))
+        cross_entropy = row_share(
+            F.cross_entropy(at_least_float32(logits), labels[:num_rows], reduction="sum"),
+            int(num_global),
+            self.collective.world_size,
+        )
+        return MethodOutput(cross_entropy, {"cross_entropy": cross_entropy.detach()}, logits)

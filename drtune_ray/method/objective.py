@@ -1,0 +1,224 @@
+"""The objective of DR-Tune: cross-entropy of the batch plus distribution regularization (DR).
+
+DR-Tune (https://arxiv.org/abs/2308.12058), eq. 5, 13 and 14.
+Legend: B batch rows, K bank rows, C classes, D features; W processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from drtune_ray.method.calibration import SemanticCalibration
+from drtune_ray.method.collective import Collective, OneProcess
+from drtune_ray.method.feature_bank import FeatureBank
+
+Reduction = Literal["sum", "mean"]
+
+
+@dataclass(frozen=True)
+class MethodOutput:
+    """What one step of a method gives.
+
+    Attributes:
+        loss: Scalar to call ``backward`` on. With W processes the *mean* over the processes of
+            this loss and of its gradients equals those of one process.
+        parts: The named parts of the loss, scalars without gradient, of this process's share:
+            their mean over the processes is the global part.
+        logits: Of the batch rows, shape (B, C).
+    """
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+    logits: Tensor
+
+
+def combine(
+    cross_entropy: Tensor, regularization: Tensor, weight: float, reduction: Reduction
+) -> Tensor:
+    """Eq. 14, ``CE + weight * DR`` (`sum`), or the authors' code's mean of both (`mean`).
+
+    The authors' code takes one mean over the B + K rows, ``(CE + weight * DR) / (1 + weight)`` at
+    ``weight = K/B``: the weight then also scales the step of the backbone.
+    """
+    total = cross_entropy + weight * regularization
+    return total / (1.0 + weight) if reduction == "mean" else total
+
+
+def row_share(loss_sum: Tensor, num_global_rows: int, world_size: int) -> Tensor:
+    """A rank's part of a mean over all ranks' rows: ``W * sum / rows``; zero rows give zero.
+
+    Averaging over the processes, as data-parallel training does to gradients, then yields the
+    mean over the global rows, however unevenly these are divided.
+    """
+    return loss_sum * (world_size / max(num_global_rows, 1))
+
+
+class DRTune(nn.Module):
+    """One training step of DR-Tune.
+
+    Only `downstream_encoder` and `head` have a gradient and are needed after training. Each
+    process holds the same bank in the same order: the new rows are gathered, and the rows of the
+    regularization are divided among the processes.
+
+    Differs from the authors' code: see :class:`FeatureBank`,
+    :class:`SemanticCalibration` and :func:`combine`; `regularization_weight` is a parameter of
+    its own instead of following from the size of the bank.
+
+    Args:
+        downstream_encoder: Images to features (B, D); trained.
+        head: Linear layer, (B, D) to (B, C); its weight rows are the class prototypes.
+        bank: The feature bank.
+        calibration: The semantic calibration; None leaves the pretrained rows as they are.
+        pretrained_encoder: Frozen copy of the encoder before training; None where the caller
+            always passes the pretrained features.
+        regularization_weight: lambda of eq. 14, not negative.
+        reduction: See :func:`combine`.
+        collective: The other processes of the trial.
+
+    Raises:
+        ValueError: If `regularization_weight` is negative.
+    """
+
+    def __init__(
+        self,
+        downstream_encoder: nn.Module,
+        head: nn.Linear,
+        bank: FeatureBank,
+        calibration: SemanticCalibration | None = None,
+        pretrained_encoder: nn.Module | None = None,
+        *,
+        regularization_weight: float = 1.0,
+        reduction: Reduction = "sum",
+        collective: Collective | None = None,
+    ) -> None:
+        super().__init__()
+        if not regularization_weight >= 0:
+            raise ValueError(
+                "regularization_weight >= 0 must hold, but got "
+                f"regularization_weight={regularization_weight}"
+            )
+        self.downstream_encoder = downstream_encoder
+        self.head = head
+        self.bank = bank
+        self.calibration = calibration
+        self.pretrained_encoder = pretrained_encoder
+        if pretrained_encoder is not None:
+            pretrained_encoder.requires_grad_(False).eval()
+        self.regularization_weight = regularization_weight
+        self.reduction: Reduction = reduction
+        self.collective = collective or OneProcess()
+
+    def train(self, mode: bool = True) -> DRTune:
+        """As ``nn.Module.train``; the frozen encoder stays in eval mode."""
+        super().train(mode)
+        if self.pretrained_encoder is not None:
+            self.pretrained_encoder.eval()
+        return self
+
+    def begin_epoch(self) -> None:
+        """Tell that an epoch starts."""
+        if self.calibration is not None:
+            self.calibration.begin_epoch()
+
+    @torch.no_grad()
+    def warm_up_bank(
+        self, images: Tensor, labels: Tensor, pretrained_features: Tensor | None = None
+    ) -> None:
+        """Fill the bank before the first epoch: z^p enters both banks.
+
+        Args:
+            images: (B, 3, H, W); not read where `pretrained_features` is given.
+            labels: (B,).
+            pretrained_features: z^p of the images, (B, D), where they are known already.
+        """
+        pretrained = self._pretrained(images, pretrained_features)
+        self._enqueue(pretrained, pretrained, labels)
+
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        pretrained_features: Tensor | None = None,
+        num_rows: int | None = None,
+    ) -> MethodOutput:
+        """Loss of one step; afterwards the batch is in the bank.
+
+        Args:
+            images: Augmented images, (B, 3, H, W).
+            labels: (B,).
+            pretrained_features: z^p of the same augmented images, (B, D); without them the frozen
+                encoder computes them.
+            num_rows: How many of the leading rows count; fewer than B only where a process
+                without rows of its own runs a spare row to keep its graph.
+
+        Returns:
+            The loss with parts ``cross_entropy`` and ``distribution_regularization``.
+        """
+        num_rows = len(labels) if num_rows is None else num_rows
+        features = self.downstream_encoder(images)
+        logits = self.head(features)[:num_rows]
+        known = None if pretrained_features is None else pretrained_features[:num_rows]
+        images, labels, features = images[:num_rows], labels[:num_rows], features[:num_rows]
+        statistics = self._batch_statistics(features)
+        cross_entropy = row_share(
+            F.cross_entropy(at_least_float32(logits), labels, reduction="sum"),
+            int(statistics[0]),
+            self.collective.world_size,
+        )
+        regularization = self._regularization(scale=statistics[1] / statistics[0])
+        self._enqueue(self._pretrained(images, known), features.detach(), labels)
+        return MethodOutput(
+            combine(cross_entropy, regularization, self.regularization_weight, self.reduction),
+            {
+                "cross_entropy": cross_entropy.detach(),
+                "distribution_regularization": regularization.detach(),
+            },
+            logits,
+        )
+
+    @torch.no_grad()
+    def _batch_statistics(self, features: Tensor) -> Tensor:
+        """(number of rows, sum of their norms) of the global batch, shape (2,)."""
+        norms = torch.linalg.vector_norm(at_least_float32(features), dim=1)
+        return self.collective.sum(torch.stack([norms.new_tensor(float(len(norms))), norms.sum()]))
+
+    def _regularization(self, scale: Tensor) -> Tensor:
+        """Eq. 5 and 13: mean cross-entropy of the head on the calibrated bank; 0 if empty."""
+        pretrained, downstream, labels = self.bank.rows()
+        if len(labels) == 0:
+            return self.head.weight.sum() * 0.0
+        if self.calibration is not None:
+            prototypes = self.head.weight.detach()
+            pretrained = self.calibration(pretrained, downstream, labels, prototypes, scale)
+        share = slice(self.collective.rank, None, self.collective.world_size)
+        logits = self.head(pretrained[share].to(self.head.weight.dtype))
+        loss_sum = F.cross_entropy(at_least_float32(logits), labels[share], reduction="sum")
+        return row_share(loss_sum, len(labels), self.collective.world_size)
+
+    @torch.no_grad()
+    def _pretrained(self, images: Tensor, pretrained_features: Tensor | None) -> Tensor:
+        if pretrained_features is not None:
+            return pretrained_features
+        if self.pretrained_encoder is None:
+            raise ValueError("pretrained_features is needed where there is no pretrained_encoder")
+        if len(images) == 0:
+            return images.new_zeros(0, self.bank.pretrained.shape[1])
+        features: Tensor = self.pretrained_encoder(images)
+        return features
+
+    def _enqueue(self, pretrained: Tensor, downstream: Tensor, labels: Tensor) -> None:
+        gathered = [
+            self.collective.gather_rows(rows)
+            for rows in (pretrained.to(self.bank.pretrained), downstream.to(self.bank.downstream))
+        ]
+        self.bank.enqueue(*gathered, self.collective.gather_rows(labels))
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or as it is in float64."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

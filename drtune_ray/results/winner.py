@@ -1,0 +1,110 @@
+"""The model that a study hands back: weights and all that is needed to use them."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import nn
+
+from drtune_ray.config import TrialConfig, read_yaml, to_yaml
+from drtune_ray.data.views import Normalization
+from drtune_ray.errors import ConfigError
+from drtune_ray.training.backbones import read_backbone
+from drtune_ray.training.checkpoint import read_checkpoint
+from drtune_ray.training.model import classifier
+
+WEIGHTS_NAME, ABOUT_NAME = "model.safetensors", "model.yaml"
+
+
+@dataclass(frozen=True)
+class Winner:
+    """A trained classifier.
+
+    Attributes:
+        model: Normalised images (B, 3, S, S) to logits (B, C), in eval mode.
+        classes: Names in the order of the logits.
+        normalization: What the model expects of the pixels.
+        trial: The configuration it was trained with.
+        about: Where it comes from and what was measured.
+    """
+
+    model: nn.Module
+    classes: tuple[str, ...]
+    normalization: Normalization
+    trial: TrialConfig
+    about: dict[str, Any]
+
+
+def write_winner(
+    folder: Path,
+    best_checkpoint: Path,
+    backbone_file: Path,
+    classes: tuple[str, ...],
+    trial: TrialConfig,
+    about: dict[str, Any],
+) -> None:
+    """Write a model folder, replacing an earlier one as a whole.
+
+    Args:
+        folder: Receives ``model.safetensors`` and ``model.yaml``.
+        best_checkpoint: Weights of a trial's best epoch.
+        backbone_file: The pretrained encoder that it began with.
+        classes: Names in the order of the labels.
+        trial: The configuration.
+        about: Plain values to keep beside it.
+    """
+    best = read_checkpoint(best_checkpoint)
+    normalization = read_backbone(backbone_file).normalization
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    safetensors.torch.save_file(
+        {name: tensor.contiguous() for name, tensor in best["model"].items()},
+        temporary / WEIGHTS_NAME,
+    )
+    card = {
+        "about": about | {"epoch": best["record"]["epoch"]},
+        "classes": list(classes),
+        "normalization": {
+            "mean": list(normalization.mean),
+            "std": list(normalization.std),
+            "interpolation": normalization.interpolation,
+        },
+        "trial": trial.to_mapping(),
+    }
+    (temporary / ABOUT_NAME).write_text(to_yaml(card))
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)
+
+
+def read_winner(folder: Path) -> Winner:
+    """Load a model folder.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if not (folder / ABOUT_NAME).exists():
+        raise ConfigError(f"{folder} holds no model: has the study completed a trial?")
+    card = read_yaml(folder / ABOUT_NAME)
+    trial = TrialConfig.from_mapping(card["trial"])
+    normalization = card["normalization"]
+    model = classifier(
+        trial.backbone.name,
+        trial.data.image_size,
+        safetensors.torch.load_file(folder / WEIGHTS_NAME),
+    )
+    return Winner(
+        model,
+        tuple(card["classes"]),
+        Normalization(
+            tuple(normalization["mean"]),
+            tuple(normalization["std"]),
+            normalization["interpolation"],
+        ),
+        trial,
+        card["about"],
+    )

@@ -1,0 +1,124 @@
+"""The resident actor: runs one-worker trials one after another in one warm process.
+
+Process, torch, memory-mapped tables and the pretrained weights stay; everything that a trial
+changes is built anew for each (`train_epochs`), so a trial that runs third equals the same trial
+in a fresh process bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray import tune
+
+from drtune_ray.config import DataConfig, TrialConfig
+from drtune_ray.data.dataset import Tables, TrainingData
+from drtune_ray.search.protocol import (
+    CONFIG_NUMBER,
+    CONFIG_TRIAL,
+    OUT_OF_MEMORY,
+    failed_by_point,
+    trial_result,
+)
+from drtune_ray.training.backbones import read_backbone
+from drtune_ray.training.checkpoint import TrialFolder
+from drtune_ray.training.loop import EpochReport, SavePoint, train_epochs
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What all trials of a study share; sent to every actor once.
+
+    Attributes:
+        tables: Plain values of `Tables`.
+        trials_folder: Holds one folder a trial, named by its number.
+        num_threads: torch's threads a worker.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    tables: dict[str, Any]
+    trials_folder: Path
+    num_threads: int
+    device: str
+
+    def folder(self, number: int) -> TrialFolder:
+        """The folder of a trial."""
+        return TrialFolder(self.trials_folder / f"{number:05d}")
+
+
+class Workshop:
+    """Opens the shared tables once and starts trials over them.
+
+    Args:
+        workplace: Where everything lies.
+        device: Where to train; by default the first device of the workplace's kind.
+    """
+
+    def __init__(self, workplace: Workplace, device: torch.device | None = None) -> None:
+        self.workplace = workplace
+        self._device = device or torch.device(workplace.device)
+        self._tables = Tables.from_mapping(workplace.tables)
+        self._backbone = read_backbone(self._tables.backbone)
+        self._data: tuple[DataConfig, TrainingData] | None = None
+
+    def epochs(self, config: TrialConfig, folder: TrialFolder) -> Iterator[EpochReport | SavePoint]:
+        """Train a configuration from its newest sound checkpoint, or from the start."""
+        return train_epochs(
+            config,
+            self._training_data(config.data),
+            self._backbone,
+            resume=folder.newest(),
+            device=self._device,
+            num_threads=self.workplace.num_threads,
+        )
+
+    def _training_data(self, config: DataConfig) -> TrainingData:
+        if self._data is None or self._data[0] != config:
+            interpolation = self._backbone.normalization.interpolation
+            self._data = config, TrainingData(self._tables, config, interpolation)
+        return self._data[1]
+
+
+class TrialActor(tune.Trainable):  # type: ignore[misc]
+    """Ray Tune's class trainable; one step is one epoch."""
+
+    def setup(self, config: dict[str, Any], workplace: Workplace) -> None:
+        """Open what the trials share, then begin the first of them."""
+        self._workshop = Workshop(workplace)
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Begin another trial in the same process."""
+        self._begin(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Train until the end of the next epoch.
+
+        What the point itself causes comes back as a result; only the machine's failures are
+        exceptions, which Tune retries.
+        """
+        try:
+            for event in self._epochs:
+                event.save(self._folder)
+                if isinstance(event, EpochReport):
+                    self._last = trial_result(event, self._workshop.workplace.num_threads)
+                    return self._last
+        except torch.OutOfMemoryError:
+            return failed_by_point(OUT_OF_MEMORY, self._last)
+        raise RuntimeError("the trial ended without saying how")
+
+    def cleanup(self) -> None:
+        """Drop the trial."""
+        self._epochs = iter(())
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        trial = TrialConfig.from_mapping(json.loads(config[CONFIG_TRIAL]))
+        self._folder = self._workshop.workplace.folder(config[CONFIG_NUMBER])
+        self._last: dict[str, Any] | None = None
+        self._epochs = self._workshop.epochs(trial, self._folder)

@@ -1,0 +1,59 @@
+"""The machine at hand, and defaults that fit it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from drtune_ray.training.backbones import DEMO_BACKBONE, has_demo_weights
+
+
+@dataclass(frozen=True)
+class Machine:
+    """CPUs that this process may use, and CUDA devices."""
+
+    num_cpus: int
+    num_gpus: int
+
+    def describe(self) -> str:
+        """For people."""
+        gpus = f" and {self.num_gpus} GPUs" if self.num_gpus else ", no GPU"
+        return f"{self.num_cpus} CPUs{gpus}"
+
+
+def this_machine() -> Machine:
+    """Look at the machine."""
+    import torch
+
+    return Machine(len(os.sched_getaffinity(0)), torch.cuda.device_count())
+
+
+def fitting_defaults(machine: Machine) -> dict[str, Any]:
+    """Study settings for a user who named none: small on CPUs, the usual ones on GPUs."""
+    if machine.num_gpus:
+        cpus = max(1, machine.num_cpus // machine.num_gpus)
+        return {
+            "trials": 30,
+            "space": "quick",
+            "trial": {
+                "backbone": {"name": "resnet50.a1_in1k", "weights": "timm"},
+                "data": {"image_size": 224, "loader_workers": max(1, cpus - 1)},
+                "training": {"epochs": 30, "batch_size": 64},
+            },
+            "resources": {"cpus_per_worker": cpus, "gpus_per_worker": 1.0},
+        }
+    cpus = 1 if machine.num_cpus <= 4 else 2 if machine.num_cpus <= 16 else 4
+    return {
+        "trials": 12,
+        "space": "quick",
+        "trial": {
+            "backbone": {
+                "name": DEMO_BACKBONE,
+                "weights": "demo" if has_demo_weights() else "timm",
+            },
+            "data": {"image_size": 96},
+            "training": {"epochs": 8, "batch_size": 32},
+        },
+        "resources": {"cpus_per_worker": cpus},
+    }

@@ -1,0 +1,132 @@
+"""Fail before spending: everything that can be checked is checked before the first trial."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from drtune_ray.config import DataConfig, TrialConfig, digest
+from drtune_ray.data.cache import write_images
+from drtune_ray.data.dataset import Tables
+from drtune_ray.data.sources import scan_class_folders
+from drtune_ray.data.splits import TRAIN, VALIDATION, Splits, make_splits
+from drtune_ray.errors import ConfigError, EnvironmentProblem
+from drtune_ray.training.backbones import Backbone, KeyReport, load_backbone
+from drtune_ray.training.frozen import prepare_tables
+from drtune_ray.training.model import check_trial
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Inputs that were seen to work; nothing was written for them yet.
+
+    Attributes:
+        splits: The images and their splits.
+        backbone: The pretrained encoder.
+        key_report: How its weights fitted.
+    """
+
+    splits: Splits
+    backbone: Backbone
+    key_report: KeyReport
+
+    @property
+    def num_train(self) -> int:
+        """Number of training images."""
+        return self.splits.count(TRAIN)
+
+    def summary(self) -> str:
+        """One line about the images."""
+        counts = f"{self.num_train} to train, {self.splits.count(VALIDATION)} to validate"
+        sealed = len(self.splits.manifest) - self.num_train - self.splits.count(VALIDATION)
+        return f"{len(self.splits.classes)} classes; {counts}, {sealed} sealed for the test"
+
+
+def check_inputs(config: TrialConfig, storage: Path, others: Sequence[Any] = ()) -> Checked:
+    """Scan the images, split them and load the pretrained weights.
+
+    Args:
+        config: The trial, or the base of a study.
+        storage: Holds earlier manifests of the same images.
+        others: Further checks to call, whose problems are shown together with these.
+
+    Raises:
+        ConfigError: Naming every problem that was found.
+        EnvironmentProblem: If the weights cannot be fetched and nothing else is wrong.
+    """
+    problems: list[str] = []
+
+    def attempt(check: Any) -> Any:
+        try:
+            return check()
+        except ConfigError as error:
+            problems.extend(error.problems)
+            return None
+
+    splits = attempt(lambda: _splits(config.data, storage))
+    for check in others:
+        attempt(check)
+    if splits is not None:
+        problems.extend(check_trial(config, splits.count(TRAIN)))
+    try:
+        loaded = attempt(lambda: load_backbone(config.backbone, config.data.image_size))
+    except EnvironmentProblem as error:
+        if not problems:
+            raise
+        problems.append(str(error))
+    if problems:
+        raise ConfigError(problems)
+    backbone, report = loaded
+    return Checked(splits, backbone, report)
+
+
+def prepare(checked: Checked, config: TrialConfig, storage: Path, device: str) -> Tables:
+    """Write what all trials share: manifest, images, weights, views and frozen features.
+
+    Args:
+        checked: What :func:`check_inputs` found.
+        config: The trial, or the base of a study.
+        storage: Everything goes below it; what is there already is used.
+        device: Where the frozen encoder runs.
+    """
+    manifest = manifest_path(config.data, storage)
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    write_manifest(checked.splits, manifest)
+    cache = storage / "cache"
+    root = data_root(config.data)
+    images = cache / f"images-{checked.splits.content_digest()}.arrow"
+    write_images(checked.splits, root, images)
+    backbone_file = (
+        cache / f"backbone-{checked.backbone.digest}-{config.data.image_size}.safetensors"
+    )
+    if not backbone_file.exists():
+        checked.backbone.write(backbone_file)
+    return prepare_tables(config.data, checked.splits.classes, images, backbone_file, device)
+
+
+def data_root(config: DataConfig) -> Path:
+    """The folder of images."""
+    return Path(config.train).expanduser().resolve()
+
+
+def write_manifest(splits: Splits, path: Path) -> None:
+    """Write which image belongs to which split."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    pq.write_table(splits.manifest, temporary)
+    temporary.replace(path)
+
+
+def manifest_path(config: DataConfig, storage: Path) -> Path:
+    """Where the storage remembers the splits of a folder: one a folder and quota."""
+    quotas = (config.train_per_class, config.validation_fraction, config.test_fraction)
+    return storage / "splits" / f"{digest(str(data_root(config)), *quotas)}.parquet"
+
+
+def _splits(config: DataConfig, storage: Path) -> Splits:
+    path = manifest_path(config, storage)
+    former = pq.read_table(path) if path.exists() else None
+    return make_splits(scan_class_folders(data_root(config), former), config, former)

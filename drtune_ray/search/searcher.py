@@ -1,0 +1,217 @@
+"""StudySearch: Ray Tune's searcher over an Optuna study, which is the truth.
+
+A trial is known by its Optuna number. Ray's own OptunaSearch tells the sampler that a trial
+stopped early is a finished one and leaves diverged ones RUNNING; this one tells what happened:
+
+    finished, or stopped by its own patience      COMPLETE  with its best value
+    stopped by the scheduler                      PRUNED    with its best values by epoch
+    diverged or out of memory, because of the     PRUNED    with a violated constraint, so that
+    point                                                   the sampler avoids it
+    the machine's fault                           FAIL
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, Trial, TrialState
+from ray.tune.search import Searcher
+
+from drtune_ray.config import SamplerConfig, TrialConfig
+from drtune_ray.search.protocol import (
+    CONFIG_NUMBER,
+    CONFIG_TRIAL,
+    NUM_THREADS,
+    OBJECTIVE,
+    OUT_OF_MEMORY,
+    OUTCOME,
+    result_history,
+)
+from drtune_ray.search.space import SearchSpace
+from drtune_ray.training.loop import COMPLETED, DIVERGED, PATIENCE
+
+STOPPED_BY_SCHEDULER = "stopped by the scheduler"
+MACHINE_FAILURE = "machine failure"
+CONSTRAINT = "trains"
+# User attributes of an Optuna trial.
+CONFIG, REFERENCE, OUTCOME_ATTR, BEST_EPOCH, IN_SPACE = (
+    "config",
+    "reference",
+    "outcome",
+    "best_epoch",
+    "in_space",
+)
+FINISHED_STATES = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A trial that every study runs first: its name and configuration."""
+
+    name: str
+    config: TrialConfig
+
+
+class StudySearch(Searcher):  # type: ignore[misc]
+    """Proposes unfinished trials first, then the references, then what Optuna samples.
+
+    Args:
+        study: The Optuna study; its storage outlives this object.
+        space: What to search.
+        base: The configuration that the space varies.
+        references: Trials to run first, in this order.
+        num_trials: How many trials the study shall hold, references included.
+    """
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        space: SearchSpace,
+        base: TrialConfig,
+        references: tuple[Reference, ...],
+        num_trials: int,
+    ) -> None:
+        super().__init__(metric=OBJECTIVE, mode="max")
+        self._study, self._space, self._base = study, space, base
+        self._num_trials = num_trials
+        known = study.get_trials(deepcopy=False)
+        begun = {trial.user_attrs.get(REFERENCE) for trial in known}
+        self._references = deque(r for r in references if r.name not in begun)
+        self.reference_numbers = {t.number for t in known if t.user_attrs.get(REFERENCE)}
+        self._unfinished = deque(self._adopt(known))
+        self._active: dict[str, Trial] = {}
+        self._reported: dict[int, set[int]] = {t.number: set(t.intermediate_values) for t in known}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        """The next trial as Tune's config, or FINISHED."""
+        if self._unfinished:
+            trial = self._unfinished.popleft()
+        elif len(self._study.get_trials(deepcopy=False)) >= self._num_trials:
+            return str(Searcher.FINISHED)
+        else:
+            trial = self._new_trial()
+        self._active[trial_id] = trial
+        return {CONFIG_NUMBER: trial.number, CONFIG_TRIAL: trial.user_attrs[CONFIG]}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Record the best value so far, by epoch."""
+        if trial := self._active.get(trial_id):
+            self._report(trial, result)
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Tell Optuna what became of the trial; without a word of it, it stays unfinished."""
+        trial = self._active.pop(trial_id, None)
+        if trial is None:
+            return
+        if result:
+            self._report(trial, result)
+        if error:
+            self._tell(trial, TrialState.FAIL, MACHINE_FAILURE)
+        elif result:
+            self._tell_outcome(trial, result)
+
+    def trial_number(self, trial_id: str) -> int | None:
+        """Number of a running trial of Tune's."""
+        trial = self._active.get(trial_id)
+        return None if trial is None else trial.number
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to save: Optuna's storage holds everything."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing to restore."""
+
+    def _adopt(self, known: list[FrozenTrial]) -> list[Trial]:
+        """Trials that a former driver left RUNNING; those without a configuration never began."""
+        adopted = []
+        for frozen in known:
+            if frozen.state != TrialState.RUNNING:
+                continue
+            trial = Trial(self._study, frozen._trial_id)
+            if CONFIG in frozen.user_attrs:
+                adopted.append(trial)
+            else:
+                self._tell(trial, TrialState.FAIL, MACHINE_FAILURE)
+        return adopted
+
+    def _new_trial(self) -> Trial:
+        if not self._references:
+            trial = self._study.ask()
+            self._describe(trial, self._space.suggest(trial, self._base))
+            return trial
+        reference = self._references.popleft()
+        values = self._space.locate(reference.config, self._base)
+        if values is not None:
+            self._study.enqueue_trial(values)
+        trial = self._study.ask()
+        if values is not None:
+            self._space.suggest(trial, self._base)  # enters the parameters
+        trial.set_user_attr(REFERENCE, reference.name)
+        trial.set_user_attr(IN_SPACE, values is not None)
+        self.reference_numbers.add(trial.number)
+        self._describe(trial, reference.config)
+        return trial
+
+    @staticmethod
+    def _describe(trial: Trial, config: TrialConfig) -> None:
+        trial.set_user_attr(CONFIG, json.dumps(config.to_mapping()))
+
+    def _report(self, trial: Trial, result: dict[str, Any]) -> None:
+        reported = self._reported.setdefault(trial.number, set())
+        for record in result_history(result):
+            if record.epoch not in reported:
+                trial.report(record.metrics[OBJECTIVE], record.epoch)
+                reported.add(record.epoch)
+
+    def _tell_outcome(self, trial: Trial, result: dict[str, Any]) -> None:
+        outcome = result[OUTCOME] or STOPPED_BY_SCHEDULER
+        value = float(result[OBJECTIVE])
+        records = result_history(result)
+        if records:
+            trial.set_user_attr(BEST_EPOCH, int(records[-1].metrics["best_epoch"]))
+        trial.set_user_attr(NUM_THREADS, result[NUM_THREADS])
+        if outcome in (DIVERGED, OUT_OF_MEMORY):
+            self._tell(trial, TrialState.PRUNED, outcome, violation=1.0)
+        elif outcome in (COMPLETED, PATIENCE) and math.isfinite(value):
+            self._tell(trial, TrialState.COMPLETE, outcome, value=value)
+        else:
+            self._tell(trial, TrialState.PRUNED, outcome)
+
+    def _tell(
+        self,
+        trial: Trial,
+        state: TrialState,
+        outcome: str,
+        *,
+        value: float | None = None,
+        violation: float = 0.0,
+    ) -> None:
+        trial.set_user_attr(OUTCOME_ATTR, outcome)
+        if state != TrialState.FAIL:
+            trial.set_constraint(CONSTRAINT, violation)
+        self._study.tell(trial, value, state=state)
+
+
+def build_sampler(config: SamplerConfig, seed: int) -> optuna.samplers.BaseSampler:
+    """Optuna's sampler, seeded."""
+    if config.name == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    return optuna.samplers.TPESampler(
+        seed=seed,
+        n_startup_trials=config.num_startup_trials,
+        multivariate=True,
+        group=True,  # conditional parameters are modelled together with what they depend on
+        constant_liar=True,  # several trials run at a time
+    )
+
+
+def last_epoch(trial: FrozenTrial) -> int:
+    """How many epochs a trial has finished."""
+    return max(trial.intermediate_values, default=0)

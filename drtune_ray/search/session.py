@@ -1,0 +1,75 @@
+"""Joining or starting Ray, quietly, and leaving it as it was found."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from drtune_ray.errors import EnvironmentProblem
+
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of users must keep their meaning
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C must leave trials unfinished, not stopped
+    "TUNE_WARN_THRESHOLD_S": "30",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Train's controller looks at its workers every two seconds unless told otherwise.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+}
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What the cluster has in all."""
+
+    num_cpus: float
+    num_gpus: float
+    num_nodes: int
+
+
+def set_environment() -> None:
+    """Settings that Ray reads when it is imported; what the user set stays."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # Workers may import the package from a checkout that is not installed.
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+
+
+@contextmanager
+def ray_session(*, with_dashboard: bool = False) -> Iterator[Capacity]:
+    """Join the cluster of ``RAY_ADDRESS``, or start one on this machine and stop it afterwards.
+
+    Args:
+        with_dashboard: Start the State API too, which cleans up after nested Ray Train workers.
+
+    Raises:
+        EnvironmentProblem: If the cluster cannot be reached.
+    """
+    set_environment()
+    import ray
+
+    joined = ray.is_initialized()
+    try:
+        if not joined and os.environ.get("RAY_ADDRESS"):
+            ray.init(log_to_driver=False, logging_level="ERROR")
+        elif not joined:
+            ray.init(
+                num_cpus=len(os.sched_getaffinity(0)),
+                include_dashboard=with_dashboard,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+    except (ConnectionError, RuntimeError) as error:
+        raise EnvironmentProblem(f"Ray cannot be started or reached: {error}") from None
+    try:
+        total = ray.cluster_resources()
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        yield Capacity(total.get("CPU", 0.0), total.get("GPU", 0.0), len(nodes))
+    finally:
+        if not joined:
+            ray.shutdown()

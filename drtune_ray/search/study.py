@@ -1,0 +1,460 @@
+"""run_study: a search from its configuration to its winner; the same call resumes it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from drtune_ray.config import StudyConfig, TrialConfig, flattened, reference_config
+from drtune_ray.data.dataset import Tables
+from drtune_ray.errors import EnvironmentProblem, NoTrialCompleted
+from drtune_ray.results.trials import TrialSummary, write_trials
+from drtune_ray.results.winner import write_winner
+from drtune_ray.search.actor import Workplace
+from drtune_ray.search.callback import StudyCallback, run_finished
+from drtune_ray.search.identity import StudyRecord, deciding_values, driver_lease, open_record
+from drtune_ray.search.prepare import Checked, check_inputs, prepare, write_manifest
+from drtune_ray.search.scheduler import StudyASHA
+from drtune_ray.search.searcher import (
+    CONFIG,
+    FINISHED_STATES,
+    OUTCOME_ATTR,
+    REFERENCE,
+    Reference,
+    StudySearch,
+    build_sampler,
+    last_epoch,
+)
+from drtune_ray.search.session import Capacity, ray_session
+from drtune_ray.search.space import SearchSpace, read_space
+from drtune_ray.search.trainables import tune_trainable
+from drtune_ray.tracking.events import Event, FilesReady, RunFinished, RunStarted, Sink
+from drtune_ray.tracking.mlflow_recorder import MlflowRecorder, default_tracking_uri
+from drtune_ray.tracking.spool import BackgroundWriter, Spool
+
+logger = logging.getLogger(__name__)
+
+JOURNAL_NAME, SPLITS_NAME, TRIALS_NAME = "optuna.journal", "splits.parquet", "trials.parquet"
+WINNER_NAME = "winner"
+MAX_MACHINE_FAILURES = 2
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What a study came to.
+
+    Attributes:
+        folder: Where it lies.
+        study_id: Marks its runs in MLflow.
+        trials: All of them, by number.
+        winner: The completed trial with the best validation accuracy: a maximum over the
+            completed trials, each trained on one seed.
+        num_unsent: Events that the tracking server has not taken yet.
+        was_done: Whether there was nothing left to run.
+        notes: Sentences about what was chosen for the user.
+    """
+
+    folder: Path
+    study_id: str
+    trials: tuple[TrialSummary, ...]
+    winner: TrialSummary
+    num_unsent: int
+    was_done: bool
+    notes: tuple[str, ...]
+
+    @property
+    def references(self) -> tuple[TrialSummary, ...]:
+        """The reference trials."""
+        return tuple(trial for trial in self.trials if trial.reference)
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """Told to the observer before the first trial starts."""
+
+    config: StudyConfig
+    folder: Path
+    num_trials: int
+    num_done: int
+    trials_at_a_time: int
+    notes: tuple[str, ...]
+
+
+def run_study(
+    config: StudyConfig,
+    *,
+    observer: Sink | None = None,
+    on_plan: Any = None,
+) -> StudyResult:
+    """Search, or go on searching, and name the winner.
+
+    Everything is checked before the first trial. Where a study of this name exists, its
+    unfinished trials are resumed first, then new ones follow up to ``config.trials``.
+
+    Args:
+        config: The study.
+        observer: Takes the events of the run as they happen.
+        on_plan: Called with a `StudyPlan` before the first trial.
+
+    Raises:
+        ConfigError: For bad input, or a name taken by another configuration.
+        EnvironmentProblem: If the machine cannot run a trial or another process drives the study.
+        NoTrialCompleted: If all trials ran and none completed.
+        KeyboardInterrupt: When interrupted; the study can be resumed by the same call.
+    """
+    checked, space, references, notes = _check(config)
+    config = config.model_copy(update={"space": _space_content(config)})
+    deciding = deciding_values(config, checked.splits.content_digest(), checked.backbone.digest)
+    with driver_lease(config.folder), _sigterm_as_interrupt():
+        record = open_record(config, deciding)
+        write_manifest(checked.splits, config.folder / SPLITS_NAME)
+        return _Driver(record, checked, space, references, notes, observer, on_plan).run()
+
+
+def _check(
+    config: StudyConfig,
+) -> tuple[Checked, SearchSpace, tuple[Reference, ...], tuple[str, ...]]:
+    found: list[SearchSpace] = []
+    checked = check_inputs(
+        config.trial,
+        Path(config.storage).expanduser().resolve(),
+        [lambda: found.append(SearchSpace.from_mapping(_space_content(config), config.trial))],
+    )
+    space, notes = found[0].clamped(checked.num_train)
+    highest = checked.num_train
+    references = []
+    for name in config.reference_trials:
+        trial = reference_config(config.trial, name)
+        size = min(trial.method.bank_size, highest)
+        references.append(Reference(name, trial.with_values({"method.bank_size": size})))
+    return checked, space, tuple(references), (checked.summary(), *notes)
+
+
+def _space_content(config: StudyConfig) -> dict[str, Any]:
+    return read_space(config.space) if isinstance(config.space, str) else config.space
+
+
+class _Driver:
+    """One run of a study in this process."""
+
+    def __init__(
+        self,
+        record: StudyRecord,
+        checked: Checked,
+        space: SearchSpace,
+        references: tuple[Reference, ...],
+        notes: tuple[str, ...],
+        observer: Sink | None,
+        on_plan: Any,
+    ) -> None:
+        self.record, self.config, self.folder = record, record.config, record.config.folder
+        self.checked, self.space, self.references = checked, space, references
+        self.notes, self.observer, self.on_plan = notes, observer, on_plan
+        self.storage = Path(self.config.storage).expanduser().resolve()
+        self.study = open_optuna_study(self.folder, record.study_id, self.config)
+        self.base = self.config.trial.with_values(
+            {"method.bank_size": min(self.config.trial.method.bank_size, checked.num_train)}
+        )
+
+    def run(self) -> StudyResult:
+        num_done = len(self._finished())
+        if num_done >= self.config.trials:
+            return self._result(self._num_unsent(), was_done=True)
+        with ExitStack() as stack:
+            writer = BackgroundWriter(Spool(self.folder / "spool"), self._recorder())
+            stack.callback(writer.close)
+            self._emit = _fan_out(writer.emit, self.observer, self._free_disk)
+            self._tell_start()
+            try:
+                self._search()
+            except KeyboardInterrupt:
+                self._tell_interruption()
+                raise
+            result = self._finish()
+            num_unsent = writer.close()
+        return replace(result, num_unsent=num_unsent)
+
+    def _search(self) -> None:
+        device = "cuda" if self.config.resources.gpus_per_worker else "cpu"
+        tables = prepare(self.checked, self.config.trial, self.storage, device)
+        self.tables = tables
+        nested = self.config.trial.training.workers > 1
+        with ray_session(with_dashboard=nested) as capacity:
+            at_a_time = trials_at_a_time(self.config, capacity)
+            plan = StudyPlan(
+                self.config,
+                self.folder,
+                self.config.trials,
+                len(self._finished()),
+                at_a_time,
+                self.notes,
+            )
+            if self.on_plan:
+                self.on_plan(plan)
+            self._tune(tables, at_a_time, device)
+
+    def _tune(self, tables: Tables, at_a_time: int, device: str) -> None:
+        from ray import tune
+
+        search = StudySearch(self.study, self.space, self.base, self.references, self.config.trials)
+        workplace = Workplace(
+            tables.to_mapping(),
+            self.folder / "trials",
+            self.config.resources.cpus_per_worker,
+            device,
+        )
+        scheduler = None
+        if self.config.scheduler.name == "asha":
+            scheduler = StudyASHA(
+                self.config.scheduler, self.base.training.epochs, search.reference_numbers
+            )
+            scheduler.refill(self.study.get_trials(deepcopy=False))
+        # Tune's own folder is disposable: Optuna's storage and ours hold everything.
+        with tempfile.TemporaryDirectory(prefix="drtune-ray-") as scratch:
+            tuner = tune.Tuner(
+                tune_trainable(self.config, workplace),
+                tune_config=tune.TuneConfig(
+                    search_alg=search,
+                    scheduler=scheduler,
+                    num_samples=-1,
+                    max_concurrent_trials=at_a_time,
+                    reuse_actors=self.config.trial.training.workers == 1,
+                ),
+                run_config=tune.RunConfig(
+                    name="tune",
+                    storage_path=scratch,
+                    callbacks=[StudyCallback(self.study, self._emit)],
+                    failure_config=tune.FailureConfig(max_failures=MAX_MACHINE_FAILURES),
+                    verbose=0,
+                ),
+            )
+            tuner.fit()
+
+    def _tell_start(self) -> None:
+        params = flattened(self.config.to_mapping())
+        tags = {"mlflow.note.content": f"drtune-ray study in {self.folder}"}
+        self._emit(RunStarted(None, self.config.name, params, tags))
+        for trial in self._finished():
+            # Told again because a killed driver may not have come to it; twice changes nothing.
+            self._emit(run_finished(trial))
+
+    def _tell_interruption(self) -> None:
+        for trial in self.study.get_trials(deepcopy=False):
+            if trial.state == TrialState.RUNNING:
+                self._emit(RunFinished(trial.number, "INTERRUPTED", "interrupted", {}, {}))
+        self._emit(RunFinished(None, "INTERRUPTED", "interrupted", {}, {}))
+
+    def _finish(self) -> StudyResult:
+        trials = self._summaries()
+        write_trials(list(trials), self.folder / TRIALS_NAME)
+        self._emit(FilesReady(None, str(self.folder / TRIALS_NAME), "trials"))
+        try:
+            winner = best_trial(trials)
+        except NoTrialCompleted:
+            self._emit(RunFinished(None, "FAIL", "no trial completed", {}, {}))
+            raise
+        self._write_winner(winner)
+        self._emit(FilesReady(None, str(self.folder / WINNER_NAME), WINNER_NAME))
+        self._keep_top_checkpoints(trials)
+        assert winner.best_val_accuracy is not None
+        self._emit(
+            RunFinished(
+                None,
+                "COMPLETE",
+                "completed",
+                {"best_val_accuracy": winner.best_val_accuracy},
+                {"drtune.winner": str(winner.number)},
+            )
+        )
+        return self._result(0, was_done=False)
+
+    def _write_winner(self, winner: TrialSummary) -> None:
+        write_winner(
+            self.folder / WINNER_NAME,
+            self._trial_folder(winner.number) / "best.ckpt",
+            self.tables.backbone,
+            self.tables.classes,
+            TrialConfig.from_mapping(winner.config),
+            {
+                "study": self.config.name,
+                "study_id": self.record.study_id,
+                "trial": winner.number,
+                "val_accuracy": winner.best_val_accuracy,
+                "chosen": "maximum validation accuracy over the completed trials, one seed each",
+            },
+        )
+
+    def _keep_top_checkpoints(self, trials: Sequence[TrialSummary]) -> None:
+        ranked = sorted(
+            (t for t in trials if t.state == TrialState.COMPLETE.name),
+            key=lambda t: (-(t.best_val_accuracy or 0.0), t.number),
+        )
+        for trial in ranked[: self.config.tracking.num_top_checkpoints]:
+            best = self._trial_folder(trial.number) / "best.ckpt"
+            self._emit(FilesReady(trial.number, str(best), "checkpoint"))
+
+    def _free_disk(self, event: Event) -> None:
+        """A finished trial keeps its best weights only."""
+        if isinstance(event, RunFinished) and event.state != "INTERRUPTED":
+            if event.number is not None:
+                from drtune_ray.training.checkpoint import TrialFolder
+
+                TrialFolder(self._trial_folder(event.number)).drop_resumable()
+
+    def _trial_folder(self, number: int) -> Path:
+        return self.folder / "trials" / f"{number:05d}"
+
+    def _finished(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=FINISHED_STATES)
+
+    def _summaries(self) -> tuple[TrialSummary, ...]:
+        return tuple(summary(trial) for trial in self.study.get_trials(deepcopy=False))
+
+    def _recorder(self) -> MlflowRecorder:
+        tracking = self.config.tracking
+        if tracking.uri:
+            return MlflowRecorder(tracking.uri, tracking.experiment, self.record.study_id)
+        return MlflowRecorder(
+            default_tracking_uri(self.storage),
+            tracking.experiment,
+            self.record.study_id,
+            self.storage / "mlartifacts",
+        )
+
+    def _num_unsent(self) -> int:
+        return Spool(self.folder / "spool").num_unsent()
+
+    def _result(self, num_unsent: int, *, was_done: bool) -> StudyResult:
+        trials = self._summaries()
+        return StudyResult(
+            self.folder,
+            self.record.study_id,
+            trials,
+            best_trial(trials),
+            num_unsent,
+            was_done,
+            self.notes,
+        )
+
+
+def open_optuna_study(folder: Path, study_id: str, config: StudyConfig) -> optuna.Study:
+    """The Optuna study of a folder, made if there is none."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL_NAME)))
+    # Each run of a resumed study draws anew: the sampler's seed counts the trials that exist.
+    num_known = 0
+    if study_id in optuna.get_all_study_names(storage):
+        num_known = len(optuna.load_study(study_name=study_id, storage=storage).trials)
+    return optuna.create_study(
+        storage=storage,
+        study_name=study_id,
+        direction="maximize",
+        sampler=build_sampler(config.sampler, config.seed + num_known),
+        pruner=optuna.pruners.NopPruner(),
+        load_if_exists=True,
+    )
+
+
+def trials_at_a_time(config: StudyConfig, capacity: Capacity) -> int:
+    """How many trials fit, or as many as the user asked for.
+
+    Raises:
+        EnvironmentProblem: If not even one fits, with the numbers.
+    """
+    resources, workers = config.resources, config.trial.training.workers
+    cpus, gpus = resources.cpus_per_worker * workers, resources.gpus_per_worker * workers
+    if cpus > capacity.num_cpus or gpus > capacity.num_gpus:
+        raise EnvironmentProblem(
+            f"a trial takes {cpus} CPUs and {gpus:g} GPUs ({workers} workers with "
+            f"{resources.cpus_per_worker} and {resources.gpus_per_worker:g} each) but there are "
+            f"{capacity.num_cpus:g} CPUs and {capacity.num_gpus:g} GPUs: lower "
+            "resources.cpus_per_worker, resources.gpus_per_worker or training.workers"
+        )
+    fitting = int(capacity.num_cpus // cpus)
+    if gpus:
+        fitting = min(fitting, int(capacity.num_gpus // gpus))
+    return min(resources.trials_at_a_time or fitting, fitting)
+
+
+def best_trial(trials: Sequence[TrialSummary]) -> TrialSummary:
+    """The completed trial with the best validation accuracy; of equals the first.
+
+    Raises:
+        NoTrialCompleted: If there is none.
+    """
+    completed = [trial for trial in trials if trial.state == TrialState.COMPLETE.name]
+    if not completed:
+        outcomes = sorted({trial.outcome for trial in trials})
+        raise NoTrialCompleted(
+            f"none of {len(trials)} trials completed ({', '.join(outcomes)}): lower the learning "
+            "rates of the search space, or see the trials in MLflow"
+        )
+    return max(completed, key=lambda t: (t.best_val_accuracy or 0.0, -t.number))
+
+
+def summary(trial: FrozenTrial) -> TrialSummary:
+    """A row of the results from what Optuna holds."""
+    duration = trial.duration.total_seconds() if trial.duration else None
+    values = trial.intermediate_values.values()
+    return TrialSummary(
+        trial.number,
+        trial.state.name,
+        trial.user_attrs.get(OUTCOME_ATTR, ""),
+        trial.user_attrs.get(REFERENCE),
+        max(values) if values else None,
+        last_epoch(trial),
+        duration,
+        json.loads(trial.user_attrs.get(CONFIG, "{}")),
+    )
+
+
+def read_trials(folder: Path, study_id: str) -> tuple[TrialSummary, ...]:
+    """The trials of a study as they stand."""
+    storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL_NAME)))
+    study = optuna.load_study(study_name=study_id, storage=storage)
+    return tuple(summary(trial) for trial in study.get_trials(deepcopy=False))
+
+
+def _fan_out(*sinks: Sink | None) -> Sink:
+    """Every observer gets every event; one that fails does not stop the study."""
+
+    def emit(event: Event) -> None:
+        for sink in sinks:
+            if sink is None:
+                continue
+            try:
+                sink(event)
+            except Exception:  # observers never steer a run
+                logger.warning("an observer failed on %s", event.kind, exc_info=True)
+
+    return emit
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM leaves a resumable study, as Ctrl-C does."""
+
+    def interrupt(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        former = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread: signals are the caller's
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)

@@ -1,0 +1,29 @@
+"""The thing that Ray Tune runs for a trial: a resident actor, or a driver of Ray Train workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import tune
+
+from drtune_ray.config import StudyConfig
+from drtune_ray.search.actor import TrialActor, Workplace
+from drtune_ray.search.workers import drive_trial
+
+# A driver of workers only waits; the workers hold the CPUs in a placement group of their own.
+DRIVER_CPUS = 0.01
+
+
+def tune_trainable(config: StudyConfig, workplace: Workplace) -> Any:
+    """A trainable with its resources."""
+    if config.trial.training.workers == 1:
+        bound = tune.with_parameters(TrialActor, workplace=workplace)
+        return tune.with_resources(
+            bound,
+            {
+                "CPU": config.resources.cpus_per_worker,
+                "GPU": config.resources.gpus_per_worker,
+            },
+        )
+    bound = tune.with_parameters(drive_trial, workplace=workplace, resources=config.resources)
+    return tune.with_resources(bound, {"CPU": DRIVER_CPUS})

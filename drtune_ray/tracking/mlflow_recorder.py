@@ -1,0 +1,165 @@
+"""Events to MLflow: one parent run a study, one child run a trial.
+
+Runs are found by tags before they are made, metrics carry the time of their event, so sending an
+event again changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from drtune_ray.tracking.events import (
+    Event,
+    FilesReady,
+    MetricsRecorded,
+    RunFinished,
+    RunStarted,
+)
+
+STUDY_TAG, TRIAL_TAG = "drtune.study_id", "drtune.trial"
+STATE_TAG, OUTCOME_TAG = "drtune.state", "drtune.outcome"
+STUDY_ITSELF = "study"
+# MLflow's words for Optuna's states. A pruned trial was stopped on purpose, not failed.
+STATUS = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED", "INTERRUPTED": "KILLED"}
+METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100
+MAX_PARAM_LENGTH = 6000
+
+_QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    # One outage must not hold the writer for minutes: it tries again by itself.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}
+
+
+def quiet_mlflow() -> None:
+    """No telemetry, short retries; to be called before mlflow is imported."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    # A run id in the environment would override the parent of every run.
+    os.environ.pop("MLFLOW_RUN_ID", None)
+
+
+def default_tracking_uri(storage: Path) -> str:
+    """SQLite in the storage."""
+    return f"sqlite:///{storage / 'mlflow.db'}"
+
+
+class MlflowRecorder:
+    """Writes events to an MLflow tracking store; connects when the first one comes.
+
+    Args:
+        uri: Tracking URI.
+        experiment: Name of the experiment.
+        study_id: Marks the runs of this study.
+        artifacts: Where an experiment that must be made keeps artifacts; None leaves it to a
+            server.
+    """
+
+    def __init__(
+        self, uri: str, experiment: str, study_id: str, artifacts: Path | None = None
+    ) -> None:
+        self._uri, self._experiment, self._study_id = uri, experiment, study_id
+        self._artifacts = artifacts
+        self._client: Any = None
+        self._experiment_id = ""
+        self._run_ids: dict[int | None, str] = {}
+
+    def record(self, event: Event) -> None:
+        """Send one event."""
+        self._connect()
+        if isinstance(event, RunStarted):
+            self._start(event)
+        elif isinstance(event, MetricsRecorded):
+            self._log_metrics(event.number, event.metrics, event.step, event.time_ms)
+        elif isinstance(event, RunFinished):
+            self._finish(event)
+        elif isinstance(event, FilesReady):
+            self._copy(event)
+
+    def run_id(self, number: int | None) -> str | None:
+        """MLflow's id of a run of this study, if there is one."""
+        self._connect()
+        if number in self._run_ids:
+            return self._run_ids[number]
+        name = STUDY_ITSELF if number is None else str(number)
+        found = self._client.search_runs(
+            [self._experiment_id],
+            f"tags.`{STUDY_TAG}` = '{self._study_id}' and tags.`{TRIAL_TAG}` = '{name}'",
+            max_results=1,
+        )
+        if not found:
+            return None
+        self._run_ids[number] = str(found[0].info.run_id)
+        return self._run_ids[number]
+
+    def _connect(self) -> None:
+        if self._client is not None:
+            return
+        quiet_mlflow()
+        import mlflow
+
+        client = mlflow.MlflowClient(self._uri)
+        experiment = client.get_experiment_by_name(self._experiment)
+        if experiment is None:
+            location = self._artifacts.as_uri() if self._artifacts else None
+            self._experiment_id = client.create_experiment(self._experiment, location)
+        else:
+            self._experiment_id = experiment.experiment_id
+        self._client = client
+
+    def _start(self, event: RunStarted) -> None:
+        from mlflow.entities import Param
+
+        run_id = self.run_id(event.number) or self._create(event)
+        self._client.update_run(run_id, status="RUNNING")
+        params = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in event.params.items()]
+        for at in range(0, len(params), PARAMS_PER_CALL):
+            self._client.log_batch(run_id, params=params[at : at + PARAMS_PER_CALL])
+
+    def _create(self, event: RunStarted) -> str:
+        from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+        name = STUDY_ITSELF if event.number is None else str(event.number)
+        tags = event.tags | {STUDY_TAG: self._study_id, TRIAL_TAG: name}
+        if event.number is not None and (parent := self.run_id(None)):
+            tags[MLFLOW_PARENT_RUN_ID] = parent
+        run = self._client.create_run(
+            self._experiment_id, start_time=event.time_ms, tags=tags, run_name=event.name
+        )
+        self._run_ids[event.number] = str(run.info.run_id)
+        return self._run_ids[event.number]
+
+    def _finish(self, event: RunFinished) -> None:
+        run_id = self._existing(event.number)
+        self._log_metrics(event.number, event.metrics, 0, event.time_ms)
+        tags = event.tags | {STATE_TAG: event.state, OUTCOME_TAG: event.outcome}
+        for key, value in tags.items():
+            self._client.set_tag(run_id, key, value)
+        self._client.set_terminated(run_id, STATUS[event.state], event.time_ms)
+
+    def _log_metrics(
+        self, number: int | None, metrics: dict[str, float], step: int, time_ms: int
+    ) -> None:
+        from mlflow.entities import Metric
+
+        batch = [Metric(key, value, time_ms, step) for key, value in metrics.items()]
+        for at in range(0, len(batch), METRICS_PER_CALL):
+            part = batch[at : at + METRICS_PER_CALL]
+            self._client.log_batch(self._existing(number), metrics=part)
+
+    def _copy(self, event: FilesReady) -> None:
+        path, run_id = Path(event.path), self._existing(event.number)
+        if path.is_dir():
+            self._client.log_artifacts(run_id, str(path), event.artifact_path)
+        elif path.is_file():
+            self._client.log_artifact(run_id, str(path), event.artifact_path)
+
+    def _existing(self, number: int | None) -> str:
+        run_id = self.run_id(number)
+        if run_id is None:
+            raise RuntimeError(f"MLflow holds no run of trial {number} of {self._study_id}")
+        return run_id

@@ -1,0 +1,158 @@
+"""Events on disk first, then to a server by one background writer.
+
+A study never waits for its tracking server and never fails because of it: what could not be sent
+stays in the spool, and sending it again changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from pathlib import Path
+from typing import Protocol
+
+from drtune_ray.tracking.events import Event, from_plain, to_plain
+
+logger = logging.getLogger(__name__)
+
+EVENTS_NAME, SENT_NAME = "events.jsonl", "sent"
+RETRY_SECONDS = (1.0, 2.0, 5.0, 15.0, 60.0)
+
+
+class Recorder(Protocol):
+    """Where events go; sending the same event twice must change nothing."""
+
+    def record(self, event: Event) -> None:
+        """Take one event, or raise."""
+
+
+class Spool:
+    """Append-only file of events with a mark of how far they were sent.
+
+    Args:
+        folder: Made when first written to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._events, self._sent = folder / EVENTS_NAME, folder / SENT_NAME
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._drop_torn_end()
+
+    def append(self, event: Event) -> None:
+        """Write an event so that it survives a crash."""
+        line = json.dumps(to_plain(event)) + "\n"
+        with self._lock, self._events.open("ab") as file:
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def next_unsent(self) -> tuple[Event, int] | None:
+        """The oldest event that was not sent, and the mark to set when it is."""
+        if not self._events.exists():
+            return None
+        with self._events.open("rb") as file:
+            file.seek(self._offset())
+            line = file.readline()
+            if not line.endswith(b"\n"):
+                return None
+            return from_plain(json.loads(line)), file.tell()
+
+    def mark_sent(self, offset: int) -> None:
+        """Remember that everything before the mark was sent."""
+        temporary = self._sent.with_suffix(".tmp")
+        temporary.write_text(str(offset))
+        temporary.replace(self._sent)
+
+    def num_unsent(self) -> int:
+        """How many events were not sent."""
+        if not self._events.exists():
+            return 0
+        with self._events.open("rb") as file:
+            file.seek(self._offset())
+            return sum(1 for _ in file)
+
+    def _offset(self) -> int:
+        return int(self._sent.read_text()) if self._sent.exists() else 0
+
+    def _drop_torn_end(self) -> None:
+        """A line that a crash cut off was never acted upon: remove it."""
+        if not self._events.exists():
+            return
+        content = self._events.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(self._events, whole)
+
+
+class BackgroundWriter:
+    """Sends a spool's events from a thread of its own, in order, until closed.
+
+    Args:
+        spool: What to send.
+        recorder: Where to; it is used from the writer's thread only.
+    """
+
+    def __init__(self, spool: Spool, recorder: Recorder) -> None:
+        self._spool, self._recorder = spool, recorder
+        self._wake, self._closing = threading.Event(), threading.Event()
+        self._has_warned = False
+        self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
+        self._thread.start()
+
+    def emit(self, event: Event) -> None:
+        """Take an event; returns when it is on disk."""
+        try:
+            self._spool.append(event)
+        except OSError as error:
+            logger.warning("tracking: an event could not be written to disk: %s", error)
+        self._wake.set()
+
+    def close(self, timeout_seconds: float = 30.0) -> int:
+        """Send what is left within the time; returns how many events remain unsent."""
+        self._closing.set()
+        self._wake.set()
+        self._thread.join(timeout_seconds)
+        return self._spool.num_unsent()
+
+    def _run(self) -> None:
+        num_failures = 0
+        while True:
+            self._wake.clear()
+            try:
+                if send_unsent(self._spool, self._recorder):
+                    num_failures = 0
+            except Exception as error:  # an observer may fail in any way; the study goes on
+                self._warn_once(error)
+                delay = RETRY_SECONDS[min(num_failures, len(RETRY_SECONDS) - 1)]
+                num_failures += 1
+                if self._closing.wait(delay):
+                    return
+                continue
+            if self._closing.is_set() and self._spool.next_unsent() is None:
+                return
+            self._wake.wait()
+
+    def _warn_once(self, error: Exception) -> None:
+        if not self._has_warned:
+            logger.warning(
+                "tracking: %s; events stay on disk and are sent when it answers again", error
+            )
+            self._has_warned = True
+
+
+def send_unsent(spool: Spool, recorder: Recorder) -> int:
+    """Send every event that was not sent; returns their number.
+
+    Raises:
+        Exception: Whatever the recorder raises; the event at fault stays unsent.
+    """
+    num_sent = 0
+    while (unsent := spool.next_unsent()) is not None:
+        event, offset = unsent
+        recorder.record(event)
+        spool.mark_sent(offset)
+        num_sent += 1
+    return num_sent

