@@ -135,7 +135,8 @@ class MappedArray:
 
     def __getitem__(self, row: int) -> NDArray[Any]:
         chunk = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return self._chunks[chunk][row - int(self._starts[chunk])]
+        picked: NDArray[Any] = self._chunks[chunk][row - int(self._starts[chunk])]
+        return picked
 
     def take(self, rows: Iterable[int]) -> NDArray[Any]:
         """Copies of rows, (rows, ...)."""

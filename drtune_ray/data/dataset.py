@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from drtune_ray.config import DataConfig
-from drtune_ray.data.cache import ImageRows, MappedArray, Pixels, read_images
-from drtune_ray.data.views import ViewMaker
+from drtune_ray.data.cache import ImageRows, MappedArray, read_images
+from drtune_ray.data.views import Pixels, ViewMaker
 
 Batch = tuple[Tensor, Tensor]
 

@@ -97,7 +97,7 @@ def read_bytes(root: Path, row: dict[str, object]) -> bytes:
 
 def decode(content: bytes) -> Image.Image:
     """An RGB image from its encoded bytes; transparency is laid on white."""
-    image = Image.open(io.BytesIO(content))
+    image: Image.Image = Image.open(io.BytesIO(content))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

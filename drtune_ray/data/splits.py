@@ -36,7 +36,7 @@ class Splits:
 
     def count(self, split: str) -> int:
         """Number of images of one split."""
-        return self.manifest["split"].to_pylist().count(split)
+        return len(self.rows(split))
 
     def content_digest(self, split: str | None = None) -> str:
         """Hash over content, label and split of the images, of one split or of all."""

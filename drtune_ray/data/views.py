@@ -36,7 +36,7 @@ class ViewMaker:
     """
 
     def __init__(self, config: DataConfig, interpolation: str) -> None:
-        from timm.data import create_transform
+        from timm.data.transforms_factory import create_transform
 
         self._seed = config.view_seed
         # `use_prefetcher` makes timm stop at uint8 pixels; normalising is left to the device.
@@ -49,7 +49,7 @@ class ViewMaker:
             is_training=True,
             scale=(config.crop_scale_min, 1.0),
             hflip=config.horizontal_flip,
-            color_jitter=None,
+            color_jitter=0.0,
             **common,
         )
         self._evaluate = create_transform(

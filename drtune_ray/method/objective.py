@@ -212,11 +212,11 @@ class DRTune(nn.Module):
         return features
 
     def _enqueue(self, pretrained: Tensor, downstream: Tensor, labels: Tensor) -> None:
-        gathered = [
-            self.collective.gather_rows(rows)
-            for rows in (pretrained.to(self.bank.pretrained), downstream.to(self.bank.downstream))
-        ]
-        self.bank.enqueue(*gathered, self.collective.gather_rows(labels))
+        self.bank.enqueue(
+            self.collective.gather_rows(pretrained.to(self.bank.pretrained)),
+            self.collective.gather_rows(downstream.to(self.bank.downstream)),
+            self.collective.gather_rows(labels),
+        )
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

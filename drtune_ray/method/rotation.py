@@ -66,7 +66,8 @@ def _joint_basis(source: Tensor, target: Tensor) -> Tensor | None:
     """Orthonormal basis, (D, 2K), whose span holds the rows of both; None where 2K >= D."""
     if 2 * len(source) >= source.shape[1]:
         return None
-    return torch.linalg.qr(torch.cat([source, target]).T)[0]
+    basis: Tensor = torch.linalg.qr(torch.cat([source, target]).T)[0]
+    return basis
 
 
 def _polar_factor(covariance: Tensor, proper: bool) -> Tensor:
@@ -83,7 +84,7 @@ def _polar_factor(covariance: Tensor, proper: bool) -> Tensor:
         inner_left, _, inner_right_t = torch.linalg.svd(left_free.T @ right_free)
         left = torch.cat([left[:, :num_evident], left_free @ inner_left], 1)
         right_t = torch.cat([right_t[:num_evident], inner_right_t @ right_free.T])
-    rotation = left @ right_t
+    rotation: Tensor = left @ right_t
     if proper and torch.linalg.det(rotation) < 0:
         # The last pair carries the least evidence; without any, the least likeness to I.
         rotation -= 2.0 * torch.outer(left[:, -1], right_t[-1])

@@ -89,6 +89,8 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
 
     def setup(self, config: dict[str, Any], workplace: Workplace) -> None:
         """Open what the trials share, then begin the first of them."""
+        self._epochs: Iterator[EpochReport | SavePoint] = iter(())
+        self._last: dict[str, Any] | None = None
         self._workshop = Workshop(workplace)
         self._begin(config)
 
@@ -120,5 +122,5 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
     def _begin(self, config: dict[str, Any]) -> None:
         trial = TrialConfig.from_mapping(json.loads(config[CONFIG_TRIAL]))
         self._folder = self._workshop.workplace.folder(config[CONFIG_NUMBER])
-        self._last: dict[str, Any] | None = None
+        self._last = None
         self._epochs = self._workshop.epochs(trial, self._folder)

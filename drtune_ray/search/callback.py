@@ -28,6 +28,10 @@ class StudyCallback(Callback):  # type: ignore[misc]
         self._study, self._emit = study, emit
         self._seen: set[tuple[int, int]] = set()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its callbacks for a restore that is never asked for."""
+        return {}
+
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial begins or goes on."""
         number = trial.config[CONFIG_NUMBER]

@@ -5,22 +5,26 @@ from __future__ import annotations
 import os
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import filelock
 
 import drtune_ray
-from drtune_ray.config import StudyConfig, flattened, read_yaml, to_yaml
+from drtune_ray.config import TrackingConfig, flattened, read_yaml, to_yaml
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 
-STUDY_FILE = "study.yaml"
+RECORD_FILE = "study.yaml"
+# What else lies in the folder of a study or training.
+JOURNAL_NAME, SPLITS_NAME, TRIALS_NAME = "optuna.journal", "splits.parquet", "trials.parquet"
+WINNER_NAME, SPOOL_NAME, TRIALS_FOLDER = "winner", "spool", "trials"
+STUDY, TRAINING = "study", "training"
 # Raised when a change of the package changes the numbers that a trial gives.
 NUMERIC_VERSION = 1
-# Settings that may differ between two runs of the same study.
+# Settings that may differ between two runs of the same study, or of the same training.
 NOT_DECIDING = (
     "name",
     "storage",
@@ -32,48 +36,60 @@ NOT_DECIDING = (
     "trial.data.cache_limit_gib",
     "trial.backbone.weights",
     "trial.training.save_every_seconds",
+    "data.train",
+    "data.loader_workers",
+    "data.cache_limit_gib",
+    "backbone.weights",
+    "training.save_every_seconds",
 )
 
 
 @dataclass(frozen=True)
-class StudyRecord:
-    """The file that makes a folder a study.
+class Record:
+    """The file that makes a folder a study, or a single training.
 
     Attributes:
+        folder: Where it lies.
         study_id: Unique; marks its runs in MLflow.
-        config: The resolved configuration of the latest run.
+        kind: `STUDY` or `TRAINING`.
+        config: The resolved configuration of the latest run, as plain values.
         deciding: What decides the results: flat settings and hashes of data and weights.
+        tracking: Where the latest run was recorded, as plain values of `TrackingConfig`.
     """
 
+    folder: Path
     study_id: str
-    config: StudyConfig
+    kind: str
+    config: dict[str, Any]
     deciding: dict[str, Any]
+    tracking: dict[str, Any]
 
-    def write(self, folder: Path) -> None:
-        """Write into the study's folder."""
+    def write(self) -> None:
+        """Write into the folder."""
         content = {
+            "kind": self.kind,
             "study_id": self.study_id,
             "drtune_ray_version": drtune_ray.__version__,
-            "config": self.config.to_mapping(),
+            "config": self.config,
             "deciding": self.deciding,
+            "tracking": self.tracking,
         }
-        temporary = folder / f".{STUDY_FILE}.tmp"
+        temporary = self.folder / f".{RECORD_FILE}.tmp"
         temporary.write_text(to_yaml(content))
-        temporary.replace(folder / STUDY_FILE)
+        temporary.replace(self.folder / RECORD_FILE)
 
 
-def read_record(folder: Path) -> StudyRecord:
-    """The study in a folder.
+def read_record(folder: Path) -> Record:
+    """The study or training in a folder.
 
     Raises:
         ConfigError: If the folder holds none.
     """
-    if not (folder / STUDY_FILE).exists():
-        raise ConfigError(f"{folder} is not a study: it holds no {STUDY_FILE}")
-    content = read_yaml(folder / STUDY_FILE)
-    return StudyRecord(
-        content["study_id"], StudyConfig.from_mapping(content["config"]), content["deciding"]
-    )
+    if not (folder / RECORD_FILE).exists():
+        raise ConfigError(f"{folder} is not a study: it holds no {RECORD_FILE}")
+    content = read_yaml(folder / RECORD_FILE)
+    names = ("study_id", "kind", "config", "deciding", "tracking")
+    return Record(folder, *(content[name] for name in names))
 
 
 def find_study(name_or_folder: str, storage: str) -> Path:
@@ -84,9 +100,9 @@ def find_study(name_or_folder: str, storage: str) -> Path:
     """
     base = Path(storage).expanduser().resolve()
     for folder in (Path(name_or_folder).expanduser().resolve(), base / name_or_folder):
-        if (folder / STUDY_FILE).exists():
+        if (folder / RECORD_FILE).exists():
             return folder
-    there = sorted(path.parent.name for path in base.glob(f"*/{STUDY_FILE}"))
+    there = sorted(path.parent.name for path in base.glob(f"*/{RECORD_FILE}"))
     raise ConfigError(
         f"there is no study {name_or_folder!r} under {base}"
         + (f"; there are {there}" if there else "")
@@ -94,12 +110,13 @@ def find_study(name_or_folder: str, storage: str) -> Path:
     )
 
 
-def deciding_values(config: StudyConfig, data_digest: str, weights_digest: str) -> dict[str, Any]:
-    """Everything that decides the results of a study, flat."""
-    flat = flattened(config.to_mapping())
+def deciding_values(
+    config: Mapping[str, Any], data_digest: str, weights_digest: str
+) -> dict[str, Any]:
+    """Everything that decides the results of a study or training, flat."""
     kept = {
         key: value
-        for key, value in flat.items()
+        for key, value in flattened(config).items()
         if not any(key == name or key.startswith(name + ".") for name in NOT_DECIDING)
     }
     return kept | {
@@ -109,16 +126,23 @@ def deciding_values(config: StudyConfig, data_digest: str, weights_digest: str) 
     }
 
 
-def open_record(config: StudyConfig, deciding: dict[str, Any]) -> StudyRecord:
-    """The study of this name: a new one, or the present one if it decides the same.
+def open_record(
+    folder: Path,
+    kind: str,
+    config: Mapping[str, Any],
+    deciding: dict[str, Any],
+    tracking: TrackingConfig,
+) -> Record:
+    """What lies in the folder if it decides the same, else a new record if the folder has none.
 
     Raises:
         ConfigError: If the name is taken by another configuration, with the differences.
     """
-    folder = config.folder
-    if not (folder / STUDY_FILE).exists():
-        record = StudyRecord(f"{config.name}-{uuid.uuid4().hex[:12]}", config, deciding)
-        record.write(folder)
+    if not (folder / RECORD_FILE).exists():
+        study_id = f"{folder.name}-{uuid.uuid4().hex[:12]}"
+        place = tracking.model_dump(mode="json")
+        record = Record(folder, study_id, kind, dict(config), deciding, place)
+        record.write()
         return record
     former = read_record(folder)
     differences = [
@@ -126,13 +150,15 @@ def open_record(config: StudyConfig, deciding: dict[str, Any]) -> StudyRecord:
         for key in sorted(former.deciding.keys() | deciding.keys())
         if former.deciding.get(key) != deciding.get(key)
     ]
+    if former.kind != kind:
+        differences = [f"  it is a {former.kind}, this is a {kind}"]
     if differences:
         raise ConfigError(
-            f"study {config.name!r} under {config.storage} was begun with another configuration; "
+            f"the name {folder.name!r} under {folder.parent} is taken by another configuration; "
             "give this one another --name, or repeat the former command:\n" + "\n".join(differences)
         )
-    record = StudyRecord(former.study_id, config, former.deciding)
-    record.write(folder)
+    record = replace(former, config=dict(config), tracking=tracking.model_dump(mode="json"))
+    record.write()
     return record
 
 

@@ -13,7 +13,7 @@ from drtune_ray.config import SchedulerConfig
 from drtune_ray.search.protocol import CONFIG_NUMBER, EPOCH, OBJECTIVE
 
 
-class StudyASHA(AsyncHyperBandScheduler):
+class StudyASHA(AsyncHyperBandScheduler):  # type: ignore[misc]
     """Ray Tune's ASHA with two additions.
 
     Reference trials run to their last epoch and leave no trace in the rungs; and the rungs can be

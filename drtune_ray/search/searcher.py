@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -203,13 +204,16 @@ def build_sampler(config: SamplerConfig, seed: int) -> optuna.samplers.BaseSampl
     """Optuna's sampler, seeded."""
     if config.name == "random":
         return optuna.samplers.RandomSampler(seed=seed)
-    return optuna.samplers.TPESampler(
-        seed=seed,
-        n_startup_trials=config.num_startup_trials,
-        multivariate=True,
-        group=True,  # conditional parameters are modelled together with what they depend on
-        constant_liar=True,  # several trials run at a time
-    )
+    with warnings.catch_warnings():
+        # Conditional parameters are modelled together with what they depend on: `group`.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(
+            seed=seed,
+            n_startup_trials=config.num_startup_trials,
+            multivariate=True,
+            group=True,
+            constant_liar=True,  # several trials run at a time
+        )
 
 
 def last_epoch(trial: FrozenTrial) -> int:

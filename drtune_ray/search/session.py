@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from drtune_ray.config import ResourcesConfig
 from drtune_ray.errors import EnvironmentProblem
 
 _ENVIRONMENT = {
@@ -73,3 +74,21 @@ def ray_session(*, with_dashboard: bool = False) -> Iterator[Capacity]:
     finally:
         if not joined:
             ray.shutdown()
+
+
+def trials_that_fit(workers: int, resources: ResourcesConfig, capacity: Capacity) -> int:
+    """How many trials of so many workers the cluster can hold at a time.
+
+    Raises:
+        EnvironmentProblem: If not even one fits, with the numbers.
+    """
+    cpus, gpus = resources.cpus_per_worker * workers, resources.gpus_per_worker * workers
+    if cpus > capacity.num_cpus or gpus > capacity.num_gpus:
+        raise EnvironmentProblem(
+            f"a trial takes {cpus} CPUs and {gpus:g} GPUs ({workers} workers with "
+            f"{resources.cpus_per_worker} CPUs and {resources.gpus_per_worker:g} GPUs each) but "
+            f"there are {capacity.num_cpus:g} CPUs and {capacity.num_gpus:g} GPUs: lower "
+            "training.workers, resources.cpus_per_worker or resources.gpus_per_worker"
+        )
+    fitting = int(capacity.num_cpus // cpus)
+    return min(fitting, int(capacity.num_gpus // gpus)) if gpus else fitting

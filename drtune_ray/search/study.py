@@ -6,7 +6,8 @@ import json
 import logging
 import signal
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,12 +20,23 @@ from optuna.trial import FrozenTrial, TrialState
 
 from drtune_ray.config import StudyConfig, TrialConfig, flattened, reference_config
 from drtune_ray.data.dataset import Tables
-from drtune_ray.errors import EnvironmentProblem, NoTrialCompleted
+from drtune_ray.errors import NoTrialCompleted
 from drtune_ray.results.trials import TrialSummary, write_trials
 from drtune_ray.results.winner import write_winner
 from drtune_ray.search.actor import Workplace
 from drtune_ray.search.callback import StudyCallback, run_finished
-from drtune_ray.search.identity import StudyRecord, deciding_values, driver_lease, open_record
+from drtune_ray.search.identity import (
+    JOURNAL_NAME,
+    SPLITS_NAME,
+    SPOOL_NAME,
+    STUDY,
+    TRIALS_FOLDER,
+    TRIALS_NAME,
+    WINNER_NAME,
+    deciding_values,
+    driver_lease,
+    open_record,
+)
 from drtune_ray.search.prepare import Checked, check_inputs, prepare, write_manifest
 from drtune_ray.search.scheduler import StudyASHA
 from drtune_ray.search.searcher import (
@@ -37,17 +49,15 @@ from drtune_ray.search.searcher import (
     build_sampler,
     last_epoch,
 )
-from drtune_ray.search.session import Capacity, ray_session
+from drtune_ray.search.session import ray_session, trials_that_fit
 from drtune_ray.search.space import SearchSpace, read_space
 from drtune_ray.search.trainables import tune_trainable
 from drtune_ray.tracking.events import Event, FilesReady, RunFinished, RunStarted, Sink
-from drtune_ray.tracking.mlflow_recorder import MlflowRecorder, default_tracking_uri
+from drtune_ray.tracking.mlflow_recorder import build_recorder
 from drtune_ray.tracking.spool import BackgroundWriter, Spool
 
 logger = logging.getLogger(__name__)
 
-JOURNAL_NAME, SPLITS_NAME, TRIALS_NAME = "optuna.journal", "splits.parquet", "trials.parquet"
-WINNER_NAME = "winner"
 MAX_MACHINE_FAILURES = 2
 
 
@@ -63,7 +73,8 @@ class StudyResult:
             completed trials, each trained on one seed.
         num_unsent: Events that the tracking server has not taken yet.
         was_done: Whether there was nothing left to run.
-        notes: Sentences about what was chosen for the user.
+        searched: Paths that the search space varies.
+        seconds: How long this run took.
     """
 
     folder: Path
@@ -72,7 +83,8 @@ class StudyResult:
     winner: TrialSummary
     num_unsent: int
     was_done: bool
-    notes: tuple[str, ...]
+    searched: tuple[str, ...]
+    seconds: float
 
     @property
     def references(self) -> tuple[TrialSummary, ...]:
@@ -85,10 +97,9 @@ class StudyPlan:
     """Told to the observer before the first trial starts."""
 
     config: StudyConfig
-    folder: Path
-    num_trials: int
     num_done: int
     trials_at_a_time: int
+    searched: tuple[str, ...]
     notes: tuple[str, ...]
 
 
@@ -96,7 +107,7 @@ def run_study(
     config: StudyConfig,
     *,
     observer: Sink | None = None,
-    on_plan: Any = None,
+    on_plan: Callable[[StudyPlan], None] = lambda plan: None,
 ) -> StudyResult:
     """Search, or go on searching, and name the winner.
 
@@ -116,11 +127,13 @@ def run_study(
     """
     checked, space, references, notes = _check(config)
     config = config.model_copy(update={"space": _space_content(config)})
-    deciding = deciding_values(config, checked.splits.content_digest(), checked.backbone.digest)
-    with driver_lease(config.folder), _sigterm_as_interrupt():
-        record = open_record(config, deciding)
+    values = config.to_mapping()
+    deciding = deciding_values(values, checked.splits.content_digest(), checked.backbone.digest)
+    with driver_lease(config.folder), sigterm_as_interrupt():
+        record = open_record(config.folder, STUDY, values, deciding, config.tracking)
         write_manifest(checked.splits, config.folder / SPLITS_NAME)
-        return _Driver(record, checked, space, references, notes, observer, on_plan).run()
+        driver = _Driver(config, record.study_id, checked, space, references, notes)
+        return driver.run(observer, on_plan)
 
 
 def _check(
@@ -151,34 +164,35 @@ class _Driver:
 
     def __init__(
         self,
-        record: StudyRecord,
+        config: StudyConfig,
+        study_id: str,
         checked: Checked,
         space: SearchSpace,
         references: tuple[Reference, ...],
         notes: tuple[str, ...],
-        observer: Sink | None,
-        on_plan: Any,
     ) -> None:
-        self.record, self.config, self.folder = record, record.config, record.config.folder
+        self.config, self.study_id, self.folder = config, study_id, config.folder
         self.checked, self.space, self.references = checked, space, references
-        self.notes, self.observer, self.on_plan = notes, observer, on_plan
-        self.storage = Path(self.config.storage).expanduser().resolve()
-        self.study = open_optuna_study(self.folder, record.study_id, self.config)
-        self.base = self.config.trial.with_values(
-            {"method.bank_size": min(self.config.trial.method.bank_size, checked.num_train)}
+        self.notes, self.started = notes, time.monotonic()
+        self.storage = Path(config.storage).expanduser().resolve()
+        self.study = open_optuna_study(self.folder, study_id, config)
+        self.base = config.trial.with_values(
+            {"method.bank_size": min(config.trial.method.bank_size, checked.num_train)}
         )
 
-    def run(self) -> StudyResult:
+    def run(self, observer: Sink | None, on_plan: Callable[[StudyPlan], None]) -> StudyResult:
         num_done = len(self._finished())
         if num_done >= self.config.trials:
-            return self._result(self._num_unsent(), was_done=True)
+            return self._result(Spool(self.folder / SPOOL_NAME).num_unsent(), was_done=True)
+        spool = Spool(self.folder / SPOOL_NAME)
+        recorder = build_recorder(self.config.tracking, self.storage, self.study_id)
         with ExitStack() as stack:
-            writer = BackgroundWriter(Spool(self.folder / "spool"), self._recorder())
+            writer = BackgroundWriter(spool, recorder)
             stack.callback(writer.close)
-            self._emit = _fan_out(writer.emit, self.observer, self._free_disk)
+            self._emit = _fan_out(writer.emit, observer, self._free_disk)
             self._tell_start()
             try:
-                self._search()
+                self._search(on_plan)
             except KeyboardInterrupt:
                 self._tell_interruption()
                 raise
@@ -186,23 +200,17 @@ class _Driver:
             num_unsent = writer.close()
         return replace(result, num_unsent=num_unsent)
 
-    def _search(self) -> None:
+    def _search(self, on_plan: Callable[[StudyPlan], None]) -> None:
         device = "cuda" if self.config.resources.gpus_per_worker else "cpu"
         tables = prepare(self.checked, self.config.trial, self.storage, device)
         self.tables = tables
         nested = self.config.trial.training.workers > 1
         with ray_session(with_dashboard=nested) as capacity:
-            at_a_time = trials_at_a_time(self.config, capacity)
-            plan = StudyPlan(
-                self.config,
-                self.folder,
-                self.config.trials,
-                len(self._finished()),
-                at_a_time,
-                self.notes,
-            )
-            if self.on_plan:
-                self.on_plan(plan)
+            resources, workers = self.config.resources, self.config.trial.training.workers
+            fitting = trials_that_fit(workers, resources, capacity)
+            at_a_time = min(resources.trials_at_a_time or fitting, fitting)
+            num_done = len(self._finished())
+            on_plan(StudyPlan(self.config, num_done, at_a_time, self._searched(), self.notes))
             self._tune(tables, at_a_time, device)
 
     def _tune(self, tables: Tables, at_a_time: int, device: str) -> None:
@@ -211,7 +219,7 @@ class _Driver:
         search = StudySearch(self.study, self.space, self.base, self.references, self.config.trials)
         workplace = Workplace(
             tables.to_mapping(),
-            self.folder / "trials",
+            self.folder / TRIALS_FOLDER,
             self.config.resources.cpus_per_worker,
             device,
         )
@@ -237,6 +245,7 @@ class _Driver:
                     storage_path=scratch,
                     callbacks=[StudyCallback(self.study, self._emit)],
                     failure_config=tune.FailureConfig(max_failures=MAX_MACHINE_FAILURES),
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                     verbose=0,
                 ),
             )
@@ -289,7 +298,7 @@ class _Driver:
             TrialConfig.from_mapping(winner.config),
             {
                 "study": self.config.name,
-                "study_id": self.record.study_id,
+                "study_id": self.study_id,
                 "trial": winner.number,
                 "val_accuracy": winner.best_val_accuracy,
                 "chosen": "maximum validation accuracy over the completed trials, one seed each",
@@ -314,7 +323,7 @@ class _Driver:
                 TrialFolder(self._trial_folder(event.number)).drop_resumable()
 
     def _trial_folder(self, number: int) -> Path:
-        return self.folder / "trials" / f"{number:05d}"
+        return self.folder / TRIALS_FOLDER / f"{number:05d}"
 
     def _finished(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=FINISHED_STATES)
@@ -322,31 +331,21 @@ class _Driver:
     def _summaries(self) -> tuple[TrialSummary, ...]:
         return tuple(summary(trial) for trial in self.study.get_trials(deepcopy=False))
 
-    def _recorder(self) -> MlflowRecorder:
-        tracking = self.config.tracking
-        if tracking.uri:
-            return MlflowRecorder(tracking.uri, tracking.experiment, self.record.study_id)
-        return MlflowRecorder(
-            default_tracking_uri(self.storage),
-            tracking.experiment,
-            self.record.study_id,
-            self.storage / "mlartifacts",
-        )
-
-    def _num_unsent(self) -> int:
-        return Spool(self.folder / "spool").num_unsent()
-
     def _result(self, num_unsent: int, *, was_done: bool) -> StudyResult:
         trials = self._summaries()
         return StudyResult(
             self.folder,
-            self.record.study_id,
+            self.study_id,
             trials,
             best_trial(trials),
             num_unsent,
             was_done,
-            self.notes,
+            self._searched(),
+            time.monotonic() - self.started,
         )
+
+    def _searched(self) -> tuple[str, ...]:
+        return tuple(parameter.path for parameter in self.space.parameters)
 
 
 def open_optuna_study(folder: Path, study_id: str, config: StudyConfig) -> optuna.Study:
@@ -365,27 +364,6 @@ def open_optuna_study(folder: Path, study_id: str, config: StudyConfig) -> optun
         pruner=optuna.pruners.NopPruner(),
         load_if_exists=True,
     )
-
-
-def trials_at_a_time(config: StudyConfig, capacity: Capacity) -> int:
-    """How many trials fit, or as many as the user asked for.
-
-    Raises:
-        EnvironmentProblem: If not even one fits, with the numbers.
-    """
-    resources, workers = config.resources, config.trial.training.workers
-    cpus, gpus = resources.cpus_per_worker * workers, resources.gpus_per_worker * workers
-    if cpus > capacity.num_cpus or gpus > capacity.num_gpus:
-        raise EnvironmentProblem(
-            f"a trial takes {cpus} CPUs and {gpus:g} GPUs ({workers} workers with "
-            f"{resources.cpus_per_worker} and {resources.gpus_per_worker:g} each) but there are "
-            f"{capacity.num_cpus:g} CPUs and {capacity.num_gpus:g} GPUs: lower "
-            "resources.cpus_per_worker, resources.gpus_per_worker or training.workers"
-        )
-    fitting = int(capacity.num_cpus // cpus)
-    if gpus:
-        fitting = min(fitting, int(capacity.num_gpus // gpus))
-    return min(resources.trials_at_a_time or fitting, fitting)
 
 
 def best_trial(trials: Sequence[TrialSummary]) -> TrialSummary:
@@ -443,7 +421,7 @@ def _fan_out(*sinks: Sink | None) -> Sink:
 
 
 @contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
+def sigterm_as_interrupt() -> Iterator[None]:
     """SIGTERM leaves a resumable study, as Ctrl-C does."""
 
     def interrupt(signum: int, frame: Any) -> None:

@@ -27,13 +27,24 @@ class RunStarted:
 
 @dataclass(frozen=True)
 class MetricsRecorded:
-    """Numbers of one epoch or step of a run."""
+    """Numbers of one epoch of a run."""
 
     kind: ClassVar[str] = "metrics_recorded"
     number: int | None
     step: int
     metrics: dict[str, float]
     time_ms: int = field(default_factory=lambda: now_ms())
+
+
+@dataclass(frozen=True)
+class StepsRecorded:
+    """Numbers of consecutive training steps of a run."""
+
+    kind: ClassVar[str] = "steps_recorded"
+    number: int | None
+    first_step: int
+    steps: list[dict[str, float]]
+    time_ms: int
 
 
 @dataclass(frozen=True)
@@ -59,10 +70,11 @@ class FilesReady:
     artifact_path: str
 
 
-Event = RunStarted | MetricsRecorded | RunFinished | FilesReady
+Event = RunStarted | MetricsRecorded | StepsRecorded | RunFinished | FilesReady
 Sink = Callable[[Event], None]
 _KINDS: dict[str, Any] = {
-    event.kind: event for event in (RunStarted, MetricsRecorded, RunFinished, FilesReady)
+    event.kind: event
+    for event in (RunStarted, MetricsRecorded, StepsRecorded, RunFinished, FilesReady)
 }
 
 

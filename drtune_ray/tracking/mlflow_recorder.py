@@ -10,12 +10,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from drtune_ray.config import TrackingConfig
 from drtune_ray.tracking.events import (
     Event,
     FilesReady,
     MetricsRecorded,
     RunFinished,
     RunStarted,
+    StepsRecorded,
 )
 
 STUDY_TAG, TRIAL_TAG = "drtune.study_id", "drtune.trial"
@@ -29,6 +31,7 @@ MAX_PARAM_LENGTH = 6000
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
     # One outage must not hold the writer for minutes: it tries again by itself.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -75,6 +78,8 @@ class MlflowRecorder:
             self._start(event)
         elif isinstance(event, MetricsRecorded):
             self._log_metrics(event.number, event.metrics, event.step, event.time_ms)
+        elif isinstance(event, StepsRecorded):
+            self._log_steps(event)
         elif isinstance(event, RunFinished):
             self._finish(event)
         elif isinstance(event, FilesReady):
@@ -144,11 +149,21 @@ class MlflowRecorder:
     def _log_metrics(
         self, number: int | None, metrics: dict[str, float], step: int, time_ms: int
     ) -> None:
+        self._log_batch(number, [(key, value, time_ms, step) for key, value in metrics.items()])
+
+    def _log_steps(self, event: StepsRecorded) -> None:
+        rows = [
+            (f"step_{key}", value, event.time_ms, event.first_step + at)
+            for at, step in enumerate(event.steps)
+            for key, value in step.items()
+        ]
+        self._log_batch(event.number, rows)
+
+    def _log_batch(self, number: int | None, rows: list[tuple[str, float, int, int]]) -> None:
         from mlflow.entities import Metric
 
-        batch = [Metric(key, value, time_ms, step) for key, value in metrics.items()]
-        for at in range(0, len(batch), METRICS_PER_CALL):
-            part = batch[at : at + METRICS_PER_CALL]
+        for at in range(0, len(rows), METRICS_PER_CALL):
+            part = [Metric(*row) for row in rows[at : at + METRICS_PER_CALL]]
             self._client.log_batch(self._existing(number), metrics=part)
 
     def _copy(self, event: FilesReady) -> None:
@@ -163,3 +178,12 @@ class MlflowRecorder:
         if run_id is None:
             raise RuntimeError(f"MLflow holds no run of trial {number} of {self._study_id}")
         return run_id
+
+
+def build_recorder(tracking: TrackingConfig, storage: Path, study_id: str) -> MlflowRecorder:
+    """The recorder of a study: the server that was named, else SQLite in the storage."""
+    if tracking.uri:
+        return MlflowRecorder(tracking.uri, tracking.experiment, study_id)
+    return MlflowRecorder(
+        default_tracking_uri(storage), tracking.experiment, study_id, storage / "mlartifacts"
+    )

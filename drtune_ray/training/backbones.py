@@ -7,6 +7,8 @@ import hashlib
 import importlib.util
 import json
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
+from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from drtune_ray.config import BackboneConfig
@@ -202,12 +205,14 @@ def _is_cached(repository: str) -> bool:
 
 def _check_hub(name: str) -> None:
     """One short request, because the hub's client retries for most of a minute."""
-    import httpx
     from huggingface_hub import constants
 
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
-        httpx.head(constants.ENDPOINT, timeout=HUB_TIMEOUT_SECONDS, follow_redirects=True)
-    except httpx.HTTPError as error:
+        urllib.request.urlopen(request, timeout=HUB_TIMEOUT_SECONDS).close()
+    except urllib.error.HTTPError:
+        return  # it answered
+    except OSError as error:
         local = (
             f"; --weights demo --backbone {DEMO_BACKBONE} needs no download"
             if has_demo_weights()
@@ -287,7 +292,7 @@ def _share(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
 
 
 def _described(name: str, image_size: int, encoder: nn.Module) -> Backbone:
-    expected = timm.data.resolve_model_data_config(encoder)
+    expected: dict[str, Any] = resolve_model_data_config(encoder)  # type: ignore[no-untyped-call]
     try:
         with torch.inference_mode():
             features = encoder(torch.zeros(1, 3, image_size, image_size))

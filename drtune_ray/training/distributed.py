@@ -43,7 +43,7 @@ class ProcessGroup:
         # Collectives need equal shapes: pad to the longest share, then cut.
         padded = rows.new_zeros(max(counts), *rows.shape[1:])
         padded[: len(rows)] = rows
-        parts = self._gather(padded, self.world_size).split(max(counts))
+        parts = torch.split(self._gather(padded, self.world_size), max(counts))
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     def broadcast(self, tensor: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from drtune_ray.config import DataConfig, digest
-from drtune_ray.data.cache import Pixels, read_images, write_array
+from drtune_ray.data.cache import read_images, write_array
 from drtune_ray.data.dataset import Tables, TrainingData
-from drtune_ray.data.views import Normalization, ViewMaker
+from drtune_ray.data.views import Normalization, Pixels, ViewMaker
 from drtune_ray.training.backbones import Backbone, read_backbone
 
 BATCH_ROWS = 64
@@ -83,7 +83,7 @@ def _blocks(pictures: Iterator[Pixels]) -> Iterator[NDArray[np.uint8]]:
 def _features(
     backbone: Backbone, data: TrainingData, device: torch.device
 ) -> Iterator[NDArray[np.float32]]:
-    encoder = backbone.build().eval().to(device, memory_format=torch.channels_last)
+    encoder = backbone.build().eval().to(device).to(memory_format=torch.channels_last)
     num_rows = len(data.train)
     batches = [range(at, min(at + BATCH_ROWS, num_rows)) for at in range(0, num_rows, BATCH_ROWS)]
     for view in range(data.num_views):

@@ -175,10 +175,9 @@ class _Trial:
             config, backbone, len(data.classes), len(data.train), not data.has_features
         )
         if config.training.batch_norm == "synchronised" and is_distributed():
-            method.downstream_encoder = nn.SyncBatchNorm.convert_sync_batchnorm(
-                method.downstream_encoder
-            )
-        self.method = method.to(device, memory_format=torch.channels_last)
+            convert = nn.SyncBatchNorm.convert_sync_batchnorm
+            method.downstream_encoder = convert(method.downstream_encoder)  # type: ignore[no-untyped-call]
+        self.method = method.to(device).to(memory_format=torch.channels_last)
         self.module = data_parallel(self.method, device)
         self.optimizer = build_optimizer(
             self.method.downstream_encoder,
@@ -347,7 +346,7 @@ class _Trial:
 
     def _update(self, loss: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()

@@ -1,0 +1,135 @@
+"""Opening the sealed test split: the only place that reads its images."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from drtune_ray.config import digest
+from drtune_ray.data.sources import decode, read_bytes
+from drtune_ray.data.splits import TEST, VALIDATION
+from drtune_ray.data.views import ViewMaker
+from drtune_ray.errors import ConfigError
+from drtune_ray.results.winner import Winner, read_winner
+from drtune_ray.tracking.events import now_ms
+from drtune_ray.training.frozen import normalized
+
+BATCH_ROWS = 64
+OPENINGS_NAME = "test-openings.jsonl"
+TWO_SIDED_95 = 1.959964
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Right answers among images, with the 95 % Wilson interval."""
+
+    num_correct: int
+    num_images: int
+
+    @property
+    def share(self) -> float:
+        """0 to 1."""
+        return self.num_correct / self.num_images
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson, "Probable inference", JASA 1927."""
+        n, z = self.num_images, TWO_SIDED_95
+        centre = (self.share + z * z / (2 * n)) / (1 + z * z / n)
+        spread = self.share * (1 - self.share) / n + z * z / (4 * n * n)
+        half = z / (1 + z * z / n) * math.sqrt(spread)
+        return centre - half, centre + half
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the test split said.
+
+    Attributes:
+        test: On the sealed images.
+        validation: Measured again, to show that the model is the one that was recorded.
+        recorded_validation: What the study recorded, 0 to 1.
+        num_openings: How often this test split was opened, this time included.
+    """
+
+    test: Accuracy
+    validation: Accuracy
+    recorded_validation: float
+    num_openings: int
+
+
+def evaluate(
+    winner_folder: Path, manifest_path: Path, root: Path, storage: Path, *, again: bool = False
+) -> Evaluation:
+    """Test a model on the sealed split and record that it was opened.
+
+    Args:
+        winner_folder: The model.
+        manifest_path: The study's splits.
+        root: The folder of images.
+        storage: Where openings are recorded.
+        again: Allow an opening after the first.
+
+    Raises:
+        ConfigError: If the split was opened before, or an image is gone or changed.
+    """
+    winner = read_winner(winner_folder)
+    manifest = pq.read_table(manifest_path)
+    test = _rows(manifest, TEST)
+    seal = digest(sorted(row["content_hash"] for row in test))
+    openings = [entry for entry in read_openings(storage) if entry["test_split"] == seal]
+    if openings and not again:
+        raise ConfigError(
+            f"this test split of {len(test)} images was opened {len(openings)} time(s) before, "
+            f"first by {openings[0]['model']}: a split that is looked at repeatedly no longer "
+            "tells how well new images will fare; add --again to open it all the same"
+        )
+    validation = measure(winner, root, _rows(manifest, VALIDATION))
+    # Written before the answer is known: an opening that was cut short is one all the same.
+    entry = {"test_split": seal, "model": str(winner_folder), "time_ms": now_ms()}
+    with (storage / OPENINGS_NAME).open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+    return Evaluation(
+        measure(winner, root, test),
+        validation,
+        float(winner.about["val_accuracy"]),
+        len(openings) + 1,
+    )
+
+
+def read_openings(storage: Path) -> list[dict[str, Any]]:
+    """All recorded openings of test splits under a storage."""
+    path = storage / OPENINGS_NAME
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@torch.inference_mode()
+def measure(winner: Winner, root: Path, rows: Iterable[dict[str, Any]]) -> Accuracy:
+    """Accuracy of a model on rows of a manifest."""
+    maker = ViewMaker(winner.trial.data, winner.normalization.interpolation)
+    model = winner.model.to(memory_format=torch.channels_last)
+    rows = list(rows)
+    num_correct = 0
+    for at in range(0, len(rows), BATCH_ROWS):
+        part = rows[at : at + BATCH_ROWS]
+        views = [maker.evaluation_view(decode(read_bytes(root, row))) for row in part]
+        pixels = torch.stack([torch.tensor(view) for view in views])
+        labels = torch.tensor([row["label"] for row in part])
+        logits = model(normalized(pixels, winner.normalization))
+        num_correct += int((logits.argmax(1) == labels).sum())
+    return Accuracy(num_correct, len(rows))
+
+
+def _rows(manifest: pa.Table, split: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = manifest.filter(
+        pa.compute.equal(manifest["split"], split)
+    ).to_pylist()
+    return rows

@@ -1,0 +1,156 @@
+"""From what a user asked for to a full configuration.
+
+Precedence: ``--set`` > flags > file > defaults that fit the machine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from drtune_ray.config import (
+    DataConfig,
+    ResourcesConfig,
+    StudyConfig,
+    TrialConfig,
+    deep_merge,
+    flattened,
+    nested,
+    parse_assignments,
+    read_yaml,
+)
+from drtune_ray.data.sources import IMAGE_SUFFIXES
+from drtune_ray.errors import ConfigError
+from drtune_ray.search.machine import fitting_defaults, this_machine
+from drtune_ray.training.backbones import DEMO_BACKBONE
+
+TRIAL_FLAGS = {
+    "data_folder": "data.train",
+    "backbone": "backbone.name",
+    "weights": "backbone.weights",
+    "epochs": "training.epochs",
+    "image_size": "data.image_size",
+    "workers": "training.workers",
+    "preset": "preset",
+}
+STUDY_FLAGS = {
+    "trials": "trials",
+    "space": "space",
+    "storage": "storage",
+    "name": "name",
+    "tracking_uri": "tracking.uri",
+}
+
+
+def study_request(
+    study_file: Path | None, assignments: Iterable[str], flags: Mapping[str, Any]
+) -> tuple[StudyConfig, list[str]]:
+    """A study's configuration, and sentences about the defaults that were chosen.
+
+    Args:
+        study_file: YAML of a `StudyConfig`; None where flags say it all.
+        assignments: ``path=value``; paths of the trial, or of the study.
+        flags: Named as in `TRIAL_FLAGS` and `STUDY_FLAGS`, and ``seed``; None is not given.
+
+    Raises:
+        ConfigError: Naming every problem.
+    """
+    asked = read_yaml(study_file) if study_file else {}
+    asked = deep_merge(asked, nested(_given(STUDY_FLAGS, flags)))
+    trial = deep_merge(asked.get("trial") or {}, nested(_trial_values(flags)))
+    for path, value in parse_assignments(assignments).items():
+        if path.split(".")[0] in StudyConfig.model_fields:
+            asked = deep_merge(asked, nested({path: value}))
+        else:
+            trial = deep_merge(trial, nested({path: value}))
+    if flags.get("seed") is not None:
+        asked["seed"] = flags["seed"]
+    asked["trial"] = trial
+    folder = _data_folder(trial)
+    asked.setdefault("name", _name_of(folder))
+    defaults = _fitted(fitting_defaults(this_machine()), trial, folder)
+    config = StudyConfig.from_mapping(deep_merge(defaults, asked))
+    return config, _say(defaults, asked)
+
+
+def trial_request(
+    trial_file: Path | None, assignments: Iterable[str], flags: Mapping[str, Any]
+) -> tuple[TrialConfig, ResourcesConfig, list[str]]:
+    """As :func:`study_request`, for a single training: its configuration and a worker's share."""
+    trial = read_yaml(trial_file) if trial_file else {}
+    trial = deep_merge(trial, nested(_trial_values(flags)))
+    trial = deep_merge(trial, nested(parse_assignments(assignments)))
+    folder = _data_folder(trial)
+    defaults = _fitted(fitting_defaults(this_machine()), trial, folder)
+    preset = trial.pop("preset", None)
+    config = TrialConfig.from_mapping(deep_merge(defaults["trial"], trial), preset=preset)
+    resources = ResourcesConfig(**defaults["resources"])
+    return config, resources, _say({"trial": defaults["trial"]}, {"trial": trial})
+
+
+def _given(names: Mapping[str, str], flags: Mapping[str, Any]) -> dict[str, Any]:
+    return {path: flags[flag] for flag, path in names.items() if flags.get(flag) is not None}
+
+
+def _trial_values(flags: Mapping[str, Any]) -> dict[str, Any]:
+    values = _given(TRIAL_FLAGS, flags)
+    if flags.get("seed") is not None:
+        values |= {"seed": flags["seed"], "data.view_seed": flags["seed"]}
+    return values
+
+
+def _data_folder(trial: Mapping[str, Any]) -> Path:
+    data = trial.get("data")
+    folder = data.get("train") if isinstance(data, Mapping) else None
+    if not folder:
+        raise ConfigError(
+            "data.train is missing: give --data DIR, a folder with one folder of images a class"
+        )
+    return Path(str(folder)).expanduser()
+
+
+def _name_of(folder: Path) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._") or "study"
+
+
+def _fitted(defaults: dict[str, Any], trial: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Defaults that agree with what was asked for."""
+    backbone = trial.get("backbone") or {}
+    name, weights = backbone.get("name"), backbone.get("weights")
+    chosen: dict[str, Any] = {}
+    if name and name != defaults["trial"]["backbone"]["name"]:
+        chosen["trial.backbone.weights"] = "timm"
+    if weights == "demo" and not name:
+        chosen["trial.backbone.name"] = DEMO_BACKBONE
+    size = defaults["trial"]["training"]["batch_size"]
+    num_train = _num_train_at_least(folder, trial.get("data") or {})
+    while size > max(num_train, 2):
+        size //= 2
+    chosen["trial.training.batch_size"] = size
+    return deep_merge(defaults, nested(chosen))
+
+
+def _num_train_at_least(folder: Path, data: Mapping[str, Any]) -> int:
+    """Images that training gets for sure; the real count is known after the scan."""
+    if not folder.is_dir():
+        return 0
+    classes = [path for path in folder.iterdir() if path.is_dir()]
+    images = sum(p.suffix.lower() in IMAGE_SUFFIXES for c in classes for p in c.rglob("*"))
+    if data.get("train_per_class"):
+        return int(data["train_per_class"]) * len(classes)
+    fields = DataConfig.model_fields
+    held_out = sum(
+        float(data.get(key, fields[key].default))
+        for key in ("validation_fraction", "test_fraction")
+    )
+    return int(images * (1.0 - held_out)) - 2 * len(classes)
+
+
+def _say(defaults: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    given = flattened(asked)
+    chosen = [f"{k}={v}" for k, v in flattened(defaults).items() if k not in given]
+    if not chosen:
+        return []
+    return [f"Defaults for this machine ({this_machine().describe()}): {', '.join(chosen)}"]

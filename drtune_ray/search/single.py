@@ -1,0 +1,171 @@
+"""run_training: one configuration on Ray Train, recorded as a run of its own."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from drtune_ray.config import ResourcesConfig, TrackingConfig, TrialConfig, flattened
+from drtune_ray.errors import DrtuneError
+from drtune_ray.results.winner import read_winner, write_winner
+from drtune_ray.search.actor import Workplace
+from drtune_ray.search.identity import (
+    SPLITS_NAME,
+    SPOOL_NAME,
+    TRAINING,
+    TRIALS_FOLDER,
+    WINNER_NAME,
+    deciding_values,
+    driver_lease,
+    open_record,
+)
+from drtune_ray.search.prepare import Checked, check_inputs, prepare, write_manifest
+from drtune_ray.search.protocol import OBJECTIVE, OUTCOME
+from drtune_ray.search.session import ray_session, trials_that_fit
+from drtune_ray.search.study import sigterm_as_interrupt
+from drtune_ray.search.workers import train_on_workers
+from drtune_ray.tracking.events import (
+    Event,
+    FilesReady,
+    MetricsRecorded,
+    RunFinished,
+    RunStarted,
+    Sink,
+    StepsRecorded,
+)
+from drtune_ray.tracking.mlflow_recorder import build_recorder
+from drtune_ray.tracking.spool import BackgroundWriter, Spool
+from drtune_ray.training.checkpoint import TrialFolder
+from drtune_ray.training.loop import COMPLETED, PATIENCE, EpochRecord
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a training came to.
+
+    Attributes:
+        folder: Where it lies; the model is in its ``winner`` folder.
+        val_accuracy: Of the best epoch, 0 to 1.
+        outcome: Why it ended.
+        num_unsent: Events that the tracking server has not taken yet.
+        was_done: Whether there was nothing left to train.
+    """
+
+    folder: Path
+    val_accuracy: float
+    outcome: str
+    num_unsent: int
+    was_done: bool
+
+
+def run_training(
+    config: TrialConfig,
+    name: str,
+    storage: Path,
+    *,
+    resources: ResourcesConfig | None = None,
+    tracking: TrackingConfig | None = None,
+    observer: Sink | None = None,
+) -> TrainingResult:
+    """Train one configuration with ``training.workers`` workers; the same call resumes.
+
+    Args:
+        config: The trial.
+        name: Of its folder under the storage.
+        storage: Where everything goes.
+        resources: What a worker takes.
+        tracking: Where MLflow records.
+        observer: Takes the events as they happen.
+
+    Raises:
+        ConfigError: For bad input, or a name taken by another configuration.
+        EnvironmentProblem: If the machine cannot hold the workers.
+        DrtuneError: If the loss diverged or the workers failed.
+    """
+    storage = storage.expanduser().resolve()
+    checked = check_inputs(config, storage)
+    values = config.to_mapping()
+    deciding = deciding_values(values, checked.splits.content_digest(), checked.backbone.digest)
+    folder = storage / name
+    with driver_lease(folder), sigterm_as_interrupt():
+        tracking = tracking or TrackingConfig()
+        record = open_record(folder, TRAINING, values, deciding, tracking)
+        spool = Spool(folder / SPOOL_NAME)
+        if (folder / WINNER_NAME).exists():
+            about = read_winner(folder / WINNER_NAME).about
+            return TrainingResult(
+                folder, about["val_accuracy"], about["outcome"], spool.num_unsent(), True
+            )
+        write_manifest(checked.splits, folder / SPLITS_NAME)
+        recorder = build_recorder(tracking, storage, record.study_id)
+        with ExitStack() as stack:
+            writer = BackgroundWriter(spool, recorder)
+            stack.callback(writer.close)
+
+            def emit(event: Event) -> None:
+                writer.emit(event)
+                if observer:
+                    observer(event)
+
+            emit(RunStarted(None, name, flattened(values), {"drtune.kind": TRAINING}))
+            result = _train(config, checked, storage, folder, resources or ResourcesConfig(), emit)
+            return TrainingResult(folder, result[OBJECTIVE], result[OUTCOME], writer.close(), False)
+
+
+def _train(
+    config: TrialConfig,
+    checked: Checked,
+    storage: Path,
+    folder: Path,
+    resources: ResourcesConfig,
+    emit: Sink,
+) -> dict[str, Any]:
+    device = "cuda" if resources.gpus_per_worker else "cpu"
+    tables = prepare(checked, config, storage, device)
+    trial_folder = TrialFolder(folder / TRIALS_FOLDER / "00000")
+    workplace = Workplace(
+        tables.to_mapping(), trial_folder.path.parent, resources.cpus_per_worker, device
+    )
+    try:
+        with ray_session(with_dashboard=True) as capacity:
+            trials_that_fit(config.training.workers, resources, capacity)
+            result = train_on_workers(
+                config, workplace, resources, trial_folder.path, lambda r: _tell_epoch(r, emit)
+            )
+    except KeyboardInterrupt:
+        emit(RunFinished(None, "INTERRUPTED", "interrupted", {}, {}))
+        raise
+    except DrtuneError as error:
+        emit(RunFinished(None, "FAIL", str(error).splitlines()[0], {}, {}))
+        raise
+    if result[OUTCOME] not in (COMPLETED, PATIENCE):
+        emit(RunFinished(None, "FAIL", result[OUTCOME], {}, {}))
+        raise DrtuneError(
+            f"training {result[OUTCOME]}: lower optim.backbone_lr={config.optim.backbone_lr} or "
+            f"method.head_lr_multiplier={config.method.head_lr_multiplier}"
+        )
+    write_winner(
+        folder / WINNER_NAME,
+        trial_folder.best,
+        tables.backbone,
+        tables.classes,
+        config,
+        {
+            "study": folder.name,
+            "val_accuracy": result[OBJECTIVE],
+            "outcome": result[OUTCOME],
+            "chosen": "best epoch of one training, by validation accuracy",
+        },
+    )
+    trial_folder.drop_resumable()
+    emit(FilesReady(None, str(folder / WINNER_NAME), WINNER_NAME))
+    emit(RunFinished(None, "COMPLETE", result[OUTCOME], {}, {}))
+    return result
+
+
+def _tell_epoch(record: EpochRecord, emit: Sink) -> None:
+    emit(MetricsRecorded(None, record.epoch, record.metrics, record.time_ms))
+    first = (record.epoch - 1) * len(record.steps) + 1
+    emit(StepsRecorded(None, first, record.steps, record.time_ms))
