@@ -89,7 +89,11 @@ class OptimConfig(Section):
 
 
 class TrainingConfig(Section):
-    """The loop. `batch_size` is global: it is divided among the workers."""
+    """The loop. `batch_size` is global: it is divided among the workers.
+
+    `precision` ``auto`` is bfloat16 (or float16) mixed precision on CUDA devices and float32 on
+    CPUs; ``float64`` shows what is exact where float32 lets rounding errors grow.
+    """
 
     epochs: PositiveInt = 10
     batch_size: PositiveInt = 32
@@ -97,7 +101,7 @@ class TrainingConfig(Section):
     batch_norm: Literal["frozen", "synchronised", "local"] = "frozen"
     drop_last: bool = False
     patience_epochs: PositiveInt | None = None
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    precision: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
     save_every_seconds: PositiveFloat = 300.0
 
 

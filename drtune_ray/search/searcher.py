@@ -16,6 +16,7 @@ import json
 import math
 import warnings
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ from drtune_ray.search.protocol import (
 )
 from drtune_ray.search.space import SearchSpace
 from drtune_ray.training.loop import COMPLETED, DIVERGED, PATIENCE
+from drtune_ray.training.model import derived_seed
 
 STOPPED_BY_SCHEDULER = "stopped by the scheduler"
 MACHINE_FAILURE = "machine failure"
@@ -67,6 +69,8 @@ class StudySearch(Searcher):  # type: ignore[misc]
         base: The configuration that the space varies.
         references: Trials to run first, in this order.
         num_trials: How many trials the study shall hold, references included.
+        sampler_for: Optuna's sampler for the trial of a number. One for each, so that a resumed
+            study proposes what the unbroken one would from the same history.
     """
 
     def __init__(
@@ -76,8 +80,10 @@ class StudySearch(Searcher):  # type: ignore[misc]
         base: TrialConfig,
         references: tuple[Reference, ...],
         num_trials: int,
+        sampler_for: Callable[[int], optuna.samplers.BaseSampler],
     ) -> None:
         super().__init__(metric=OBJECTIVE, mode="max")
+        self._sampler_for = sampler_for
         self._study, self._space, self._base = study, space, base
         self._num_trials = num_trials
         known = study.get_trials(deepcopy=False)
@@ -143,6 +149,7 @@ class StudySearch(Searcher):  # type: ignore[misc]
         return adopted
 
     def _new_trial(self) -> Trial:
+        self._study.sampler = self._sampler_for(len(self._study.get_trials(deepcopy=False)))
         if not self._references:
             trial = self._study.ask()
             self._describe(trial, self._space.suggest(trial, self._base))
@@ -200,8 +207,9 @@ class StudySearch(Searcher):  # type: ignore[misc]
         self._study.tell(trial, value, state=state)
 
 
-def build_sampler(config: SamplerConfig, seed: int) -> optuna.samplers.BaseSampler:
-    """Optuna's sampler, seeded."""
+def build_sampler(config: SamplerConfig, seed: int, number: int) -> optuna.samplers.BaseSampler:
+    """Optuna's sampler for one trial, seeded by the study's seed and the trial's number."""
+    seed = derived_seed(seed, "proposal", number) % 2**32
     if config.name == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     with warnings.catch_warnings():

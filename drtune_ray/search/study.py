@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -175,7 +175,7 @@ class _Driver:
         self.checked, self.space, self.references = checked, space, references
         self.notes, self.started = notes, time.monotonic()
         self.storage = Path(config.storage).expanduser().resolve()
-        self.study = open_optuna_study(self.folder, study_id, config)
+        self.study = open_optuna_study(self.folder, study_id)
         self.base = config.trial.with_values(
             {"method.bank_size": min(config.trial.method.bank_size, checked.num_train)}
         )
@@ -216,7 +216,14 @@ class _Driver:
     def _tune(self, tables: Tables, at_a_time: int, device: str) -> None:
         from ray import tune
 
-        search = StudySearch(self.study, self.space, self.base, self.references, self.config.trials)
+        search = StudySearch(
+            self.study,
+            self.space,
+            self.base,
+            self.references,
+            self.config.trials,
+            lambda number: build_sampler(self.config.sampler, self.config.seed, number),
+        )
         workplace = Workplace(
             tables.to_mapping(),
             self.folder / TRIALS_FOLDER,
@@ -230,7 +237,7 @@ class _Driver:
             )
             scheduler.refill(self.study.get_trials(deepcopy=False))
         # Tune's own folder is disposable: Optuna's storage and ours hold everything.
-        with tempfile.TemporaryDirectory(prefix="drtune-ray-") as scratch:
+        with _scratch_folder(self.folder / ".tune") as scratch:
             tuner = tune.Tuner(
                 tune_trainable(self.config, workplace),
                 tune_config=tune.TuneConfig(
@@ -242,7 +249,7 @@ class _Driver:
                 ),
                 run_config=tune.RunConfig(
                     name="tune",
-                    storage_path=scratch,
+                    storage_path=str(scratch),
                     callbacks=[StudyCallback(self.study, self._emit)],
                     failure_config=tune.FailureConfig(max_failures=MAX_MACHINE_FAILURES),
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
@@ -348,19 +355,13 @@ class _Driver:
         return tuple(parameter.path for parameter in self.space.parameters)
 
 
-def open_optuna_study(folder: Path, study_id: str, config: StudyConfig) -> optuna.Study:
+def open_optuna_study(folder: Path, study_id: str) -> optuna.Study:
     """The Optuna study of a folder, made if there is none."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL_NAME)))
-    # Each run of a resumed study draws anew: the sampler's seed counts the trials that exist.
-    num_known = 0
-    if study_id in optuna.get_all_study_names(storage):
-        num_known = len(optuna.load_study(study_name=study_id, storage=storage).trials)
     return optuna.create_study(
-        storage=storage,
+        storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL_NAME))),
         study_name=study_id,
         direction="maximize",
-        sampler=build_sampler(config.sampler, config.seed + num_known),
         pruner=optuna.pruners.NopPruner(),
         load_if_exists=True,
     )
@@ -418,6 +419,17 @@ def _fan_out(*sinks: Sink | None) -> Sink:
                 logger.warning("an observer failed on %s", event.kind, exc_info=True)
 
     return emit
+
+
+@contextmanager
+def _scratch_folder(path: Path) -> Iterator[Path]:
+    """An empty folder that is gone afterwards, and cleared first if a driver was killed."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager

@@ -177,7 +177,9 @@ class _Trial:
         if config.training.batch_norm == "synchronised" and is_distributed():
             convert = nn.SyncBatchNorm.convert_sync_batchnorm
             method.downstream_encoder = convert(method.downstream_encoder)  # type: ignore[no-untyped-call]
-        self.method = method.to(device).to(memory_format=torch.channels_last)
+        self.dtype = torch.float64 if config.training.precision == "float64" else torch.float32
+        method = method.to(device=device, dtype=self.dtype)
+        self.method = method.to(memory_format=torch.channels_last)
         self.module = data_parallel(self.method, device)
         self.optimizer = build_optimizer(
             self.method.downstream_encoder,
@@ -229,7 +231,7 @@ class _Trial:
                 self._update(output.loss)
                 correct = (output.logits.argmax(1) == labels[:num_rows]).sum()
                 values = [output.loss.detach(), *output.parts.values(), correct]
-                self.pending.append(torch.stack([value.float() for value in values]))
+                self.pending.append(torch.stack([value.double() for value in values]))
                 progress.steps_done += 1
             yield is_finite
 
@@ -334,8 +336,16 @@ class _Trial:
             features = self.data.pretrained_features(rows, view)
             if features is not None:
                 features = features.to(self.device, non_blocking=True)
-            images = normalized(pixels.to(self.device, non_blocking=True), self.normalization)
-            yield images, labels.to(self.device, non_blocking=True), features, len(share)
+            yield (
+                self._images(pixels),
+                labels.to(self.device, non_blocking=True),
+                features,
+                len(share),
+            )
+
+    def _images(self, pixels: Tensor) -> Tensor:
+        pixels = pixels.to(self.device, non_blocking=True)
+        return normalized(pixels, self.normalization).to(self.dtype)
 
     def _share(self, batch: Sequence[int]) -> list[int]:
         """Consecutive rows, so that gathering in the order of the ranks restores the batch."""
@@ -388,11 +398,11 @@ class _Trial:
         batches = [rows[at : at + EVALUATION_ROWS] for at in range(0, len(rows), EVALUATION_ROWS)]
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)
         for pixels, labels in self.data.validation_batches(batches):
-            images = normalized(pixels.to(self.device, non_blocking=True), self.normalization)
+            images = self._images(pixels)
             labels = labels.to(self.device)
             with self._autocast():
                 logits = self.method.head(self.method.downstream_encoder(images))
-            loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+            loss = F.cross_entropy(logits.double(), labels, reduction="sum")
             correct = (logits.argmax(1) == labels).sum()
             totals += torch.stack([correct.double(), loss.double(), totals.new_tensor(len(labels))])
         correct_sum, loss_sum, count = self.group.sum(totals).tolist()
@@ -404,4 +414,4 @@ def _amp_dtype(precision: str, device: torch.device) -> torch.dtype | None:
         if device.type != "cuda":
             return None
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision)
