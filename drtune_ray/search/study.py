@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,7 @@ class _Driver:
             self._tell_start()
             try:
                 self._search(on_plan)
-            except KeyboardInterrupt:
+            except BaseException:  # whatever it was, no run may stay RUNNING
                 self._tell_interruption()
                 raise
             result = self._finish()
@@ -222,7 +223,7 @@ class _Driver:
             self.base,
             self.references,
             self.config.trials,
-            lambda number: build_sampler(self.config.sampler, self.config.seed, number),
+            partial(build_sampler, self.config.sampler, self.config.seed),
         )
         workplace = Workplace(
             tables.to_mapping(),
