@@ -6,16 +6,17 @@ Legend: K bank rows, D features, C classes.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from drtune_ray.method.collective import Collective, OneProcess
-from drtune_ray.method.rotation import global_rotation
+from drtune_ray.method.rotation import check_solver, global_rotation
 
 Similarity = Literal["cosine", "dot"]
+SIMILARITIES = get_args(Similarity)
 
 
 def class_sums(rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -142,6 +143,11 @@ class SemanticCalibration(nn.Module):
             raise ValueError(
                 f"rotation_interval >= 1 must hold, but got rotation_interval={rotation_interval}"
             )
+        check_solver(rotation_solver)
+        if similarity not in SIMILARITIES:
+            raise ValueError(
+                f"similarity must be one of {list(SIMILARITIES)}, but got similarity={similarity!r}"
+            )
         if not confidence_temperature > 0:
             raise ValueError(
                 "confidence_temperature > 0 must hold, but got "
@@ -198,13 +204,26 @@ class SemanticCalibration(nn.Module):
         Returns:
             Calibrated features without gradient, shape (K, D).
         """
-        dtype = torch.float64 if pretrained.dtype == torch.float64 else torch.float32
-        pretrained, downstream = pretrained.to(dtype), downstream.to(dtype)
+        # Mixed precision is for the encoder: calibration is float32 at least.
+        with torch.autocast(pretrained.device.type, enabled=False):
+            dtype = torch.float64 if pretrained.dtype == torch.float64 else torch.float32
+            rows = pretrained.detach().to(dtype), downstream.detach().to(dtype)
+            return self._calibrate(*rows, labels, prototypes.detach().to(dtype), scale)
+
+    def _calibrate(
+        self,
+        pretrained: Tensor,
+        downstream: Tensor,
+        labels: Tensor,
+        prototypes: Tensor,
+        scale: Tensor | float,
+    ) -> Tensor:
+        """Eq. 12 in the precision of the rows; shapes as for `forward`."""
         if self.normalize:
             pretrained, downstream = F.normalize(pretrained, dim=1), F.normalize(downstream, dim=1)
         calibrated = self._rotate(pretrained, downstream)
         if self.translation:
-            weights = self._row_weights(downstream, labels, prototypes.to(dtype))
+            weights = self._row_weights(downstream, labels, prototypes)
             calibrated = (
                 calibrated
                 + class_level_translation(calibrated, downstream, labels, weights, len(prototypes))[

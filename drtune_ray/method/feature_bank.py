@@ -89,17 +89,16 @@ class FeatureBank(nn.Module):
         self._num_rows = min(self._num_rows + num_kept, self.bank_size)
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The filled rows, oldest first.
+        """Copies of the filled rows, oldest first.
 
         Returns:
             (pretrained (rows, D), downstream (rows, D), labels (rows,)).
         """
-        if len(self) < self.bank_size:
-            filled = slice(0, len(self))
-            return self.pretrained[filled], self.downstream[filled], self.labels[filled]
-        shift = -self._position
-        return (
-            self.pretrained.roll(shift, 0),
-            self.downstream.roll(shift, 0),
-            self.labels.roll(shift, 0),
+        is_full = len(self) == self.bank_size
+        stored = (self.pretrained, self.downstream, self.labels)
+        # Copies in either case: what was read takes part in `backward` after the next enqueue.
+        pretrained, downstream, labels = (
+            rows.roll(-self._position, 0) if is_full else rows[: len(self)].clone()
+            for rows in stored
         )
+        return pretrained, downstream, labels

@@ -7,7 +7,7 @@ Legend: B batch rows, K bank rows, C classes, D features; W processes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from drtune_ray.method.collective import Collective, OneProcess
 from drtune_ray.method.feature_bank import FeatureBank
 
 Reduction = Literal["sum", "mean"]
+REDUCTIONS = get_args(Reduction)
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class DRTune(nn.Module):
         collective: The other processes of the trial.
 
     Raises:
-        ValueError: If `regularization_weight` is negative.
+        ValueError: If `regularization_weight` is negative or `reduction` is unknown.
     """
 
     def __init__(
@@ -101,6 +102,10 @@ class DRTune(nn.Module):
             raise ValueError(
                 "regularization_weight >= 0 must hold, but got "
                 f"regularization_weight={regularization_weight}"
+            )
+        if reduction not in REDUCTIONS:
+            raise ValueError(
+                f"reduction must be one of {list(REDUCTIONS)}, but got reduction={reduction!r}"
             )
         self.downstream_encoder = downstream_encoder
         self.head = head

@@ -10,6 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SOLVERS = ("svd",)
+NUM_ROUNDINGS = 8  # a mean's error, in units of the last place
+
 
 @torch.no_grad()
 def global_rotation(
@@ -26,7 +29,8 @@ def global_rotation(
     Args:
         pretrained: v^p, shape (K, D). Need not be centred.
         downstream: v^d of the same images, shape (K, D).
-        solver: ``svd``, the exact solution.
+        solver: ``svd``, the exact solution; singular values below D * eps of the largest are
+            rounding and count as zero (1.5e-4 of it in float32 at D = 1280).
         proper: Ask for det R = +1 (a rotation, as the authors' code does) where the paper asks
             for an orthogonal matrix only.
 
@@ -41,9 +45,35 @@ def global_rotation(
             "pretrained and downstream must both be (K, D), but got "
             f"{tuple(pretrained.shape)} and {tuple(downstream.shape)}"
         )
-    if solver != "svd":
-        raise ValueError(f"solver must be one of ['svd'], but got solver={solver!r}")
-    source, target = centred(pretrained), centred(downstream)
+    check_solver(solver)
+    # Mixed precision would round the covariance to bfloat16 and rotate by the rounding.
+    with torch.autocast(pretrained.device.type, enabled=False):
+        return _rotation(centred(pretrained), centred(downstream), proper)
+
+
+def check_solver(solver: str) -> None:
+    """Refuse an unknown solver.
+
+    Raises:
+        ValueError: Naming the known ones.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {list(SOLVERS)}, but got solver={solver!r}")
+
+
+def centred(rows: Tensor) -> Tensor:
+    """Rows minus their mean, (K, D), in float32 at least; zero where all rows are equal."""
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    if len(rows) == 0:
+        return rows
+    spread = rows - rows.mean(0)
+    # The mean of equal rows differs from them by rounding, which is no evidence of a direction.
+    rounding = NUM_ROUNDINGS * torch.finfo(rows.dtype).eps * torch.linalg.vector_norm(rows)
+    return torch.where(torch.linalg.vector_norm(spread) > rounding, spread, 0.0)
+
+
+def _rotation(source: Tensor, target: Tensor, proper: bool) -> Tensor:
+    """R, (D, D), of centred rows, (K, D)."""
     basis = _joint_basis(source, target)
     if basis is None:
         return _polar_factor(target.T @ source, proper)
@@ -54,12 +84,6 @@ def global_rotation(
     rotation = basis @ small @ basis.T
     rotation.diagonal().add_(1.0)
     return rotation
-
-
-def centred(rows: Tensor) -> Tensor:
-    """Rows minus their mean, (K, D), in float32 at least."""
-    rows = rows if rows.dtype == torch.float64 else rows.float()
-    return rows - rows.mean(0) if len(rows) else rows
 
 
 def _joint_basis(source: Tensor, target: Tensor) -> Tensor | None:

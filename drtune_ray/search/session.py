@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from drtune_ray.config import ResourcesConfig
 from drtune_ray.errors import EnvironmentProblem
@@ -23,14 +25,24 @@ _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
 }
 
+# Workers hold their CPUs in a placement group of their own; a CPU for the process that waits for
+# them would be lost. A cluster may declare this resource; where it does not, a small share does.
+TRIAL_DRIVER = "trial_driver"
+DRIVER_CPUS = 0.01
+MAX_LOCAL_DRIVERS = 1000
+
 
 @dataclass(frozen=True)
 class Capacity:
-    """What the cluster has in all."""
+    """What the cluster has in all, and whether it declares `TRIAL_DRIVER`."""
 
     num_cpus: float
     num_gpus: float
-    num_nodes: int
+    has_trial_drivers: bool
+
+    def driver_resources(self) -> dict[str, float]:
+        """What a process takes that only waits for the workers of a trial."""
+        return {TRIAL_DRIVER: 1.0} if self.has_trial_drivers else {"CPU": DRIVER_CPUS}
 
 
 def set_environment() -> None:
@@ -61,6 +73,7 @@ def ray_session(*, with_dashboard: bool = False) -> Iterator[Capacity]:
         elif not joined:
             ray.init(
                 num_cpus=len(os.sched_getaffinity(0)),
+                resources={TRIAL_DRIVER: float(MAX_LOCAL_DRIVERS)},
                 include_dashboard=with_dashboard,
                 log_to_driver=False,
                 logging_level="ERROR",
@@ -69,8 +82,9 @@ def ray_session(*, with_dashboard: bool = False) -> Iterator[Capacity]:
         raise EnvironmentProblem(f"Ray cannot be started or reached: {error}") from None
     try:
         total = ray.cluster_resources()
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        yield Capacity(total.get("CPU", 0.0), total.get("GPU", 0.0), len(nodes))
+        # Ray takes SIGTERM for itself when it starts.
+        with sigterm_as_interrupt():
+            yield Capacity(total.get("CPU", 0.0), total.get("GPU", 0.0), TRIAL_DRIVER in total)
     finally:
         if not joined:
             ray.shutdown()
@@ -82,13 +96,34 @@ def trials_that_fit(workers: int, resources: ResourcesConfig, capacity: Capacity
     Raises:
         EnvironmentProblem: If not even one fits, with the numbers.
     """
-    cpus, gpus = resources.cpus_per_worker * workers, resources.gpus_per_worker * workers
+    cpus: float = resources.cpus_per_worker * workers
+    gpus = resources.gpus_per_worker * workers
+    if workers > 1:
+        cpus += capacity.driver_resources().get("CPU", 0.0)
     if cpus > capacity.num_cpus or gpus > capacity.num_gpus:
         raise EnvironmentProblem(
-            f"a trial takes {cpus} CPUs and {gpus:g} GPUs ({workers} workers with "
+            f"a trial takes {cpus:g} CPUs and {gpus:g} GPUs ({workers} workers with "
             f"{resources.cpus_per_worker} CPUs and {resources.gpus_per_worker:g} GPUs each) but "
             f"there are {capacity.num_cpus:g} CPUs and {capacity.num_gpus:g} GPUs: lower "
             "training.workers, resources.cpus_per_worker or resources.gpus_per_worker"
         )
     fitting = int(capacity.num_cpus // cpus)
     return min(fitting, int(capacity.num_gpus // gpus)) if gpus else fitting
+
+
+@contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM leaves a resumable study, as Ctrl-C does."""
+
+    def interrupt(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        former = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread: signals are the caller's
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)

@@ -23,8 +23,7 @@ from drtune_ray.search.identity import (
 )
 from drtune_ray.search.prepare import Checked, check_inputs, prepare, write_manifest
 from drtune_ray.search.protocol import OBJECTIVE, OUTCOME
-from drtune_ray.search.session import ray_session, trials_that_fit
-from drtune_ray.search.study import sigterm_as_interrupt
+from drtune_ray.search.session import ray_session, sigterm_as_interrupt, trials_that_fit
 from drtune_ray.search.workers import train_on_workers
 from drtune_ray.tracking.events import (
     Event,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -50,7 +49,7 @@ from drtune_ray.search.searcher import (
     build_sampler,
     last_epoch,
 )
-from drtune_ray.search.session import ray_session, trials_that_fit
+from drtune_ray.search.session import Capacity, ray_session, sigterm_as_interrupt, trials_that_fit
 from drtune_ray.search.space import SearchSpace, read_space
 from drtune_ray.search.trainables import tune_trainable
 from drtune_ray.tracking.events import Event, FilesReady, RunFinished, RunStarted, Sink
@@ -212,9 +211,9 @@ class _Driver:
             at_a_time = min(resources.trials_at_a_time or fitting, fitting)
             num_done = len(self._finished())
             on_plan(StudyPlan(self.config, num_done, at_a_time, self._searched(), self.notes))
-            self._tune(tables, at_a_time, device)
+            self._tune(tables, at_a_time, device, capacity)
 
-    def _tune(self, tables: Tables, at_a_time: int, device: str) -> None:
+    def _tune(self, tables: Tables, at_a_time: int, device: str, capacity: Capacity) -> None:
         from ray import tune
 
         search = StudySearch(
@@ -240,7 +239,7 @@ class _Driver:
         # Tune's own folder is disposable: Optuna's storage and ours hold everything.
         with _scratch_folder(self.folder / ".tune") as scratch:
             tuner = tune.Tuner(
-                tune_trainable(self.config, workplace),
+                tune_trainable(self.config, workplace, capacity),
                 tune_config=tune.TuneConfig(
                     search_alg=search,
                     scheduler=scheduler,
@@ -431,21 +430,3 @@ def _scratch_folder(path: Path) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM leaves a resumable study, as Ctrl-C does."""
-
-    def interrupt(signum: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        former = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not the main thread: signals are the caller's
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former)

@@ -8,13 +8,11 @@ from ray import tune
 
 from drtune_ray.config import StudyConfig
 from drtune_ray.search.actor import TrialActor, Workplace
+from drtune_ray.search.session import Capacity
 from drtune_ray.search.workers import drive_trial
 
-# A driver of workers only waits; the workers hold the CPUs in a placement group of their own.
-DRIVER_CPUS = 0.01
 
-
-def tune_trainable(config: StudyConfig, workplace: Workplace) -> Any:
+def tune_trainable(config: StudyConfig, workplace: Workplace, capacity: Capacity) -> Any:
     """A trainable with its resources."""
     if config.trial.training.workers == 1:
         bound = tune.with_parameters(TrialActor, workplace=workplace)
@@ -26,4 +24,4 @@ def tune_trainable(config: StudyConfig, workplace: Workplace) -> Any:
             },
         )
     bound = tune.with_parameters(drive_trial, workplace=workplace, resources=config.resources)
-    return tune.with_resources(bound, {"CPU": DRIVER_CPUS})
+    return tune.with_resources(bound, capacity.driver_resources())
