@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from optuna.trial import FrozenTrial, TrialState
 
 from drtune_ray.config import flattened
+from drtune_ray.errors import NoTrialCompleted
+
+# User attributes of an Optuna trial.
+CONFIG, REFERENCE, OUTCOME, BEST_EPOCH, IN_SPACE = (
+    "config",
+    "reference",
+    "outcome",
+    "best_epoch",
+    "in_space",
+)
 
 
 @dataclass(frozen=True)
@@ -66,3 +78,35 @@ def write_trials(trials: list[TrialSummary], path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
     temporary.replace(path)
+
+
+def best_trial(trials: Sequence[TrialSummary]) -> TrialSummary:
+    """The completed trial with the best validation accuracy; of equals the first.
+
+    Raises:
+        NoTrialCompleted: If there is none.
+    """
+    completed = [trial for trial in trials if trial.state == TrialState.COMPLETE.name]
+    if not completed:
+        outcomes = sorted({trial.outcome for trial in trials})
+        raise NoTrialCompleted(
+            f"none of {len(trials)} trials completed ({', '.join(outcomes)}): lower the learning "
+            "rates of the search space, or see the trials in MLflow"
+        )
+    return max(completed, key=lambda t: (t.best_val_accuracy or 0.0, -t.number))
+
+
+def summary(trial: FrozenTrial) -> TrialSummary:
+    """A row of the results from what Optuna holds."""
+    duration = trial.duration.total_seconds() if trial.duration else None
+    values = trial.intermediate_values.values()
+    return TrialSummary(
+        trial.number,
+        trial.state.name,
+        trial.user_attrs.get(OUTCOME, ""),
+        trial.user_attrs.get(REFERENCE),
+        max(values) if values else None,
+        max(trial.intermediate_values, default=0),
+        duration,
+        json.loads(trial.user_attrs.get(CONFIG, "{}")),
+    )

@@ -27,7 +27,8 @@ from drtune_ray.search.protocol import (
 )
 from drtune_ray.training.backbones import read_backbone
 from drtune_ray.training.checkpoint import TrialFolder
-from drtune_ray.training.loop import EpochReport, SavePoint, train_epochs
+from drtune_ray.training.loop import train_epochs
+from drtune_ray.training.records import EpochReport, SavePoint
 
 
 @dataclass(frozen=True)

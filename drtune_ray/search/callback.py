@@ -10,10 +10,10 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune import Callback
 
 from drtune_ray.config import flattened
+from drtune_ray.results.trials import OUTCOME, REFERENCE
 from drtune_ray.search.protocol import CONFIG_NUMBER, CONFIG_TRIAL, result_history
-from drtune_ray.search.searcher import OUTCOME_ATTR, REFERENCE
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished, RunStarted, Sink
-from drtune_ray.training.loop import EpochRecord
+from drtune_ray.training.records import EpochRecord
 
 
 class StudyCallback(Callback):  # type: ignore[misc]
@@ -83,7 +83,7 @@ def run_finished(trial: FrozenTrial) -> RunFinished:
     return RunFinished(
         trial.number,
         trial.state.name,
-        trial.user_attrs.get(OUTCOME_ATTR, ""),
+        trial.user_attrs.get(OUTCOME, ""),
         {},
         {},
         int(ended.timestamp() * 1000) if ended else 0,

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from drtune_ray.training.loop import EpochRecord, EpochReport
+from drtune_ray.training.records import EpochRecord, EpochReport
 
 CONFIG_NUMBER = "number"
 CONFIG_TRIAL = "trial"

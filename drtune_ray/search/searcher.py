@@ -25,6 +25,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from ray.tune.search import Searcher
 
 from drtune_ray.config import SamplerConfig, TrialConfig
+from drtune_ray.results import trials
 from drtune_ray.search.protocol import (
     CONFIG_NUMBER,
     CONFIG_TRIAL,
@@ -35,20 +36,12 @@ from drtune_ray.search.protocol import (
     result_history,
 )
 from drtune_ray.search.space import SearchSpace
-from drtune_ray.training.loop import COMPLETED, DIVERGED, PATIENCE
 from drtune_ray.training.model import derived_seed
+from drtune_ray.training.records import COMPLETED, DIVERGED, PATIENCE
 
 STOPPED_BY_SCHEDULER = "stopped by the scheduler"
 MACHINE_FAILURE = "machine failure"
 CONSTRAINT = "trains"
-# User attributes of an Optuna trial.
-CONFIG, REFERENCE, OUTCOME_ATTR, BEST_EPOCH, IN_SPACE = (
-    "config",
-    "reference",
-    "outcome",
-    "best_epoch",
-    "in_space",
-)
 FINISHED_STATES = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
@@ -87,9 +80,9 @@ class StudySearch(Searcher):  # type: ignore[misc]
         self._study, self._space, self._base = study, space, base
         self._num_trials = num_trials
         known = study.get_trials(deepcopy=False)
-        begun = {trial.user_attrs.get(REFERENCE) for trial in known}
+        begun = {trial.user_attrs.get(trials.REFERENCE) for trial in known}
         self._references = deque(r for r in references if r.name not in begun)
-        self.reference_numbers = {t.number for t in known if t.user_attrs.get(REFERENCE)}
+        self.reference_numbers = {t.number for t in known if t.user_attrs.get(trials.REFERENCE)}
         self._unfinished = deque(self._adopt(known))
         self._active: dict[str, Trial] = {}
         self._reported: dict[int, set[int]] = {t.number: set(t.intermediate_values) for t in known}
@@ -103,7 +96,7 @@ class StudySearch(Searcher):  # type: ignore[misc]
         else:
             trial = self._new_trial()
         self._active[trial_id] = trial
-        return {CONFIG_NUMBER: trial.number, CONFIG_TRIAL: trial.user_attrs[CONFIG]}
+        return {CONFIG_NUMBER: trial.number, CONFIG_TRIAL: trial.user_attrs[trials.CONFIG]}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Record the best value so far, by epoch."""
@@ -142,7 +135,7 @@ class StudySearch(Searcher):  # type: ignore[misc]
             if frozen.state != TrialState.RUNNING:
                 continue
             trial = Trial(self._study, frozen._trial_id)
-            if CONFIG in frozen.user_attrs:
+            if trials.CONFIG in frozen.user_attrs:
                 adopted.append(trial)
             else:
                 self._tell(trial, TrialState.FAIL, MACHINE_FAILURE)
@@ -161,15 +154,15 @@ class StudySearch(Searcher):  # type: ignore[misc]
         trial = self._study.ask()
         if values is not None:
             self._space.suggest(trial, self._base)  # enters the parameters
-        trial.set_user_attr(REFERENCE, reference.name)
-        trial.set_user_attr(IN_SPACE, values is not None)
+        trial.set_user_attr(trials.REFERENCE, reference.name)
+        trial.set_user_attr(trials.IN_SPACE, values is not None)
         self.reference_numbers.add(trial.number)
         self._describe(trial, reference.config)
         return trial
 
     @staticmethod
     def _describe(trial: Trial, config: TrialConfig) -> None:
-        trial.set_user_attr(CONFIG, json.dumps(config.to_mapping()))
+        trial.set_user_attr(trials.CONFIG, json.dumps(config.to_mapping()))
 
     def _report(self, trial: Trial, result: dict[str, Any]) -> None:
         reported = self._reported.setdefault(trial.number, set())
@@ -183,7 +176,7 @@ class StudySearch(Searcher):  # type: ignore[misc]
         value = float(result[OBJECTIVE])
         records = result_history(result)
         if records:
-            trial.set_user_attr(BEST_EPOCH, int(records[-1].metrics["best_epoch"]))
+            trial.set_user_attr(trials.BEST_EPOCH, int(records[-1].metrics["best_epoch"]))
         trial.set_user_attr(NUM_THREADS, result[NUM_THREADS])
         if outcome in (DIVERGED, OUT_OF_MEMORY):
             self._tell(trial, TrialState.PRUNED, outcome, violation=1.0)
@@ -201,7 +194,7 @@ class StudySearch(Searcher):  # type: ignore[misc]
         value: float | None = None,
         violation: float = 0.0,
     ) -> None:
-        trial.set_user_attr(OUTCOME_ATTR, outcome)
+        trial.set_user_attr(trials.OUTCOME, outcome)
         if state != TrialState.FAIL:
             trial.set_constraint(CONSTRAINT, violation)
         self._study.tell(trial, value, state=state)
@@ -222,8 +215,3 @@ def build_sampler(config: SamplerConfig, seed: int, number: int) -> optuna.sampl
             group=True,
             constant_liar=True,  # several trials run at a time
         )
-
-
-def last_epoch(trial: FrozenTrial) -> int:
-    """How many epochs a trial has finished."""
-    return max(trial.intermediate_values, default=0)

@@ -12,6 +12,7 @@ from drtune_ray.errors import DrtuneError
 from drtune_ray.results.winner import read_winner, write_winner
 from drtune_ray.search.actor import Workplace
 from drtune_ray.search.identity import (
+    SCRATCH_NAME,
     SPLITS_NAME,
     SPOOL_NAME,
     TRAINING,
@@ -23,7 +24,12 @@ from drtune_ray.search.identity import (
 )
 from drtune_ray.search.prepare import Checked, check_inputs, prepare, write_manifest
 from drtune_ray.search.protocol import OBJECTIVE, OUTCOME
-from drtune_ray.search.session import ray_session, sigterm_as_interrupt, trials_that_fit
+from drtune_ray.search.session import (
+    ray_session,
+    scratch_folder,
+    sigterm_as_interrupt,
+    trials_that_fit,
+)
 from drtune_ray.search.workers import train_on_workers
 from drtune_ray.tracking.events import (
     Event,
@@ -37,7 +43,7 @@ from drtune_ray.tracking.events import (
 from drtune_ray.tracking.mlflow_recorder import build_recorder
 from drtune_ray.tracking.spool import BackgroundWriter, Spool
 from drtune_ray.training.checkpoint import TrialFolder
-from drtune_ray.training.loop import COMPLETED, PATIENCE, EpochRecord
+from drtune_ray.training.records import COMPLETED, PATIENCE, EpochRecord
 
 
 @dataclass(frozen=True)
@@ -128,10 +134,18 @@ def _train(
         tables.to_mapping(), trial_folder.path.parent, resources.cpus_per_worker, device
     )
     try:
-        with ray_session(with_dashboard=True) as capacity:
+        with (
+            ray_session(with_dashboard=True) as capacity,
+            scratch_folder(folder / SCRATCH_NAME) as scratch,
+        ):
             trials_that_fit(config.training.workers, resources, capacity)
             result = train_on_workers(
-                config, workplace, resources, trial_folder.path, lambda r: _tell_epoch(r, emit)
+                config,
+                workplace,
+                resources,
+                trial_folder.path,
+                scratch,
+                lambda record: _tell_epoch(record, emit),
             )
     except KeyboardInterrupt:
         emit(RunFinished(None, "INTERRUPTED", "interrupted", {}, {}))

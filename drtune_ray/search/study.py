@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,12 +19,13 @@ from optuna.trial import FrozenTrial, TrialState
 from drtune_ray.config import StudyConfig, TrialConfig, flattened, reference_config
 from drtune_ray.data.dataset import Tables
 from drtune_ray.errors import NoTrialCompleted
-from drtune_ray.results.trials import TrialSummary, write_trials
+from drtune_ray.results.trials import TrialSummary, best_trial, summary, write_trials
 from drtune_ray.results.winner import write_winner
 from drtune_ray.search.actor import Workplace
 from drtune_ray.search.callback import StudyCallback, run_finished
 from drtune_ray.search.identity import (
     JOURNAL_NAME,
+    SCRATCH_NAME,
     SPLITS_NAME,
     SPOOL_NAME,
     STUDY,
@@ -39,17 +38,14 @@ from drtune_ray.search.identity import (
 )
 from drtune_ray.search.prepare import Checked, check_inputs, prepare, write_manifest
 from drtune_ray.search.scheduler import StudyASHA
-from drtune_ray.search.searcher import (
-    CONFIG,
-    FINISHED_STATES,
-    OUTCOME_ATTR,
-    REFERENCE,
-    Reference,
-    StudySearch,
-    build_sampler,
-    last_epoch,
+from drtune_ray.search.searcher import FINISHED_STATES, Reference, StudySearch, build_sampler
+from drtune_ray.search.session import (
+    Capacity,
+    ray_session,
+    scratch_folder,
+    sigterm_as_interrupt,
+    trials_that_fit,
 )
-from drtune_ray.search.session import Capacity, ray_session, sigterm_as_interrupt, trials_that_fit
 from drtune_ray.search.space import SearchSpace, read_space
 from drtune_ray.search.trainables import tune_trainable
 from drtune_ray.tracking.events import Event, FilesReady, RunFinished, RunStarted, Sink
@@ -237,7 +233,7 @@ class _Driver:
             )
             scheduler.refill(self.study.get_trials(deepcopy=False))
         # Tune's own folder is disposable: Optuna's storage and ours hold everything.
-        with _scratch_folder(self.folder / ".tune") as scratch:
+        with scratch_folder(self.folder / SCRATCH_NAME) as scratch:
             tuner = tune.Tuner(
                 tune_trainable(self.config, workplace, capacity),
                 tune_config=tune.TuneConfig(
@@ -367,45 +363,6 @@ def open_optuna_study(folder: Path, study_id: str) -> optuna.Study:
     )
 
 
-def best_trial(trials: Sequence[TrialSummary]) -> TrialSummary:
-    """The completed trial with the best validation accuracy; of equals the first.
-
-    Raises:
-        NoTrialCompleted: If there is none.
-    """
-    completed = [trial for trial in trials if trial.state == TrialState.COMPLETE.name]
-    if not completed:
-        outcomes = sorted({trial.outcome for trial in trials})
-        raise NoTrialCompleted(
-            f"none of {len(trials)} trials completed ({', '.join(outcomes)}): lower the learning "
-            "rates of the search space, or see the trials in MLflow"
-        )
-    return max(completed, key=lambda t: (t.best_val_accuracy or 0.0, -t.number))
-
-
-def summary(trial: FrozenTrial) -> TrialSummary:
-    """A row of the results from what Optuna holds."""
-    duration = trial.duration.total_seconds() if trial.duration else None
-    values = trial.intermediate_values.values()
-    return TrialSummary(
-        trial.number,
-        trial.state.name,
-        trial.user_attrs.get(OUTCOME_ATTR, ""),
-        trial.user_attrs.get(REFERENCE),
-        max(values) if values else None,
-        last_epoch(trial),
-        duration,
-        json.loads(trial.user_attrs.get(CONFIG, "{}")),
-    )
-
-
-def read_trials(folder: Path, study_id: str) -> tuple[TrialSummary, ...]:
-    """The trials of a study as they stand."""
-    storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL_NAME)))
-    study = optuna.load_study(study_name=study_id, storage=storage)
-    return tuple(summary(trial) for trial in study.get_trials(deepcopy=False))
-
-
 def _fan_out(*sinks: Sink | None) -> Sink:
     """Every observer gets every event; one that fails does not stop the study."""
 
@@ -419,14 +376,3 @@ def _fan_out(*sinks: Sink | None) -> Sink:
                 logger.warning("an observer failed on %s", event.kind, exc_info=True)
 
     return emit
-
-
-@contextmanager
-def _scratch_folder(path: Path) -> Iterator[Path]:
-    """An empty folder that is gone afterwards, and cleared first if a driver was killed."""
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)

@@ -14,9 +14,10 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from drtune_ray.config import ResourcesConfig, TrialConfig
 from drtune_ray.errors import DrtuneError
 from drtune_ray.search.actor import Workplace, Workshop
+from drtune_ray.search.identity import SCRATCH_NAME
 from drtune_ray.search.protocol import CONFIG_NUMBER, CONFIG_TRIAL, trial_result
 from drtune_ray.training.checkpoint import TrialFolder
-from drtune_ray.training.loop import EpochRecord, EpochReport
+from drtune_ray.training.records import EpochRecord, EpochReport
 
 MAX_WORKER_FAILURES = 2
 # Infinite by default: a request that cannot be placed would be retried for ever, in silence.
@@ -105,7 +106,7 @@ def drive_trial(config: dict[str, Any], workplace: Workplace, resources: Resourc
         resources,
         workplace.folder(number).path,
         name=f"trial-{tune.get_context().get_trial_id()}",
-        scratch=workplace.trials_folder.parent / ".train",
+        scratch=workplace.trials_folder.parent / SCRATCH_NAME,
         callbacks=[TuneReportCallback()],
     ).fit()
 
@@ -115,6 +116,7 @@ def train_on_workers(
     workplace: Workplace,
     resources: ResourcesConfig,
     folder: Path,
+    scratch: Path,
     on_epoch: Callable[[EpochRecord], None],
 ) -> dict[str, Any]:
     """Train one configuration on Ray Train and tell each epoch as it ends.
@@ -134,7 +136,7 @@ def train_on_workers(
         resources,
         folder,
         name=folder.name,
-        scratch=folder / ".train",
+        scratch=scratch,
         queue=queue,
     )
     listener = threading.Thread(target=_listen, args=(queue, on_epoch), daemon=True)

@@ -7,96 +7,17 @@ Ray Train's worker, the resident Tune actor, a script and a test drive the same
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 from drtune_ray.config import TrialConfig
 from drtune_ray.data.dataset import TrainingData
-from drtune_ray.method import DRTune
 from drtune_ray.training.backbones import Backbone
-from drtune_ray.training.checkpoint import TrialFolder
-from drtune_ray.training.distributed import (
-    ProcessGroup,
-    any_process,
-    barrier,
-    data_parallel,
-    gather_objects,
-    is_distributed,
-)
-from drtune_ray.training.frozen import normalized
-from drtune_ray.training.model import (
-    build_method,
-    classifier_state,
-    derived_seed,
-    generator,
-    method_scale,
-    set_training_mode,
-)
-from drtune_ray.training.optim import build_optimizer, build_schedule, learning_rates
-
-COMPLETED, PATIENCE, DIVERGED = "completed", "stopped by patience", "diverged"
-EVALUATION_ROWS = 64
-FROZEN_PREFIX = "pretrained_encoder."
-
-
-@dataclass(frozen=True)
-class EpochRecord:
-    """One epoch that was finished; kept in the checkpoint, so that no report is ever lost.
-
-    Attributes:
-        epoch: From 1.
-        time_ms: When it ended, milliseconds since 1970.
-        metrics: Named numbers, all finite.
-        steps: Named numbers of each training step; loss parts are global.
-    """
-
-    epoch: int
-    time_ms: int
-    metrics: dict[str, float]
-    steps: list[dict[str, float]]
-
-
-@dataclass(frozen=True)
-class EpochReport:
-    """The end of an epoch, or of the trial.
-
-    Attributes:
-        record: The epoch; where a trial diverged before its first epoch ended, None.
-        history: All epochs so far, this one included.
-        outcome: None while the trial goes on; `COMPLETED`, `PATIENCE` or `DIVERGED` at its end.
-        save: Writes checkpoint and, after a best epoch, its weights; all processes call it.
-    """
-
-    record: EpochRecord | None
-    history: tuple[EpochRecord, ...]
-    outcome: str | None
-    save: Callable[[TrialFolder], None]
-
-
-@dataclass(frozen=True)
-class SavePoint:
-    """A step within an epoch at which a checkpoint is due; all processes call `save`."""
-
-    epoch: int
-    step: int
-    save: Callable[[TrialFolder], None]
-
-
-@dataclass
-class _Progress:
-    epochs_done: int = 0
-    steps_done: int = 0
-    epoch_seconds: float = 0.0
-    best_val_accuracy: float = -1.0
-    best_epoch: int = 0
-    outcome: str | None = None
-    step_values: list[list[float]] = field(default_factory=list)
-    history: list[dict[str, Any]] = field(default_factory=list)
+from drtune_ray.training.distributed import any_process
+from drtune_ray.training.records import DIVERGED, EpochReport, SavePoint
+from drtune_ray.training.trial import Trial
 
 
 def train_epochs(
@@ -130,7 +51,7 @@ def train_epochs(
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    trial = _Trial(config, data, backbone, device or torch.device("cpu"))
+    trial = Trial(config, data, backbone, device or torch.device("cpu"))
     if resume is None:
         trial.warm_up_bank()
     else:
@@ -143,7 +64,7 @@ def train_epochs(
         yield trial.report()  # it had ended already: say again how
 
 
-def _train_one_epoch(trial: _Trial, save_requested: Callable[[], bool]) -> Iterator[SavePoint]:
+def _train_one_epoch(trial: Trial, save_requested: Callable[[], bool]) -> Iterator[SavePoint]:
     config, progress = trial.config.training, trial.progress
     started, last_save = time.monotonic(), time.monotonic()
     trial.has_trained = True
@@ -158,260 +79,3 @@ def _train_one_epoch(trial: _Trial, save_requested: Callable[[], bool]) -> Itera
             yield SavePoint(progress.epochs_done, progress.steps_done, trial.save)
     progress.epoch_seconds += time.monotonic() - started
     trial.finish_epoch()
-
-
-class _Trial:
-    """Modules, optimiser and progress of one trial."""
-
-    def __init__(
-        self, config: TrialConfig, data: TrainingData, backbone: Backbone, device: torch.device
-    ) -> None:
-        self.config, self.data, self.device = config, data, device
-        self.normalization = backbone.normalization
-        self.group = ProcessGroup()
-        # Dropout and the like draw from torch's global state: each rank its own, from the seed.
-        torch.manual_seed(derived_seed(config.seed, "training", self.group.rank) % 2**32)
-        method = build_method(
-            config, backbone, len(data.classes), len(data.train), not data.has_features
-        )
-        if config.training.batch_norm == "synchronised" and is_distributed():
-            convert = nn.SyncBatchNorm.convert_sync_batchnorm
-            method.downstream_encoder = convert(method.downstream_encoder)  # type: ignore[no-untyped-call]
-        self.dtype = torch.float64 if config.training.precision == "float64" else torch.float32
-        method = method.to(device=device, dtype=self.dtype)
-        self.method = method.to(memory_format=torch.channels_last)
-        self.module = data_parallel(self.method, device)
-        self.optimizer = build_optimizer(
-            self.method.downstream_encoder,
-            self.method.head,
-            config.optim,
-            method_scale(config, len(data.train)).head_lr_multiplier,
-        )
-        self.steps_per_epoch = len(self._global_batches(0))
-        self.schedule = build_schedule(
-            self.optimizer, config.optim, config.training.epochs, self.steps_per_epoch
-        )
-        self.amp_dtype = _amp_dtype(config.training.precision, device)
-        self.scaler = torch.amp.GradScaler(
-            device.type, enabled=self.amp_dtype == torch.float16 and device.type == "cuda"
-        )
-        self.progress = _Progress()
-        self.pending: list[Tensor] = []
-        self.part_names: list[str] = ["cross_entropy"]
-        if isinstance(method, DRTune):
-            self.part_names.append("distribution_regularization")
-        self.is_best = False
-        self.has_trained = False
-
-    def warm_up_bank(self) -> None:
-        """Fill the bank with the first K images of a pass over the training data."""
-        if not isinstance(self.method, DRTune):
-            return
-        order = self._global_batches(-1, drop_last=False)
-        rows = [row for batch in order for row in batch][: self.method.bank.bank_size]
-        size = self.config.training.batch_size
-        batches = [rows[at : at + size] for at in range(0, len(rows), size)]
-        for images, labels, features, num_rows in self._batches(batches, epoch=-1):
-            with self._autocast():
-                known = None if features is None else features[:num_rows]
-                self.method.warm_up_bank(images[:num_rows], labels[:num_rows], known)
-
-    def steps(self) -> Iterator[bool]:
-        """Train the rest of the present epoch; after each step, whether the loss was finite."""
-        progress = self.progress
-        set_training_mode(self.method, self.config.training.batch_norm)
-        if progress.steps_done == 0:
-            self.method.begin_epoch()
-        batches = self._global_batches(progress.epochs_done)[progress.steps_done :]
-        for images, labels, features, num_rows in self._batches(batches, progress.epochs_done):
-            with self._autocast():
-                output = self.module(images, labels, features, num_rows)
-            is_finite = not any_process(not bool(output.loss.isfinite()), self.device)
-            if is_finite:
-                self._update(output.loss)
-                correct = (output.logits.argmax(1) == labels[:num_rows]).sum()
-                values = [output.loss.detach(), *output.parts.values(), correct]
-                self.pending.append(torch.stack([value.double() for value in values]))
-                progress.steps_done += 1
-            yield is_finite
-
-    def finish_epoch(self) -> None:
-        """Validate, record the epoch and decide whether the trial has ended."""
-        started = time.monotonic()
-        self._collect_steps()
-        progress = self.progress
-        metrics = self._step_means() | self._validate()
-        accuracy = metrics["val_accuracy"]
-        progress.epochs_done += 1
-        progress.steps_done = 0
-        if accuracy > progress.best_val_accuracy:
-            progress.best_val_accuracy, progress.best_epoch = accuracy, progress.epochs_done
-            self.is_best = True
-        metrics["best_val_accuracy"] = progress.best_val_accuracy
-        metrics["best_epoch"] = float(progress.best_epoch)
-        metrics["seconds"] = progress.epoch_seconds + time.monotonic() - started
-        progress.history.append(
-            {
-                "epoch": progress.epochs_done,
-                "time_ms": int(time.time() * 1000),
-                "metrics": metrics,
-                "steps": self._named_steps(),
-            }
-        )
-        progress.step_values, progress.epoch_seconds = [], 0.0
-        patience = self.config.training.patience_epochs
-        if progress.epochs_done >= self.config.training.epochs:
-            progress.outcome = COMPLETED
-        elif patience and progress.epochs_done - progress.best_epoch >= patience:
-            progress.outcome = PATIENCE
-
-    def report(self) -> EpochReport:
-        """The present state as a report."""
-        history = tuple(EpochRecord(**record) for record in self.progress.history)
-        return EpochReport(
-            history[-1] if history else None, history, self.progress.outcome, self.save
-        )
-
-    def save(self, folder: TrialFolder) -> None:
-        """Write the checkpoint; after a best epoch, first its weights."""
-        self._collect_steps()
-        state = self._state()
-        if self.group.rank == 0:
-            if self.is_best:
-                best = {"model": classifier_state(self.method), "record": self.progress.history[-1]}
-                folder.save_best(best)
-            folder.save(state, self.progress.epochs_done, self.progress.steps_done)
-        barrier()
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        own = {k for k in self.method.state_dict() if k.startswith(FROZEN_PREFIX)}
-        missing, unexpected = self.method.load_state_dict(state["method"], strict=False)
-        assert set(missing) <= own and not unexpected, (missing, unexpected)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.progress = _Progress(**state["progress"])
-        random_states = state["random"]
-        random_state = random_states[self.group.rank % len(random_states)]
-        torch.set_rng_state(random_state["cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(random_state["cuda"], self.device)
-
-    def _state(self) -> dict[str, Any]:
-        random_state = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random_state["cuda"] = torch.cuda.get_rng_state(self.device)
-        method = self.method.state_dict()
-        return {
-            "method": {k: v for k, v in method.items() if not k.startswith(FROZEN_PREFIX)},
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "progress": dict(vars(self.progress)),
-            "random": gather_objects(random_state),
-        }
-
-    def _global_batches(self, epoch: int, drop_last: bool | None = None) -> list[list[int]]:
-        """Rows of each step of an epoch, over all processes together."""
-        training = self.config.training
-        drop_last = training.drop_last if drop_last is None else drop_last
-        order = generator(self.config.seed, "order", epoch)
-        rows = torch.randperm(len(self.data.train), generator=order).tolist()
-        size = training.batch_size
-        batches = [rows[at : at + size] for at in range(0, len(rows), size)]
-        return batches[:-1] if drop_last and len(batches[-1]) < size else batches
-
-    def _batches(
-        self, global_batches: Sequence[Sequence[int]], epoch: int
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None, int]]:
-        """This process's share of each batch: images, labels, z^p and how many rows count."""
-        view = self.data.view_of_epoch(epoch)
-        shares = [self._share(batch) for batch in global_batches]
-        # A process without rows of its own runs one spare row, so that its graph stays whole.
-        pairs = zip(shares, global_batches, strict=True)
-        loaded = [share or list(batch[:1]) for share, batch in pairs]
-        pictures = self.data.training_batches(loaded, view)
-        for share, rows, (pixels, labels) in zip(shares, loaded, pictures, strict=True):
-            features = self.data.pretrained_features(rows, view)
-            if features is not None:
-                features = features.to(self.device, non_blocking=True)
-            yield (
-                self._images(pixels),
-                labels.to(self.device, non_blocking=True),
-                features,
-                len(share),
-            )
-
-    def _images(self, pixels: Tensor) -> Tensor:
-        pixels = pixels.to(self.device, non_blocking=True)
-        return normalized(pixels, self.normalization).to(self.dtype)
-
-    def _share(self, batch: Sequence[int]) -> list[int]:
-        """Consecutive rows, so that gathering in the order of the ranks restores the batch."""
-        world_size, rank = self.group.world_size, self.group.rank
-        short, num_longer = divmod(len(batch), world_size)
-        start = rank * short + min(rank, num_longer)
-        return list(batch[start : start + short + (rank < num_longer)])
-
-    def _update(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.schedule.step()
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.device.type, self.amp_dtype or torch.bfloat16, enabled=self.amp_dtype is not None
-        )
-
-    def _collect_steps(self) -> None:
-        """Turn this process's pending steps into global numbers."""
-        if not self.pending:
-            return
-        values = self.group.sum(torch.stack(self.pending))
-        values[:, :-1] /= self.group.world_size
-        self.progress.step_values += values.tolist()
-        self.pending = []
-
-    def _named_steps(self) -> list[dict[str, float]]:
-        names = ["loss", *self.part_names]
-        return [dict(zip(names, row[:-1], strict=True)) for row in self.progress.step_values]
-
-    def _step_means(self) -> dict[str, float]:
-        steps = self._named_steps()
-        metrics = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
-        num_rows = sum(len(batch) for batch in self._global_batches(self.progress.epochs_done))
-        metrics["train_accuracy"] = sum(row[-1] for row in self.progress.step_values) / num_rows
-        for name, rate in learning_rates(self.optimizer).items():
-            metrics[f"lr_{name}"] = rate
-        if isinstance(self.method, DRTune):
-            metrics["bank_rows"] = float(len(self.method.bank))
-        return metrics
-
-    @torch.inference_mode()
-    def _validate(self) -> dict[str, float]:
-        """Accuracy and cross-entropy over the validation images, each counted once."""
-        self.method.eval()
-        rows = list(range(len(self.data.validation)))[self.group.rank :: self.group.world_size]
-        batches = [rows[at : at + EVALUATION_ROWS] for at in range(0, len(rows), EVALUATION_ROWS)]
-        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
-        for pixels, labels in self.data.validation_batches(batches):
-            images = self._images(pixels)
-            labels = labels.to(self.device)
-            with self._autocast():
-                logits = self.method.head(self.method.downstream_encoder(images))
-            loss = F.cross_entropy(logits.double(), labels, reduction="sum")
-            correct = (logits.argmax(1) == labels).sum()
-            totals += torch.stack([correct.double(), loss.double(), totals.new_tensor(len(labels))])
-        correct_sum, loss_sum, count = self.group.sum(totals).tolist()
-        return {"val_accuracy": correct_sum / count, "val_loss": loss_sum / count}
-
-
-def _amp_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    if precision == "auto":
-        if device.type != "cuda":
-            return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision)
