@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from drtune_ray.data import sources
+from drtune_ray.data.sources import content_hash, decode, read_bytes, scan_class_folders
+from drtune_ray.errors import ConfigError
+from tests.conftest import WriteImages, noise_image
+
+SUFFIXES = ".bmp, .gif, .jpeg, .jpg, .png, .tif, .tiff, .webp"
+
+
+def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def problems_of(root: Path) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        scan_class_folders(root)
+    return caught.value.problems
+
+
+# ---- what is found
+
+
+def test_scan__classes_labels_and_files(write_images: WriteImages) -> None:
+    root = write_images({"dog": 2, "cat": 1})
+    (root / "dog" / "deep" / "er").mkdir(parents=True)
+    noise_image("deep", 8).save(root / "dog" / "deep" / "er" / "x.JPG", "JPEG")
+    (root / "dog" / "notes.txt").write_text("no image")
+    (root / ".git").mkdir()
+    folder = scan_class_folders(root)
+    assert folder.classes == ("cat", "dog")
+    rows = folder.files.to_pylist()
+    assert [(row["path"], row["label"]) for row in rows] == [
+        ("cat/000.png", 0),
+        ("dog/000.png", 1),
+        ("dog/001.png", 1),
+        ("dog/deep/er/x.JPG", 1),
+    ]
+    for row in rows:
+        content = (root / row["path"]).read_bytes()
+        assert row["content_hash"] == content_hash(content)
+        assert row["num_bytes"] == len(content)
+        assert read_bytes(root, row) == content
+
+
+def test_scan__known_files_are_not_read_again(
+    class_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = scan_class_folders(class_folder).files
+    noise_image("another", 24).save(class_folder / "cat" / "005.png")
+    os.utime(class_folder / "cat" / "005.png", ns=(1, 1))  # certainly another time
+    noise_image("new", 24).save(class_folder / "dog" / "new.png")
+    read: list[bytes] = []
+    monkeypatch.setattr(sources, "decode", read.append)
+    second = scan_class_folders(class_folder, first).files
+    assert len(read) == 2
+    fresh = scan_class_folders(class_folder).files
+    assert second.equals(fresh)
+
+
+# ---- what is refused
+
+
+def test_scan__missing_folder(tmp_path: Path) -> None:
+    root = tmp_path / "nowhere"
+    assert problems_of(root) == (
+        f"data.train={str(root)!r} is not a folder: give a folder of class folders",
+    )
+
+
+@pytest.mark.parametrize(
+    ("folders", "number"), [([], "0"), (["cat"], "1 ('cat')"), ([".git", "cat"], "1 ('cat')")]
+)
+def test_scan__fewer_than_two_classes(
+    write_images: WriteImages, folders: list[str], number: str
+) -> None:
+    root = write_images(dict.fromkeys(folders, 3))
+    assert problems_of(root) == (
+        f"at least 2 class folders must be in data.train, but {root} holds {number}: put the "
+        "images of each class into a folder named after the class",
+    )
+
+
+def test_scan__every_empty_class_and_the_number_of_classes_together(
+    write_images: WriteImages,
+) -> None:
+    root = write_images({"cat": 0})
+    (root / "cat" / "readme.md").write_text("no image")
+    assert problems_of(root) == (
+        f"at least 2 class folders must be in data.train, but {root} holds 1 ('cat'): put the "
+        "images of each class into a folder named after the class",
+        f"class folder 'cat' in {root} holds no image: add some or remove the folder (images end "
+        f"in {SUFFIXES})",
+    )
+
+
+def test_scan__empty_classes_are_all_named(write_images: WriteImages) -> None:
+    root = write_images({"cat": 1, "cow": 0, "dog": 1, "eel": 0})
+    assert [problem.split(" holds")[0] for problem in problems_of(root)] == [
+        f"class folder 'cow' in {root}",
+        f"class folder 'eel' in {root}",
+    ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        encoded(noise_image("a", 32), "JPEG")[:-200],
+        encoded(noise_image("a", 32), "PNG")[:-200],
+        encoded(noise_image("a", 32), "PNG")[:20],
+        encoded(noise_image("a", 32), "WEBP", lossless=True)[:-200],
+        b"<html>404</html>",
+        b"",
+    ],
+    ids=["jpeg", "png", "png header", "webp", "html", "empty"],
+)
+def test_scan__image_that_cannot_be_decoded(class_folder: Path, content: bytes) -> None:
+    broken = class_folder / "dog" / "broken.jpg"
+    broken.write_bytes(content)
+    (problem,) = problems_of(class_folder)
+    assert problem.startswith(f"{broken} cannot be decoded as an image (")
+    assert problem.endswith("): replace or remove it")
+
+
+def test_scan__many_broken_images_are_counted(class_folder: Path) -> None:
+    for number in range(8):
+        (class_folder / "cat" / f"broken{number}.png").write_bytes(b"no image")
+    problems = problems_of(class_folder)
+    assert len(problems) == 6
+    assert [str(class_folder / "cat" / f"broken{n}.png") in problems[n] for n in range(5)]
+    assert problems[5] == "and 3 more such files"
+
+
+# BUG found: both raise an OSError with a traceback (IsADirectoryError, FileNotFoundError).
+def test_scan__folder_with_the_name_of_an_image_is_searched(class_folder: Path) -> None:
+    (class_folder / "dog" / "holiday.png").mkdir()
+    noise_image("inside", 8).save(class_folder / "dog" / "holiday.png" / "a.png")
+    paths = scan_class_folders(class_folder).files["path"].to_pylist()
+    assert "dog/holiday.png/a.png" in paths
+    assert len(paths) == 21
+
+
+def test_scan__dangling_link_is_named(class_folder: Path) -> None:
+    (class_folder / "dog" / "gone.png").symlink_to(class_folder / "nowhere.png")
+    (problem,) = problems_of(class_folder)
+    assert str(class_folder / "dog" / "gone.png") in problem
+
+
+# ---- after the scan
+
+
+def test_read_bytes__changed_file(class_folder: Path) -> None:
+    row = scan_class_folders(class_folder).files.to_pylist()[3]
+    path = class_folder / row["path"]
+    noise_image("another", 24).save(path)
+    with pytest.raises(ConfigError) as caught:
+        read_bytes(class_folder, row)
+    assert str(caught.value) == (f"{path} changed since the study began: put the former file back")
+
+
+def test_read_bytes__removed_file(class_folder: Path) -> None:
+    row = scan_class_folders(class_folder).files.to_pylist()[3]
+    path = class_folder / row["path"]
+    path.unlink()
+    with pytest.raises(ConfigError) as caught:
+        read_bytes(class_folder, row)
+    assert str(caught.value) == (
+        f"cannot read {path}: No such file or directory; put the file back"
+    )
+
+
+# ---- decoding
+
+
+def transparent(mode: str) -> Image.Image:
+    """Left half red, right half wholly transparent."""
+    image = Image.new("RGBA", (8, 4), (255, 0, 0, 255))
+    image.paste((0, 0, 255, 0), (4, 0, 8, 4))
+    if mode == "P":
+        image = Image.new("P", (8, 4), 0)
+        image.putpalette([255, 0, 0, 0, 0, 255])
+        image.paste(1, (4, 0, 8, 4))
+        return image
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize(
+    ("form", "mode", "options"),
+    [
+        ("PNG", "RGBA", {}),
+        ("WEBP", "RGBA", {"lossless": True}),
+        ("PNG", "LA", {}),
+        ("PNG", "P", {"transparency": 1}),
+        ("GIF", "P", {"transparency": 1}),
+    ],
+)
+def test_decode__transparency_is_laid_on_white(
+    form: str, mode: str, options: dict[str, Any]
+) -> None:
+    image = decode(encoded(transparent(mode), form, **options))
+    pixels = np.asarray(image)
+    assert image.mode == "RGB"
+    assert (pixels[:, 4:] == 255).all()
+    red = [76, 76, 76] if mode == "LA" else [255, 0, 0]
+    assert np.abs(pixels[:, :4].astype(int) - red).max() <= 1
+
+
+def test_decode__half_transparent() -> None:
+    image = Image.new("RGBA", (2, 2), (0, 0, 0, 51))
+    assert np.abs(np.asarray(decode(encoded(image, "PNG"))).astype(int) - 204).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "RGB", "CMYK"])
+def test_decode__every_mode_becomes_rgb(mode: str) -> None:
+    form = "TIFF" if mode == "CMYK" else "PNG"
+    image = decode(encoded(noise_image("x", 8).convert(mode), form))
+    assert (image.mode, image.size) == ("RGB", (8, 8))
+
+
+def test_decode__sixteen_bits_keep_their_contrast() -> None:
+    # BUG found: Pillow's conversion cuts 16-bit greys at 255, so all but the darkest 0.4 % of a
+    # microscope's or an X-ray's picture becomes white, silently.
+    greys = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    pixels = np.asarray(decode(encoded(Image.fromarray(greys), "PNG")))[..., 0]
+    assert np.abs(pixels - greys / 257.0).max() <= 1.0

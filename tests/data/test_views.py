@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import random
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from drtune_ray.config import DataConfig
+from drtune_ray.data.views import ViewMaker
+from tests.conftest import noise_image
+
+IMAGE = noise_image("an image", 40)
+
+
+def maker(**values: Any) -> ViewMaker:
+    return ViewMaker(DataConfig(train="images", **{"image_size": 32, **values}), "bicubic")
+
+
+def test_training_view__same_image_and_view_same_pixels() -> None:
+    first = maker().training_view(IMAGE, "hash", 3)
+    random.seed(99)
+    torch.manual_seed(99)
+    assert np.array_equal(first, maker().training_view(IMAGE, "hash", 3))
+
+
+def test_training_view__differs_by_view_image_and_seed() -> None:
+    views = maker()
+    pixels = [views.training_view(IMAGE, "hash", view) for view in range(6)]
+    pixels.append(views.training_view(IMAGE, "other hash", 0))
+    pixels.append(maker(view_seed=1).training_view(IMAGE, "hash", 0))
+    assert len({array.tobytes() for array in pixels}) == len(pixels)
+
+
+def test_training_view__order_of_calls_does_not_matter() -> None:
+    forwards = [maker().training_view(IMAGE, "hash", view) for view in range(4)]
+    backwards = [maker().training_view(IMAGE, "hash", view) for view in reversed(range(4))]
+    assert all(map(np.array_equal, forwards, reversed(backwards)))
+
+
+def test_views__shape_and_type() -> None:
+    for pixels in (maker().training_view(IMAGE, "hash", 0), maker().evaluation_view(IMAGE)):
+        assert pixels.shape == (3, 32, 32)
+        assert pixels.dtype == np.uint8
+        assert pixels.std() > 10
+
+
+def test_views__global_random_states_are_untouched() -> None:
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[index,union-attr]
+    views = maker()
+    views.training_view(IMAGE, "hash", 0)
+    views.evaluation_view(IMAGE)
+    assert random.getstate() == before[0]
+    assert np.random.get_state()[1].tolist() == before[1]  # type: ignore[index,union-attr]
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_training_view__random_states_come_back_after_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    views = maker()
+    monkeypatch.setattr(views, "_augment", lambda image: 1 / 0)
+    before = random.getstate(), torch.get_rng_state()
+    with pytest.raises(ZeroDivisionError):
+        views.training_view(IMAGE, "hash", 0)
+    assert random.getstate() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_training_view__flip_and_crop_follow_the_config(flip: float) -> None:
+    whole = maker(horizontal_flip=flip, crop_scale_min=1.0, image_size=40)
+    # The crop's aspect ratio is drawn too; where no such crop fits, timm takes the whole image.
+    views = [whole.training_view(IMAGE, "hash", view) for view in range(12)]
+    expected = np.asarray(IMAGE).transpose(2, 0, 1)
+    other = expected[:, :, ::-1]
+    if flip:
+        expected, other = other, expected
+    assert any(np.array_equal(view, expected) for view in views)
+    assert not any(np.array_equal(view, other) for view in views)
+
+
+def test_evaluation_view__centre_crop() -> None:
+    pixels = maker(image_size=20, crop_fraction=0.5).evaluation_view(IMAGE)
+    assert np.array_equal(pixels, np.asarray(IMAGE).transpose(2, 0, 1)[:, 10:30, 10:30])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"view_seed": 1},
+        {"image_size": 48},
+        {"crop_scale_min": 0.5},
+        {"horizontal_flip": 0.0},
+        {"crop_fraction": 1.0},
+    ],
+)
+def test_key__changes_with_everything_that_changes_pixels(change: dict[str, Any]) -> None:
+    assert maker(**change).key != maker().key
+
+
+def test_key__interpolation_too() -> None:
+    config = DataConfig(train="images", image_size=32)
+    assert ViewMaker(config, "bilinear").key != ViewMaker(config, "bicubic").key
+
+
+def test_key__names_no_address_that_another_process_would_not_have() -> None:
+    views = maker()
+    text = repr(views._augment) + repr(views._evaluate)
+    assert not re.search(r"0x[0-9a-f]{6,}", text)
+    assert maker().key == views.key
+    assert maker(train_per_class=3, views=2).key == views.key

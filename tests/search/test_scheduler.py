@@ -1,0 +1,105 @@
+"""ASHA by epoch: references are not seen, rungs are refilled from what Optuna recorded."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import pytest
+
+from drtune_ray.config import SchedulerConfig
+from drtune_ray.search.protocol import OBJECTIVE
+from drtune_ray.search.scheduler import StudyASHA
+
+CONFIG = SchedulerConfig(min_epochs=1, reduction_factor=2)
+CURVES = {
+    0: [0.9, 0.9, 0.9, 0.9],
+    1: [0.5, 0.6, 0.7, 0.8],
+    2: [0.4, 0.5, 0.6, 0.7],
+    3: [0.6, 0.7, 0.8, 0.9],
+    4: [0.55, 0.56, 0.57, 0.58],
+    5: [0.7, 0.71, 0.72, 0.73],
+}
+
+
+def tune_trial(number: int) -> SimpleNamespace:
+    return SimpleNamespace(config={"number": number}, trial_id=f"tune-{number}")
+
+
+def scheduler(references: set[int]) -> StudyASHA:
+    return StudyASHA(CONFIG, 4, references)
+
+
+def run(asha: StudyASHA, numbers: list[int]) -> dict[int, int]:
+    """Epochs that each trial was given."""
+    given = {}
+    for number in numbers:
+        asha.on_trial_add(None, tune_trial(number))
+        for epoch, value in enumerate(CURVES[number], start=1):
+            result: dict[str, Any] = {"epoch": epoch, OBJECTIVE: value, "outcome": ""}
+            given[number] = epoch
+            if epoch == 4 or asha.on_trial_result(None, tune_trial(number), result) == "STOP":
+                asha.on_trial_complete(None, tune_trial(number), result)
+                break
+    return given
+
+
+def rungs(asha: StudyASHA) -> list[Any]:
+    return [bracket._rungs for bracket in asha._brackets]
+
+
+def recorded(numbers: list[int], given: dict[int, int]) -> list[optuna.trial.FrozenTrial]:
+    return [
+        optuna.trial.FrozenTrial(
+            number=number,
+            state=optuna.trial.TrialState.RUNNING,
+            value=None,
+            datetime_start=None,
+            datetime_complete=None,
+            params={},
+            distributions={},
+            user_attrs={},
+            system_attrs={},
+            intermediate_values=dict(enumerate(CURVES[number][: given[number]], start=1)),
+            trial_id=number,
+        )
+        for number in numbers
+    ]
+
+
+def test_it_stops_the_worse_half_at_each_rung():
+    assert run(scheduler({0}), [1, 2, 3, 4, 5]) == {1: 4, 2: 1, 3: 4, 4: 2, 5: 4}
+
+
+def test_references_run_to_the_end_and_leave_no_trace():
+    asha = scheduler({0})
+    assert run(asha, [0]) == {0: 4}
+    assert all(not recorded for _, recorded in rungs(asha)[0])
+
+
+@pytest.mark.parametrize("num_before", [1, 2, 3, 4])
+def test_rungs_after_a_crash_are_what_they_were(num_before):
+    unbroken = scheduler({0})
+    before, after = [1, 2, 3, 4, 5][:num_before], [1, 2, 3, 4, 5][num_before:]
+    given = run(unbroken, before)
+    resumed = scheduler({0})
+    resumed.refill(recorded([0], {0: 4}) + recorded(before, given))
+    assert rungs(resumed) == rungs(unbroken)
+    assert run(resumed, after) == run(unbroken, after)
+
+
+def test_a_resumed_trial_is_not_entered_twice():
+    asha = scheduler(set())
+    asha.refill(recorded([1], {1: 2}))
+    before = [dict(values) for _, values in rungs(asha)[0]]
+    asha.on_trial_add(None, tune_trial(1))
+    asha.on_trial_result(None, tune_trial(1), {"epoch": 3, OBJECTIVE: 0.7})
+    assert [dict(values) for _, values in rungs(asha)[0]] == before
+
+
+def test_a_trial_without_an_epoch_leaves_no_value():
+    asha = scheduler(set())
+    asha.on_trial_add(None, tune_trial(1))
+    asha.on_trial_complete(None, tune_trial(1), {"epoch": 0, OBJECTIVE: float("nan")})
+    assert all(not values for _, values in rungs(asha)[0])

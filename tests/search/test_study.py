@@ -1,0 +1,265 @@
+"""Whole studies on a real Ray, with real MLflow and real files."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from drtune_ray.config import StudyConfig, nested, to_yaml
+from drtune_ray.data.splits import VALIDATION
+from drtune_ray.errors import ConfigError, EnvironmentProblem, NoTrialCompleted
+from drtune_ray.results.evaluate import measure
+from drtune_ray.results.winner import read_winner
+from drtune_ray.search.identity import find_study
+from drtune_ray.search.outcome import evaluate_study, sync_study, tracking_uri_of
+from drtune_ray.search.study import StudyResult, run_study
+from drtune_ray.tracking.events import MetricsRecorded, RunFinished
+from tests.small import small_values, write_coloured
+
+pytestmark = pytest.mark.ray
+
+SPACE = {
+    "parameters": {
+        "method.regularization_weight": {"float": [0.1, 2.0], "log": True},
+        "optim.backbone_lr": {"float": [0.001, 0.02], "log": True},
+    }
+}
+
+
+def study_values(folder: Path, weights_file: Any, **changes: Any) -> dict[str, Any]:
+    images = write_coloured(folder / "images")
+    trial = small_values(images, weights_file) | {
+        "training.batch_norm": "local",
+        "optim.backbone_lr": 0.005,
+        "training.epochs": 4,
+    }
+    values = {
+        "name": "small",
+        "storage": str(folder / "studies"),
+        "trials": 6,
+        "space": SPACE,
+        "trial": nested(trial),
+        "scheduler": {"name": "asha", "min_epochs": 1, "reduction_factor": 2},
+        "resources": {"trials_at_a_time": 2},
+    }
+    return values | changes
+
+
+def mlflow_runs(study: Path) -> tuple[Any, list[Any], list[Any]]:
+    """(client, parent runs, child runs)."""
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri_of(str(study), str(study.parent)))
+    experiment = client.get_experiment_by_name("drtune-ray")
+    runs = client.search_runs([experiment.experiment_id])
+    children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    return client, [run for run in runs if run not in children], children
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, weights_file) -> tuple[StudyConfig, StudyResult, list[Any]]:
+    folder = tmp_path_factory.mktemp("finished")
+    config = StudyConfig.from_mapping(study_values(folder, weights_file))
+    events: list[Any] = []
+    return config, run_study(config, observer=events.append), events
+
+
+def test_every_trial_ends_and_the_best_completed_one_wins(finished):
+    _, result, _ = finished
+    assert [trial.number for trial in result.trials] == list(range(6))
+    assert {trial.state for trial in result.trials} <= {"COMPLETE", "PRUNED"}
+    completed = [t.best_val_accuracy for t in result.trials if t.state == "COMPLETE"]
+    assert result.winner.best_val_accuracy == max(completed)
+    assert [trial.reference for trial in result.references] == ["default", "ce_tuning", "authors"]
+    assert {trial.num_epochs for trial in result.references} == {4}
+    assert not result.was_done
+
+
+def test_observers_hear_of_every_epoch_and_end(finished):
+    _, result, events = finished
+    epochs = Counter(e.number for e in events if isinstance(e, MetricsRecorded))
+    assert epochs == {trial.number: trial.num_epochs for trial in result.trials}
+    ends = {e.number: e.state for e in events if isinstance(e, RunFinished)}
+    assert ends == {t.number: t.state for t in result.trials} | {None: "COMPLETE"}
+
+
+def test_mlflow_holds_one_parent_and_a_child_for_each_trial(finished):
+    _, result, _ = finished
+    client, parents, children = mlflow_runs(result.folder)
+    assert result.num_unsent == 0
+    (parent,) = parents
+    assert parent.info.status == "FINISHED"
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    status = {"COMPLETE": "FINISHED", "PRUNED": "KILLED"}
+    by_number = {int(run.data.tags["drtune.trial"]): run for run in children}
+    assert len(children) == len(by_number) == 6
+    for trial in result.trials:
+        run = by_number[trial.number]
+        assert run.info.status == status[trial.state]
+        history = client.get_metric_history(run.info.run_id, "val_accuracy")
+        assert sorted(metric.step for metric in history) == [*range(1, trial.num_epochs + 1)]
+        assert run.data.metrics["best_val_accuracy"] == trial.best_val_accuracy
+        assert {"cross_entropy", "lr_backbone", "lr_head", "seconds"} <= run.data.metrics.keys()
+        assert run.data.params["method.name"] == trial.config["method"]["name"]
+    names = [item.path for item in client.list_artifacts(parent.info.run_id, "winner")]
+    assert sorted(names) == ["winner/model.safetensors", "winner/model.yaml"]
+    best = by_number[result.winner.number].info.run_id
+    assert [item.path for item in client.list_artifacts(best, "checkpoint")] == [
+        "checkpoint/best.ckpt"
+    ]
+
+
+def test_finished_trials_keep_their_best_weights_and_nothing_else(finished):
+    _, result, _ = finished
+    for trial in result.trials:
+        files = sorted(p.name for p in (result.folder / "trials" / f"{trial.number:05d}").iterdir())
+        assert files == ["best.ckpt"]
+    table = pq.read_table(result.folder / "trials.parquet")
+    assert table["best_val_accuracy"].to_pylist() == [t.best_val_accuracy for t in result.trials]
+    assert not (result.folder / ".tune").exists()
+
+
+def test_the_winner_loads_again_and_gives_the_recorded_accuracy(finished):
+    config, result, _ = finished
+    winner = read_winner(result.folder / "winner")
+    manifest = pq.read_table(result.folder / "splits.parquet").to_pylist()
+    rows = [row for row in manifest if row["split"] == VALIDATION]
+    found = measure(winner, Path(config.trial.data.train), rows)
+    assert found.share == result.winner.best_val_accuracy == winner.about["val_accuracy"]
+
+
+def test_the_same_call_again_shows_the_result_without_running(finished):
+    config, result, _ = finished
+    again = run_study(config)
+    assert again.was_done
+    assert (again.study_id, again.winner, again.trials) == (
+        result.study_id,
+        result.winner,
+        result.trials,
+    )
+
+
+def test_another_configuration_under_the_same_name_is_refused(finished):
+    config, _, _ = finished
+    values = config.to_mapping()
+    values["trial"]["optim"]["weight_decay"] = 0.5
+    with pytest.raises(ConfigError, match=r"trial\.optim\.weight_decay: 0\.0001 there, 0\.5 here"):
+        run_study(StudyConfig.from_mapping(values))
+
+
+def test_the_test_split_opens_once_unless_asked_again(finished):
+    config, result, _ = finished
+    found = evaluate_study("small", config.storage)
+    assert found.validation.share == found.recorded_validation
+    assert found.num_openings == 1
+    with pytest.raises(ConfigError, match=r"was opened 1 time\(s\) before.*add --again"):
+        evaluate_study("small", config.storage)
+    assert evaluate_study("small", config.storage, again=True).num_openings == 2
+    _, (parent,), _ = mlflow_runs(result.folder)
+    assert parent.data.metrics["test_accuracy"] == found.test.share
+
+
+def test_references_and_first_proposals_repeat_with_the_seed(finished, tmp_path, weights_file):
+    _, result, _ = finished
+    other = StudyConfig.from_mapping(study_values(tmp_path, weights_file, trials=4))
+    again = run_study(other)
+    pairs = list(zip(result.references, again.references, strict=True))
+    assert [(a.best_val_accuracy) for a, _ in pairs] == [b.best_val_accuracy for _, b in pairs]
+    varied = ("method", "optim")
+    assert [result.trials[3].config[key] for key in varied] == [
+        again.trials[3].config[key] for key in varied
+    ]
+
+
+def test_a_trial_too_large_for_the_machine_is_refused_with_the_numbers(tmp_path, weights_file):
+    resources = {"cpus_per_worker": 4096}
+    values = study_values(tmp_path, weights_file, resources=resources)
+    with pytest.raises(EnvironmentProblem, match=r"a trial takes 4096 CPUs .* but there are"):
+        run_study(StudyConfig.from_mapping(values))
+
+
+def test_a_study_without_a_completed_trial_says_so(tmp_path, weights_file):
+    values = study_values(tmp_path, weights_file, trials=2, reference_trials=[])
+    values["space"] = {"parameters": {"optim.backbone_lr": {"float": [1e19, 1e20]}}}
+    with pytest.raises(NoTrialCompleted, match=r"none of 2 trials completed \(diverged\)"):
+        run_study(StudyConfig.from_mapping(values))
+    _, (parent,), children = mlflow_runs(tmp_path / "studies" / "small")
+    assert parent.info.status == "FAILED"
+    assert {run.data.tags["drtune.outcome"] for run in children} == {"diverged"}
+
+
+def test_a_dead_tracking_server_costs_only_delay(tmp_path, weights_file):
+    values = study_values(
+        tmp_path,
+        weights_file,
+        trials=2,
+        reference_trials=["default"],
+        tracking={"uri": "http://127.0.0.1:9"},
+    )
+    values["trial"] = values["trial"] | {"training": values["trial"]["training"] | {"epochs": 1}}
+    config = StudyConfig.from_mapping(values)
+    result = run_study(config)
+    assert result.winner.state == "COMPLETE"
+    assert result.num_unsent > 0
+    with pytest.raises(EnvironmentProblem, match="MLflow did not take the events"):
+        sync_study("small", config.storage)
+    # The place of tracking may change: the same study, its events now sent to SQLite.
+    assert run_study(config.model_copy(update={"tracking": type(config.tracking)()})).was_done
+    assert sync_study("small", config.storage) == result.num_unsent
+    assert sync_study("small", config.storage) == 0
+    _, _, children = mlflow_runs(tmp_path / "studies" / "small")
+    assert sorted(run.info.status for run in children) == ["FINISHED", "FINISHED"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_driver_that_was_ended_is_resumed_by_the_same_command(tmp_path, weights_file, how):
+    values = study_values(tmp_path, weights_file)
+    values["trial"]["training"]["epochs"] = 30
+    values["scheduler"] = {"name": "none"}
+    file = tmp_path / "study.yaml"
+    file.write_text(to_yaml(values))
+    script = Path(sys.executable).with_name("drtune-ray")
+    command = [str(script), "tune", str(file)]
+    folder = tmp_path / "studies" / "small"
+    log = tmp_path / "log"
+    with log.open("w") as sink:
+        driver = subprocess.Popen(command, stdout=sink, stderr=sink, start_new_session=True)
+        _wait_for(lambda: (folder / "trials" / "00002" / "best.ckpt").exists(), driver)
+        os.kill(driver.pid, how)
+        code = driver.wait(timeout=60)
+    if how != signal.SIGKILL:
+        assert code == 130, log.read_text()
+        assert "The same command goes on where it stopped" in log.read_text()
+        assert "Traceback" not in log.read_text()
+        _, (parent,), children = mlflow_runs(folder)
+        assert {run.info.status for run in [parent, *children]} <= {"KILLED", "FINISHED"}
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Best of 6 trials" in done.stdout
+    client, (parent,), children = mlflow_runs(folder)
+    assert parent.info.status == "FINISHED"
+    assert sorted(int(run.data.tags["drtune.trial"]) for run in children) == list(range(6))
+    assert {run.info.status for run in children} == {"FINISHED"}
+    for run in children:
+        history = client.get_metric_history(run.info.run_id, "val_accuracy")
+        assert sorted(metric.step for metric in history) == list(range(1, 31))
+    assert find_study("small", str(tmp_path / "studies")) == folder
+
+
+def _wait_for(condition: Any, process: subprocess.Popen[bytes], seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the driver ended by itself"
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.1)

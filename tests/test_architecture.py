@@ -1,0 +1,276 @@
+"""Holds the import directions of DESIGN.md by walking the syntax trees of the package."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import drtune_ray
+
+PACKAGE = "drtune_ray"
+ROOT = Path(drtune_ray.__file__).parent
+
+FLOOR = {"config", "errors"}
+# What the modules of each layer may import of the package, besides their own layer.
+LAYERS: dict[str, set[str]] = {
+    "errors": set(),
+    "config": {"errors"},
+    "method": set(),
+    "data": FLOOR,
+    "tracking": FLOOR,
+    "training": FLOOR | {"data", "method"},
+    "results": FLOOR | {"data", "training", "tracking"},
+    "search": FLOOR | {"data", "method", "training", "tracking", "results"},
+    "cluster": FLOOR | {"data", "training", "tracking", "results", "search"},
+    "demo": FLOOR | {"training", "search"},
+    "display": FLOOR | {"tracking", "results", "search"},
+    "cli": FLOOR | {"demo", "display", "training", "tracking", "results", "search", "cluster"},
+}
+# Who alone may import these.
+OWNERS = {
+    "ray": {"search", "cluster"},
+    "mlflow": {"tracking"},
+    "optuna": {"search", "results"},
+}
+DISTRIBUTED_FILE = "training/distributed.py"
+TEST_SPLIT_FILES = {"data/splits.py", "results/evaluate.py"}
+LAZY_FILES = {"__init__.py"}  # names its homes as strings
+
+HEAVY = ("torch", "ray", "mlflow", "optuna", "timm", "pyarrow", "PIL", "numpy")
+
+
+def violations(root: Path) -> list[str]:
+    """Every import or name below `root` that DESIGN.md forbids, as ``file:line what``."""
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        layer = path.relative_to(root).parts[0].removesuffix(".py")
+        if name in LAZY_FILES:
+            continue
+        if layer not in LAYERS:
+            found.append(f"{name}:1 has no place in LAYERS")
+            continue
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            for problem in problems_of(node, name, layer):
+                found.append(f"{name}:{getattr(node, 'lineno', 0)} {problem}")
+    return found
+
+
+def problems_of(node: ast.AST, name: str, layer: str) -> Iterator[str]:
+    for module in imported(node, name):
+        if problem := import_problem(module, layer):
+            yield problem
+        if module.startswith("torch.distributed") and name != DISTRIBUTED_FILE:
+            yield "uses torch.distributed"
+        if module.endswith((".data.splits.TEST", ".import_module")):
+            if module.endswith(".import_module") or name not in TEST_SPLIT_FILES:
+                yield f"imports {module}"
+    if isinstance(node, ast.Attribute):
+        whole = ast.unparse(node)
+        if whole == "torch.distributed" and name != DISTRIBUTED_FILE:
+            yield "uses torch.distributed"
+        if whole.endswith(".TEST") and name not in TEST_SPLIT_FILES:
+            yield "uses the test split"
+        if whole == "importlib.import_module":
+            yield "imports importlib.import_module"
+    if isinstance(node, ast.Constant) and node.value == "test" and name not in TEST_SPLIT_FILES:
+        yield "uses the test split"
+
+
+def imported(node: ast.AST, name: str) -> list[str]:
+    """Absolute names of what an import statement imports, down to the last name."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    module = node.module or ""
+    if node.level:
+        above = [PACKAGE, *name.split("/")[:-1]]
+        module = ".".join([*above[: len(above) - node.level + 1], *filter(None, [module])])
+    return [f"{module}.{alias.name}" for alias in node.names]
+
+
+def import_problem(module: str, layer: str) -> str | None:
+    top, *rest = module.split(".")
+    if top == PACKAGE:
+        if rest in ([], ["__version__"]) and layer != "method":
+            return None
+        target = rest[0] if rest else PACKAGE
+        is_allowed = target == layer or target in LAYERS[layer]
+    elif layer == "method":
+        is_allowed = top == "torch" or top in sys.stdlib_module_names
+    else:
+        is_allowed = layer in OWNERS.get(top, {layer})
+    return None if is_allowed else f"imports {module}"
+
+
+# ---- the package
+
+
+def test_package__imports_point_one_way() -> None:
+    assert violations(ROOT) == []
+
+
+def test_package__the_walk_sees_it() -> None:
+    walked = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in ROOT.rglob("*.py")}
+    assert {"method", "data", "training", "search", "tracking", "results", "config"} <= walked
+    assert (ROOT / DISTRIBUTED_FILE).exists()
+    assert all((ROOT / name).exists() for name in TEST_SPLIT_FILES)
+
+
+def test_layers__without_a_cycle() -> None:
+    above: set[str] = set()
+    left = dict(LAYERS)
+    while left:
+        free = {layer for layer, below in left.items() if below <= above}
+        assert free, f"a cycle among {sorted(left)}"
+        above |= free
+        left = {layer: below for layer, below in left.items() if layer not in free}
+
+
+# ---- the walk itself
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "problem"),
+    [
+        ("data/x.py", "import ray", "1 imports ray"),
+        ("data/x.py", "from ray.train import torch", "1 imports ray.train.torch"),
+        ("training/x.py", "import optuna.trial", "1 imports optuna.trial"),
+        ("results/x.py", "import mlflow", "1 imports mlflow"),
+        ("search/x.py", "from mlflow import MlflowClient", "1 imports mlflow.MlflowClient"),
+        ("cli.py", "import ray", "1 imports ray"),
+        ("method/x.py", "import numpy as np", "1 imports numpy"),
+        ("method/x.py", "import drtune_ray", "1 imports drtune_ray"),
+        (
+            "method/x.py",
+            "from drtune_ray.config import MethodConfig",
+            "1 imports drtune_ray.config.MethodConfig",
+        ),
+        (
+            "training/x.py",
+            "from drtune_ray.search.space import SearchSpace",
+            "1 imports drtune_ray.search.space.SearchSpace",
+        ),
+        ("training/x.py", "from drtune_ray import tracking", "1 imports drtune_ray.tracking"),
+        ("training/x.py", "from drtune_ray import run_study", "1 imports drtune_ray.run_study"),
+        ("data/x.py", "from ..training import optim", "1 imports drtune_ray.training.optim"),
+        ("data/deep/x.py", "from ...search import y", "1 imports drtune_ray.search.y"),
+        ("tracking/x.py", "from drtune_ray.results import y", "1 imports drtune_ray.results.y"),
+        ("config.py", "import drtune_ray.data.views", "1 imports drtune_ray.data.views"),
+        ("search/x.py", "from drtune_ray.cli import main", "1 imports drtune_ray.cli.main"),
+        ("data/x.py", "def f():\n    import ray", "2 imports ray"),
+        (
+            "training/x.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import optuna",
+            "3 imports optuna",
+        ),
+        ("training/x.py", "import torch.distributed as dist", "1 uses torch.distributed"),
+        ("training/x.py", "from torch import distributed", "1 uses torch.distributed"),
+        ("search/x.py", "import torch\ntorch.distributed.barrier()", "2 uses torch.distributed"),
+        (
+            "search/x.py",
+            "from drtune_ray.data.splits import TEST",
+            "1 imports drtune_ray.data.splits.TEST",
+        ),
+        ("search/x.py", "rows = splits.rows(splits_module.TEST)", "1 uses the test split"),
+        ("training/x.py", "rows = splits.rows('test')", "1 uses the test split"),
+        (
+            "data/x.py",
+            "import importlib\nimportlib.import_module('ray')",
+            "2 imports importlib.import_module",
+        ),
+        ("helpers/x.py", "", "1 has no place in LAYERS"),
+    ],
+)
+def test_violations__planted(tmp_path: Path, name: str, code: str, problem: str) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(code)
+    assert violations(tmp_path) == [f"{name}:{problem}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("method/x.py", "import math, torch\nfrom drtune_ray.method.y import z"),
+        ("data/x.py", "import numpy, torch\nfrom drtune_ray.config import digest"),
+        ("training/x.py", "from drtune_ray.data.splits import TRAIN\nfrom . import optim"),
+        (DISTRIBUTED_FILE, "import torch.distributed as dist\ndist.barrier()"),
+        ("search/x.py", "import ray, optuna\nfrom drtune_ray import __version__"),
+        ("results/x.py", "import optuna"),
+        ("results/evaluate.py", "from drtune_ray.data.splits import TEST"),
+        ("tracking/x.py", "def f():\n    import mlflow"),
+        ("cli.py", "'tests the latest test split'\nimport click"),
+    ],
+)
+def test_violations__allowed(tmp_path: Path, name: str, code: str) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(code)
+    assert violations(tmp_path) == []
+
+
+# ---- importing does little
+
+
+def loaded_by(code: str) -> tuple[str, list[str]]:
+    """What a new process prints for a piece of code, and the heavy modules it has then."""
+    ending = f"import json, sys; print(json.dumps([m for m in {HEAVY} if m in sys.modules]))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{ending}"], capture_output=True, text=True, check=True
+    )
+    *printed, modules = done.stdout.splitlines()
+    return "\n".join(printed), json.loads(modules)
+
+
+needs_cli = pytest.mark.skipif(
+    importlib.util.find_spec("drtune_ray.cli") is None, reason="drtune_ray/cli.py is not there yet"
+)
+
+
+@needs_cli
+def test_import__package_and_command_line_are_light() -> None:
+    assert loaded_by("import drtune_ray, drtune_ray.cli")[1] == []
+
+
+@needs_cli
+def test_help__is_light() -> None:
+    code = (
+        "from drtune_ray.cli import cli\n"
+        "try:\n    cli(['--help'], prog_name='drtune-ray')\n"
+        "except SystemExit as end:\n    assert end.code == 0"
+    )
+    printed, modules = loaded_by(code)
+    assert modules == []
+    assert printed.startswith("Usage: drtune-ray ")
+    assert "tune" in printed
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("drtune_ray.config", []),
+        ("drtune_ray.search.space", []),
+        ("drtune_ray.search.identity", []),
+        ("drtune_ray.tracking.spool", []),
+        ("drtune_ray.data.splits", ["pyarrow", "PIL", "numpy"]),
+        ("drtune_ray.method", ["torch", "numpy"]),  # the check can fail
+    ],
+)
+def test_import__light_modules(module: str, heavy: list[str]) -> None:
+    assert set(loaded_by(f"import {module}")[1]) == set(heavy)
+
+
+def test_package__exported_names() -> None:
+    assert sorted(drtune_ray.__all__) == drtune_ray.__all__
+    assert set(drtune_ray.__all__) == set(drtune_ray._HOMES)
+    assert drtune_ray.TrialConfig.__module__ == "drtune_ray.config"
+    with pytest.raises(AttributeError, match="^module 'drtune_ray' has no attribute 'tune'$"):
+        drtune_ray.tune  # noqa: B018

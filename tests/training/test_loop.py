@@ -1,0 +1,223 @@
+"""The generator: seeded bit for bit, resumable at any save point, honest about its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from drtune_ray.training.checkpoint import TrialFolder, read_checkpoint
+from drtune_ray.training.loop import train_epochs
+from drtune_ray.training.model import classifier
+from drtune_ray.training.records import COMPLETED, DIVERGED, PATIENCE, EpochReport, SavePoint
+from tests.small import prepared, small_trial, small_values, write_coloured
+
+Values = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def values(tmp_path_factory, weights_file) -> Values:
+    return small_values(write_coloured(tmp_path_factory.mktemp("coloured")), weights_file)
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("storage")
+
+
+def events(values: Values, storage: Path, **options: Any) -> Iterator[EpochReport | SavePoint]:
+    config = small_trial(values)
+    data, backbone, _ = prepared(config, storage)
+    return train_epochs(config, data, backbone, num_threads=1, **options)
+
+
+def reports(values: Values, storage: Path, **options: Any) -> list[EpochReport]:
+    return [e for e in events(values, storage, **options) if isinstance(e, EpochReport)]
+
+
+def losses(found: list[EpochReport]) -> list[dict[str, float]]:
+    return [step for record in found[-1].history for step in record.steps]
+
+
+METHODS = {
+    "default": {},
+    "live features": {"data.views": 0},
+    "authors": {
+        "method.reduction": "mean",
+        "method.regularization_weight": "bank_over_batch",
+        "method.head_lr_multiplier": "one_plus_bank_over_batch",
+        "method.calibration.rotation_kept": False,
+        "method.calibration.rotation_restarts_each_epoch": True,
+        "training.drop_last": True,
+        "optim.schedule": "cosine_per_epoch",
+        "optim.backbone_lr": 0.005,
+    },
+    "local BatchNorm, AdamW": {
+        "training.batch_norm": "local",
+        "optim.name": "adamw",
+        "optim.backbone_lr": 0.001,
+    },
+    "ce_tuning": {"method.name": "ce_tuning"},
+    "K above N": {"method.bank_size": 500},
+}
+
+
+@pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS.keys())
+def test_same_seed_gives_the_same_losses_bit_for_bit(values, storage, changes):
+    first = reports(values | changes, storage)
+    torch.rand(7)  # what happened before in the process must not matter
+    assert losses(reports(values | changes, storage)) == losses(first)
+    assert first[-1].outcome == COMPLETED
+    assert losses(reports(values | changes | {"seed": 1}, storage)) != losses(first)
+
+
+@pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS.keys())
+@pytest.mark.parametrize("stop_after", [1, 3, 4, 6])
+def test_resumed_at_any_save_point_it_equals_the_unbroken_run(
+    values, storage, tmp_path, changes, stop_after
+):
+    wanted = reports(values | changes, storage)
+    folder = TrialFolder(tmp_path / "trial")
+    # Every step is a save point here: the run is left after some of them, mid-epoch mostly.
+    for count, event in enumerate(
+        events(values | changes, storage, save_requested=lambda: True), start=1
+    ):
+        event.save(folder)
+        if count == stop_after:
+            break
+    resumed = reports(values | changes, storage, resume=folder.newest())
+    assert losses(resumed) == losses(wanted)
+    pairs = zip(resumed[-1].history, wanted[-1].history, strict=True)
+    for found, expected in pairs:
+        drop = {"seconds"}
+        assert {k: v for k, v in found.metrics.items() if k not in drop} == {
+            k: v for k, v in expected.metrics.items() if k not in drop
+        }
+
+
+def test_final_weights_after_resuming_are_equal_bit_for_bit(values, storage, tmp_path):
+    def run(folder: TrialFolder, **options: Any) -> dict[str, torch.Tensor]:
+        for event in events(values, storage, **options):
+            event.save(folder)
+        return read_checkpoint(folder.path / "epoch-00003-step-0000000.ckpt")["method"]
+
+    unbroken = run(TrialFolder(tmp_path / "unbroken"))
+    broken = TrialFolder(tmp_path / "broken")
+    for event in events(values, storage, save_requested=lambda: True):
+        event.save(broken)
+        if isinstance(event, SavePoint) and (event.epoch, event.step) == (1, 2):
+            break
+    resumed = run(broken, resume=broken.newest())
+    assert unbroken.keys() == resumed.keys()
+    for name, tensor in unbroken.items():
+        same = torch.equal(tensor, resumed[name]) if torch.is_tensor(tensor) else False
+        assert same or tensor == resumed[name], name
+
+
+def test_a_trial_that_had_ended_says_again_how(values, storage, tmp_path):
+    folder = TrialFolder(tmp_path)
+    for event in events(values, storage):
+        event.save(folder)
+    again = reports(values, storage, resume=folder.newest())
+    assert [report.outcome for report in again] == [COMPLETED]
+    assert [record.epoch for record in again[0].history] == [1, 2, 3]
+
+
+def test_save_points_come_when_asked_and_only_then(values, storage):
+    asked = iter([False, True, False, False] + [False] * 20)
+    found = list(events(values, storage, save_requested=lambda: next(asked)))
+    points = [event for event in found if isinstance(event, SavePoint)]
+    assert [(point.epoch, point.step) for point in points] == [(0, 2)]
+
+
+def test_save_points_come_after_save_every_seconds(values, storage):
+    found = list(events(values | {"training.save_every_seconds": 1e-9}, storage))
+    assert sum(isinstance(event, SavePoint) for event in found) == 12
+
+
+def test_a_diverging_loss_ends_the_trial_and_keeps_what_was_finished(values, storage):
+    found = reports(values | {"optim.backbone_lr": 1e20}, storage)
+    assert found[-1].outcome == DIVERGED
+    assert found[-1].record is None
+    assert len(found) == 1
+
+
+def test_patience_ends_the_trial_with_its_best(values, storage):
+    settings = {
+        "training.epochs": 30,
+        "training.patience_epochs": 1,
+        "optim.backbone_lr": 1e-9,  # nothing is learned: no epoch is better than the first
+    }
+    found = reports(values | settings, storage)
+    assert found[-1].outcome == PATIENCE
+    assert len(found) == 2
+    best = found[-1].record.metrics
+    assert best["best_epoch"] == 1
+    assert best["best_val_accuracy"] == found[0].record.metrics["val_accuracy"]
+
+
+def test_it_learns(values, storage):
+    # The test's weights are random: BatchNorm must find its statistics first.
+    settings = {
+        "training.epochs": 8,
+        "training.batch_norm": "local",
+        "optim.name": "adamw",
+        "optim.backbone_lr": 0.003,
+    }
+    found = reports(values | settings, storage)
+    assert found[-1].record.metrics["best_val_accuracy"] > 0.6
+
+
+def test_best_checkpoint_gives_the_recorded_accuracy(values, storage, tmp_path):
+    config = small_trial(values)
+    data, backbone, _ = prepared(config, storage)
+    folder = TrialFolder(tmp_path)
+    for event in train_epochs(config, data, backbone, num_threads=1):
+        event.save(folder)
+    best = read_checkpoint(folder.best)
+    model = classifier(backbone.name, backbone.image_size, best["model"])
+    from drtune_ray.training.frozen import normalized
+
+    rows = list(range(len(data.validation)))
+    pixels, labels = next(data.validation_batches([rows]))
+    right = model(normalized(pixels, backbone.normalization)).argmax(1) == labels
+    assert right.double().mean().item() == best["record"]["metrics"]["best_val_accuracy"]
+    assert best["record"]["epoch"] == best["record"]["metrics"]["best_epoch"]
+
+
+def test_frozen_batch_norm_keeps_the_pretrained_statistics(values, storage, tmp_path):
+    def moved(batch_norm: str) -> bool:
+        folder = TrialFolder(tmp_path / batch_norm)
+        for event in events(values | {"training.batch_norm": batch_norm}, storage):
+            event.save(folder)
+        _, backbone, _ = prepared(small_trial(values), storage)
+        trained = read_checkpoint(folder.best)["model"]
+        return not all(
+            torch.equal(tensor, trained[f"encoder.{name}"])
+            for name, tensor in backbone.state.items()
+            if "running" in name
+        )
+
+    assert not moved("frozen")
+    assert moved("local")
+
+
+def test_each_epoch_reports_parts_rates_and_seconds(values, storage):
+    metrics = reports(values, storage)[0].record.metrics
+    parts = ("loss", "cross_entropy", "distribution_regularization")
+    assert metrics["loss"] == pytest.approx(metrics[parts[1]] + metrics[parts[2]])
+    assert {"lr_backbone", "lr_head", "seconds", "train_accuracy", "val_loss"} <= metrics.keys()
+    assert metrics["bank_rows"] == 19
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["auto", "float32", "float16"])
+def test_trains_on_a_gpu(values, storage, precision):
+    found = reports(
+        values | {"training.precision": precision}, storage, device=torch.device("cuda", 0)
+    )
+    assert found[-1].outcome == COMPLETED
