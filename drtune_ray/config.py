@@ -365,7 +365,7 @@ def _sentence(section: type[Section], problem: Any) -> str:
     if problem["type"] == "value_error":
         prefix = f"{path}: " if path else ""
         return prefix + str(problem["ctx"]["error"])
-    return f"{path}={problem['input']!r} is not valid: {problem['msg'].lower()}"
+    return f"{path}={problem['input']!r} is not valid: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
 
 
 def _unknown(what: str, value: str, valid: Iterable[str]) -> str:

@@ -88,9 +88,9 @@ def write_images(splits: Splits, root: Path, path: Path) -> None:
 def read_images(path: Path) -> tuple[ImageRows, ImageRows]:
     """(training, validation) rows of a file made by :func:`write_images`."""
     table = read_table(path)
-    train = table.filter(pa.compute.equal(table["split"], TRAIN))
-    validation = table.filter(pa.compute.equal(table["split"], VALIDATION))
-    return ImageRows(train), ImageRows(validation)
+    # Training rows come first; slices leave the images on disk, where a filter would copy them.
+    num_train = table["split"].to_pylist().count(TRAIN)
+    return ImageRows(table.slice(0, num_train)), ImageRows(table.slice(num_train))
 
 
 def write_array(path: Path, blocks: Iterable[NDArray[Any]]) -> None:

@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
-from PIL import Image
+from PIL import Image, ImageOps
 
 from drtune_ray.errors import ConfigError
 
@@ -96,8 +97,10 @@ def read_bytes(root: Path, row: dict[str, object]) -> bytes:
 
 
 def decode(content: bytes) -> Image.Image:
-    """An RGB image from its encoded bytes; transparency is laid on white."""
-    image: Image.Image = Image.open(io.BytesIO(content))
+    """An RGB image from its encoded bytes; turned as its EXIF says, transparency on white."""
+    image: Image.Image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip them at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -111,7 +114,11 @@ def content_hash(content: bytes) -> str:
 
 
 def _images(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    return (
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "." and path.is_file()
+    )
 
 
 def _read_files(root: Path, work: list[tuple[Path, int]], known: pa.Table | None) -> pa.Table:

@@ -6,7 +6,6 @@ were placed before keep their split; later ones fill up the quotas. Exact copies
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -67,16 +66,28 @@ def make_splits(folder: ImageFolder, config: DataConfig, former: pa.Table | None
     labels = folder.files["label"].to_pylist()
     problems = []
     for label, name in enumerate(folder.classes):
-        copies = Counter(h for h, own in zip(hashes, labels, strict=True) if own == label)
-        problem = _too_few(name, len(copies), config)
+        images = {h for h, own in zip(hashes, labels, strict=True) if own == label}
+        problem = _too_few(name, len(images), config)
+        if problem is None:
+            _fill_quotas(images, _quotas(len(images), config), assigned)
+            problem = _empty_split(name, {assigned[image] for image in images})
         if problem:
             problems.append(problem)
-            continue
-        _fill_quotas(copies, _quotas(sum(copies.values()), config), assigned)
     if problems:
         raise ConfigError(problems)
     column = pa.array([assigned[h] for h in hashes], pa.string())
     return Splits(folder.files.append_column("split", column), folder.classes)
+
+
+def _empty_split(name: str, found: set[str]) -> str | None:
+    missing = [split for split in (TRAIN, VALIDATION, TEST) if split not in found]
+    if not missing:
+        return None
+    return (
+        f"class {name!r} has no image left for {' and '.join(missing)}: its images were placed "
+        "before, with copies in other classes or in an earlier study under this storage; add "
+        "images to the class or use another --storage"
+    )
 
 
 def _too_few(name: str, num_images: int, config: DataConfig) -> str | None:
@@ -103,15 +114,15 @@ def _quotas(num_images: int, config: DataConfig) -> dict[str, int]:
     return {TEST: test, VALIDATION: validation, TRAIN: num_images - test - validation}
 
 
-def _fill_quotas(copies: Counter[str], quotas: dict[str, int], assigned: dict[str, str]) -> None:
-    """Place the class's images that have no split yet, by content hash, where room is left."""
+def _fill_quotas(images: set[str], quotas: dict[str, int], assigned: dict[str, str]) -> None:
+    """Place the class's images that have no split yet, by content hash, where room is left.
+
+    Images are counted once however many copies of them there are; the copies follow.
+    """
     room = dict(quotas)
-    for content, number in copies.items():
-        if content in assigned:
-            room[assigned[content]] -= number
-    for content in sorted(set(copies) - set(assigned)):
-        # Test is filled first and training takes what is left, so copies that overrun a quota
-        # cost training images, never the other way round.
+    for image in images & assigned.keys():
+        room[assigned[image]] -= 1
+    for image in sorted(images - assigned.keys()):
         split = next((s for s in (TEST, VALIDATION) if room[s] > 0), TRAIN)
-        assigned[content] = split
-        room[split] -= copies[content]
+        assigned[image] = split
+        room[split] -= 1

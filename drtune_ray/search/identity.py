@@ -90,6 +90,11 @@ def read_record(folder: Path) -> Record:
         raise ConfigError(f"{folder} is not a study: it holds no {RECORD_FILE}")
     content = read_yaml(folder / RECORD_FILE)
     names = ("study_id", "kind", "config", "deciding", "tracking")
+    if missing := [name for name in names if name not in content]:
+        raise ConfigError(
+            f"{folder / RECORD_FILE} was not written by drtune-ray (it lacks {missing}): give the "
+            "study another --name or --storage"
+        )
     return Record(folder, *(content[name] for name in names))
 
 

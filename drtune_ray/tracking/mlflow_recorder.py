@@ -121,7 +121,13 @@ class MlflowRecorder:
 
         run_id = self.run_id(event.number) or self._create(event)
         self._client.update_run(run_id, status="RUNNING")
-        params = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in event.params.items()]
+        # MLflow's params never change: a study that goes on with more trials keeps the first.
+        known = self._client.get_run(run_id).data.params
+        params = [
+            Param(key, str(value)[:MAX_PARAM_LENGTH])
+            for key, value in event.params.items()
+            if key not in known
+        ]
         for at in range(0, len(params), PARAMS_PER_CALL):
             self._client.log_batch(run_id, params=params[at : at + PARAMS_PER_CALL])
 

@@ -10,8 +10,9 @@ import json
 import logging
 import os
 import threading
+import time
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 from drtune_ray.tracking.events import Event, from_plain, to_plain
 
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 EVENTS_NAME, SENT_NAME = "events.jsonl", "sent"
 RETRY_SECONDS = (1.0, 2.0, 5.0, 15.0, 60.0)
+CLOSING_RETRY_SECONDS = 0.5
 
 
 class Recorder(Protocol):
@@ -39,12 +41,12 @@ class Spool:
         self._events, self._sent = folder / EVENTS_NAME, folder / SENT_NAME
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        self._drop_torn_end()
 
     def append(self, event: Event) -> None:
         """Write an event so that it survives a crash."""
         line = json.dumps(to_plain(event)) + "\n"
-        with self._lock, self._events.open("ab") as file:
+        with self._lock, self._events.open("a+b") as file:
+            _drop_torn_end(file)
             file.write(line.encode())
             file.flush()
             os.fsync(file.fileno())
@@ -75,16 +77,20 @@ class Spool:
             return sum(1 for _ in file)
 
     def _offset(self) -> int:
-        return int(self._sent.read_text()) if self._sent.exists() else 0
+        # An empty mark is one that a power cut took; sending everything again changes nothing.
+        text = self._sent.read_text() if self._sent.exists() else ""
+        return int(text or 0)
 
-    def _drop_torn_end(self) -> None:
-        """A line that a crash cut off was never acted upon: remove it."""
-        if not self._events.exists():
-            return
-        content = self._events.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(self._events, whole)
+
+def _drop_torn_end(file: IO[bytes]) -> None:
+    """Remove a last line without an end: a crash or a full disk cut it off."""
+    size = file.seek(0, os.SEEK_END)
+    if size == 0:
+        return
+    file.seek(size - 1)
+    if file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 class BackgroundWriter:
@@ -99,6 +105,7 @@ class BackgroundWriter:
         self._spool, self._recorder = spool, recorder
         self._wake, self._closing = threading.Event(), threading.Event()
         self._has_warned = False
+        self._deadline = float("inf")
         self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
         self._thread.start()
 
@@ -110,8 +117,9 @@ class BackgroundWriter:
             logger.warning("tracking: an event could not be written to disk: %s", error)
         self._wake.set()
 
-    def close(self, timeout_seconds: float = 30.0) -> int:
+    def close(self, timeout_seconds: float = 15.0) -> int:
         """Send what is left within the time; returns how many events remain unsent."""
+        self._deadline = time.monotonic() + timeout_seconds
         self._closing.set()
         self._wake.set()
         self._thread.join(timeout_seconds)
@@ -126,14 +134,22 @@ class BackgroundWriter:
                     num_failures = 0
             except Exception as error:  # an observer may fail in any way; the study goes on
                 self._warn_once(error)
-                delay = RETRY_SECONDS[min(num_failures, len(RETRY_SECONDS) - 1)]
-                num_failures += 1
-                if self._closing.wait(delay):
+                if self._is_too_late():
                     return
+                self._wait(RETRY_SECONDS[min(num_failures, len(RETRY_SECONDS) - 1)])
+                num_failures += 1
                 continue
             if self._closing.is_set() and self._spool.next_unsent() is None:
                 return
             self._wake.wait()
+
+    def _wait(self, seconds: float) -> None:
+        """Until the next try; closing does not wait as long."""
+        if self._closing.wait(seconds):
+            time.sleep(CLOSING_RETRY_SECONDS)
+
+    def _is_too_late(self) -> bool:
+        return self._closing.is_set() and time.monotonic() >= self._deadline
 
     def _warn_once(self, error: Exception) -> None:
         if not self._has_warned:

@@ -176,12 +176,31 @@ def _check_name(name: str) -> None:
 
 
 def create_encoder(name: str, image_size: int, pretrained: bool = False) -> nn.Module:
-    """A timm model without its classifier: images (B, 3, S, S) to features (B, D)."""
+    """A timm model without its classifier: images (B, 3, S, S) to features (B, D).
+
+    Raises:
+        ConfigError: If timm cannot build it for this image size or does not know its tag.
+    """
     # Transformers with position embeddings are built for one size; convolutional ones take any.
     fixed = timm.get_pretrained_cfg(name, allow_unregistered=True)
     options: dict[str, Any] = {"img_size": image_size} if fixed and fixed.fixed_input_size else {}
-    model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+    # Weights that a file does not give are the same at every load.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            model: nn.Module = timm.create_model(
+                name, pretrained=pretrained, num_classes=0, **options
+            )
+        except (RuntimeError, ValueError, AssertionError, ZeroDivisionError) as error:
+            raise ConfigError(
+                f"backbone.name={name!r} cannot be built for data.image_size={image_size} "
+                f"({_first_line(error)}): choose another size or variant"
+            ) from None
     return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _from_hub(name: str, image_size: int) -> nn.Module:
@@ -248,20 +267,12 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 
 def _load_state(encoder: nn.Module, given: dict[str, Tensor], config: BackboneConfig) -> KeyReport:
     wanted = encoder.state_dict()
-    convert = getattr(sys.modules[type(encoder).__module__], "checkpoint_filter_fn", None)
-    candidates = [given, *(_without_prefix(given, prefix) for prefix in KNOWN_PREFIXES)]
-    if convert and set(wanted) & set(given):
-        # timm's own conversion also resizes position embeddings to the image size.
-        candidates.append(convert(dict(given), encoder))
-    by_name = [
-        {n: t for n, t in state.items() if n in wanted and t.shape == wanted[n].shape}
-        for state in candidates
-    ]
-    best = max(by_name, key=lambda state: _share(state, wanted))
+    by_name = [_fitting(given, prefix, encoder) for prefix in ("", *KNOWN_PREFIXES)]
+    best, used = max(by_name, key=lambda pair: _share(pair[0], wanted))
     by_order = _in_order(given, wanted)
     is_by_order = _share(by_order, wanted) > _share(best, wanted)
     if is_by_order:
-        best = by_order
+        best, used = by_order, set(list(given)[: len(wanted)])
     share = _share(best, wanted)
     if share < 0.5:
         raise ConfigError(
@@ -271,8 +282,22 @@ def _load_state(encoder: nn.Module, given: dict[str, Tensor], config: BackboneCo
         )
     encoder.load_state_dict(wanted | best)
     missing = tuple(name for name in wanted if name not in best)
-    unused = tuple(list(given)[len(best) :]) if is_by_order else tuple(set(given) - set(best))
-    return KeyReport(share, missing, tuple(sorted(unused)), is_by_order)
+    return KeyReport(share, missing, tuple(sorted(set(given) - used)), is_by_order)
+
+
+def _fitting(
+    given: dict[str, Tensor], prefix: str, encoder: nn.Module
+) -> tuple[dict[str, Tensor], set[str]]:
+    """Tensors below a prefix that fit the encoder by name, and the file's names they came from."""
+    wanted = encoder.state_dict()
+    below = _without_prefix(given, prefix)
+    state = below
+    convert = getattr(sys.modules[type(encoder).__module__], "checkpoint_filter_fn", None)
+    if convert and len(set(wanted) & set(below)) > len(wanted) / 2:
+        # timm's own conversion also resizes position embeddings to the image size.
+        state = convert(dict(below), encoder)
+    fitting = {n: t for n, t in state.items() if n in wanted and t.shape == wanted[n].shape}
+    return fitting, {prefix + name for name in below if name in fitting}
 
 
 def _without_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -297,10 +322,9 @@ def _described(name: str, image_size: int, encoder: nn.Module) -> Backbone:
         with torch.inference_mode():
             features = encoder(torch.zeros(1, 3, image_size, image_size))
     except (RuntimeError, ValueError, AssertionError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
-            f"backbone.name={name!r} cannot take data.image_size={image_size} ({first_line}): "
-            f"try {expected['input_size'][-1]}"
+            f"backbone.name={name!r} cannot take data.image_size={image_size} "
+            f"({_first_line(error)}): try {expected['input_size'][-1]}"
         ) from None
     if features.ndim != 2:
         raise ConfigError(

@@ -1,0 +1,251 @@
+"""The command line as users meet it: answers at once, and speaks plainly about bad input."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from drtune_ray.config import read_yaml, to_yaml
+from drtune_ray.search.request import study_request, trial_request
+from tests.small import BACKBONE, write_coloured
+
+COMMAND = Path(sys.executable).with_name("drtune-ray")
+
+
+def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    return subprocess.run(
+        [str(COMMAND), *arguments], capture_output=True, text=True, cwd=cwd, env=environment
+    )
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return write_coloured(tmp_path / "images", per_class=6)
+
+
+def one_class(folder: Path) -> None:
+    for name in ("blue", "green"):
+        for path in (folder / name).iterdir():
+            path.unlink()
+        (folder / name).rmdir()
+
+
+def few_images(folder: Path) -> None:
+    for path in sorted((folder / "red").iterdir())[2:]:
+        path.unlink()
+
+
+def corrupt_image(folder: Path) -> None:
+    path = folder / "red" / "00.png"
+    path.write_bytes(path.read_bytes()[:60])
+
+
+def empty(folder: Path) -> None:
+    one_class(folder)
+    for path in (folder / "red").iterdir():
+        path.unlink()
+    (folder / "red").rmdir()
+
+
+BAD_FOLDERS = {
+    "one class": (one_class, "at least 2 class folders must be in data.train, but"),
+    "empty": (empty, "holds 0"),
+    "too few images": (few_images, "class 'red' has 2 different images but the splits need"),
+    "corrupt image": (corrupt_image, "00.png cannot be decoded as an image"),
+}
+
+
+def refused(done: subprocess.CompletedProcess[str], message: str, storage: Path) -> None:
+    """One clear message, exit code 2, no traceback, nothing written."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not storage.exists()
+
+
+@pytest.mark.parametrize("spoil, message", BAD_FOLDERS.values(), ids=BAD_FOLDERS.keys())
+def test_bad_folders(images, tmp_path, weights_file, spoil, message):
+    spoil(images)
+    storage = tmp_path / "studies"
+    weights = ("--backbone", BACKBONE, "--weights", str(weights_file(BACKBONE)))
+    done = run("tune", "--data", str(images), "--storage", str(storage), *weights)
+    refused(done, message, storage)
+
+
+def test_a_missing_folder(tmp_path):
+    storage = tmp_path / "studies"
+    done = run("tune", "--data", str(tmp_path / "nowhere"), "--storage", str(storage))
+    refused(done, "nowhere' is not a folder: give a folder of class folders", storage)
+
+
+BAD_SETTINGS = {
+    "unknown backbone": (
+        ["--backbone", "resnet5"],
+        "backbone.name='resnet5' is not a model of timm",
+    ),
+    "K = 0": (["--set", "method.bank_size=0"], "method.bank_size=0 is not valid"),
+    "lambda < 0": (
+        ["--set", "method.regularization_weight=-1"],
+        "method.regularization_weight=-1 is not valid",
+    ),
+    "unknown setting": (
+        ["--set", "method.bank_siz=8"],
+        "unknown key 'method.bank_siz'; did you mean 'method.bank_size'?",
+    ),
+    "no assignment": (["--set", "epochs"], "--set 'epochs' must be path=value"),
+    "batch above the images": (
+        ["--set", "training.batch_size=64"],
+        "training.batch_size <= number of training images must hold, but got batch_size=64 with",
+    ),
+    "unknown space": (["--space", "quik"], "space 'quik' is neither a YAML file nor one of"),
+    "too few trials": (["--trials", "2"], "trials >= number of reference_trials must hold"),
+    "bad name": (["--name", "a/b"], "name='a/b' is not valid"),
+    "unknown flag": (["--epoch", "3"], "No such option"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", BAD_SETTINGS.values(), ids=BAD_SETTINGS.keys())
+def test_bad_settings(images, tmp_path, weights_file, arguments, message):
+    storage = tmp_path / "studies"
+    given = ["--weights", str(weights_file(BACKBONE)), "--image-size", "32"]
+    if "--backbone" not in arguments:
+        given += ["--backbone", BACKBONE]
+    done = run("tune", "--data", str(images), "--storage", str(storage), *given, *arguments)
+    refused(done, message, storage)
+
+
+def test_weights_of_another_backbone(images, tmp_path):
+    file, storage = tmp_path / "other.safetensors", tmp_path / "studies"
+    safetensors.torch.save_file({"layer.weight": torch.zeros(3, 3)}, file)
+    given = ["--backbone", BACKBONE, "--weights", str(file), "--image-size", "32"]
+    done = run("tune", "--data", str(images), "--storage", str(storage), *given)
+    refused(done, f"fit 0% of '{BACKBONE}', at least 50% must", storage)
+
+
+def test_a_space_with_an_unknown_key_and_other_faults_are_told_together(images, tmp_path):
+    few_images(images)
+    space, storage = tmp_path / "space.yaml", tmp_path / "studies"
+    space.write_text("parameters:\n  method.bank_sise: {int: [1, 2]}\n")
+    given = ["--backbone", "resnet5", "--weights", "none.pt", "--space", str(space)]
+    done = run("tune", "--data", str(images), "--storage", str(storage), *given)
+    for message in (
+        "unknown key 'method.bank_sise'; did you mean 'method.bank_size'?",
+        "class 'red' has 2 different images",
+        "backbone.name='resnet5' is not a model of timm",
+    ):
+        refused(done, message, storage)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "ui", "sync"])
+def test_a_study_that_does_not_exist(tmp_path, command):
+    done = run(command, "nothing", "--storage", str(tmp_path))
+    assert done.returncode == 2
+    assert "there is no study 'nothing' under" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_precedence_is_set_over_flag_over_file_over_machine(images, tmp_path):
+    file = tmp_path / "study.yaml"
+    content = {
+        "trials": 9,
+        "trial": {
+            "data": {"train": str(images)},
+            "training": {"epochs": 3, "batch_size": 4},
+            "optim": {"weight_decay": 0.5},
+        },
+    }
+    file.write_text(to_yaml(content))
+    flags = {"epochs": 5, "image_size": 48, "seed": 7}
+    config, notes = study_request(file, ["training.epochs=6", "scheduler.name=none"], flags)
+    assert (config.trials, config.seed, config.name) == (9, 7, "images")
+    assert config.scheduler.name == "none"
+    trial = config.trial
+    assert (trial.training.epochs, trial.training.batch_size) == (6, 4)
+    assert (trial.data.image_size, trial.data.view_seed, trial.seed) == (48, 7, 7)
+    assert trial.optim.weight_decay == 0.5
+    assert "trials" not in notes[0] and "space=quick" in notes[0]
+
+
+def test_defaults_fit_few_images(images):
+    config, notes = study_request(None, [], {"data_folder": str(images)})
+    # 18 images, of which training gets at least 4.
+    assert config.trial.training.batch_size == 4
+    assert "trial.training.batch_size=4" in notes[0]
+
+
+def test_another_backbone_takes_its_weights_from_timm(images):
+    flags = {"data_folder": str(images), "backbone": "resnet18.a1_in1k"}
+    config, _, _ = trial_request(None, [], flags)
+    assert config.backbone.weights == "timm"
+
+
+def test_presets_reach_a_training(images):
+    flags = {"data_folder": str(images), "preset": "authors"}
+    config, _, _ = trial_request(None, ["optim.nesterov=false"], flags)
+    assert config.method.reduction == "mean"
+    assert config.optim.schedule == "cosine_per_epoch"
+    assert config.optim.nesterov is False
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_train_on_two_workers_equals_one_and_is_a_run_of_its_own(tmp_path, weights_file):
+    """Frozen BatchNorm, K no multiple of the batch, an odd last batch: 20 steps to 1e-5."""
+    import mlflow
+
+    images = write_coloured(tmp_path / "images")
+    storage = tmp_path / "studies"
+    common = ["--data", str(images), "--storage", str(storage), "--backbone", BACKBONE]
+    common += ["--weights", str(weights_file(BACKBONE)), "--image-size", "32", "--epochs", "5"]
+    common += ["--set", "training.batch_size=9", "--set", "method.bank_size=20"]
+    common += ["--set", "training.precision=float64", "--set", "optim.backbone_lr=0.02"]
+    for workers in ("1", "2"):
+        done = run("train", *common, "--workers", workers, "--name", f"workers-{workers}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "epoch 5/5" in done.stdout
+    again = run("train", *common, "--workers", "2", "--name", "workers-2")
+    assert "This training was done before." in again.stdout
+    client = mlflow.MlflowClient(f"sqlite:///{storage / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("drtune-ray")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert {name: run.info.status for name, run in runs.items()} == {
+        "workers-1": "FINISHED",
+        "workers-2": "FINISHED",
+    }
+    for part in ("step_cross_entropy", "step_distribution_regularization"):
+        curves = [
+            {m.step: m.value for m in client.get_metric_history(run.info.run_id, part)}
+            for run in runs.values()
+        ]
+        assert len(curves[0]) == 20
+        assert curves[0] == pytest.approx(curves[1], abs=1e-5)
+    assert read_yaml(storage / "workers-2" / "winner" / "model.yaml")["classes"] == [
+        "blue",
+        "green",
+        "red",
+    ]
+    done = run("evaluate", "workers-2", "--storage", str(storage))
+    assert done.returncode == 0
+    assert "Test accuracy" in done.stdout
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_trials_of_two_workers_run_under_tune(tmp_path, weights_file):
+    images = write_coloured(tmp_path / "images")
+    storage = tmp_path / "studies"
+    given = ["--data", str(images), "--storage", str(storage), "--backbone", BACKBONE]
+    given += ["--weights", str(weights_file(BACKBONE)), "--image-size", "32", "--epochs", "2"]
+    given += ["--workers", "2", "--trials", "2", "--set", "reference_trials=[ce_tuning]"]
+    given += ["--set", "training.batch_size=9"]
+    done = run("tune", *given)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 at a time" in done.stdout
+    assert "Best of 2 trials" in done.stdout
