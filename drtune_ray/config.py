@@ -165,11 +165,7 @@ class TrialConfig(Section):
         Raises:
             ConfigError: Naming every problem.
         """
-        merged = dict(values)
-        preset = merged.pop("preset", None) or preset or "default"
-        if preset not in PRESETS:
-            raise ConfigError(_unknown("preset", str(preset), get_args(PresetName)))
-        return validated(cls, deep_merge(PRESETS[preset], merged))
+        return validated(cls, _on_preset(values, "preset", preset or "default"))
 
     def to_mapping(self) -> dict[str, Any]:
         """Nested plain values, as they stand in YAML."""
@@ -253,11 +249,10 @@ class StudyConfig(Section):
             ConfigError: Naming every problem.
         """
         merged = dict(values)
-        trial = dict(merged.get("trial") or {})
-        preset = trial.pop("preset", "default")
-        if preset not in PRESETS:
-            raise ConfigError(_unknown("trial.preset", str(preset), get_args(PresetName)))
-        merged["trial"] = deep_merge(PRESETS[preset], trial)
+        trial = merged.get("trial") or {}
+        if not isinstance(trial, Mapping):
+            raise ConfigError(f"trial={trial!r} must be a mapping of settings")
+        merged["trial"] = _on_preset(trial, "trial.preset", "default")
         return validated(cls, merged)
 
     @property
@@ -310,6 +305,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "training": {"batch_norm": "local", "drop_last": True},
     },
 }
+
+
+def _on_preset(values: Mapping[str, Any], key: str, default: str) -> dict[str, Any]:
+    """The values on top of the preset that their key ``preset`` names."""
+    rest = dict(values)
+    preset = rest.pop("preset", None) or default
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise ConfigError(_unknown(key, str(preset), get_args(PresetName)))
+    return deep_merge(PRESETS[preset], rest)
 
 
 def reference_config(base: TrialConfig, reference: str) -> TrialConfig:
@@ -365,7 +369,8 @@ def _sentence(section: type[Section], problem: Any) -> str:
     if problem["type"] == "value_error":
         prefix = f"{path}: " if path else ""
         return prefix + str(problem["ctx"]["error"])
-    return f"{path}={problem['input']!r} is not valid: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
+    message = problem["msg"][:1].lower() + problem["msg"][1:]
+    return f"{path}={problem['input']!r} is not valid: {message}"
 
 
 def _unknown(what: str, value: str, valid: Iterable[str]) -> str:
@@ -405,7 +410,10 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
         if not separator or not path.strip():
             problems.append(f"--set {assignment!r} must be path=value, like training.epochs=20")
             continue
-        values[path.strip()] = yaml.safe_load(text) if text.strip() else text
+        try:
+            values[path.strip()] = yaml.safe_load(text) if text.strip() else text
+        except yaml.YAMLError:
+            problems.append(f"--set {assignment!r} has a value that is not YAML: quote it")
     if problems:
         raise ConfigError(problems)
     return values

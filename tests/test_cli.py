@@ -97,7 +97,7 @@ BAD_SETTINGS = {
     ),
     "unknown setting": (
         ["--set", "method.bank_siz=8"],
-        "unknown key 'method.bank_siz'; did you mean 'method.bank_size'?",
+        "unknown key 'trial.method.bank_siz'; did you mean 'trial.method.bank_size'?",
     ),
     "no assignment": (["--set", "epochs"], "--set 'epochs' must be path=value"),
     "batch above the images": (

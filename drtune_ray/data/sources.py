@@ -117,7 +117,7 @@ def _images(folder: Path) -> Iterator[Path]:
     return (
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "." and path.is_file()
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "." and not path.is_dir()
     )
 
 
@@ -126,7 +126,10 @@ def _read_files(root: Path, work: list[tuple[Path, int]], known: pa.Table | None
 
     def read(item: tuple[Path, int]) -> dict[str, object] | str:
         path, label = item
-        status = path.stat()
+        try:
+            status = path.stat()
+        except OSError as error:
+            return f"{path} cannot be read ({error.strerror}): replace or remove it"
         row: dict[str, object] = {
             "path": path.relative_to(root).as_posix(),
             "label": label,

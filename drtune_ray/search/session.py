@@ -85,7 +85,7 @@ def ray_session(*, with_dashboard: bool = False) -> Iterator[Capacity]:
     try:
         total = ray.cluster_resources()
         # Ray takes SIGTERM for itself when it starts.
-        with sigterm_as_interrupt():
+        with signals_as_interrupt():
             yield Capacity(total.get("CPU", 0.0), total.get("GPU", 0.0), TRIAL_DRIVER in total)
     finally:
         if not joined:
@@ -114,21 +114,32 @@ def trials_that_fit(workers: int, resources: ResourcesConfig, capacity: Capacity
 
 
 @contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM leaves a resumable study, as Ctrl-C does."""
+def signals_as_interrupt() -> Iterator[None]:
+    """SIGTERM and Ctrl-C both become KeyboardInterrupt and leave a resumable study.
+
+    Whatever error an interruption causes on its way, it is an interruption that is reported.
+    """
+    was_interrupted = False
 
     def interrupt(signum: int, frame: Any) -> None:
+        nonlocal was_interrupted
+        was_interrupted = True
         raise KeyboardInterrupt
 
     try:
-        former = signal.signal(signal.SIGTERM, interrupt)
+        former = {s: signal.signal(s, interrupt) for s in (signal.SIGTERM, signal.SIGINT)}
     except ValueError:  # not the main thread: signals are the caller's
         yield
         return
     try:
         yield
+    except Exception as error:
+        if was_interrupted:
+            raise KeyboardInterrupt from error
+        raise
     finally:
-        signal.signal(signal.SIGTERM, former)
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from drtune_ray.search.protocol import OBJECTIVE, OUTCOME
 from drtune_ray.search.session import (
     ray_session,
     scratch_folder,
-    sigterm_as_interrupt,
+    signals_as_interrupt,
     trials_that_fit,
 )
 from drtune_ray.search.workers import train_on_workers
@@ -94,7 +94,7 @@ def run_training(
     values = config.to_mapping()
     deciding = deciding_values(values, checked.splits.content_digest(), checked.backbone.digest)
     folder = storage / name
-    with driver_lease(folder), sigterm_as_interrupt():
+    with driver_lease(folder), signals_as_interrupt():
         tracking = tracking or TrackingConfig()
         record = open_record(folder, TRAINING, values, deciding, tracking)
         spool = Spool(folder / SPOOL_NAME)

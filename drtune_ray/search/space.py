@@ -13,6 +13,7 @@ Keys are paths of `TrialConfig`. ``float`` and ``int`` take [low, high], with ``
 from __future__ import annotations
 
 import importlib.resources
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 BANK_SIZE = "method.bank_size"
 KINDS = ("float", "int", "choice")
+# Images, splits, views, features and weights are prepared once for all trials of a study.
+SHARED_GROUPS = ("data", "backbone", "seed")
+SHARED_PATHS = ("training.workers",)
 SUFFIX = ".yaml"
 
 
@@ -81,7 +85,9 @@ class Parameter:
         """Whether a value lies in the range."""
         if self.kind == "choice":
             return value in self.values
-        if isinstance(value, str | bool) or not self.bounds[0] <= value <= self.bounds[1]:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        if not self.bounds[0] <= value <= self.bounds[1]:
             return False
         distance = (value - self.bounds[0]) / (self.step or 1)
         is_on_step = abs(distance - round(distance)) < 1e-9
@@ -113,10 +119,11 @@ class SearchSpace:
                 [*problems, "the search space needs 'parameters': a mapping of paths to ranges"]
             )
         parameters: list[Parameter] = []
-        for path, body in declared.items():
+        paths = [str(path) for path in declared]
+        for number, (path, body) in enumerate(zip(paths, declared.values(), strict=True)):
             try:
-                parameter = _read_parameter(str(path), body)
-                _check_parameter(parameter, base)
+                parameter = _read_parameter(path, body)
+                _check_parameter(parameter, base, paths[number:])
                 parameters.append(parameter)
             except ConfigError as error:
                 problems.extend(error.problems)
@@ -182,6 +189,7 @@ def shipped_spaces() -> dict[str, Path]:
 
 
 def _read_parameter(path: str, body: Any) -> Parameter:
+    """A parameter of the right form; whether it makes sense is checked afterwards."""
     if problem := unknown_path_problem(TrialConfig, path):
         raise ConfigError(f"search space: {problem}")
     kinds = [kind for kind in KINDS if isinstance(body, Mapping) and kind in body]
@@ -190,61 +198,112 @@ def _read_parameter(path: str, body: Any) -> Parameter:
             f"search space: {path} needs exactly one of {list(KINDS)}, but got {body!r}; "
             f"write for example {path}: {{float: [0.1, 1.0]}}"
         )
-    extra = set(body) - {kinds[0], "log", "step", "when"}
+    kind = kinds[0]
+    extra = set(body) - {kind, "log", "step", "when"}
     if extra:
         raise ConfigError(
             f"search space: unknown key {sorted(extra)[0]!r} in {path}; valid are "
-            f"{[kinds[0], 'log', 'step', 'when']}"
+            f"{[kind, 'log', 'step', 'when']}"
         )
-    given = body[kinds[0]]
-    when = tuple((body.get("when") or {}).items())
-    if kinds[0] == "choice":
+    given, log, when = body[kind], body.get("log", False), body.get("when") or {}
+    if not isinstance(log, bool):
+        raise ConfigError(f"search space: {path} needs log: true or false, but got {log!r}")
+    if not isinstance(when, Mapping):
+        raise ConfigError(
+            f"search space: {path} needs when: {{PATH: VALUE}}, but got when={when!r}"
+        )
+    conditions = tuple((str(key), value) for key, value in when.items())
+    if kind == "choice":
         if not isinstance(given, list) or not given:
             raise ConfigError(f"search space: {path} needs a list of values, but got {given!r}")
-        return Parameter(path, "choice", values=tuple(given), when=when)
-    is_pair = isinstance(given, list) and len(given) == 2
-    if not is_pair or not all(isinstance(end, int | float) for end in given):
+        return Parameter(path, "choice", values=tuple(given), when=conditions)
+    if not isinstance(given, list) or len(given) != 2:
         raise ConfigError(f"search space: {path} needs [low, high], but got {given!r}")
-    kind: Literal["float", "int"] = "int" if kinds[0] == "int" else "float"
-    bounds = (float(given[0]), float(given[1]))
-    return Parameter(path, kind, bounds, (), bool(body.get("log")), body.get("step"), when)
+    bounds = tuple(_number(path, "[low, high]", end, given) for end in given)
+    step = (
+        None
+        if body.get("step") is None
+        else _number(path, "a number as step", body["step"], body["step"])
+    )
+    named: Literal["float", "int"] = "int" if kind == "int" else "float"
+    return Parameter(path, named, (bounds[0], bounds[1]), (), log, step, conditions)
 
 
-def _check_parameter(parameter: Parameter, base: TrialConfig) -> None:
-    problems = []
-    if parameter.path not in flattened(base.to_mapping()):
-        problems.append(f"{parameter.path} is a group of settings: search a setting below it")
-    low, high = parameter.bounds
-    if low > high:
+def _number(path: str, what: str, value: Any, shown: Any) -> float:
+    """A finite number; YAML reads 1e-4 as text, which is taken for the number it is."""
+    try:
+        number = float("nan") if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not math.isfinite(number):
+        raise ConfigError(f"search space: {path} needs {what}, but got {shown!r}")
+    return number
+
+
+def _check_parameter(parameter: Parameter, base: TrialConfig, not_before: list[str]) -> None:
+    """Refuse what makes no sense; `not_before` are this path and those declared later."""
+    problems = _range_problems(parameter)
+    path = parameter.path
+    if path not in flattened(base.to_mapping()):
+        problems.append(f"{path} is a group of settings: search a setting below it")
+    elif path.split(".")[0] in SHARED_GROUPS or path in SHARED_PATHS:
         problems.append(
-            f"{parameter.path} has an empty range: low <= high must hold in [{low}, {high}]"
+            f"{path} is shared by all trials of a study, which prepares it once: set it in the "
+            "trial and run one study for each value"
         )
-    if parameter.log and low <= 0:
-        problems.append(f"{parameter.path} is logarithmic: low > 0 must hold, but got low={low}")
-    if parameter.log and parameter.step:
-        problems.append(f"{parameter.path} has both log and step: choose one")
-    if parameter.kind == "int" and any(end != int(end) for end in parameter.bounds):
-        problems.append(
-            f"{parameter.path} is an int: both bounds must be whole, got [{low}, {high}]"
-        )
-    problems += [
-        problem
-        for path, _ in parameter.when
-        if (problem := unknown_path_problem(TrialConfig, path))
-    ]
+    for condition, value in parameter.when:
+        problems += _condition_problems(path, condition, value, base, not_before)
     if not problems:
         for value in parameter.ends():
             try:
-                base.with_values({parameter.path: value})
+                base.with_values({path: value})
             except ConfigError as error:
                 problems.extend(error.problems)
     if problems:
         raise ConfigError(f"search space: {problem}" for problem in problems)
 
 
+def _range_problems(parameter: Parameter) -> list[str]:
+    path, (low, high), step = parameter.path, parameter.bounds, parameter.step
+    problems = []
+    if low > high:
+        problems.append(f"{path} has an empty range: low <= high must hold in [{low}, {high}]")
+    if parameter.log and low <= 0:
+        problems.append(f"{path} is logarithmic: low > 0 must hold, but got low={low}")
+    if parameter.log and step is not None:
+        problems.append(f"{path} has both log and step: choose one")
+    if parameter.kind == "int" and any(end != int(end) for end in parameter.bounds):
+        problems.append(f"{path} is an int: both bounds must be whole, got [{low}, {high}]")
+    if step is not None and (step <= 0 or (parameter.kind == "int" and step != int(step))):
+        problems.append(f"{path} needs a step above 0, whole for an int, but got step={step:g}")
+    elif step is not None and not problems and not parameter.holds(high):
+        problems.append(
+            f"{path} does not end on a step: {high:g} is not {low:g} plus a multiple of {step:g}"
+        )
+    return problems
+
+
+def _condition_problems(
+    path: str, condition: str, value: Any, base: TrialConfig, not_before: list[str]
+) -> list[str]:
+    if problem := unknown_path_problem(TrialConfig, condition):
+        return [problem]
+    if condition in not_before:
+        return [f"{path} depends on {condition}, which must be declared before it"]
+    try:
+        taken = flattened(base.with_values({condition: value}).to_mapping()).get(condition)
+    except ConfigError as error:
+        return list(error.problems)
+    if taken != value or isinstance(taken, bool) != isinstance(value, bool):
+        return [f"{path} never applies: {condition} is never {value!r}; write {taken!r}"]
+    return []
+
+
 def _clamp(parameter: Parameter, highest: int) -> Parameter:
     if parameter.kind == "choice":
         values = tuple(dict.fromkeys(min(value, highest) for value in parameter.values))
         return replace(parameter, values=values)
-    low, high = parameter.bounds
-    return replace(parameter, bounds=(min(low, highest), min(high, highest)))
+    low, high = (min(end, highest) for end in parameter.bounds)
+    if parameter.step:
+        high = low + (high - low) // parameter.step * parameter.step
+    return replace(parameter, bounds=(low, high))

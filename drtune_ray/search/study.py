@@ -24,6 +24,7 @@ from drtune_ray.results.winner import write_winner
 from drtune_ray.search.actor import Workplace
 from drtune_ray.search.callback import StudyCallback, run_finished
 from drtune_ray.search.identity import (
+    DONE_NAME,
     JOURNAL_NAME,
     SCRATCH_NAME,
     SPLITS_NAME,
@@ -43,7 +44,7 @@ from drtune_ray.search.session import (
     Capacity,
     ray_session,
     scratch_folder,
-    sigterm_as_interrupt,
+    signals_as_interrupt,
     trials_that_fit,
 )
 from drtune_ray.search.space import SearchSpace, read_space
@@ -125,7 +126,7 @@ def run_study(
     config = config.model_copy(update={"space": _space_content(config)})
     values = config.to_mapping()
     deciding = deciding_values(values, checked.splits.content_digest(), checked.backbone.digest)
-    with driver_lease(config.folder), sigterm_as_interrupt():
+    with driver_lease(config.folder), signals_as_interrupt():
         record = open_record(config.folder, STUDY, values, deciding, config.tracking)
         write_manifest(checked.splits, config.folder / SPLITS_NAME)
         driver = _Driver(config, record.study_id, checked, space, references, notes)
@@ -177,8 +178,7 @@ class _Driver:
         )
 
     def run(self, observer: Sink | None, on_plan: Callable[[StudyPlan], None]) -> StudyResult:
-        num_done = len(self._finished())
-        if num_done >= self.config.trials:
+        if self._is_done():
             return self._result(Spool(self.folder / SPOOL_NAME).num_unsent(), was_done=True)
         spool = Spool(self.folder / SPOOL_NAME)
         recorder = build_recorder(self.config.tracking, self.storage, self.study_id)
@@ -188,18 +188,29 @@ class _Driver:
             self._emit = _fan_out(writer.emit, observer, self._free_disk)
             self._tell_start()
             try:
-                self._search(on_plan)
+                device = "cuda" if self.config.resources.gpus_per_worker else "cpu"
+                tables = prepare(self.checked, self.config.trial, self.storage, device)
+                if len(self._finished()) < self.config.trials:
+                    self._search(tables, device, on_plan)
+                result = self._finish(tables)
+            except NoTrialCompleted:
+                raise  # said already
             except BaseException:  # whatever it was, no run may stay RUNNING
                 self._tell_interruption()
                 raise
-            result = self._finish()
             num_unsent = writer.close()
         return replace(result, num_unsent=num_unsent)
 
-    def _search(self, on_plan: Callable[[StudyPlan], None]) -> None:
-        device = "cuda" if self.config.resources.gpus_per_worker else "cpu"
-        tables = prepare(self.checked, self.config.trial, self.storage, device)
-        self.tables = tables
+    def _is_done(self) -> bool:
+        """Whether an earlier run came to its very end with as many trials."""
+        done, num_finished = self.folder / DONE_NAME, len(self._finished())
+        return (
+            num_finished >= self.config.trials
+            and done.exists()
+            and done.read_text() == str(num_finished)
+        )
+
+    def _search(self, tables: Tables, device: str, on_plan: Callable[[StudyPlan], None]) -> None:
         nested = self.config.trial.training.workers > 1
         with ray_session(with_dashboard=nested) as capacity:
             resources, workers = self.config.resources, self.config.trial.training.workers
@@ -268,7 +279,7 @@ class _Driver:
                 self._emit(RunFinished(trial.number, "INTERRUPTED", "interrupted", {}, {}))
         self._emit(RunFinished(None, "INTERRUPTED", "interrupted", {}, {}))
 
-    def _finish(self) -> StudyResult:
+    def _finish(self, tables: Tables) -> StudyResult:
         trials = self._summaries()
         write_trials(list(trials), self.folder / TRIALS_NAME)
         self._emit(FilesReady(None, str(self.folder / TRIALS_NAME), "trials"))
@@ -277,7 +288,7 @@ class _Driver:
         except NoTrialCompleted:
             self._emit(RunFinished(None, "FAIL", "no trial completed", {}, {}))
             raise
-        self._write_winner(winner)
+        self._write_winner(winner, tables)
         self._emit(FilesReady(None, str(self.folder / WINNER_NAME), WINNER_NAME))
         self._keep_top_checkpoints(trials)
         assert winner.best_val_accuracy is not None
@@ -290,14 +301,15 @@ class _Driver:
                 {"drtune.winner": str(winner.number)},
             )
         )
+        (self.folder / DONE_NAME).write_text(str(len(trials)))
         return self._result(0, was_done=False)
 
-    def _write_winner(self, winner: TrialSummary) -> None:
+    def _write_winner(self, winner: TrialSummary, tables: Tables) -> None:
         write_winner(
             self.folder / WINNER_NAME,
             self._trial_folder(winner.number) / "best.ckpt",
-            self.tables.backbone,
-            self.tables.classes,
+            tables.backbone,
+            tables.classes,
             TrialConfig.from_mapping(winner.config),
             {
                 "study": self.config.name,

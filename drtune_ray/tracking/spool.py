@@ -74,7 +74,7 @@ class Spool:
             return 0
         with self._events.open("rb") as file:
             file.seek(self._offset())
-            return sum(1 for _ in file)
+            return sum(line.endswith(b"\n") for line in file)
 
     def _offset(self) -> int:
         # An empty mark is one that a power cut took; sending everything again changes nothing.

@@ -168,6 +168,13 @@ def has_demo_weights() -> bool:
 
 def _check_name(name: str) -> None:
     if timm.is_model(name):
+        try:
+            timm.get_pretrained_cfg(name)
+        except RuntimeError:
+            tags = timm.list_pretrained(f"{name.split('.')[0]}.*")
+            raise ConfigError(
+                f"backbone.name={name!r} has a tag that timm does not know; it knows {tags}"
+            ) from None
         return
     valid = timm.list_models()
     nearest = difflib.get_close_matches(name.split(".")[0], valid, n=3, cutoff=0.5)
@@ -193,7 +200,7 @@ def create_encoder(name: str, image_size: int, pretrained: bool = False) -> nn.M
             )
         except (RuntimeError, ValueError, AssertionError, ZeroDivisionError) as error:
             raise ConfigError(
-                f"backbone.name={name!r} cannot be built for data.image_size={image_size} "
+                f"backbone.name={name!r} cannot take data.image_size={image_size} "
                 f"({_first_line(error)}): choose another size or variant"
             ) from None
     return model
@@ -295,7 +302,10 @@ def _fitting(
     convert = getattr(sys.modules[type(encoder).__module__], "checkpoint_filter_fn", None)
     if convert and len(set(wanted) & set(below)) > len(wanted) / 2:
         # timm's own conversion also resizes position embeddings to the image size.
-        state = convert(dict(below), encoder)
+        try:
+            state = convert(dict(below), encoder)
+        except RuntimeError:  # an image smaller than a patch, which is refused by name later
+            state = below
     fitting = {n: t for n, t in state.items() if n in wanted and t.shape == wanted[n].shape}
     return fitting, {prefix + name for name in below if name in fitting}
 

@@ -148,6 +148,18 @@ def test_the_same_call_again_shows_the_result_without_running(finished):
     )
 
 
+def test_a_driver_killed_before_the_winner_was_written_names_it_later(finished):
+    config, result, _ = finished
+    (result.folder / "done").unlink()
+    (result.folder / "winner" / "model.yaml").unlink()
+    again = run_study(config)
+    assert not again.was_done
+    assert again.winner == result.winner
+    assert read_winner(result.folder / "winner").about["trial"] == result.winner.number
+    _, (parent,), children = mlflow_runs(result.folder)
+    assert (parent.info.status, len(children)) == ("FINISHED", 6)
+
+
 def test_another_configuration_under_the_same_name_is_refused(finished):
     config, _, _ = finished
     values = config.to_mapping()

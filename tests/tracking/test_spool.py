@@ -142,8 +142,10 @@ def test_spool__torn_last_line_is_dropped(tmp_path: Path, torn: str) -> None:
 
 def test_spool__only_a_torn_line(tmp_path: Path) -> None:
     (tmp_path / spool.EVENTS_NAME).write_text('{"kind"')
-    assert Spool(tmp_path).next_unsent() is None
-    assert (tmp_path / spool.EVENTS_NAME).read_bytes() == b""
+    mine = Spool(tmp_path)
+    assert mine.next_unsent() is None
+    mine.append(metric(1))
+    assert (tmp_path / spool.EVENTS_NAME).read_text() == json.dumps(to_plain(metric(1))) + "\n"
 
 
 def test_spool__a_line_that_is_being_written_is_not_read(tmp_path: Path) -> None:
