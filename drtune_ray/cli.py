@@ -174,16 +174,21 @@ def evaluate(study: str, storage: str, again: bool) -> None:
 @click.option("--port", type=int, default=5000, show_default=True)
 def ui(study: str, storage: str, port: int) -> None:
     """Open MLflow's UI on a study's store."""
-    from drtune_ray.search.outcome import tracking_uri_of
-    from drtune_ray.tracking.mlflow_recorder import quiet_mlflow
+    from drtune_ray.search.outcome import tracking_of
+    from drtune_ray.tracking.mlflow_recorder import runs_page
 
-    uri = tracking_uri_of(study, storage)
+    uri, experiment = tracking_of(study, storage)
     if uri.startswith(("http://", "https://")):
         click.echo(f"This study is recorded at {uri}: open it in a browser.")
         return
-    quiet_mlflow()
+    page = runs_page(uri, experiment)
+    click.echo(f"Open http://127.0.0.1:{port}{page} in half a minute; Ctrl-C ends it")
+    # One reader needs one worker and none of the server's job processes.
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     arguments = ["ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)]
-    os.execv(sys.executable, [sys.executable, "-m", "mlflow", *arguments])
+    command = [sys.executable, "-m", "mlflow", *arguments, "--workers", "1"]
+    sys.stdout.flush()
+    os.execv(sys.executable, command)
 
 
 @cli.command()

@@ -44,10 +44,11 @@ def evaluate_study(name_or_folder: str, storage: str, *, again: bool = False) ->
     return found
 
 
-def tracking_uri_of(name_or_folder: str, storage: str) -> str:
-    """Where MLflow keeps a study."""
+def tracking_of(name_or_folder: str, storage: str) -> tuple[str, str]:
+    """Where MLflow keeps a study: tracking URI and the name of the experiment."""
     record = read_record(find_study(name_or_folder, storage))
-    return TrackingConfig(**record.tracking).uri or default_tracking_uri(record.folder.parent)
+    tracking = TrackingConfig(**record.tracking)
+    return tracking.uri or default_tracking_uri(record.folder.parent), tracking.experiment
 
 
 def sync_study(name_or_folder: str, storage: str) -> int:

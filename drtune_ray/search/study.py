@@ -26,6 +26,7 @@ from drtune_ray.search.callback import StudyCallback, run_finished
 from drtune_ray.search.identity import (
     DONE_NAME,
     JOURNAL_NAME,
+    RECORD_FILE,
     SCRATCH_NAME,
     SPLITS_NAME,
     SPOOL_NAME,
@@ -266,9 +267,11 @@ class _Driver:
             tuner.fit()
 
     def _tell_start(self) -> None:
-        params = flattened(self.config.to_mapping())
+        # Its trials carry their own settings; the base and the space stand in study.yaml.
+        params = flattened(self.config.model_dump(mode="json", exclude={"trial", "space"}))
         tags = {"mlflow.note.content": f"drtune-ray study in {self.folder}"}
         self._emit(RunStarted(None, self.config.name, params, tags))
+        self._emit(FilesReady(None, str(self.folder / RECORD_FILE), "study"))
         for trial in self._finished():
             # Told again because a killed driver may not have come to it; twice changes nothing.
             self._emit(run_finished(trial))

@@ -6,6 +6,7 @@ event again changes nothing.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,18 @@ STATE_TAG, OUTCOME_TAG = "drtune.state", "drtune.outcome"
 STUDY_ITSELF = "study"
 # MLflow's words for Optuna's states. A pruned trial was stopped on purpose, not failed.
 STATUS = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED", "INTERRUPTED": "KILLED"}
+# A view of the runs table with the columns that matter; MLflow shows none of them by itself.
+VIEW_KEY = "drtune"
+VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
+VIEW = {
+    "selectedColumns": [
+        "metrics.`best_val_accuracy`",
+        "params.`method.name`",
+        "params.`method.regularization_weight`",
+        "params.`optim.backbone_lr`",
+        "tags.`drtune.outcome`",
+    ]
+}
 METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100
 MAX_PARAM_LENGTH = 6000
 
@@ -112,6 +125,7 @@ class MlflowRecorder:
         if experiment is None:
             location = self._artifacts.as_uri() if self._artifacts else None
             self._experiment_id = client.create_experiment(self._experiment, location)
+            client.set_experiment_tag(self._experiment_id, VIEW_TAG, json.dumps(VIEW))
         else:
             self._experiment_id = experiment.experiment_id
         self._client = client
@@ -184,6 +198,18 @@ class MlflowRecorder:
         if run_id is None:
             raise RuntimeError(f"MLflow holds no run of trial {number} of {self._study_id}")
         return run_id
+
+
+def runs_page(uri: str, experiment: str) -> str:
+    """The page of a server's UI that lists the runs of an experiment, below its address."""
+    quiet_mlflow()
+    import mlflow
+
+    found = mlflow.MlflowClient(uri).get_experiment_by_name(experiment)
+    if found is None:
+        return "/"
+    view = f"workflowType=machine_learning&viewStateShareKey={VIEW_KEY}"
+    return f"/#/experiments/{found.experiment_id}/runs?{view}"
 
 
 def build_recorder(tracking: TrackingConfig, storage: Path, study_id: str) -> MlflowRecorder:

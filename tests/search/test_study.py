@@ -20,7 +20,7 @@ from drtune_ray.errors import ConfigError, EnvironmentProblem, NoTrialCompleted
 from drtune_ray.results.evaluate import measure
 from drtune_ray.results.winner import read_winner
 from drtune_ray.search.identity import find_study
-from drtune_ray.search.outcome import evaluate_study, sync_study, tracking_uri_of
+from drtune_ray.search.outcome import evaluate_study, sync_study, tracking_of
 from drtune_ray.search.study import StudyResult, run_study
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished
 from tests.small import small_values, write_coloured
@@ -58,7 +58,7 @@ def mlflow_runs(study: Path) -> tuple[Any, list[Any], list[Any]]:
     """(client, parent runs, child runs)."""
     import mlflow
 
-    client = mlflow.MlflowClient(tracking_uri_of(str(study), str(study.parent)))
+    client = mlflow.MlflowClient(tracking_of(str(study), str(study.parent))[0])
     experiment = client.get_experiment_by_name("drtune-ray")
     runs = client.search_runs([experiment.experiment_id])
     children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
