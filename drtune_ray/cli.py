@@ -6,6 +6,7 @@ Heavy imports stand inside the commands, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,7 +143,7 @@ def train(
     )
     click.echo("This training was done before." if result.was_done else "Done.")
     click.echo(f"Best validation accuracy {percent(result.val_accuracy)} ({result.outcome})")
-    _show_ways_on(result.folder, storage, result.num_unsent)
+    _show_ways_on(result.folder, result.num_unsent)
 
 
 @cli.command()
@@ -271,18 +272,25 @@ def _show_result(result: StudyResult) -> None:
         outcome = "" if trial.state == "COMPLETE" else f"  {trial.outcome}"
         click.echo(f"  {name:<32} {percent(trial.best_val_accuracy):>9}{outcome}")
     click.echo()
-    _show_ways_on(result.folder, str(result.folder.parent), result.num_unsent)
+    _show_ways_on(result.folder, result.num_unsent)
 
 
-def _show_ways_on(folder: Path, storage: str, num_unsent: int) -> None:
+def _show_ways_on(folder: Path, num_unsent: int) -> None:
     if num_unsent:
         click.echo(
             f"{num_unsent} events have not reached MLflow; send them with\n"
-            f"  drtune-ray sync {folder}"
+            f"  {_program()} sync {folder}"
         )
     click.echo(f"Everything lies in        {folder}")
-    click.echo(f"Open the MLflow UI:       drtune-ray ui {folder}")
-    click.echo(f"Test the winner:          drtune-ray evaluate {folder}")
+    click.echo(f"Open the MLflow UI:       {_program()} ui {folder}")
+    click.echo(f"Test the winner:          {_program()} evaluate {folder}")
+
+
+def _program() -> str:
+    """How this program is called from here: by its name only where the shell finds it."""
+    found = shutil.which("drtune-ray")
+    here = Path(sys.argv[0])
+    return "drtune-ray" if found and here.exists() and Path(found).samefile(here) else str(here)
 
 
 def _resolved(storage: str) -> Path:

@@ -9,6 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from drtune_ray.tracking.events import Event, MetricsRecorded, RunFinished, RunStarted
 
@@ -114,18 +115,20 @@ class StudyDisplay:
             )
 
     def _render(self) -> RenderableType:
-        table = Table(title=None, expand=False, pad_edge=False, box=None)
-        for heading in ("trial", "state", "epoch", "val. acc.", "best", "settings"):
-            table.add_column(heading, overflow="ellipsis", no_wrap=True)
+        table = Table(expand=True, pad_edge=False, box=None)
+        for heading in ("trial", "state", "epoch", "val. acc.", "best"):
+            table.add_column(heading, no_wrap=True)
+        # The settings take what is left; the figures are never cut.
+        table.add_column("settings", overflow="ellipsis", no_wrap=True, ratio=1)
         for row in list(self._rows.values())[-NUM_ROWS_SHOWN:]:
             style = STATE_STYLES.get(row.state, "")
             table.add_row(
                 row.name,
-                f"[{style}]{row.outcome or row.state}[/]",
+                Text(row.state.lower(), style),
                 f"{row.epoch}/{self._num_epochs}",
                 percent(row.accuracy),
                 percent(row.best),
-                row.settings,
+                Text(row.settings),
             )
         done = self._num_before + len(self._finished)
         status = f"best so far {self._best_so_far()}; {self._time_left()}"
