@@ -111,14 +111,14 @@ def train(
     """Train one configuration on Ray Train; the same command resumes, or shows the result."""
     from drtune_ray.config import TrackingConfig
     from drtune_ray.display import percent
-    from drtune_ray.search.request import trial_request
+    from drtune_ray.search.request import default_name, trial_request
     from drtune_ray.search.single import run_training
     from drtune_ray.tracking.events import Event, MetricsRecorded
 
     config, resources, notes = trial_request(trial_file, assignments, flags)
     for note in notes:
         click.echo(note)
-    name = name or f"{Path(config.data.train).resolve().name}-train"
+    name = name or f"{default_name(config)}-train"
 
     def show(event: Event) -> None:
         if isinstance(event, MetricsRecorded):

@@ -29,6 +29,8 @@ from drtune_ray.errors import ConfigError
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+StudyName = Annotated[str, Field(pattern=NAME_PATTERN)]
 PresetName = Literal["default", "paper", "authors"]
 
 
@@ -217,7 +219,7 @@ class StudyConfig(Section):
     space, a YAML file, or its content (see `drtune_ray.search.space`).
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    name: StudyName
     storage: str = "./drtune-studies"
     trial: TrialConfig
     space: str | dict[str, Any] = "quick"

@@ -136,7 +136,7 @@ class StudyDisplay:
         return Group(table, self._bar)
 
     def _best_so_far(self) -> str:
-        rows = [row for row in self._rows.values() if row.best is not None]
+        rows = [row for row in list(self._rows.values()) if row.best is not None]
         if not rows:
             return "-"
         best = max(rows, key=lambda row: row.best or 0.0)
@@ -146,7 +146,7 @@ class StudyDisplay:
         """From the speed so far; trials under way count by their share of epochs."""
         under_way = sum(
             row.epoch / self._num_epochs
-            for number, row in self._rows.items()
+            for number, row in list(self._rows.items())  # drawn by a thread of its own
             if number not in self._finished
         )
         worked = len(self._finished) + under_way

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -163,13 +164,14 @@ def test_precedence_is_set_over_flag_over_file_over_machine(images, tmp_path):
     }
     file.write_text(to_yaml(content))
     flags = {"epochs": 5, "image_size": 48, "seed": 7}
-    config, notes = study_request(file, ["training.epochs=6", "scheduler.name=none"], flags)
+    assignments = ["training.epochs=6", "scheduler.name=none", "trial.optim.momentum=0.5"]
+    config, notes = study_request(file, assignments, flags)
     assert (config.trials, config.seed, config.name) == (9, 7, "images")
     assert config.scheduler.name == "none"
     trial = config.trial
     assert (trial.training.epochs, trial.training.batch_size) == (6, 4)
     assert (trial.data.image_size, trial.data.view_seed, trial.seed) == (48, 7, 7)
-    assert trial.optim.weight_decay == 0.5
+    assert (trial.optim.weight_decay, trial.optim.momentum) == (0.5, 0.5)
     assert "trials" not in notes[0] and "space=quick" in notes[0]
 
 
@@ -234,6 +236,36 @@ def test_train_on_two_workers_equals_one_and_is_a_run_of_its_own(tmp_path, weigh
     done = run("evaluate", "workers-2", "--storage", str(storage))
     assert done.returncode == 0
     assert "Test accuracy" in done.stdout
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ctrl_c_in_a_training_is_an_interruption_that_resumes(tmp_path, weights_file):
+    import mlflow
+
+    images = write_coloured(tmp_path / "images")
+    storage = tmp_path / "studies"
+    command = [str(COMMAND), "train", "--data", str(images), "--storage", str(storage)]
+    command += ["--backbone", BACKBONE, "--weights", str(weights_file(BACKBONE))]
+    command += ["--image-size", "32", "--epochs", "60", "--name", "stopped"]
+    training = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert training.stdout is not None
+    while "epoch 3/60" not in training.stdout.readline():
+        assert training.poll() is None
+    training.send_signal(signal.SIGINT)
+    training.communicate(timeout=60)
+    assert training.returncode == 130
+    client = mlflow.MlflowClient(f"sqlite:///{storage / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("drtune-ray")
+    (run_,) = client.search_runs([experiment.experiment_id])
+    assert run_.info.status == "KILLED"
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "epoch 60/60" in done.stdout
+    (run_,) = client.search_runs([experiment.experiment_id])
+    assert run_.info.status == "FINISHED"
+    history = client.get_metric_history(run_.info.run_id, "val_accuracy")
+    assert sorted(metric.step for metric in history) == list(range(1, 61))
 
 
 @pytest.mark.ray

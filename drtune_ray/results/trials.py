@@ -16,13 +16,7 @@ from drtune_ray.config import flattened
 from drtune_ray.errors import NoTrialCompleted
 
 # User attributes of an Optuna trial.
-CONFIG, REFERENCE, OUTCOME, BEST_EPOCH, IN_SPACE = (
-    "config",
-    "reference",
-    "outcome",
-    "best_epoch",
-    "in_space",
-)
+CONFIG, REFERENCE, OUTCOME = "config", "reference", "outcome"
 
 
 @dataclass(frozen=True)
@@ -89,9 +83,15 @@ def best_trial(trials: Sequence[TrialSummary]) -> TrialSummary:
     completed = [trial for trial in trials if trial.state == TrialState.COMPLETE.name]
     if not completed:
         outcomes = sorted({trial.outcome for trial in trials})
+        has_failed = any(trial.state == TrialState.FAIL.name for trial in trials)
+        advice = (
+            "mend what failed (the tag drtune.error of the trials in MLflow says what) and repeat "
+            "the command"
+            if has_failed
+            else "lower the learning rates of the search space"
+        )
         raise NoTrialCompleted(
-            f"none of {len(trials)} trials completed ({', '.join(outcomes)}): lower the learning "
-            "rates of the search space, or see the trials in MLflow"
+            f"none of {len(trials)} trials completed ({', '.join(outcomes)}): {advice}"
         )
     return max(completed, key=lambda t: (t.best_val_accuracy or 0.0, -t.number))
 

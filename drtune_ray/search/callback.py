@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from dataclasses import replace
 from typing import Any
 
 import optuna
@@ -14,6 +16,10 @@ from drtune_ray.results.trials import OUTCOME, REFERENCE
 from drtune_ray.search.protocol import CONFIG_NUMBER, CONFIG_TRIAL, result_history
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished, RunStarted, Sink
 from drtune_ray.training.records import EpochRecord
+
+logger = logging.getLogger(__name__)
+
+ERROR_TAG = "drtune.error"
 
 
 class StudyCallback(Callback):  # type: ignore[misc]
@@ -53,12 +59,15 @@ class StudyCallback(Callback):  # type: ignore[misc]
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial failed for the last time."""
-        self._finish(trial.config[CONFIG_NUMBER])
+        number = trial.config[CONFIG_NUMBER]
+        error = (str(trial.get_error() or "").strip().splitlines() or ["unknown error"])[-1]
+        logger.warning("trial %d: the machine failed: %s", number, error)
+        self._finish(number, {ERROR_TAG: error})
 
-    def _finish(self, number: int) -> None:
+    def _finish(self, number: int, tags: dict[str, str] | None = None) -> None:
         frozen = self._frozen(number)
         if frozen.state != TrialState.RUNNING:
-            self._emit(run_finished(frozen))
+            self._emit(replace(run_finished(frozen), tags=tags or {}))
 
     def _frozen(self, number: int) -> FrozenTrial:
         return self._study.get_trials(deepcopy=False)[number]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import torch
 
-from drtune_ray.config import DataConfig, TrialConfig, digest
+from drtune_ray.config import DataConfig, ResourcesConfig, TrialConfig, digest
 from drtune_ray.data.cache import write_images
 from drtune_ray.data.dataset import Tables
 from drtune_ray.data.sources import scan_class_folders
@@ -40,10 +42,13 @@ class Checked:
         return self.splits.count(TRAIN)
 
     def summary(self) -> str:
-        """One line about the images."""
+        """One line about the images and the weights."""
         counts = f"{self.num_train} to train, {self.splits.count(VALIDATION)} to validate"
         sealed = len(self.splits.manifest) - self.num_train - self.splits.count(VALIDATION)
-        return f"{len(self.splits.classes)} classes; {counts}, {sealed} sealed for the test"
+        return (
+            f"{len(self.splits.classes)} classes; {counts}, {sealed} sealed for the test; "
+            f"{self.backbone.name}: {self.key_report}"
+        )
 
 
 def check_inputs(config: TrialConfig, storage: Path, others: Sequence[Any] = ()) -> Checked:
@@ -108,6 +113,19 @@ def prepare(checked: Checked, config: TrialConfig, storage: Path, device: str) -
     return prepare_tables(config.data, checked.splits.classes, images, backbone_file, device)
 
 
+def check_device(resources: ResourcesConfig) -> None:
+    """Refuse GPUs where this process, which computes the frozen features, has none.
+
+    Raises:
+        EnvironmentProblem: Naming the setting.
+    """
+    if resources.gpus_per_worker and not torch.cuda.is_available():
+        raise EnvironmentProblem(
+            f"resources.gpus_per_worker={resources.gpus_per_worker:g} but this machine has no "
+            "CUDA device: set resources.gpus_per_worker=0"
+        )
+
+
 def data_root(config: DataConfig) -> Path:
     """The folder of images."""
     return Path(config.train).expanduser().resolve()
@@ -115,7 +133,7 @@ def data_root(config: DataConfig) -> Path:
 
 def write_manifest(splits: Splits, path: Path) -> None:
     """Write which image belongs to which split."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     pq.write_table(splits.manifest, temporary)
     temporary.replace(path)
 

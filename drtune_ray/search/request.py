@@ -41,6 +41,7 @@ STUDY_FLAGS = {
     "storage": "storage",
     "name": "name",
     "tracking_uri": "tracking.uri",
+    "seed": "seed",
 }
 
 
@@ -59,14 +60,12 @@ def study_request(
     """
     asked = read_yaml(study_file) if study_file else {}
     asked = deep_merge(asked, nested(_given(STUDY_FLAGS, flags)))
-    trial = deep_merge(asked.get("trial") or {}, nested(_trial_values(flags)))
+    trial = deep_merge(_mapping(asked, "trial"), nested(_trial_values(flags)))
     for path, value in parse_assignments(assignments).items():
-        if path.split(".")[0] in StudyConfig.model_fields:
+        if path.split(".")[0] in StudyConfig.model_fields and not path.startswith("trial."):
             asked = deep_merge(asked, nested({path: value}))
         else:
-            trial = deep_merge(trial, nested({path: value}))
-    if flags.get("seed") is not None:
-        asked["seed"] = flags["seed"]
+            trial = deep_merge(trial, nested({path.removeprefix("trial."): value}))
     asked["trial"] = trial
     folder = _data_folder(trial)
     asked.setdefault("name", _name_of(folder))
@@ -101,14 +100,30 @@ def _trial_values(flags: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A group of settings.
+
+    Raises:
+        ConfigError: If it is something else.
+    """
+    group = values.get(key) or {}
+    if not isinstance(group, Mapping):
+        raise ConfigError(f"{key}={group!r} must be a mapping of settings")
+    return group
+
+
 def _data_folder(trial: Mapping[str, Any]) -> Path:
-    data = trial.get("data")
-    folder = data.get("train") if isinstance(data, Mapping) else None
+    folder = _mapping(trial, "data").get("train")
     if not folder:
         raise ConfigError(
             "data.train is missing: give --data DIR, a folder with one folder of images a class"
         )
     return Path(str(folder)).expanduser()
+
+
+def default_name(config: TrialConfig) -> str:
+    """A name from the folder of images."""
+    return _name_of(Path(config.data.train).expanduser())
 
 
 def _name_of(folder: Path) -> str:
@@ -117,7 +132,7 @@ def _name_of(folder: Path) -> str:
 
 def _fitted(defaults: dict[str, Any], trial: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Defaults that agree with what was asked for."""
-    backbone = trial.get("backbone") or {}
+    backbone = _mapping(trial, "backbone")
     name, weights = backbone.get("name"), backbone.get("weights")
     chosen: dict[str, Any] = {}
     if name and name != defaults["trial"]["backbone"]["name"]:
@@ -125,7 +140,7 @@ def _fitted(defaults: dict[str, Any], trial: Mapping[str, Any], folder: Path) ->
     if weights == "demo" and not name:
         chosen["trial.backbone.name"] = DEMO_BACKBONE
     size = defaults["trial"]["training"]["batch_size"]
-    num_train = _num_train_at_least(folder, trial.get("data") or {})
+    num_train = _num_train_at_least(folder, _mapping(trial, "data"))
     while size > max(num_train, 2):
         size //= 2
     chosen["trial.training.batch_size"] = size
@@ -138,14 +153,15 @@ def _num_train_at_least(folder: Path, data: Mapping[str, Any]) -> int:
         return 0
     classes = [path for path in folder.iterdir() if path.is_dir()]
     images = sum(p.suffix.lower() in IMAGE_SUFFIXES for c in classes for p in c.rglob("*"))
-    if data.get("train_per_class"):
+    if isinstance(data.get("train_per_class"), int):
         return int(data["train_per_class"]) * len(classes)
     fields = DataConfig.model_fields
-    held_out = sum(
-        float(data.get(key, fields[key].default))
-        for key in ("validation_fraction", "test_fraction")
-    )
-    return int(images * (1.0 - held_out)) - 2 * len(classes)
+    shares = [
+        data.get(key, fields[key].default) for key in ("validation_fraction", "test_fraction")
+    ]
+    if not all(isinstance(share, float) for share in shares):
+        return images  # refused later, with its name
+    return int(images * (1.0 - sum(shares))) - 2 * len(classes)
 
 
 def _say(defaults: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:

@@ -42,7 +42,7 @@ from drtune_ray.training.records import COMPLETED, DIVERGED, PATIENCE
 STOPPED_BY_SCHEDULER = "stopped by the scheduler"
 MACHINE_FAILURE = "machine failure"
 CONSTRAINT = "trains"
-FINISHED_STATES = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+RESULT_STATES = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ class StudySearch(Searcher):  # type: ignore[misc]
         space: What to search.
         base: The configuration that the space varies.
         references: Trials to run first, in this order.
-        num_trials: How many trials the study shall hold, references included.
+        num_trials: How many trials the study shall hold, references included. One that the
+            machine failed takes its place in this run and is made good by the next.
         sampler_for: Optuna's sampler for the trial of a number. One for each, so that a resumed
             study proposes what the unbroken one would from the same history.
     """
@@ -78,12 +79,15 @@ class StudySearch(Searcher):  # type: ignore[misc]
         super().__init__(metric=OBJECTIVE, mode="max")
         self._sampler_for = sampler_for
         self._study, self._space, self._base = study, space, base
-        self._num_trials = num_trials
+        self._num_left = 0
         known = study.get_trials(deepcopy=False)
-        begun = {trial.user_attrs.get(trials.REFERENCE) for trial in known}
+        # What the machine failed, and what never got its configuration, is run again.
+        sound = [t for t in known if t.state != TrialState.FAIL and trials.CONFIG in t.user_attrs]
+        begun = {trial.user_attrs.get(trials.REFERENCE) for trial in sound}
         self._references = deque(r for r in references if r.name not in begun)
         self.reference_numbers = {t.number for t in known if t.user_attrs.get(trials.REFERENCE)}
         self._unfinished = deque(self._adopt(known))
+        self._num_left = num_trials - len(sound)
         self._active: dict[str, Trial] = {}
         self._reported: dict[int, set[int]] = {t.number: set(t.intermediate_values) for t in known}
 
@@ -91,10 +95,11 @@ class StudySearch(Searcher):  # type: ignore[misc]
         """The next trial as Tune's config, or FINISHED."""
         if self._unfinished:
             trial = self._unfinished.popleft()
-        elif len(self._study.get_trials(deepcopy=False)) >= self._num_trials:
+        elif self._num_left <= 0:
             return str(Searcher.FINISHED)
         else:
             trial = self._new_trial()
+            self._num_left -= 1
         self._active[trial_id] = trial
         return {CONFIG_NUMBER: trial.number, CONFIG_TRIAL: trial.user_attrs[trials.CONFIG]}
 
@@ -116,11 +121,6 @@ class StudySearch(Searcher):  # type: ignore[misc]
             self._tell(trial, TrialState.FAIL, MACHINE_FAILURE)
         elif result:
             self._tell_outcome(trial, result)
-
-    def trial_number(self, trial_id: str) -> int | None:
-        """Number of a running trial of Tune's."""
-        trial = self._active.get(trial_id)
-        return None if trial is None else trial.number
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: Optuna's storage holds everything."""
@@ -150,12 +150,11 @@ class StudySearch(Searcher):  # type: ignore[misc]
         reference = self._references.popleft()
         values = self._space.locate(reference.config, self._base)
         if values is not None:
-            self._study.enqueue_trial(values)
+            self._study.enqueue_trial(values, skip_if_exists=True)
         trial = self._study.ask()
         if values is not None:
             self._space.suggest(trial, self._base)  # enters the parameters
         trial.set_user_attr(trials.REFERENCE, reference.name)
-        trial.set_user_attr(trials.IN_SPACE, values is not None)
         self.reference_numbers.add(trial.number)
         self._describe(trial, reference.config)
         return trial
@@ -174,9 +173,6 @@ class StudySearch(Searcher):  # type: ignore[misc]
     def _tell_outcome(self, trial: Trial, result: dict[str, Any]) -> None:
         outcome = result[OUTCOME] or STOPPED_BY_SCHEDULER
         value = float(result[OBJECTIVE])
-        records = result_history(result)
-        if records:
-            trial.set_user_attr(trials.BEST_EPOCH, int(records[-1].metrics["best_epoch"]))
         trial.set_user_attr(NUM_THREADS, result[NUM_THREADS])
         if outcome in (DIVERGED, OUT_OF_MEMORY):
             self._tell(trial, TrialState.PRUNED, outcome, violation=1.0)

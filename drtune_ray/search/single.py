@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drtune_ray.config import ResourcesConfig, TrackingConfig, TrialConfig, flattened
-from drtune_ray.errors import DrtuneError
+from drtune_ray.config import NAME_PATTERN, ResourcesConfig, TrackingConfig, TrialConfig, flattened
+from drtune_ray.errors import ConfigError, DrtuneError
 from drtune_ray.results.winner import read_winner, write_winner
 from drtune_ray.search.actor import Workplace
 from drtune_ray.search.identity import (
+    DONE_NAME,
     SCRATCH_NAME,
     SPLITS_NAME,
     SPOOL_NAME,
@@ -22,7 +23,14 @@ from drtune_ray.search.identity import (
     driver_lease,
     open_record,
 )
-from drtune_ray.search.prepare import Checked, check_inputs, prepare, write_manifest
+from drtune_ray.search.prepare import (
+    Checked,
+    check_device,
+    check_inputs,
+    data_root,
+    prepare,
+    write_manifest,
+)
 from drtune_ray.search.protocol import OBJECTIVE, OUTCOME
 from drtune_ray.search.session import (
     ray_session,
@@ -89,8 +97,12 @@ def run_training(
         EnvironmentProblem: If the machine cannot hold the workers.
         DrtuneError: If the loss diverged or the workers failed.
     """
-    storage = storage.expanduser().resolve()
+    if not re.match(NAME_PATTERN, name):
+        raise ConfigError(f"name={name!r} is not valid: use letters, digits, '.', '_' and '-'")
+    storage, resources = storage.expanduser().resolve(), resources or ResourcesConfig()
+    check_device(resources)
     checked = check_inputs(config, storage)
+    config = config.with_values({"data.train": str(data_root(config.data))})
     values = config.to_mapping()
     deciding = deciding_values(values, checked.splits.content_digest(), checked.backbone.digest)
     folder = storage / name
@@ -98,83 +110,89 @@ def run_training(
         tracking = tracking or TrackingConfig()
         record = open_record(folder, TRAINING, values, deciding, tracking)
         spool = Spool(folder / SPOOL_NAME)
-        if (folder / WINNER_NAME).exists():
-            about = read_winner(folder / WINNER_NAME).about
-            return TrainingResult(
-                folder, about["val_accuracy"], about["outcome"], spool.num_unsent(), True
-            )
-        write_manifest(checked.splits, folder / SPLITS_NAME)
-        recorder = build_recorder(tracking, storage, record.study_id)
-        with ExitStack() as stack:
-            writer = BackgroundWriter(spool, recorder)
-            stack.callback(writer.close)
-
-            def emit(event: Event) -> None:
-                writer.emit(event)
-                if observer:
-                    observer(event)
-
-            emit(RunStarted(None, name, flattened(values), {"drtune.kind": TRAINING}))
-            result = _train(config, checked, storage, folder, resources or ResourcesConfig(), emit)
-            return TrainingResult(folder, result[OBJECTIVE], result[OUTCOME], writer.close(), False)
+        was_done = (folder / DONE_NAME).exists()
+        if not was_done:
+            write_manifest(checked.splits, folder / SPLITS_NAME)
+            recorder = build_recorder(tracking, storage, record.study_id)
+            with BackgroundWriter(spool, recorder) as writer:
+                emit = _both(writer.emit, observer)
+                emit(RunStarted(None, name, flattened(values), {"drtune.kind": TRAINING}))
+                _train_and_tell(config, checked, folder, resources, emit)
+        about = read_winner(folder / WINNER_NAME).about
+        return TrainingResult(
+            folder, about["val_accuracy"], about["outcome"], spool.num_unsent(), was_done
+        )
 
 
-def _train(
-    config: TrialConfig,
-    checked: Checked,
-    storage: Path,
-    folder: Path,
-    resources: ResourcesConfig,
-    emit: Sink,
-) -> dict[str, Any]:
-    device = "cuda" if resources.gpus_per_worker else "cpu"
-    tables = prepare(checked, config, storage, device)
-    trial_folder = TrialFolder(folder / TRIALS_FOLDER / "00000")
-    workplace = Workplace(
-        tables.to_mapping(), trial_folder.path.parent, resources.cpus_per_worker, device
-    )
+def _both(first: Sink, second: Sink | None) -> Sink:
+    def emit(event: Event) -> None:
+        first(event)
+        if second:
+            second(event)
+
+    return emit
+
+
+def _train_and_tell(
+    config: TrialConfig, checked: Checked, folder: Path, resources: ResourcesConfig, emit: Sink
+) -> None:
+    """Train, keep the model, and end the run in MLflow whatever happens."""
     try:
-        with (
-            ray_session(with_dashboard=True) as capacity,
-            scratch_folder(folder / SCRATCH_NAME) as scratch,
-        ):
-            trials_that_fit(config.training.workers, resources, capacity)
-            result = train_on_workers(
-                config,
-                workplace,
-                resources,
-                trial_folder.path,
-                scratch,
-                lambda record: _tell_epoch(record, emit),
-            )
+        result = _train(config, checked, folder, resources, emit)
     except KeyboardInterrupt:
         emit(RunFinished(None, "INTERRUPTED", "interrupted", {}, {}))
         raise
-    except DrtuneError as error:
-        emit(RunFinished(None, "FAIL", str(error).splitlines()[0], {}, {}))
+    except BaseException as error:  # whatever it was, the run may not stay RUNNING
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        emit(RunFinished(None, "FAIL", first_line, {}, {}))
         raise
+    emit(FilesReady(None, str(folder / WINNER_NAME), WINNER_NAME))
+    emit(RunFinished(None, "COMPLETE", result[OUTCOME], {}, {}))
+    (folder / DONE_NAME).write_text(result[OUTCOME])
+
+
+def _train(
+    config: TrialConfig, checked: Checked, folder: Path, resources: ResourcesConfig, emit: Sink
+) -> dict[str, Any]:
+    """Train on Ray Train and write the winner; returns the last result.
+
+    Raises:
+        DrtuneError: If the loss diverged or the workers failed.
+    """
+    device = "cuda" if resources.gpus_per_worker else "cpu"
+    trial_folder = TrialFolder(folder / TRIALS_FOLDER / "00000")
+    with (
+        ray_session(with_dashboard=True) as capacity,
+        scratch_folder(folder / SCRATCH_NAME) as scratch,
+    ):
+        trials_that_fit(config.training.workers, resources, capacity)
+        tables = prepare(checked, config, folder.parent, device)
+        workplace = Workplace(
+            tables.to_mapping(), trial_folder.path.parent, resources.cpus_per_worker, device
+        )
+        result = train_on_workers(
+            config,
+            workplace,
+            resources,
+            trial_folder.path,
+            scratch,
+            lambda record: _tell_epoch(record, emit),
+        )
     if result[OUTCOME] not in (COMPLETED, PATIENCE):
-        emit(RunFinished(None, "FAIL", result[OUTCOME], {}, {}))
         raise DrtuneError(
             f"training {result[OUTCOME]}: lower optim.backbone_lr={config.optim.backbone_lr} or "
             f"method.head_lr_multiplier={config.method.head_lr_multiplier}"
         )
+    about = {
+        "study": folder.name,
+        "val_accuracy": result[OBJECTIVE],
+        "outcome": result[OUTCOME],
+        "chosen": "best epoch of one training, by validation accuracy",
+    }
     write_winner(
-        folder / WINNER_NAME,
-        trial_folder.best,
-        tables.backbone,
-        tables.classes,
-        config,
-        {
-            "study": folder.name,
-            "val_accuracy": result[OBJECTIVE],
-            "outcome": result[OUTCOME],
-            "chosen": "best epoch of one training, by validation accuracy",
-        },
+        folder / WINNER_NAME, trial_folder.best, tables.backbone, tables.classes, config, about
     )
     trial_folder.drop_resumable()
-    emit(FilesReady(None, str(folder / WINNER_NAME), WINNER_NAME))
-    emit(RunFinished(None, "COMPLETE", result[OUTCOME], {}, {}))
     return result
 
 

@@ -34,7 +34,7 @@ BANK_SIZE = "method.bank_size"
 KINDS = ("float", "int", "choice")
 # Images, splits, views, features and weights are prepared once for all trials of a study.
 SHARED_GROUPS = ("data", "backbone", "seed")
-SHARED_PATHS = ("training.workers",)
+SHARED_PATHS = ("training.epochs", "training.workers")
 SUFFIX = ".yaml"
 
 

@@ -38,9 +38,16 @@ from drtune_ray.search.identity import (
     driver_lease,
     open_record,
 )
-from drtune_ray.search.prepare import Checked, check_inputs, prepare, write_manifest
+from drtune_ray.search.prepare import (
+    Checked,
+    check_device,
+    check_inputs,
+    data_root,
+    prepare,
+    write_manifest,
+)
 from drtune_ray.search.scheduler import StudyASHA
-from drtune_ray.search.searcher import FINISHED_STATES, Reference, StudySearch, build_sampler
+from drtune_ray.search.searcher import RESULT_STATES, Reference, StudySearch, build_sampler
 from drtune_ray.search.session import (
     Capacity,
     ray_session,
@@ -123,8 +130,11 @@ def run_study(
         NoTrialCompleted: If all trials ran and none completed.
         KeyboardInterrupt: When interrupted; the study can be resumed by the same call.
     """
+    check_device(config.resources)
     checked, space, references, notes = _check(config)
-    config = config.model_copy(update={"space": _space_content(config)})
+    # As it must be found again from any working directory.
+    trial = config.trial.with_values({"data.train": str(data_root(config.trial.data))})
+    config = config.model_copy(update={"space": _space_content(config), "trial": trial})
     values = config.to_mapping()
     deciding = deciding_values(values, checked.splits.content_digest(), checked.backbone.digest)
     with driver_lease(config.folder), signals_as_interrupt():
@@ -184,8 +194,7 @@ class _Driver:
         spool = Spool(self.folder / SPOOL_NAME)
         recorder = build_recorder(self.config.tracking, self.storage, self.study_id)
         with ExitStack() as stack:
-            writer = BackgroundWriter(spool, recorder)
-            stack.callback(writer.close)
+            writer = stack.enter_context(BackgroundWriter(spool, recorder))
             self._emit = _fan_out(writer.emit, observer, self._free_disk)
             self._tell_start()
             try:
@@ -199,8 +208,7 @@ class _Driver:
             except BaseException:  # whatever it was, no run may stay RUNNING
                 self._tell_interruption()
                 raise
-            num_unsent = writer.close()
-        return replace(result, num_unsent=num_unsent)
+        return replace(result, num_unsent=spool.num_unsent())
 
     def _is_done(self) -> bool:
         """Whether an earlier run came to its very end with as many trials."""
@@ -272,7 +280,9 @@ class _Driver:
         tags = {"mlflow.note.content": f"drtune-ray study in {self.folder}"}
         self._emit(RunStarted(None, self.config.name, params, tags))
         self._emit(FilesReady(None, str(self.folder / RECORD_FILE), "study"))
-        for trial in self._finished():
+        for trial in self.study.get_trials(deepcopy=False):
+            if not trial.state.is_finished():
+                continue
             # Told again because a killed driver may not have come to it; twice changes nothing.
             self._emit(run_finished(trial))
 
@@ -304,7 +314,7 @@ class _Driver:
                 {"drtune.winner": str(winner.number)},
             )
         )
-        (self.folder / DONE_NAME).write_text(str(len(trials)))
+        (self.folder / DONE_NAME).write_text(str(len(self._finished())))
         return self._result(0, was_done=False)
 
     def _write_winner(self, winner: TrialSummary, tables: Tables) -> None:
@@ -344,7 +354,7 @@ class _Driver:
         return self.folder / TRIALS_FOLDER / f"{number:05d}"
 
     def _finished(self) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False, states=FINISHED_STATES)
+        return self.study.get_trials(deepcopy=False, states=RESULT_STATES)
 
     def _summaries(self) -> tuple[TrialSummary, ...]:
         return tuple(summary(trial) for trial in self.study.get_trials(deepcopy=False))

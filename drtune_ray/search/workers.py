@@ -31,13 +31,16 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
     config = TrialConfig.from_mapping(json.loads(payload[CONFIG_TRIAL]))
     folder = TrialFolder(Path(payload["folder"]))
     result: dict[str, Any] = {}
+    num_sent = 0
     workshop = Workshop(workplace, get_device())
     for event in workshop.epochs(config, folder):
         event.save(folder)
         if isinstance(event, EpochReport):
             result = trial_result(event, workplace.num_threads)
             if payload["queue"] is not None and ray.train.get_context().get_world_rank() == 0:
-                payload["queue"].put(event.record)
+                for record in event.history[num_sent:]:
+                    payload["queue"].put(record)
+                num_sent = len(event.history)
             ray.train.report(result)
     return result
 
@@ -142,15 +145,33 @@ def train_on_workers(
     listener = threading.Thread(target=_listen, args=(queue, on_epoch), daemon=True)
     listener.start()
     try:
-        result = trainer.fit()
+        result = _fit_in_thread(trainer)
     except ray.train.TrainingFailedError as error:
         raise DrtuneError(f"training failed: {error}") from error
-    finally:
-        queue.put(None)
-        listener.join(timeout=30)
-        queue.shutdown()
+    queue.put(None)
+    listener.join(timeout=30)
+    queue.shutdown()
     returned: dict[str, Any] = result.return_value
     return returned
+
+
+def _fit_in_thread(trainer: TorchTrainer) -> Any:
+    """``trainer.fit()`` off the main thread: on it, Ray would take Ctrl-C and leave with code 0."""
+    outcome: list[Any] = []
+
+    def fit() -> None:
+        try:
+            outcome.append(trainer.fit())
+        except BaseException as error:  # raised again on the main thread
+            outcome.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(timeout=0.2)
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
 
 
 def _listen(queue: Any, on_epoch: Callable[[EpochRecord], None]) -> None:

@@ -150,8 +150,8 @@ class MlflowRecorder:
 
         name = STUDY_ITSELF if event.number is None else str(event.number)
         tags = event.tags | {STUDY_TAG: self._study_id, TRIAL_TAG: name}
-        if event.number is not None and (parent := self.run_id(None)):
-            tags[MLFLOW_PARENT_RUN_ID] = parent
+        if event.number is not None:
+            tags[MLFLOW_PARENT_RUN_ID] = self._existing(None)
         run = self._client.create_run(
             self._experiment_id, start_time=event.time_ms, tags=tags, run_name=event.name
         )
@@ -194,10 +194,11 @@ class MlflowRecorder:
             self._client.log_artifact(run_id, str(path), event.artifact_path)
 
     def _existing(self, number: int | None) -> str:
-        run_id = self.run_id(number)
-        if run_id is None:
-            raise RuntimeError(f"MLflow holds no run of trial {number} of {self._study_id}")
-        return run_id
+        """The run of an event; made bare where its start was never recorded or was deleted."""
+        if (run_id := self.run_id(number)) is not None:
+            return run_id
+        name = self._study_id if number is None else f"trial-{number:04d}"
+        return self._create(RunStarted(number, name, {}, {}))
 
 
 def runs_page(uri: str, experiment: str) -> str:

@@ -117,12 +117,19 @@ class BackgroundWriter:
             logger.warning("tracking: an event could not be written to disk: %s", error)
         self._wake.set()
 
+    def __enter__(self) -> BackgroundWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def close(self, timeout_seconds: float = 15.0) -> int:
         """Send what is left within the time; returns how many events remain unsent."""
-        self._deadline = time.monotonic() + timeout_seconds
-        self._closing.set()
-        self._wake.set()
-        self._thread.join(timeout_seconds)
+        if not self._closing.is_set():
+            self._deadline = time.monotonic() + timeout_seconds
+            self._closing.set()
+            self._wake.set()
+            self._thread.join(timeout_seconds)
         return self._spool.num_unsent()
 
     def _run(self) -> None:

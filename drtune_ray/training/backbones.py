@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import importlib.util
 import json
+import os
 import sys
 import urllib.error
 import urllib.request
@@ -94,7 +95,7 @@ class Backbone:
     def write(self, path: Path) -> None:
         """Write as one safetensors file from which :func:`read_backbone` makes the same."""
         about = asdict(self) | {"state": None, "normalization": asdict(self.normalization)}
-        temporary = path.with_name(f".{path.name}.tmp")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.contiguous() for name, tensor in self.state.items()}
         safetensors.torch.save_file(state, temporary, {"backbone": json.dumps(about)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from drtune_ray.training.model import (
     set_training_mode,
 )
 from drtune_ray.training.optim import build_optimizer, build_schedule, learning_rates
-from drtune_ray.training.records import COMPLETED, PATIENCE, EpochRecord, EpochReport
+from drtune_ray.training.records import COMPLETED, DIVERGED, PATIENCE, EpochRecord, EpochReport
 
 EVALUATION_ROWS = 64
 FROZEN_PREFIX = "pretrained_encoder."
@@ -142,6 +143,10 @@ class Trial:
         progress = self.progress
         validation = self._validate()
         accuracy = validation["val_accuracy"]
+        if not math.isfinite(validation["val_loss"]):
+            # The last update broke the weights: the epoch is no result, and cannot be the best.
+            progress.outcome = DIVERGED
+            return
         means = self._step_means()
         progress.epochs_done += 1
         progress.steps_done = 0

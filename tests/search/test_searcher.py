@@ -107,6 +107,19 @@ def test_the_machines_fault_is_a_failure_without_a_word_about_the_point(make_sea
     assert trial.constraints == {}
 
 
+def test_what_the_machine_failed_is_made_good_by_the_next_run(make_search, tmp_path):
+    first = make_search(num_trials=2, references=("default",))
+    for trial_id in ("a", "b"):
+        first.suggest(trial_id)
+        first.on_trial_complete(trial_id, error=True)
+    assert first.suggest("c") == "FINISHED"  # one run does not try for ever
+    again = make_search(num_trials=2, references=("default",))
+    assert again.suggest("a")["number"] == 2
+    assert trials(tmp_path)[2].user_attrs["reference"] == "default"
+    assert again.suggest("b")["number"] == 3
+    assert again.suggest("c") == "FINISHED"
+
+
 def test_a_trial_that_is_cut_off_without_a_result_stays_unfinished(make_search, tmp_path):
     search = make_search()
     search.suggest("a")

@@ -19,7 +19,7 @@ EVERY_KIND = {
     "optim.weight_decay": {"float": [0.0, 0.5], "step": 0.1},
     "optim.momentum": {"float": [0.1, 0.9]},
     "training.batch_size": {"int": [8, 64], "step": 8},
-    "training.epochs": {"int": [1, 50], "log": True},
+    "training.patience_epochs": {"int": [1, 50], "log": True},
     "method.bank_size": {"int": [3, 300]},
     "method.regularization_weight": {"choice": [0.5, "bank_over_batch"]},
     "method.calibration.rotation": {"choice": [True, False]},
@@ -181,7 +181,7 @@ def test_from_mapping__every_problem_at_once(base: TrialConfig) -> None:
             "method.bank_size": {"int": [0, 1]},
             "optim.nme": {"choice": ["sgd"]},
             "optim.momentum": {"float": [0.9, 0.1], "log": True, "step": 0.1},
-            "training.epochs": {"int": [1, 2]},
+            "training.patience_epochs": {"int": [1, 2]},
         },
         "trials": 20,
     }
@@ -249,6 +249,8 @@ def test_from_mapping__conditions_look_back_only(base: TrialConfig) -> None:
         ("data.view_seed", [0, 1]),
         ("data.train_per_class", [5, 10]),
         ("backbone.name", ["test_vit", "test_resnet"]),
+        ("training.epochs", [2, 4]),
+        ("training.epochs", [2, 4]),
         ("training.workers", [1, 2]),
     ],
 )
@@ -287,7 +289,7 @@ def test_suggest__values_of_a_fixed_trial(base: TrialConfig) -> None:
         "optim.weight_decay": 0.2,
         "optim.momentum": 0.3,
         "training.batch_size": 24,
-        "training.epochs": 20,
+        "training.patience_epochs": 20,
         "method.bank_size": 77,
         "method.regularization_weight": "bank_over_batch",
         "method.calibration.rotation": True,
@@ -348,7 +350,7 @@ def test_locate__is_the_inverse_of_suggest(base: TrialConfig) -> None:
     assert all(abs(value * 10 - round(value * 10)) < 1e-9 for value in seen["optim.weight_decay"])
     # Logarithmic ranges: half of the draws lie below the geometric mean.
     assert 40 < sum(value < 0.01 for value in drawn["optim.backbone_lr"]) < 80
-    assert 40 < sum(value < 7 for value in drawn["training.epochs"]) < 80
+    assert 40 < sum(value < 7 for value in drawn["training.patience_epochs"]) < 80
 
 
 @pytest.mark.parametrize(
@@ -368,7 +370,7 @@ def test_locate__outside(base: TrialConfig, values: dict[str, Any]) -> None:
         "optim.backbone_lr": 0.01,
         "optim.weight_decay": 0.1,
         "training.batch_size": 32,
-        "training.epochs": 10,
+        "training.patience_epochs": 10,
         "method.bank_size": 30,
         "method.regularization_weight": 0.5,
         "method.calibration.rotation_interval": 9,

@@ -13,6 +13,7 @@ from drtune_ray.training.checkpoint import TrialFolder, read_checkpoint
 from drtune_ray.training.loop import train_epochs
 from drtune_ray.training.model import classifier
 from drtune_ray.training.records import COMPLETED, DIVERGED, PATIENCE, EpochReport, SavePoint
+from drtune_ray.training.trial import Trial
 from tests.small import prepared, small_trial, small_values, write_coloured
 
 Values = dict[str, Any]
@@ -143,6 +144,22 @@ def test_a_diverging_loss_ends_the_trial_and_keeps_what_was_finished(values, sto
     assert found[-1].outcome == DIVERGED
     assert found[-1].record is None
     assert len(found) == 1
+
+
+def test_weights_that_the_last_update_broke_cannot_be_the_best(values, storage, monkeypatch):
+    sound = Trial._validate
+
+    def broken(trial: Trial) -> dict[str, float]:
+        found = sound(trial)
+        if trial.progress.epochs_done == 1:
+            return {"val_accuracy": 1.0, "val_loss": float("nan")}
+        return found
+
+    monkeypatch.setattr(Trial, "_validate", broken)
+    found = reports(values, storage)
+    assert found[-1].outcome == DIVERGED
+    assert [record.epoch for record in found[-1].history] == [1]
+    assert found[-1].record.metrics["best_val_accuracy"] < 1.0
 
 
 def test_patience_ends_the_trial_with_its_best(values, storage):
