@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from drtune_ray.config import StudyConfig, TrackingConfig, TrialConfig
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.results.evaluate import Evaluation, evaluate
@@ -18,6 +20,8 @@ from drtune_ray.search.prepare import data_root
 from drtune_ray.tracking.events import MetricsRecorded
 from drtune_ray.tracking.mlflow_recorder import build_recorder, default_tracking_uri
 from drtune_ray.tracking.spool import Spool, send_unsent
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate_study(name_or_folder: str, storage: str, *, again: bool = False) -> Evaluation:
@@ -39,8 +43,8 @@ def evaluate_study(name_or_folder: str, storage: str, *, again: bool = False) ->
     # A server that is away must not hide the answer: the event waits in the spool.
     try:
         sync_study(name_or_folder, storage)
-    except EnvironmentProblem:
-        pass
+    except EnvironmentProblem as error:
+        logger.warning("%s; `drtune-ray sync` sends the result later", error)
     return found
 
 

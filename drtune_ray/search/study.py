@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -193,8 +192,7 @@ class _Driver:
             return self._result(Spool(self.folder / SPOOL_NAME).num_unsent(), was_done=True)
         spool = Spool(self.folder / SPOOL_NAME)
         recorder = build_recorder(self.config.tracking, self.storage, self.study_id)
-        with ExitStack() as stack:
-            writer = stack.enter_context(BackgroundWriter(spool, recorder))
+        with BackgroundWriter(spool, recorder) as writer:
             self._emit = _fan_out(writer.emit, observer, self._free_disk)
             self._tell_start()
             try:
