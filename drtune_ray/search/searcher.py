@@ -129,29 +129,35 @@ class StudySearch(Searcher):  # type: ignore[misc]
         """Nothing to restore."""
 
     def _adopt(self, known: list[FrozenTrial]) -> list[Trial]:
-        """Trials that a former driver left RUNNING; those without a configuration never began."""
-        adopted = []
-        for frozen in known:
-            if frozen.state != TrialState.RUNNING:
-                continue
-            trial = Trial(self._study, frozen._trial_id)
-            if trials.CONFIG in frozen.user_attrs:
-                adopted.append(trial)
-            else:
-                self._tell(trial, TrialState.FAIL, MACHINE_FAILURE)
-        return adopted
+        """Trials that a former driver left RUNNING, those apart that it had not yet described."""
+        running = [t for t in known if t.state == TrialState.RUNNING]
+        self._undescribed = deque(t for t in running if trials.CONFIG not in t.user_attrs)
+        described = (t for t in running if trials.CONFIG in t.user_attrs)
+        return [Trial(self._study, frozen._trial_id) for frozen in described]
+
+    def _ask(self) -> Trial:
+        """A trial without a configuration: one that was cut off as it was proposed, or a new one.
+
+        Either is proposed by the sampler of its number, and so comes out the same.
+        """
+        if not self._undescribed:
+            number = len(self._study.get_trials(deepcopy=False))
+            self._study.sampler = self._sampler_for(number)
+            return self._study.ask()
+        frozen = self._undescribed.popleft()
+        self._study.sampler = self._sampler_for(frozen.number)
+        return Trial(self._study, frozen._trial_id)
 
     def _new_trial(self) -> Trial:
-        self._study.sampler = self._sampler_for(len(self._study.get_trials(deepcopy=False)))
         if not self._references:
-            trial = self._study.ask()
+            trial = self._ask()
             self._describe(trial, self._space.suggest(trial, self._base))
             return trial
         reference = self._references.popleft()
         values = self._space.locate(reference.config, self._base)
         if values is not None:
             self._study.enqueue_trial(values, skip_if_exists=True)
-        trial = self._study.ask()
+        trial = self._ask()
         if values is not None:
             self._space.suggest(trial, self._base)  # enters the parameters
         trial.set_user_attr(trials.REFERENCE, reference.name)

@@ -201,6 +201,33 @@ def test_what_a_resumed_driver_proposes_is_what_the_unbroken_one_would(make_sear
     assert found + [resumed.suggest("c"), resumed.suggest("d")] == wanted
 
 
+@pytest.mark.parametrize("num_before", [0, 1, 2])
+def test_a_proposal_that_was_cut_off_comes_out_the_same(
+    make_search, tmp_path, monkeypatch, num_before
+):
+    """Killed between Optuna's `ask` and the trial's description: no number is lost or spent."""
+    references = ("default", "ce_tuning")
+    unbroken = make_search(num_trials=4, references=references)
+    wanted = [unbroken.suggest(str(i)) for i in range(4)]
+    other = tmp_path / "other"
+    other.mkdir()
+    (tmp_path / "optuna.journal").rename(other / "optuna.journal")
+    killed = make_search(num_trials=4, references=references)
+    found = [killed.suggest(str(i)) for i in range(num_before)]
+
+    def cut_off(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StudySearch, "_describe", cut_off)
+        killed.suggest("cut off")
+    resumed = make_search(num_trials=4, references=references)
+    assert [resumed.suggest(str(i)) for i in range(num_before)] == found
+    rest = [resumed.suggest(f"new {i}") for i in range(4 - num_before)]
+    assert found + rest == wanted
+    assert resumed.suggest("more") == "FINISHED"
+
+
 def test_more_trials_may_be_asked_for_later(make_search):
     search = make_search(num_trials=1)
     search.suggest("a")
