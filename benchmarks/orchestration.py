@@ -30,6 +30,7 @@ import torch
 from ray import tune
 
 from drtune_ray.config import StudyConfig, deep_merge
+from drtune_ray.data.store import TableStore
 from drtune_ray.demo import demo_config
 from drtune_ray.search.actor import Workplace
 from drtune_ray.search.identity import SCRATCH_NAME, TRIALS_FOLDER
@@ -63,7 +64,8 @@ def prepare_inputs(storage: Path) -> Inputs:
     config = StudyConfig.from_mapping(deep_merge(demo_config(storage).to_mapping(), OVER_DEMO))
     checked = check_inputs(config.trial, storage)
     space = SearchSpace.from_mapping(config.to_mapping()["space"], config.trial)
-    tables = prepare(checked, config.trial, storage, "cpu").to_mapping()
+    with TableStore(storage, config.trial.data.cache_limit_gib) as store:
+        tables = prepare(checked, config.trial, store, "cpu").to_mapping()
     return Inputs(storage, config, space.clamped(checked.num_train)[0], tables)
 
 

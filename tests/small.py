@@ -12,6 +12,7 @@ from PIL import Image
 
 from drtune_ray.config import TrialConfig, nested
 from drtune_ray.data.dataset import Tables, TrainingData
+from drtune_ray.data.store import TableStore
 from drtune_ray.search.prepare import check_inputs, prepare
 from drtune_ray.training.backbones import Backbone, read_backbone
 
@@ -58,7 +59,8 @@ def small_trial(values: dict[str, Any]) -> TrialConfig:
 
 def prepared(config: TrialConfig, storage: Path) -> tuple[TrainingData, Backbone, Tables]:
     """What `train_epochs` needs."""
-    tables = prepare(check_inputs(config, storage), config, storage, "cpu")
+    with TableStore(storage, config.data.cache_limit_gib) as store:
+        tables = prepare(check_inputs(config, storage), config, store, "cpu")
     backbone = read_backbone(tables.backbone)
     data = TrainingData(tables, config.data, backbone.normalization.interpolation)
     return data, backbone, tables

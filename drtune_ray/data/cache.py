@@ -1,14 +1,13 @@
-"""Memory-mapped Arrow tables that all trials of a node share.
+"""Memory-mapped Arrow tables that all trials of a node share: what they hold and their names.
 
 `images-*.arrow` holds the encoded images of training and validation (never of test),
 `views-*.arrow` their pixels view by view where these fit under the limit, `features-*.arrow` the
-frozen encoder's features. Each name carries a hash of all that decides its content; a file
-appears under its name only when it is complete.
+frozen encoder's features. Each name carries a hash of all that decides its content. `TableStore`
+sees to it that a file appears under its name only when it is complete.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,25 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from drtune_ray.config import digest
 from drtune_ray.data.sources import decode, read_bytes
 from drtune_ray.data.splits import TRAIN, VALIDATION, Splits
 from drtune_ray.data.views import Pixels, ViewMaker
 
 ROWS_PER_BATCH = 256
+# Raised when the same inputs come to be written as other bytes or in another order.
+TABLE_VERSION = 1
+
+
+def table_name(kind: str, *decided_by: Any, suffix: str = ".arrow") -> str:
+    """The file name of a table.
+
+    Args:
+        kind: What it holds.
+        decided_by: Plain values: everything that its content depends on.
+        suffix: Of its format.
+    """
+    return f"{kind}-{digest(TABLE_VERSION, *decided_by)}{suffix}"
 
 
 class ImageRows:
@@ -50,13 +63,11 @@ class ImageRows:
 
 
 def write_images(splits: Splits, root: Path, path: Path) -> None:
-    """Write the encoded images of training and validation; does nothing if they are there.
+    """Write the encoded images of training and validation.
 
     Raises:
         ConfigError: If a file is gone or changed since the scan.
     """
-    if path.exists():
-        return
     # Files, not row groups, decide the order: training rows first, each split by content hash, so
     # that the order of rows does not depend on names.
     rows = [
@@ -144,16 +155,10 @@ class MappedArray:
 
 
 def write_table(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
-    """Write an Arrow file that appears only when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write an Arrow file, batch by batch."""
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
 
 
 def read_table(path: Path) -> pa.Table:

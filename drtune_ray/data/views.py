@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -33,9 +34,15 @@ class ViewMaker:
     Args:
         config: `image_size`, `crop_scale_min`, `horizontal_flip`, `crop_fraction`, `view_seed`.
         interpolation: Of the pretrained weights, as timm names it.
+
+    Attributes:
+        training_key: Hash of what decides the training views of an image, its content apart.
+        evaluation_key: Likewise for the evaluation view.
     """
 
     def __init__(self, config: DataConfig, interpolation: str) -> None:
+        import timm
+        import torchvision
         from timm.data.transforms_factory import create_transform
 
         self._seed = config.view_seed
@@ -55,8 +62,15 @@ class ViewMaker:
         self._evaluate = create_transform(
             is_training=False, crop_pct=config.crop_fraction, **common
         )
-        self.key = digest(
-            repr(self._augment), repr(self._evaluate), config.view_seed, config.image_size
+        # Each of them has changed pixels between releases: decoding, resampling, draws of a crop.
+        versions = [timm.__version__, torchvision.__version__, PIL.__version__]
+        drawn = [config.view_seed, config.crop_scale_min, config.horizontal_flip]
+        # The settings stand beside the transform because its text rounds them to four digits.
+        self.training_key = digest(
+            repr(self._augment), config.image_size, *drawn, interpolation, *versions
+        )
+        self.evaluation_key = digest(
+            repr(self._evaluate), config.image_size, config.crop_fraction, interpolation, *versions
         )
 
     def training_view(self, image: Image.Image, content_hash: str, view: int) -> Pixels:

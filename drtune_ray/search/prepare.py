@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 import torch
 
 from drtune_ray.config import DataConfig, ResourcesConfig, TrialConfig, digest
-from drtune_ray.data.cache import write_images
+from drtune_ray.data.cache import table_name, write_images
 from drtune_ray.data.dataset import Tables
 from drtune_ray.data.sources import scan_class_folders
 from drtune_ray.data.splits import TRAIN, VALIDATION, Splits, make_splits
+from drtune_ray.data.store import TableStore
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.training.backbones import Backbone, KeyReport, load_backbone
 from drtune_ray.training.frozen import prepare_tables
@@ -89,28 +90,32 @@ def check_inputs(config: TrialConfig, storage: Path, others: Sequence[Any] = ())
     return Checked(splits, backbone, report)
 
 
-def prepare(checked: Checked, config: TrialConfig, storage: Path, device: str) -> Tables:
+def prepare(checked: Checked, config: TrialConfig, store: TableStore, device: str) -> Tables:
     """Write what all trials share: manifest, images, weights, views and frozen features.
 
     Args:
         checked: What :func:`check_inputs` found.
         config: The trial, or the base of a study.
-        storage: Everything goes below it; what is there already is used.
+        store: Of the storage; what is there already and sound is used.
         device: Where the frozen encoder runs.
     """
-    manifest = manifest_path(config.data, storage)
+    manifest = manifest_path(config.data, store.storage)
     manifest.parent.mkdir(parents=True, exist_ok=True)
     write_manifest(checked.splits, manifest)
-    cache = storage / "cache"
-    root = data_root(config.data)
-    images = cache / f"images-{checked.splits.content_digest()}.arrow"
-    write_images(checked.splits, root, images)
-    backbone_file = (
-        cache / f"backbone-{checked.backbone.digest}-{config.data.image_size}.safetensors"
+    root, backbone = data_root(config.data), checked.backbone
+    images = store.table(
+        table_name("images", checked.splits.content_digest()),
+        lambda path: write_images(checked.splits, root, path),
     )
-    if not backbone_file.exists():
-        checked.backbone.write(backbone_file)
-    return prepare_tables(config.data, checked.splits.classes, images, backbone_file, device)
+    about = (backbone.digest, backbone.image_size, asdict(backbone.normalization))
+    backbone_file = store.table(
+        table_name("backbone", *about, suffix=".safetensors"), backbone.write
+    )
+    tables = prepare_tables(
+        store, config.data, checked.splits.classes, images, backbone_file, device
+    )
+    store.keep_limit()
+    return tables
 
 
 def check_device(resources: ResourcesConfig) -> None:

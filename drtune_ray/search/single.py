@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from drtune_ray.config import NAME_PATTERN, ResourcesConfig, TrackingConfig, TrialConfig, flattened
+from drtune_ray.data.store import TableStore
 from drtune_ray.errors import ConfigError, DrtuneError
 from drtune_ray.results.winner import read_winner, write_winner
 from drtune_ray.search.actor import Workplace
@@ -164,9 +165,10 @@ def _train(
     with (
         ray_session(with_dashboard=True) as capacity,
         scratch_folder(folder / SCRATCH_NAME) as scratch,
+        TableStore(folder.parent, config.data.cache_limit_gib) as store,
     ):
         trials_that_fit(config.training.workers, resources, capacity)
-        tables = prepare(checked, config, folder.parent, device)
+        tables = prepare(checked, config, store, device)
         workplace = Workplace(
             tables.to_mapping(), trial_folder.path.parent, resources.cpus_per_worker, device
         )

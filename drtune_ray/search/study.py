@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from drtune_ray.config import StudyConfig, TrialConfig, flattened, reference_config
 from drtune_ray.data.dataset import Tables
+from drtune_ray.data.store import TableStore
 from drtune_ray.errors import NoTrialCompleted
 from drtune_ray.results.trials import TrialSummary, best_trial, summary, write_trials
 from drtune_ray.results.winner import write_winner
@@ -192,12 +193,13 @@ class _Driver:
             return self._result(Spool(self.folder / SPOOL_NAME).num_unsent(), was_done=True)
         spool = Spool(self.folder / SPOOL_NAME)
         recorder = build_recorder(self.config.tracking, self.storage, self.study_id)
-        with BackgroundWriter(spool, recorder) as writer:
+        limit = self.config.trial.data.cache_limit_gib
+        with BackgroundWriter(spool, recorder) as writer, TableStore(self.storage, limit) as store:
             self._emit = _fan_out(writer.emit, observer, self._free_disk)
             self._tell_start()
             try:
                 device = "cuda" if self.config.resources.gpus_per_worker else "cpu"
-                tables = prepare(self.checked, self.config.trial, self.storage, device)
+                tables = prepare(self.checked, self.config.trial, store, device)
                 if len(self._finished()) < self.config.trials:
                     self._search(tables, device, on_plan)
                 result = self._finish(tables)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from drtune_ray.config import BackboneConfig
 from drtune_ray.data.views import Normalization
 from drtune_ray.errors import ConfigError, EnvironmentProblem
+from drtune_ray.training.folding import folded
 
 HUB_TIMEOUT_SECONDS = 4.0
 DEMO_BACKBONE = "tf_efficientnet_lite0"
@@ -82,6 +83,10 @@ class Backbone:
         encoder = create_encoder(self.name, self.image_size)
         encoder.load_state_dict(dict(self.state))
         return encoder
+
+    def build_frozen(self) -> nn.Module:
+        """As :meth:`build`, never to be trained: in eval mode, its BatchNorm layers folded."""
+        return folded(self.build(), self.image_size)
 
     @property
     def digest(self) -> str:

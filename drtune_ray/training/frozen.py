@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from drtune_ray.config import DataConfig, digest
-from drtune_ray.data.cache import read_images, write_array
+from drtune_ray.config import DataConfig
+from drtune_ray.data.cache import read_images, table_name, write_array
 from drtune_ray.data.dataset import Tables, TrainingData
+from drtune_ray.data.store import TableStore
 from drtune_ray.data.views import Normalization, Pixels, ViewMaker
 from drtune_ray.training.backbones import Backbone, read_backbone
 
 BATCH_ROWS = 64
+FEATURES_DTYPE = "float32"
 
 
 def prepare_tables(
-    config: DataConfig, classes: tuple[str, ...], images: Path, backbone_file: Path, device: str
+    store: TableStore,
+    config: DataConfig,
+    classes: tuple[str, ...],
+    images: Path,
+    backbone_file: Path,
+    device: str,
 ) -> Tables:
-    """Write what the trials share and is not there yet; atomic, so any number may try.
+    """Write what the trials share and is not there yet; any number of processes may try.
 
     Args:
+        store: Takes the tables and keeps them as long as it is open.
         config: The data settings.
         classes: Names in the order of the labels.
         images: The table of encoded images.
@@ -33,25 +43,18 @@ def prepare_tables(
     """
     backbone = read_backbone(backbone_file)
     maker = ViewMaker(config, backbone.normalization.interpolation)
-    key = digest(images.name, maker.key, config.views)
-    pixels_fit = _pixel_gib(config, images) <= config.cache_limit_gib
-    views = images.with_name(f"views-{key}.arrow") if pixels_fit and config.views else None
-    evaluation = images.with_name(f"evaluation-{key}.arrow") if pixels_fit else None
-    train, validation = read_images(images)
-    if views is not None and not views.exists():
-        rows = ((view, row) for view in range(config.views) for row in range(len(train)))
-        write_array(views, _blocks(train.training_view(maker, row, view) for view, row in rows))
-    if evaluation is not None and not evaluation.exists():
-        rows_ = range(len(validation))
-        write_array(evaluation, _blocks(validation.evaluation_view(maker, row) for row in rows_))
-    tables = Tables(classes, backbone_file, images, views, evaluation, None)
+    names = _names(config, maker, images, backbone_file, device)
+    tables = Tables(classes, backbone_file, images, None, None, None)
+    if store.has_room(_sizes(config, images, backbone.num_features, names)):
+        tables = _with_pixels(tables, store, config, maker, names)
     if not config.views:
         return tables
-    features = images.with_name(f"features-{digest(key, backbone.digest)}.arrow")
-    if not features.exists():
+
+    def write_features(path: Path) -> None:
         data = TrainingData(tables, config, backbone.normalization.interpolation)
-        write_array(features, _features(backbone, data, torch.device(device)))
-    return Tables(classes, backbone_file, images, views, evaluation, features)
+        write_array(path, _features(backbone, data, torch.device(device)))
+
+    return replace(tables, features=store.table(names.features, write_features))
 
 
 def normalized(pixels: Tensor, normalization: Normalization) -> Tensor:
@@ -62,10 +65,55 @@ def normalized(pixels: Tensor, normalization: Normalization) -> Tensor:
     return images.sub_(mean).div_(std)
 
 
-def _pixel_gib(config: DataConfig, images: Path) -> float:
+class _Names(NamedTuple):
+    views: str
+    evaluation: str
+    features: str
+
+
+def _names(
+    config: DataConfig, maker: ViewMaker, images: Path, backbone_file: Path, device: str
+) -> _Names:
+    """The names of the tables; those of images and backbone stand for their content."""
+    views = (images.name, maker.training_key, config.views)
+    # Kernels differ between devices and releases by more than rounding.
+    numerics = (backbone_file.name, FEATURES_DTYPE, device, torch.__version__)
+    return _Names(
+        table_name("views", *views),
+        table_name("evaluation", images.name, maker.evaluation_key),
+        table_name("features", *views, *numerics),
+    )
+
+
+def _sizes(config: DataConfig, images: Path, num_features: int, names: _Names) -> dict[str, int]:
+    """Bytes of each table, but for a few of Arrow's own."""
     train, validation = read_images(images)
-    num_pictures = len(train) * config.views + len(validation)
-    return float(num_pictures * 3 * config.image_size**2 / 2**30)
+    picture, num_views = 3 * config.image_size**2, len(train) * config.views
+    features = num_views * num_features * np.dtype(FEATURES_DTYPE).itemsize
+    return {
+        names.views: num_views * picture,
+        names.evaluation: len(validation) * picture,
+        names.features: features,
+    }
+
+
+def _with_pixels(
+    tables: Tables, store: TableStore, config: DataConfig, maker: ViewMaker, names: _Names
+) -> Tables:
+    """The tables with the pixels of all views, which spare every epoch the decoding."""
+    train, validation = read_images(tables.images)
+
+    def write_evaluation(path: Path) -> None:
+        rows = range(len(validation))
+        write_array(path, _blocks(validation.evaluation_view(maker, row) for row in rows))
+
+    def write_views(path: Path) -> None:
+        rows = ((view, row) for view in range(config.views) for row in range(len(train)))
+        write_array(path, _blocks(train.training_view(maker, row, view) for view, row in rows))
+
+    evaluation = store.table(names.evaluation, write_evaluation)
+    views = store.table(names.views, write_views) if config.views else None
+    return replace(tables, evaluation=evaluation, views=views)
 
 
 def _blocks(pictures: Iterator[Pixels]) -> Iterator[NDArray[np.uint8]]:
@@ -83,7 +131,7 @@ def _blocks(pictures: Iterator[Pixels]) -> Iterator[NDArray[np.uint8]]:
 def _features(
     backbone: Backbone, data: TrainingData, device: torch.device
 ) -> Iterator[NDArray[np.float32]]:
-    encoder = backbone.build().eval().to(device).to(memory_format=torch.channels_last)
+    encoder = backbone.build_frozen().to(device).to(memory_format=torch.channels_last)
     num_rows = len(data.train)
     batches = [range(at, min(at + BATCH_ROWS, num_rows)) for at in range(0, num_rows, BATCH_ROWS)]
     for view in range(data.num_views):

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from drtune_ray.data.cache import (
     MappedArray,
     read_images,
     read_table,
+    table_name,
     write_array,
     write_images,
     write_table,
@@ -33,10 +33,6 @@ def splits(class_folder: Path) -> Splits:
     return make_splits(scan_class_folders(class_folder), config)
 
 
-def files_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.rglob("*"))
-
-
 # ---- arrays
 
 
@@ -45,8 +41,8 @@ def files_in(folder: Path) -> list[str]:
 def test_write_array__round_trip(tmp_path: Path, dtype: Any, shape: tuple[int, ...]) -> None:
     rng = np.random.default_rng(0)
     rows = (rng.standard_normal((11, *shape)) * 100).astype(dtype)
-    write_array(tmp_path / "deep" / "rows.arrow", [rows[:4], rows[4:5], rows[5:]])
-    mapped = MappedArray(tmp_path / "deep" / "rows.arrow")
+    write_array(tmp_path / "rows.arrow", [rows[:4], rows[4:5], rows[5:]])
+    mapped = MappedArray(tmp_path / "rows.arrow")
     assert len(mapped) == 11
     assert mapped[0].dtype == dtype
     assert all(np.array_equal(mapped[row], rows[row]) for row in range(11))
@@ -62,7 +58,7 @@ def test_write_array__not_contiguous(tmp_path: Path) -> None:
 def test_write_array__nothing_to_write(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="^write_array needs at least one block$"):
         write_array(tmp_path / "rows.arrow", [])
-    assert files_in(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_mapped_array__is_a_view_of_the_file(tmp_path: Path) -> None:
@@ -93,54 +89,13 @@ def mapped_ranges(path: Path) -> Iterator[tuple[int, int]]:
             yield int(start, 16), int(end, 16)
 
 
-# ---- files appear whole or not at all
-
-
-def test_write_table__nothing_under_the_name_when_the_writer_raises(tmp_path: Path) -> None:
-    path = tmp_path / "rows.arrow"
-    seen: list[bool] = []
-
-    def blocks() -> Iterator[np.ndarray[Any, Any]]:
-        yield np.zeros((1000, 64))
-        seen.append(path.exists())
-        raise RuntimeError("the machine's fault")
-
-    with pytest.raises(RuntimeError, match="^the machine's fault$"):
-        write_array(path, blocks())
-    assert seen == [False]
-    assert files_in(tmp_path) == []
-
-
-def test_write_table__a_former_file_outlives_a_failed_writer(tmp_path: Path) -> None:
-    path = tmp_path / "rows.arrow"
-    write_array(path, [np.ones((2, 2))])
-
-    def blocks() -> Iterator[np.ndarray[Any, Any]]:
-        yield np.zeros((2, 2))
-        raise RuntimeError("the machine's fault")
-
-    with pytest.raises(RuntimeError):
-        write_array(path, blocks())
-    assert np.array_equal(MappedArray(path).take([0, 1]), np.ones((2, 2)))
-    assert files_in(tmp_path) == ["rows.arrow"]
-
-
-def test_write_table__readers_of_the_former_file_keep_it(tmp_path: Path) -> None:
-    path = tmp_path / "rows.arrow"
-    write_array(path, [np.ones((2, 2))])
-    former = MappedArray(path)
-    write_array(path, [np.zeros((2, 2))])
-    assert (former[1] == 1.0).all()
-    assert (MappedArray(path)[1] == 0.0).all()
-
-
 # ---- images
 
 
 def test_write_images__training_and_validation_only(
     splits: Splits, class_folder: Path, tmp_path: Path
 ) -> None:
-    path = tmp_path / "cache" / "images.arrow"
+    path = tmp_path / "images.arrow"
     write_images(splits, class_folder, path)
     table = read_table(path)
     assert set(table["split"].to_pylist()) == {TRAIN, VALIDATION}
@@ -189,17 +144,6 @@ def test_read_images__encoded_bytes_stay_on_disk(write_images: WriteImages, tmp_
     assert allocated < path.stat().st_size / 10
 
 
-def test_write_images__what_is_there_is_used(
-    splits: Splits, class_folder: Path, tmp_path: Path
-) -> None:
-    path = tmp_path / "images.arrow"
-    write_images(splits, class_folder, path)
-    before = path.stat()
-    (class_folder / "cat" / "000.png").unlink()  # reading it again would raise
-    write_images(splits, class_folder, path)
-    assert os.path.samestat(before, path.stat())
-
-
 @pytest.mark.parametrize("change", ["removed", "changed"])
 def test_write_images__source_changed_since_the_scan(
     splits: Splits, class_folder: Path, tmp_path: Path, change: str
@@ -213,12 +157,23 @@ def test_write_images__source_changed_since_the_scan(
         noise_image("another", 24).save(path)
         message = f"{path} changed since the study began: put the former file back"
     with pytest.raises(ConfigError) as caught:
-        write_images(splits, class_folder, tmp_path / "cache" / "images.arrow")
+        write_images(splits, class_folder, tmp_path / "images.arrow")
     assert str(caught.value) == message
-    assert files_in(tmp_path / "cache") == []
 
 
 def test_write_table__empty_tables_can_be_read(tmp_path: Path) -> None:
     schema = pa.schema([("label", pa.int32())])
     write_table(tmp_path / "empty.arrow", schema, [])
     assert read_table(tmp_path / "empty.arrow").num_rows == 0
+
+
+def test_table_name__follows_everything_given_and_the_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = table_name("rows", "a", 1)
+    assert name.startswith("rows-") and name.endswith(".arrow")
+    assert table_name("rows", "a", 1) == name
+    others = [table_name("rows", "a", 2), table_name("rows", "b", 1), table_name("views", "a", 1)]
+    monkeypatch.setattr(cache, "TABLE_VERSION", cache.TABLE_VERSION + 1)
+    others += [table_name("rows", "a", 1), table_name("rows", "a", 1, suffix=".safetensors")]
+    assert len({name, *others}) == 6

@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import random
 import re
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
+import timm
 import torch
+import torchvision
 
 from drtune_ray.config import DataConfig
 from drtune_ray.data.views import ViewMaker
@@ -91,27 +95,50 @@ def test_evaluation_view__centre_crop() -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "changed"),
     [
-        {"view_seed": 1},
-        {"image_size": 48},
-        {"crop_scale_min": 0.5},
-        {"horizontal_flip": 0.0},
-        {"crop_fraction": 1.0},
+        ({"view_seed": 1}, "training"),
+        ({"image_size": 48}, "both"),
+        ({"crop_scale_min": 0.5}, "training"),
+        # The transform's own text rounds it to 0.4.
+        ({"crop_scale_min": 0.40001}, "training"),
+        ({"horizontal_flip": 0.0}, "training"),
+        ({"crop_fraction": 1.0}, "evaluation"),
     ],
 )
-def test_key__changes_with_everything_that_changes_pixels(change: dict[str, Any]) -> None:
-    assert maker(**change).key != maker().key
+def test_keys__change_with_everything_that_changes_pixels(
+    change: dict[str, Any], changed: str
+) -> None:
+    assert changed_keys(maker(), maker(**change)) == changed
 
 
-def test_key__interpolation_too() -> None:
+def test_keys__interpolation_too() -> None:
     config = DataConfig(train="images", image_size=32)
-    assert ViewMaker(config, "bilinear").key != ViewMaker(config, "bicubic").key
+    makers = [ViewMaker(config, name) for name in ("bilinear", "bicubic")]
+    assert changed_keys(*makers) == "both"
+
+
+@pytest.mark.parametrize("module", [timm, torchvision, PIL])
+def test_keys__versions_of_what_makes_the_pixels(
+    monkeypatch: pytest.MonkeyPatch, module: ModuleType
+) -> None:
+    before = maker()
+    monkeypatch.setattr(module, "__version__", "0.0")
+    assert changed_keys(before, maker()) == "both"
+
+
+def changed_keys(first: ViewMaker, second: ViewMaker) -> str:
+    changed = [
+        first.training_key != second.training_key,
+        first.evaluation_key != second.evaluation_key,
+    ]
+    names = {(True, False): "training", (False, True): "evaluation", (True, True): "both"}
+    return names.get((changed[0], changed[1]), "none")
 
 
 def test_key__names_no_address_that_another_process_would_not_have() -> None:
     views = maker()
     text = repr(views._augment) + repr(views._evaluate)
     assert not re.search(r"0x[0-9a-f]{6,}", text)
-    assert maker().key == views.key
-    assert maker(train_per_class=3, views=2).key == views.key
+    assert changed_keys(maker(), views) == "none"
+    assert changed_keys(maker(train_per_class=3, views=2), views) == "none"

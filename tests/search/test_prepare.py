@@ -15,9 +15,11 @@ from drtune_ray.data.cache import MappedArray, read_images, read_table
 from drtune_ray.data.dataset import Tables, TrainingData
 from drtune_ray.data.sources import content_hash
 from drtune_ray.data.splits import TEST
+from drtune_ray.data.store import TABLE_SUFFIXES, TableStore
 from drtune_ray.data.views import ViewMaker
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.search.prepare import Checked, check_inputs, manifest_path, prepare
+from drtune_ray.training import frozen
 from drtune_ray.training.backbones import read_backbone
 from drtune_ray.training.frozen import normalized
 from tests.conftest import MakeTrial, WriteImages
@@ -47,8 +49,11 @@ def storage(tmp_path: Path) -> Path:
     return tmp_path / "storage"
 
 
-def prepared(trial: TrialConfig, storage: Path) -> Tables:
-    return prepare(check_inputs(trial, storage), trial, storage, "cpu")
+def prepared(
+    trial: TrialConfig, storage: Path, checked: Checked | None = None, device: str = "cpu"
+) -> Tables:
+    with TableStore(storage, trial.data.cache_limit_gib) as store:
+        return prepare(checked or check_inputs(trial, storage), trial, store, device)
 
 
 def training_data(tables: Tables, trial: TrialConfig) -> TrainingData:
@@ -58,7 +63,8 @@ def training_data(tables: Tables, trial: TrialConfig) -> TrainingData:
 
 def files_in(folder: Path) -> dict[str, int]:
     """Names and times of last change."""
-    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*.*")}
+    tables = (path for path in folder.iterdir() if path.suffix in TABLE_SUFFIXES)
+    return {path.name: path.stat().st_mtime_ns for path in tables}
 
 
 def split_of(checked: Checked) -> dict[str, str]:
@@ -148,7 +154,7 @@ def test_prepare__writes_once_and_uses_what_is_there(trial: TrialConfig, storage
 
 def test_prepare__no_row_of_the_test_split(trial: TrialConfig, storage: Path) -> None:
     checked = check_inputs(trial, storage)
-    tables = prepare(checked, trial, storage, "cpu")
+    tables = prepared(trial, storage, checked)
     sealed = set(checked.splits.rows(TEST)["content_hash"].to_pylist())
     assert not sealed & set(read_table(tables.images)["content_hash"].to_pylist())
     assert tables.views and tables.evaluation and tables.features
@@ -234,9 +240,12 @@ def test_training_batches__global_random_state_is_untouched(
     ("change", "same"),
     [
         ({"training.epochs": 3, "method.bank_size": 4, "optim.backbone_lr": 0.1}, 5),
-        ({"data.view_seed": 1}, 2),  # images and backbone
-        ({"data.horizontal_flip": 0.0}, 2),
-        ({"data.views": 1}, 2),
+        ({"method.name": "ce_tuning"}, 5),  # the same table for every method
+        ({"data.view_seed": 1}, 3),  # images, backbone and evaluation
+        ({"data.crop_scale_min": 0.40001}, 3),
+        ({"data.horizontal_flip": 0.0}, 3),
+        ({"data.views": 1}, 3),
+        ({"data.crop_fraction": 1.0}, 4),
         ({"data.image_size": 48}, 1),
         ({"data.test_fraction": 0.3}, 1),  # the backbone
         ({"seed": 5}, 5),
@@ -255,11 +264,90 @@ def test_prepare__other_weights_other_features(trial: TrialConfig, storage: Path
     checked = check_inputs(trial, storage)
     state = {name: tensor * 1.5 for name, tensor in checked.backbone.state.items()}
     other = replace(checked, backbone=replace(checked.backbone, state=state))
-    first = prepare(checked, trial, storage, "cpu")
-    second = prepare(other, trial, storage, "cpu")
+    first = prepared(trial, storage, checked)
+    second = prepared(trial, storage, other)
     assert first.features != second.features
     assert first.backbone != second.backbone
     assert (first.images, first.views) == (second.images, second.views)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mean": (0.5, 0.5, 0.5)},
+        {"std": (0.5, 0.5, 0.5)},
+        {"interpolation": "bilinear"},
+    ],
+)
+def test_prepare__other_normalization_other_features(
+    trial: TrialConfig, storage: Path, changes: dict[str, Any]
+) -> None:
+    checked = check_inputs(trial, storage)
+    normalization = replace(checked.backbone.normalization, **changes)
+    other = replace(checked, backbone=replace(checked.backbone, normalization=normalization))
+    first, second = prepared(trial, storage, checked), prepared(trial, storage, other)
+    assert first.features != second.features
+    assert first.backbone != second.backbone
+    assert (first.views == second.views) == ("interpolation" not in changes)
+
+
+def test_prepare__other_torch_other_features(
+    trial: TrialConfig, storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = prepared(trial, storage)
+    monkeypatch.setattr(torch, "__version__", "2.99.0")
+    second = prepared(trial, storage)
+    assert first.features != second.features
+    assert first == replace(second, features=first.features)
+
+
+def test_prepare__other_device_or_precision_other_features(
+    trial: TrialConfig, storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = prepared(trial, storage)
+    monkeypatch.setattr(frozen, "FEATURES_DTYPE", "float64")
+    second = prepared(trial, storage)
+    third = prepared(trial, storage, device="cpu:0")  # where a test has no other device
+    assert len({tables.features for tables in (first, second, third)}) == 3
+    assert first.views == second.views == third.views
+
+
+def test_prepare__pixels_fit_beside_what_a_trial_needs(trial: TrialConfig, storage: Path) -> None:
+    tables = prepared(trial, storage)
+    paths = [tables.images, tables.backbone, tables.features, tables.views, tables.evaluation]
+    num_bytes = sum(path.stat().st_size for path in paths if path)
+    enough = trial.with_values({"data.cache_limit_gib": num_bytes / 2**30})
+    assert prepared(enough, storage) == tables
+    pixels = 28 * 3 * 32**2  # 12 images in two views, 4 to validate
+    too_little = trial.with_values({"data.cache_limit_gib": (pixels + 1000) / 2**30})
+    assert prepared(too_little, storage) == replace(tables, views=None, evaluation=None)
+
+
+def test_prepare__former_tables_give_way(trial: TrialConfig, storage: Path) -> None:
+    first = prepared(trial, storage)
+    needed = sum(path.stat().st_size for path in (first.images, first.backbone))
+    other = trial.with_values({"data.view_seed": 1, "data.cache_limit_gib": needed / 2**30})
+    second = prepared(other, storage)
+    assert second.features and second.features.exists()
+    assert second.images == first.images and second.images.exists()
+    assert first.views and first.features and first.evaluation
+    assert not any(p.exists() for p in (first.views, first.features, first.evaluation))
+
+
+def test_prepare__every_damaged_table_is_built_again(
+    trial: TrialConfig, storage: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tables = prepared(trial, storage)
+    paths = [tables.images, tables.backbone, tables.evaluation, tables.views, tables.features]
+    sound = [path.read_bytes() for path in paths if path]
+    for path, content in zip(paths, sound, strict=True):
+        assert path
+        path.write_bytes(content[: len(content) // 2])
+    assert prepared(trial, storage) == tables
+    assert [path.read_bytes() for path in paths if path] == sound
+    assert [str(path) in text for path, text in zip(paths, caplog.messages, strict=True)] == (
+        [True] * 5
+    )
 
 
 def test_tables__plain_values_round_trip(trial: TrialConfig, storage: Path) -> None:
@@ -282,7 +370,7 @@ def test_prepare__later_images_do_not_move_old_ones(
     for path in later:
         path.rename(tmp_path / path.name)
     first = check_inputs(trial, storage)
-    prepare(first, trial, storage, "cpu")
+    prepared(trial, storage, first)
     for path in later:
         (tmp_path / path.name).rename(path)
     second = check_inputs(trial, storage)
