@@ -41,11 +41,17 @@ class Section(BaseModel):
 
 
 class CalibrationConfig(Section):
-    """Semantic calibration; see `drtune_ray.method.SemanticCalibration` for each meaning."""
+    """Semantic calibration; see `drtune_ray.method.SemanticCalibration` for each meaning.
+
+    `rotation_rank` and `rotation_shrinkage` are read by the solver ``randomized`` only,
+    `proper_rotation` by ``svd`` only.
+    """
 
     rotation: bool = True
     rotation_interval: PositiveInt = 10
-    rotation_solver: Literal["svd"] = "svd"
+    rotation_solver: Literal["randomized", "svd"] = "randomized"
+    rotation_rank: PositiveInt = 32
+    rotation_shrinkage: NonNegativeFloat = 0.1
     rotation_kept: bool = True
     rotation_restarts_each_epoch: bool = False
     proper_rotation: bool = False
@@ -113,6 +119,11 @@ class DataConfig(Section):
     `train` is a folder of class folders. `views` = V > 0 gives each image V seeded augmentations
     (epoch e uses view e mod V) whose frozen features are computed once; 0 augments afresh in each
     epoch and runs the frozen encoder at every step.
+
+    `cache_limit_gib` bounds the storage's prepared tables: when a study starts, those that no
+    running study uses are removed, least recently used first. Encoded images, weights and frozen
+    features are always written, since a trial needs them; the pixels of the views only where they
+    fit beside these, otherwise each epoch decodes and augments again.
     """
 
     train: str
@@ -277,6 +288,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "bank_size": 2048,
             "head_lr_multiplier": "one_plus_bank_over_batch",
             "calibration": {
+                "rotation_solver": "svd",
                 "rotation_interval": 1,
                 "normalize": False,
                 "similarity": "dot",
@@ -293,6 +305,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "bank_size": 2048,
             "head_lr_multiplier": "one_plus_bank_over_batch",
             "calibration": {
+                "rotation_solver": "svd",
                 "rotation_interval": 10,
                 "rotation_kept": False,
                 "rotation_restarts_each_epoch": True,

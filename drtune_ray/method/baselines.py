@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -46,10 +45,13 @@ class CETuning(nn.Module):
         """Loss of one step, with the part ``cross_entropy``; arguments as for ``DRTune``."""
         num_rows = len(labels) if num_rows is None else num_rows
         logits = self.head(self.downstream_encoder(images))[:num_rows]
-        num_global = self.collective.sum(torch.tensor(float(num_rows), device=logits.device))
-        cross_entropy = row_share(
-            F.cross_entropy(at_least_float32(logits), labels[:num_rows], reduction="sum"),
-            int(num_global),
-            self.collective.world_size,
-        )
-        return MethodOutput(cross_entropy, {"cross_entropy": cross_entropy.detach()}, logits)
+        loss_sum = F.cross_entropy(at_least_float32(logits), labels[:num_rows], reduction="sum")
+        # Filled on the device: a number from the host would make it wait.
+        num_global = self.collective.sum(loss_sum.detach().new_full((), float(num_rows)))
+        loss = row_share(loss_sum, num_global, self.collective.world_size)
+        parts = {"cross_entropy": loss.detach()}
+        return MethodOutput(loss, parts, logits, loss.detach().isfinite())
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Nothing: there is no bank."""
+        return {}

@@ -1,7 +1,7 @@
 """Semantic calibration (SC): moving pretrained features to where the downstream features are.
 
 DR-Tune (https://arxiv.org/abs/2308.12058), section 3.4, eq. 7-12.
-Legend: K bank rows, D features, C classes.
+Legend: K bank rows, D features, C classes, r rank of the rotation (D where it is exact or off).
 """
 
 from __future__ import annotations
@@ -12,28 +12,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from drtune_ray.method.class_rows import ClassRows
 from drtune_ray.method.collective import Collective, OneProcess
-from drtune_ray.method.rotation import check_solver, global_rotation
+from drtune_ray.method.rotation import (
+    COLD_ITERATIONS,
+    WARM_ITERATIONS,
+    Rotation,
+    centred,
+    check_solver,
+    exact_rotation,
+    random_start,
+    subspace_rotation,
+    warm_start,
+)
 
 Similarity = Literal["cosine", "dot"]
 SIMILARITIES = get_args(Similarity)
-
-
-def class_sums(rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Sum of the rows of each class: (K, D), (K,) -> (C, D); zero for a class without rows."""
-    return rows.new_zeros(num_classes, rows.shape[1]).index_add_(0, labels, rows)
-
-
-def class_softmax(scores: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Softmax of the scores over the rows of each class: (K,), (K,) -> (K,).
-
-    The class's own maximum is subtracted first, so no temperature overflows.
-    """
-    maxima = scores.new_full((num_classes,), -torch.inf)
-    maxima = maxima.scatter_reduce(0, labels, scores, "amax")
-    weights = (scores - maxima[labels]).exp()
-    totals = weights.new_zeros(num_classes).index_add_(0, labels, weights)
-    return weights / totals[labels]
+NORM_FLOOR = 1e-12  # that of torch.nn.functional.normalize
 
 
 def confidence_guided_weights(
@@ -61,10 +56,32 @@ def confidence_guided_weights(
     Returns:
         Weights, shape (K,), summing to 1 over the rows of each class that has rows.
     """
+    classes = ClassRows(labels, len(prototypes))
+    return _confidence(downstream, classes, prototypes, temperature, similarity)
+
+
+def _confidence(
+    downstream: Tensor,
+    classes: ClassRows,
+    prototypes: Tensor,
+    temperature: float,
+    similarity: Similarity,
+    row_scale: Tensor | None = None,
+) -> Tensor:
+    """Eq. 10 of rows times `row_scale`, (K, 1), which a cosine does not depend on."""
     if similarity == "cosine":
-        downstream, prototypes = F.normalize(downstream, dim=1), F.normalize(prototypes, dim=1)
-    scores = (downstream * prototypes[labels]).sum(1) / temperature
-    return class_softmax(scores, labels, len(prototypes))
+        prototypes = F.normalize(prototypes, dim=1)
+        row_scale = inverse_norms(downstream) if row_scale is None else row_scale
+    scores = classes.dot(downstream, prototypes)
+    if row_scale is not None:
+        scores = scores * row_scale.squeeze(1)
+    return classes.softmax(scores, temperature)
+
+
+def inverse_norms(rows: Tensor) -> Tensor:
+    """1 / length of each row, (K, D) -> (K, 1); finite for a zero row, which stays zero."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return norms.clamp(min=NORM_FLOOR).reciprocal()
 
 
 def class_level_translation(
@@ -82,9 +99,13 @@ def class_level_translation(
     Returns:
         Shape (C, D); zero for a class without rows.
     """
-    counts = torch.bincount(labels, minlength=num_classes).clamp(min=1).unsqueeze(1)
-    pretrained_centres = class_sums(rotated, labels, num_classes) / counts
-    return class_sums(downstream * weights.unsqueeze(1), labels, num_classes) - pretrained_centres
+    return _translation(rotated, downstream, ClassRows(labels, num_classes), weights)
+
+
+def _translation(
+    rotated: Tensor, downstream: Tensor, classes: ClassRows, weights: Tensor
+) -> Tensor:
+    return classes.sums(downstream, weights) - classes.means(rotated)
 
 
 class SemanticCalibration(nn.Module):
@@ -93,32 +114,42 @@ class SemanticCalibration(nn.Module):
     State: the rotation in use and the number of steps since it was due; both in ``state_dict``.
 
     Differs from the authors' code where the arguments say otherwise than theirs, which are
-    ``rotation_kept=False, restart_each_epoch=True, proper_rotation=True, recenter=False,
-    similarity="cosine", confidence_temperature=1.0``: the rotation is kept between refreshes
-    (theirs is dropped after the step that computed it), counted over the whole training, and the
-    rotated rows are moved to the mean of the downstream rows. A class with one row is translated
-    as any other.
+    ``rotation_solver="svd", rotation_kept=False, restart_each_epoch=True, proper_rotation=True,
+    recenter=False, similarity="cosine", confidence_temperature=1.0``: the rotation is kept between
+    refreshes (theirs is dropped after the step that computed it), counted over the whole training,
+    and the rotated rows are moved to the mean of the downstream rows. A class with one row is
+    translated as any other. They L2-normalise before and after, as `normalize` does. By default
+    the rotation is shrunk and of limited rank, where eq. 7 asks for the exact one.
 
     Args:
         num_features: D.
         rotation: Apply the global rotation (GR).
         rotation_interval: Steps between two refreshes of R; 1 refreshes at every step.
-        rotation_solver: See :func:`~drtune_ray.method.rotation.global_rotation`.
+        rotation_solver: ``randomized`` (:func:`~drtune_ray.method.rotation.subspace_rotation`,
+            started from the last solution) or ``svd`` (exact).
+        rotation_rank: Rank r of R; read by ``randomized`` only.
+        rotation_shrinkage: How little evidence is shrunk; read by ``randomized`` only.
         rotation_kept: Apply the last R at the steps between refreshes; otherwise those steps are
             not rotated.
         restart_each_epoch: Count the interval from each epoch's first step.
-        proper_rotation: Ask for det R = +1.
+        proper_rotation: Ask for det R = +1; read by ``svd`` only.
         recenter: Move the rotated rows to the mean of the downstream rows. Without effect where
-            ``translation`` is on: a shift common to all rows cancels in eq. 12.
+            `translation` is on: a shift common to all rows cancels in eq. 12.
         normalize: L2-normalise both features first; normalise the result and multiply by `scale`.
         translation: Apply the class-level translation (CLT).
         confidence_weighting: Weight its downstream rows by confidence (CGA); else a plain mean.
         confidence_temperature: See :func:`confidence_guided_weights`.
         similarity: See :func:`confidence_guided_weights`.
         collective: Where several processes hold the same bank: one solves R for all.
+
+    Raises:
+        ValueError: For an unknown solver or similarity, or a number out of its range.
     """
 
-    rotation_matrix: Tensor
+    rotation_left: Tensor
+    rotation_right: Tensor | None
+    rotation_kept_length: Tensor
+    rotation_start: Tensor
 
     def __init__(
         self,
@@ -126,7 +157,9 @@ class SemanticCalibration(nn.Module):
         *,
         rotation: bool = True,
         rotation_interval: int = 10,
-        rotation_solver: str = "svd",
+        rotation_solver: str = "randomized",
+        rotation_rank: int = 32,
+        rotation_shrinkage: float = 0.1,
         rotation_kept: bool = True,
         restart_each_epoch: bool = False,
         proper_rotation: bool = False,
@@ -134,28 +167,26 @@ class SemanticCalibration(nn.Module):
         normalize: bool = True,
         translation: bool = True,
         confidence_weighting: bool = True,
-        confidence_temperature: float = 1.0,
+        confidence_temperature: float = 0.1,
         similarity: Similarity = "cosine",
         collective: Collective | None = None,
     ) -> None:
         super().__init__()
-        if rotation_interval < 1:
-            raise ValueError(
-                f"rotation_interval >= 1 must hold, but got rotation_interval={rotation_interval}"
-            )
         check_solver(rotation_solver)
         if similarity not in SIMILARITIES:
             raise ValueError(
                 f"similarity must be one of {list(SIMILARITIES)}, but got similarity={similarity!r}"
             )
-        if not confidence_temperature > 0:
-            raise ValueError(
-                "confidence_temperature > 0 must hold, but got "
-                f"confidence_temperature={confidence_temperature}"
-            )
+        _check(rotation_interval >= 1, f"{rotation_interval=}", "rotation_interval >= 1")
+        _check(rotation_rank >= 1, f"{rotation_rank=}", "rotation_rank >= 1")
+        _check(rotation_shrinkage >= 0, f"{rotation_shrinkage=}", "rotation_shrinkage >= 0")
+        _check(
+            confidence_temperature > 0, f"{confidence_temperature=}", "confidence_temperature > 0"
+        )
         self.rotation = rotation
         self.rotation_interval = rotation_interval
         self.rotation_solver = rotation_solver
+        self.rotation_shrinkage = rotation_shrinkage
         self.rotation_kept = rotation_kept
         self.restart_each_epoch = restart_each_epoch
         self.proper_rotation = proper_rotation
@@ -166,23 +197,40 @@ class SemanticCalibration(nn.Module):
         self.confidence_temperature = confidence_temperature
         self.similarity: Similarity = similarity
         self.collective = collective or OneProcess()
-        self.register_buffer("rotation_matrix", torch.eye(num_features) if rotation else None)
-        self._num_steps = 0
+        left, right = None, None
+        if rotation and rotation_solver == "svd":
+            left = torch.eye(num_features)
+        elif rotation:
+            right = random_start(num_features, rotation_rank)
+            left = torch.zeros_like(right)
+        self.register_buffer("rotation_left", left)
+        self.register_buffer("rotation_right", right)
+        self.register_buffer("rotation_kept_length", torch.zeros(()))
+        start = None if right is None else right.clone()  # loading a state writes into `right`
+        self.register_buffer("rotation_start", start, persistent=False)
+        # Plain integers, so that reading them never waits for an accelerator.
+        self._num_steps, self._num_refreshes = 0, 0
 
     def get_extra_state(self) -> dict[str, int]:
-        """Position within the rotation interval, for ``state_dict``."""
-        return {"num_steps": self._num_steps}
+        """Position within the rotation interval and number of refreshes, for ``state_dict``."""
+        return {"num_steps": self._num_steps, "num_refreshes": self._num_refreshes}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         """Counterpart of :meth:`get_extra_state`."""
-        self._num_steps = state["num_steps"]
+        self._num_steps, self._num_refreshes = state["num_steps"], state["num_refreshes"]
+
+    @property
+    def applied_rotation(self) -> Rotation | None:
+        """R in use; None where there is none (yet)."""
+        if not self._num_refreshes:
+            return None
+        return Rotation(self.rotation_left, self.rotation_right, self.rotation_kept_length)
 
     def begin_epoch(self) -> None:
         """Tell that an epoch starts: its first step refreshes R if `restart_each_epoch`."""
         if self.restart_each_epoch:
             self._num_steps = 0
 
-    @torch.no_grad()
     def forward(
         self,
         pretrained: Tensor,
@@ -204,64 +252,98 @@ class SemanticCalibration(nn.Module):
         Returns:
             Calibrated features without gradient, shape (K, D).
         """
-        # Mixed precision is for the encoder: calibration is float32 at least.
-        with torch.autocast(pretrained.device.type, enabled=False):
-            dtype = torch.float64 if pretrained.dtype == torch.float64 else torch.float32
-            rows = pretrained.detach().to(dtype), downstream.detach().to(dtype)
-            return self._calibrate(*rows, labels, prototypes.detach().to(dtype), scale)
+        is_due = self._num_steps % self.rotation_interval == 0
+        self._num_steps += 1
+        if self.rotation and is_due:
+            self._refresh(pretrained.detach(), downstream.detach())
+        rotates = self.rotation and (is_due or self.rotation_kept)
+        return self.calibrated(pretrained, downstream, labels, prototypes, scale, rotates=rotates)
 
-    def _calibrate(
+    @torch.no_grad()
+    def calibrated(
         self,
         pretrained: Tensor,
         downstream: Tensor,
         labels: Tensor,
         prototypes: Tensor,
-        scale: Tensor | float,
+        scale: Tensor | float = 1.0,
+        *,
+        rotates: bool,
     ) -> Tensor:
-        """Eq. 12 in the precision of the rows; shapes as for `forward`."""
-        if self.normalize:
-            pretrained, downstream = F.normalize(pretrained, dim=1), F.normalize(downstream, dim=1)
-        calibrated = self._rotate(pretrained, downstream)
-        if self.translation:
-            weights = self._row_weights(downstream, labels, prototypes)
-            calibrated = (
-                calibrated
-                + class_level_translation(calibrated, downstream, labels, weights, len(prototypes))[
-                    labels
-                ]
+        """Eq. 12 with the present R (or without), in float32 at least; shapes as for `forward`."""
+        # Mixed precision is for the encoder: calibration is float32 at least.
+        with torch.autocast(pretrained.device.type, enabled=False):
+            dtype = torch.float64 if pretrained.dtype == torch.float64 else torch.float32
+            pretrained, downstream, prototypes = (
+                rows.detach().to(dtype) for rows in (pretrained, downstream, prototypes)
             )
-        if self.normalize:
-            calibrated = F.normalize(calibrated, dim=1) * scale
-        return calibrated
+            rows = self._rotated(pretrained, downstream, rotates)
+            if self.translation:
+                classes = ClassRows(labels, len(prototypes))
+                weights = self._row_weights(downstream, classes, prototypes)
+                classes.add_(rows, _translation(rows, downstream, classes, weights))
+            return rows.mul_(scale * inverse_norms(rows)) if self.normalize else rows
 
-    def _rotate(self, pretrained: Tensor, downstream: Tensor) -> Tensor:
-        """R (v^p - mean v^p), plus the downstream mean where `recenter`; v^p where unrotated."""
-        is_due = self._num_steps % self.rotation_interval == 0
-        self._num_steps += 1
-        if not self.rotation or not (is_due or self.rotation_kept):
-            return pretrained
-        if is_due:
-            self._refresh(pretrained, downstream)
-        rotation = self.rotation_matrix.to(pretrained.dtype)
-        rotated = (pretrained - pretrained.mean(0)) @ rotation.T
-        return rotated + downstream.mean(0) if self.recenter else rotated
+    def _rotated(self, pretrained: Tensor, downstream: Tensor, rotates: bool) -> Tensor:
+        """R (v^p - mean v^p) + mean v^d, or v^p where it is not rotated: new rows, (K, D)."""
+        rows = pretrained * (inverse_norms(pretrained) if self.normalize else 1.0)
+        rotation = self.applied_rotation
+        if not rotates or rotation is None:
+            return rows
+        if self.translation:  # a shift common to all rows cancels (row q of METHOD.md)
+            return rotation.to(rows.dtype).apply_(rows)
+        rows = rotation.to(rows.dtype).apply_(rows.sub_(rows.mean(0)))
+        if self.recenter:
+            rows += (F.normalize(downstream, dim=1) if self.normalize else downstream).mean(0)
+        return rows
+
+    def _row_weights(self, downstream: Tensor, classes: ClassRows, prototypes: Tensor) -> Tensor:
+        """Weight of each downstream row, as it is, in the centre of its class, (K,)."""
+        row_scale = inverse_norms(downstream) if self.normalize else None
+        if self.confidence_weighting:
+            weights = _confidence(
+                downstream,
+                classes,
+                prototypes,
+                self.confidence_temperature,
+                self.similarity,
+                row_scale,
+            )
+        else:
+            weights = classes.counts.to(downstream.dtype).reciprocal()[classes.labels]
+        return weights if row_scale is None else weights * row_scale.squeeze(1)
 
     def _refresh(self, pretrained: Tensor, downstream: Tensor) -> None:
+        """Solve R from the rows as they are, unrotated; one process for all."""
+        dtype = torch.float64 if pretrained.dtype == torch.float64 else torch.float32
+        rotation = Rotation(self.rotation_left, self.rotation_right, self.rotation_kept_length)
         if self.collective.rank == 0:
-            self.rotation_matrix = global_rotation(
-                pretrained, downstream, solver=self.rotation_solver, proper=self.proper_rotation
-            )
-        self.rotation_matrix = self.collective.broadcast(
-            self.rotation_matrix.to(pretrained.dtype).contiguous()
+            with torch.autocast(pretrained.device.type, enabled=False):
+                rotation = self._solved(pretrained.to(dtype), downstream.to(dtype))
+        left, right, kept = rotation.to(dtype)
+        self.rotation_left = self.collective.broadcast(left.contiguous())
+        if right is not None:
+            self.rotation_right = self.collective.broadcast(right.contiguous())
+            self.rotation_kept_length = self.collective.broadcast(kept)
+        self._num_refreshes += 1
+
+    def _solved(self, pretrained: Tensor, downstream: Tensor) -> Rotation:
+        source, target = (
+            centred(rows, inverse_norms(rows) if self.normalize else None)
+            for rows in (pretrained, downstream)
+        )
+        if self.rotation_right is None:
+            return exact_rotation(source, target, proper=self.proper_rotation)
+        former = self.applied_rotation
+        return subspace_rotation(
+            source,
+            target,
+            self.rotation_start if former is None else warm_start(former, self.rotation_start),
+            shrinkage=self.rotation_shrinkage,
+            num_iterations=COLD_ITERATIONS if former is None else WARM_ITERATIONS,
         )
 
-    def _row_weights(self, downstream: Tensor, labels: Tensor, prototypes: Tensor) -> Tensor:
-        if self.confidence_weighting:
-            return confidence_guided_weights(
-                downstream,
-                labels,
-                prototypes,
-                temperature=self.confidence_temperature,
-                similarity=self.similarity,
-            )
-        return 1.0 / torch.bincount(labels, minlength=len(prototypes))[labels].to(downstream)
+
+def _check(holds: bool, given: str, condition: str) -> None:
+    if not holds:
+        raise ValueError(f"{condition} must hold, but got {given}")

@@ -14,8 +14,10 @@ class FeatureBank(nn.Module):
     """First-in-first-out queue of (pretrained features, downstream features, label).
 
     The two banks M^p and M^d of the paper hold features of the *same* images, so they are one
-    queue with one write position. Only rows that were written are ever returned. All state is in
-    ``state_dict``: rows, labels, write position and fill count.
+    queue with one write position. Only rows that were written are ever returned. A row with a
+    feature that is not finite is stored as zeros and counted: nothing computed from the bank
+    becomes NaN by it. All state is in ``state_dict``: rows, labels, write position, fill count and
+    the count of such rows.
 
     Differs from the authors' code: any K and any batch may be combined (theirs needs K to be a
     multiple of B), and the bank starts empty instead of with random rows labelled 1.
@@ -31,6 +33,7 @@ class FeatureBank(nn.Module):
     pretrained: Tensor
     downstream: Tensor
     labels: Tensor
+    num_nonfinite: Tensor
 
     def __init__(self, bank_size: int, num_features: int) -> None:
         super().__init__()
@@ -42,6 +45,7 @@ class FeatureBank(nn.Module):
         self.register_buffer("pretrained", torch.zeros(bank_size, num_features))
         self.register_buffer("downstream", torch.zeros(bank_size, num_features))
         self.register_buffer("labels", torch.zeros(bank_size, dtype=torch.long))
+        self.register_buffer("num_nonfinite", torch.zeros((), dtype=torch.long))
         # Plain integers, so that reading them never waits for an accelerator.
         self._position = 0
         self._num_rows = 0
@@ -77,16 +81,33 @@ class FeatureBank(nn.Module):
                 f"D={expected[1]}, but got {tuple(pretrained.shape)}, {tuple(downstream.shape)} "
                 f"and {tuple(labels.shape)}"
             )
+        is_finite = pretrained.isfinite().all(1, keepdim=True)
+        is_finite &= downstream.isfinite().all(1, keepdim=True)
+        self.num_nonfinite += (~is_finite).sum()
+        pretrained = torch.where(is_finite, pretrained, 0.0)
+        downstream = torch.where(is_finite, downstream, 0.0)
         num_kept = min(len(labels), self.bank_size)
-        if num_kept == 0:
-            return
-        offsets = torch.arange(num_kept, device=self.labels.device)
-        slots = (self._position + offsets) % self.bank_size
-        self.pretrained[slots] = pretrained[-num_kept:].to(self.pretrained)
-        self.downstream[slots] = downstream[-num_kept:].to(self.downstream)
-        self.labels[slots] = labels[-num_kept:].to(self.labels)
+        num_before_wrap = min(num_kept, self.bank_size - self._position)
+        first = len(labels) - num_kept
+        for stored, new in (
+            (self.pretrained, pretrained),
+            (self.downstream, downstream),
+            (self.labels, labels),
+        ):
+            before, after = torch.split(new[first:], [num_before_wrap, num_kept - num_before_wrap])
+            stored[self._position : self._position + num_before_wrap].copy_(before)
+            stored[: len(after)].copy_(after)
         self._position = (self._position + num_kept) % self.bank_size
         self._num_rows = min(self._num_rows + num_kept, self.bank_size)
+
+    def stored(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The filled rows where they lie, in no order: views, valid until the next `enqueue`.
+
+        Returns:
+            (pretrained (rows, D), downstream (rows, D), labels (rows,)).
+        """
+        filled = slice(len(self))
+        return self.pretrained[filled], self.downstream[filled], self.labels[filled]
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """Copies of the filled rows, oldest first.
@@ -94,11 +115,7 @@ class FeatureBank(nn.Module):
         Returns:
             (pretrained (rows, D), downstream (rows, D), labels (rows,)).
         """
-        is_full = len(self) == self.bank_size
-        stored = (self.pretrained, self.downstream, self.labels)
-        # Copies in either case: what was read takes part in `backward` after the next enqueue.
-        pretrained, downstream, labels = (
-            rows.roll(-self._position, 0) if is_full else rows[: len(self)].clone()
-            for rows in stored
-        )
+        # Until the bank is full the oldest row is the first; rolling by 0 copies.
+        shift = -self._position if len(self) == self.bank_size else 0
+        pretrained, downstream, labels = (rows.roll(shift, 0) for rows in self.stored())
         return pretrained, downstream, labels

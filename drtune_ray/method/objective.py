@@ -15,6 +15,12 @@ from torch.nn import functional as F
 
 from drtune_ray.method.calibration import SemanticCalibration
 from drtune_ray.method.collective import Collective, OneProcess
+from drtune_ray.method.diagnostics import (
+    agreement,
+    centre_distance,
+    rotation_angle,
+    sparse_class_share,
+)
 from drtune_ray.method.feature_bank import FeatureBank
 
 Reduction = Literal["sum", "mean"]
@@ -31,11 +37,14 @@ class MethodOutput:
         parts: The named parts of the loss, scalars without gradient, of this process's share:
             their mean over the processes is the global part.
         logits: Of the batch rows, shape (B, C).
+        is_finite: Whether the loss and every feature so far were finite: a boolean scalar on the
+            device, which nothing here waits for. False means that the training has diverged.
     """
 
     loss: Tensor
     parts: dict[str, Tensor]
     logits: Tensor
+    is_finite: Tensor
 
 
 def combine(
@@ -50,13 +59,13 @@ def combine(
     return total / (1.0 + weight) if reduction == "mean" else total
 
 
-def row_share(loss_sum: Tensor, num_global_rows: int, world_size: int) -> Tensor:
-    """A rank's part of a mean over all ranks' rows: ``W * sum / rows``; zero rows give zero.
+def row_share(loss_sum: Tensor, num_global_rows: Tensor | int, world_size: int) -> Tensor:
+    """A rank's part of a mean over all ranks' rows: ``W * sum / rows``.
 
     Averaging over the processes, as data-parallel training does to gradients, then yields the
     mean over the global rows, however unevenly these are divided.
     """
-    return loss_sum * (world_size / max(num_global_rows, 1))
+    return loss_sum * world_size / num_global_rows
 
 
 class DRTune(nn.Module):
@@ -169,41 +178,110 @@ class DRTune(nn.Module):
         logits = self.head(features)[:num_rows]
         known = None if pretrained_features is None else pretrained_features[:num_rows]
         images, labels, features = images[:num_rows], labels[:num_rows], features[:num_rows]
-        statistics = self._batch_statistics(features)
+        num_global, norm_sum = self._batch_statistics(features)
         cross_entropy = row_share(
             F.cross_entropy(at_least_float32(logits), labels, reduction="sum"),
-            int(statistics[0]),
+            num_global,
             self.collective.world_size,
         )
-        regularization = self._regularization(scale=statistics[1] / statistics[0])
+        regularization = self._regularization(scale=norm_sum / num_global)
         self._enqueue(self._pretrained(images, known), features.detach(), labels)
+        loss = combine(cross_entropy, regularization, self.regularization_weight, self.reduction)
         return MethodOutput(
-            combine(cross_entropy, regularization, self.regularization_weight, self.reduction),
+            loss,
             {
                 "cross_entropy": cross_entropy.detach(),
                 "distribution_regularization": regularization.detach(),
             },
             logits,
+            loss.detach().isfinite() & (self.bank.num_nonfinite == 0),
         )
 
     @torch.no_grad()
-    def _batch_statistics(self, features: Tensor) -> Tensor:
-        """(number of rows, sum of their norms) of the global batch, shape (2,)."""
+    def diagnostics(self) -> dict[str, Tensor]:
+        """What the bank tells of the training, as scalars; meant for an epoch's end.
+
+        Returns:
+            ``sparse_class_share``: classes with fewer than two bank rows. ``head_agreement``: bank
+            rows for which the head names one class on (calibrated) pretrained and downstream
+            features. With a calibration: ``semantic_drift`` and ``semantic_drift_left``, the mean
+            distance of the class centres of pretrained and downstream features before and after
+            calibration (unit-length features where it normalises), and, once rotated,
+            ``rotation_angle`` in degrees. Empty for an empty bank.
+        """
+        if len(self.bank) == 0:
+            return {}
+        _, downstream, labels = self.bank.stored()
+        weight, bias = self._head_parameters()
+        num_classes = len(weight)
+        scale = torch.linalg.vector_norm(at_least_float32(downstream), dim=1).mean()
+        rows, drifts = self._calibrated_rows(scale)
+        found = {"sparse_class_share": sparse_class_share(labels, num_classes)} | drifts
+        with torch.autocast(weight.device.type, enabled=False):
+            found["head_agreement"] = agreement(
+                F.linear(rows, weight, bias), F.linear(downstream.to(weight.dtype), weight, bias)
+            )
+        return found
+
+    def _calibrated_rows(self, scale: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The bank's rows with the present R, (K, D), and what is to be said of them."""
+        pretrained, downstream, labels = self.bank.stored()
+        pretrained, downstream = at_least_float32(pretrained), at_least_float32(downstream)
+        if self.calibration is None:
+            return pretrained, {}
+        rotation = self.calibration.applied_rotation
+        rows = self.calibration.calibrated(
+            pretrained,
+            downstream,
+            labels,
+            self.head.weight,
+            scale,
+            rotates=rotation is not None,
+        )
+        unit_rows = rows
+        if self.calibration.normalize:
+            pretrained, downstream, unit_rows = (
+                F.normalize(features, dim=1) for features in (pretrained, downstream, rows)
+            )
+        num_classes = len(self.head.weight)
+        found = {
+            "semantic_drift": centre_distance(pretrained, downstream, labels, num_classes),
+            "semantic_drift_left": centre_distance(unit_rows, downstream, labels, num_classes),
+        }
+        if rotation is not None:
+            found["rotation_angle"] = rotation_angle(rotation)
+        return rows, found
+
+    @torch.no_grad()
+    def _batch_statistics(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Number of rows of the global batch and the sum of their norms, two scalars."""
         norms = torch.linalg.vector_norm(at_least_float32(features), dim=1)
-        return self.collective.sum(torch.stack([norms.new_tensor(float(len(norms))), norms.sum()]))
+        # Filled on the device: a number from the host would make it wait.
+        num_rows = norms.new_full((), float(len(norms)))
+        total = self.collective.sum(torch.stack([num_rows, norms.sum()]))
+        return total[0], total[1]
 
     def _regularization(self, scale: Tensor) -> Tensor:
         """Eq. 5 and 13: mean cross-entropy of the head on the calibrated bank; 0 if empty."""
-        pretrained, downstream, labels = self.bank.rows()
-        if len(labels) == 0:
+        if len(self.bank) == 0:
             return self.head.weight.sum() * 0.0
-        if self.calibration is not None:
-            prototypes = self.head.weight.detach()
-            pretrained = self.calibration(pretrained, downstream, labels, prototypes, scale)
+        pretrained, downstream, labels = self.bank.stored()
+        labels = labels.clone()  # part of the graph when the next rows are enqueued
         share = slice(self.collective.rank, None, self.collective.world_size)
-        logits = self.head(pretrained[share].to(self.head.weight.dtype))
-        loss_sum = F.cross_entropy(at_least_float32(logits), labels[share], reduction="sum")
+        # Mixed precision is for the encoder: these products are small.
+        with torch.autocast(labels.device.type, enabled=False):
+            weight, bias = self._head_parameters()
+            if self.calibration is None:
+                rows = at_least_float32(pretrained.clone())
+            else:
+                rows = self.calibration(pretrained, downstream, labels, weight, scale)
+            logits = F.linear(rows[share], weight, bias)
+        loss_sum = F.cross_entropy(logits, labels[share], reduction="sum")
         return row_share(loss_sum, len(labels), self.collective.world_size)
+
+    def _head_parameters(self) -> tuple[Tensor, Tensor | None]:
+        bias: Tensor | None = self.head.bias
+        return at_least_float32(self.head.weight), None if bias is None else at_least_float32(bias)
 
     @torch.no_grad()
     def _pretrained(self, images: Tensor, pretrained_features: Tensor | None) -> Tensor:

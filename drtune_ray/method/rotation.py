@@ -1,38 +1,94 @@
 """Global rotation (GR): the orthogonal Procrustes problem between two paired feature sets.
 
 DR-Tune (https://arxiv.org/abs/2308.12058), eq. 7. Solution: Schoenemann, "A generalized solution
-of the orthogonal Procrustes problem", Psychometrika 1966; determinant: Kabsch, 1976.
-Legend: K rows, D features; A, B the centred pretrained and downstream rows, (K, D).
+of the orthogonal Procrustes problem", Psychometrika 1966; determinant: Kabsch, 1976; subspace
+iteration: Halko, Martinsson, Tropp, "Finding structure with randomness", SIAM Review 2011,
+https://arxiv.org/abs/0909.4061; inverse square root: Higham, "Functions of Matrices", 2008, ch. 6.
+Legend: K rows, D features, r rank; A, B the centred pretrained and downstream rows, (K, D);
+H = B^T A their cross-covariance, (D, D), with singular values s.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Literal, NamedTuple, get_args
+
 import torch
 from torch import Tensor
 
-SOLVERS = ("svd",)
+Solver = Literal["randomized", "svd"]
+SOLVERS = get_args(Solver)
 NUM_ROUNDINGS = 8  # a mean's error, in units of the last place
+START_SEED = 0
+EXPLORATION = 1e-3  # far above rounding, far below the directions with evidence
+COLD_ITERATIONS, WARM_ITERATIONS = 3, 1
+NEWTON_GROWTH = 1.5  # of a small eigenvalue's root in one Newton-Schulz step
+NUM_POLISHING = 6  # further steps, whose convergence is quadratic
+
+
+class Rotation(NamedTuple):
+    """R = kept I + left right^T, in factors so that rows are rotated at K D r products.
+
+    Attributes:
+        left: (D, r).
+        right: (D, r); None stands for the identity, so that R = left, (D, D), and kept = 0.
+        kept: Scalar: what remains of a direction for which there is no evidence, 0 to 1.
+    """
+
+    left: Tensor
+    right: Tensor | None
+    kept: Tensor
+
+    def apply_(self, rows: Tensor) -> Tensor:
+        """R v for each row, (K, D), for which the rows are overwritten."""
+        if self.right is None:
+            return rows @ self.left.T
+        coordinates = rows @ self.right
+        return rows.mul_(self.kept).addmm_(coordinates, self.left.T)
+
+    def to(self, dtype: torch.dtype) -> Rotation:
+        """The same in another precision."""
+        right = None if self.right is None else self.right.to(dtype)
+        return Rotation(self.left.to(dtype), right, self.kept.to(dtype))
+
+    def matrix(self) -> Tensor:
+        """R, (D, D)."""
+        if self.right is None:
+            return self.left
+        product = self.left @ self.right.T
+        product.diagonal().add_(self.kept)
+        return product
 
 
 @torch.no_grad()
 def global_rotation(
-    pretrained: Tensor, downstream: Tensor, *, solver: str = "svd", proper: bool = False
+    pretrained: Tensor,
+    downstream: Tensor,
+    *,
+    solver: str = "svd",
+    rank: int = 32,
+    shrinkage: float = 0.1,
+    proper: bool = False,
 ) -> Tensor:
-    """Orthogonal R that minimises sum_k |R v^p_k - v^d_k|^2 over the centred rows (eq. 7).
+    """R that brings the centred pretrained rows near the centred downstream rows (eq. 7).
 
-    Where the cross-covariance of the rows is singular the minimiser is not unique. The one
-    nearest to the identity (Frobenius norm) is returned, so directions for which the rows hold no
-    evidence are left as they are; in particular everything outside the span of the rows is.
+    ``svd`` is the exact minimiser of sum_k |R v^p_k - v^d_k|^2 over orthogonal R. Where the
+    cross-covariance is singular the minimiser is not unique: the one nearest to the identity
+    (Frobenius norm) is returned, so directions without evidence are left as they are.
+    ``randomized`` is :func:`subspace_rotation` from a seeded start, which is not orthogonal.
 
-    Differs from the authors' code: theirs takes whatever the SVD gives in those directions.
+    Differs from the authors' code: theirs takes whatever the SVD gives in directions without
+    evidence.
 
     Args:
         pretrained: v^p, shape (K, D). Need not be centred.
         downstream: v^d of the same images, shape (K, D).
-        solver: ``svd``, the exact solution; singular values below D * eps of the largest are
-            rounding and count as zero (1.5e-4 of it in float32 at D = 1280).
-        proper: Ask for det R = +1 (a rotation, as the authors' code does) where the paper asks
-            for an orthogonal matrix only.
+        solver: ``svd``, in which singular values below D * eps of the largest are rounding and
+            count as zero (1.5e-4 of it in float32 at D = 1280), or ``randomized``.
+        rank: See :func:`subspace_rotation`; not read by ``svd``.
+        shrinkage: See :func:`subspace_rotation`; not read by ``svd``.
+        proper: Ask ``svd`` for det R = +1 (a rotation, as the authors' code does) where the paper
+            asks for an orthogonal matrix only.
 
     Returns:
         R, shape (D, D), with ``R @ v_p ~ v_d`` for centred rows; for rows ``centred @ R.T``.
@@ -48,7 +104,13 @@ def global_rotation(
     check_solver(solver)
     # Mixed precision would round the covariance to bfloat16 and rotate by the rounding.
     with torch.autocast(pretrained.device.type, enabled=False):
-        return _rotation(centred(pretrained), centred(downstream), proper)
+        source, target = centred(pretrained), centred(downstream)
+        if solver == "svd":
+            return exact_rotation(source, target, proper=proper).matrix()
+        start = random_start(pretrained.shape[1], rank).to(source)
+        return subspace_rotation(
+            source, target, start, shrinkage=shrinkage, num_iterations=COLD_ITERATIONS
+        ).matrix()
 
 
 def check_solver(solver: str) -> None:
@@ -61,37 +123,162 @@ def check_solver(solver: str) -> None:
         raise ValueError(f"solver must be one of {list(SOLVERS)}, but got solver={solver!r}")
 
 
-def centred(rows: Tensor) -> Tensor:
-    """Rows minus their mean, (K, D), in float32 at least; zero where all rows are equal."""
+def centred(rows: Tensor, row_scale: Tensor | None = None) -> Tensor:
+    """Rows minus their mean, (K, D), in float32 at least; zero where all rows are equal.
+
+    Args:
+        rows: Shape (K, D).
+        row_scale: Multiplies each row first, shape (K, 1).
+
+    Returns:
+        A new tensor, the only one of this size that is made.
+    """
     rows = rows if rows.dtype == torch.float64 else rows.float()
+    spread = rows.clone() if row_scale is None else rows * row_scale
     if len(rows) == 0:
-        return rows
-    spread = rows - rows.mean(0)
+        return spread
     # The mean of equal rows differs from them by rounding, which is no evidence of a direction.
-    rounding = NUM_ROUNDINGS * torch.finfo(rows.dtype).eps * torch.linalg.vector_norm(rows)
-    return torch.where(torch.linalg.vector_norm(spread) > rounding, spread, 0.0)
+    rounding = NUM_ROUNDINGS * torch.finfo(rows.dtype).eps * torch.linalg.vector_norm(spread)
+    spread.sub_(spread.mean(0))
+    return spread.mul_(torch.linalg.vector_norm(spread) > rounding)
 
 
-def _rotation(source: Tensor, target: Tensor, proper: bool) -> Tensor:
-    """R, (D, D), of centred rows, (K, D)."""
+def random_start(num_features: int, rank: int) -> Tensor:
+    """Where subspace iteration starts when nothing is known: (D, min(rank, D)).
+
+    Seeded, with columns of a length near 1.
+    """
+    generator = torch.Generator().manual_seed(START_SEED)
+    start = torch.randn(num_features, min(rank, num_features), generator=generator)
+    return start / math.sqrt(num_features)
+
+
+def warm_start(former: Rotation, seeded: Tensor) -> Tensor:
+    """Where it starts from a former solution: its right factor, and a little of the seeded start.
+
+    A direction without evidence has left only rounding in the right factor. What it is searched
+    for next must not depend on that: it would differ between machines, and with the number of
+    processes.
+    """
+    assert former.right is not None
+    return former.right + EXPLORATION * seeded.to(former.right.dtype)
+
+
+def subspace_rotation(
+    source: Tensor,
+    target: Tensor,
+    start: Tensor,
+    *,
+    shrinkage: float,
+    num_iterations: int,
+) -> Rotation:
+    """Rotation of the leading r directions, shrunk towards what the others keep.
+
+    With the r leading singular triplets of H = U S V^T, found by subspace iteration,
+
+        R = U F V^T + c (I - V F V^T),   F = diag(s / sqrt(s^2 + t^2)),   t = shrinkage |S|_F.
+
+    Directions with much evidence are rotated by U V^T. Those with little, and all others, keep
+    their place at length c in [0, 1], the least-squares fit of B - A V F U^T on A - A V F V^T:
+    near 1 where the encoder has hardly changed, near 0 where nothing of the pretrained features
+    is left in place. Equal banks give R = I. The exact minimiser of eq. 7 aligns the rows that it
+    was fitted to better, and all other rows worse (docs/method.md).
+
+    Matrix products and QR alone: on an accelerator nothing waits for the host.
+
+    Args:
+        source: A, the centred pretrained rows, shape (K, D); overwritten.
+        target: B, the centred downstream rows, shape (K, D); overwritten.
+        start: Columns whose span is near that of V_r, shape (D, r): :func:`random_start` or
+            :func:`warm_start`.
+        shrinkage: Singular value, over |S|_F, that is shrunk to 1/sqrt(2). Taken as at least the
+            square root of the precision's eps, below which a singular value is rounding.
+        num_iterations: Products with H^T H; one suffices from a former solution.
+
+    Returns:
+        R in factors of rank r.
+    """
+    columns = start.to(source.dtype)
+    for _ in range(num_iterations):
+        # QR also replaces columns that vanished, so that no direction is lost for ever.
+        left = _orthonormal(target.T @ (source @ _orthonormal(columns)))
+        columns = source.T @ (target @ left)
+    gram = columns.T @ columns
+    right = columns @ _inverse_root(gram, shrinkage)
+    unit_right = columns @ _inverse_root(gram, 0.0)
+    coordinates = source @ right
+    source.addmm_(coordinates, unit_right.T, alpha=-1.0)
+    target.addmm_(coordinates, left.T, alpha=-1.0)
+    size = torch.linalg.vector_norm(source).square()
+    kept = torch.dot(source.flatten(), target.flatten()) / size.clamp(min=_tiny(size))
+    kept = kept.clamp(0.0, 1.0)
+    return Rotation(left - kept * unit_right, right, kept)
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    """Orthonormal basis of the columns, (D, r); completed where they are dependent."""
+    basis: Tensor = torch.linalg.qr(columns)[0]
+    return basis
+
+
+def _inverse_root(gram: Tensor, shrinkage: float) -> Tensor:
+    """(G + shrinkage^2 tr(G) I)^(-1/2) of a positive semi-definite G, (r, r).
+
+    By the coupled Newton-Schulz iteration in float64: an eigendecomposition would make an
+    accelerator wait for the host.
+    """
+    dtype = gram.dtype
+    shrinkage = max(shrinkage, math.sqrt(torch.finfo(dtype).eps))
+    trace = gram.trace().clamp(min=_tiny(gram)).double()
+    gram = gram.double()
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    # eps: without any evidence G is zero, and its product with this root must stay zero.
+    scaled = gram / trace + (shrinkage**2 + torch.finfo(gram.dtype).eps) * identity
+    norm = torch.linalg.matrix_norm(scaled)
+    root, inverse_root = scaled / norm, identity
+    # The root of the smallest eigenvalue grows to 1 from what it is at least; the count follows.
+    smallest = shrinkage / math.sqrt(1.0 + shrinkage**2 * math.sqrt(len(gram)))
+    num_growing = math.ceil(-math.log(smallest) / math.log(NEWTON_GROWTH))
+    for _ in range(num_growing + NUM_POLISHING):
+        step = 1.5 * identity - 0.5 * inverse_root @ root
+        root, inverse_root = root @ step, step @ inverse_root
+    found: Tensor = inverse_root / (norm * trace).sqrt()
+    return found.to(dtype)
+
+
+def _tiny(like: Tensor) -> float:
+    return torch.finfo(like.dtype).tiny
+
+
+def exact_rotation(source: Tensor, target: Tensor, *, proper: bool = False) -> Rotation:
+    """The minimiser of eq. 7 nearest to the identity; see :func:`global_rotation`.
+
+    Args:
+        source: A, the centred pretrained rows, shape (K, D).
+        target: B, the centred downstream rows, shape (K, D).
+        proper: Ask for det R = +1.
+    """
     basis = _joint_basis(source, target)
     if basis is None:
-        return _polar_factor(target.T @ source, proper)
+        return _dense(_polar_factor(target.T @ source, proper))
     # Outside the basis both row sets are zero: the minimiser nearest to I is I there, and the
     # problem shrinks from (D, D) to (2K, 2K) without approximation.
     small = _polar_factor((target @ basis).T @ (source @ basis), proper)
     small.diagonal().sub_(1.0)
     rotation = basis @ small @ basis.T
     rotation.diagonal().add_(1.0)
-    return rotation
+    return _dense(rotation)
+
+
+def _dense(matrix: Tensor) -> Rotation:
+    return Rotation(matrix, None, matrix.new_zeros(()))
 
 
 def _joint_basis(source: Tensor, target: Tensor) -> Tensor | None:
     """Orthonormal basis, (D, 2K), whose span holds the rows of both; None where 2K >= D."""
     if 2 * len(source) >= source.shape[1]:
         return None
-    basis: Tensor = torch.linalg.qr(torch.cat([source, target]).T)[0]
-    return basis
+    return _orthonormal(torch.cat([source, target]).T)
 
 
 def _polar_factor(covariance: Tensor, proper: bool) -> Tensor:

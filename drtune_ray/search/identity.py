@@ -25,7 +25,7 @@ DONE_NAME = "done"  # written last: how many trials the winner was chosen from
 SCRATCH_NAME = ".tune"  # Ray's own folders; nothing in them is needed again
 STUDY, TRAINING = "study", "training"
 # Raised when a change of the package changes the numbers that a trial gives.
-NUMERIC_VERSION = 1
+NUMERIC_VERSION = 2
 # Settings that may differ between two runs of the same study, or of the same training.
 NOT_DECIDING = (
     "name",

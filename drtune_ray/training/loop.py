@@ -73,7 +73,7 @@ def _train_one_epoch(trial: Trial, save_requested: Callable[[], bool]) -> Iterat
             progress.outcome = DIVERGED
             return
         is_due = time.monotonic() - last_save > config.save_every_seconds or save_requested()
-        if any_process(is_due, trial.device):
+        if any_process(is_due, trial.device) and not trial.watch.has_diverged(wait=True):
             progress.epoch_seconds += time.monotonic() - started
             started = last_save = time.monotonic()
             yield SavePoint(progress.epochs_done, progress.steps_done, trial.save)

@@ -19,7 +19,6 @@ from drtune_ray.training.backbones import Backbone
 from drtune_ray.training.checkpoint import TrialFolder
 from drtune_ray.training.distributed import (
     ProcessGroup,
-    any_process,
     barrier,
     data_parallel,
     gather_objects,
@@ -36,6 +35,7 @@ from drtune_ray.training.model import (
 )
 from drtune_ray.training.optim import build_optimizer, build_schedule, learning_rates
 from drtune_ray.training.records import COMPLETED, DIVERGED, PATIENCE, EpochRecord, EpochReport
+from drtune_ray.training.watch import FiniteWatch
 
 EVALUATION_ROWS = 64
 FROZEN_PREFIX = "pretrained_encoder."
@@ -97,6 +97,7 @@ class Trial:
             device.type, enabled=self.amp_dtype == torch.float16 and device.type == "cuda"
         )
         self.progress = _Progress()
+        self.watch = FiniteWatch(self.group)
         self.pending: list[Tensor] = []
         self.part_names: list[str] = ["cross_entropy"]
         if isinstance(method, DRTune):
@@ -118,7 +119,10 @@ class Trial:
                 self.method.warm_up_bank(images[:num_rows], labels[:num_rows], known)
 
     def steps(self) -> Iterator[bool]:
-        """Train the rest of the present epoch; after each step, whether the loss was finite."""
+        """Train the rest of the present epoch; after each step, whether all is finite so far.
+
+        On an accelerator the answer is `LAG` steps late: by then the weights may be broken.
+        """
         progress = self.progress
         set_training_mode(self.method, self.config.training.batch_norm)
         if progress.steps_done == 0:
@@ -127,20 +131,25 @@ class Trial:
         for images, labels, features, num_rows in self._batches(batches, progress.epochs_done):
             with self._autocast():
                 output = self.module(images, labels, features, num_rows)
-            is_finite = not any_process(not bool(output.loss.isfinite()), self.device)
-            if is_finite:
-                self._update(output.loss)
-                correct = (output.logits.argmax(1) == labels[:num_rows]).sum()
-                values = [output.loss.detach(), *output.parts.values(), correct]
-                self.pending.append(torch.stack([value.double() for value in values]))
-                progress.steps_done += 1
-            yield is_finite
+            self.watch.add(output.is_finite)
+            if self.watch.has_diverged():
+                yield False
+                return
+            self._update(output.loss)
+            correct = (output.logits.argmax(1) == labels[:num_rows]).sum()
+            values = [output.loss.detach(), *output.parts.values(), correct]
+            self.pending.append(torch.stack([value.double() for value in values]))
+            progress.steps_done += 1
+            yield True
 
     def finish_epoch(self) -> None:
         """Validate, record the epoch and decide whether the trial has ended."""
         started = time.monotonic()
-        self._collect_steps()
         progress = self.progress
+        if self.watch.has_diverged(wait=True):
+            progress.outcome = DIVERGED
+            return
+        self._collect_steps()
         validation = self._validate()
         accuracy = validation["val_accuracy"]
         if not math.isfinite(validation["val_loss"]):
@@ -155,6 +164,7 @@ class Trial:
             self.is_best = True
         # The objective first: MLflow's comparisons open on the metric that was logged first.
         metrics = {"best_val_accuracy": progress.best_val_accuracy} | validation | means
+        metrics |= {name: float(value) for name, value in self.method.diagnostics().items()}
         metrics["best_epoch"] = float(progress.best_epoch)
         metrics["seconds"] = progress.epoch_seconds + time.monotonic() - started
         progress.history.append(

@@ -14,6 +14,9 @@ import torch
 PAPER = {
     "rotation": True,
     "rotation_interval": 1,
+    "rotation_solver": "svd",
+    "rotation_rank": 3,
+    "rotation_shrinkage": 0.2,
     "rotation_kept": True,
     "restart_each_epoch": False,
     "proper_rotation": False,
@@ -24,7 +27,7 @@ PAPER = {
     "confidence_temperature": 1.0,
     "similarity": "dot",
 }
-"""Calibration options for eq. 7-12 as printed."""
+"""Calibration options for eq. 7-12 as printed; rank and shrinkage are not read by `svd`."""
 
 AUTHORS = PAPER | {
     "rotation_interval": 10,
@@ -90,6 +93,39 @@ def rotation_matrix(pretrained, downstream, proper=False):
     return rotation
 
 
+def subspace_rotation(pretrained, downstream, start, shrinkage, num_iterations):
+    """The rank-limited, shrunk rotation, by a singular value decomposition: (R, right factor).
+
+    U F V^T + c (I - V F V^T) with F = diag(s / sqrt(s^2 + t^2)), t = shrinkage sqrt(sum s^2), where
+    the singular triplets come from `num_iterations` products of the columns `start` with H and
+    H^T; c in [0, 1] is the least-squares factor of what V F V^T leaves of the pretrained rows.
+    """
+    covariance, width = cross_covariance(pretrained, downstream), len(pretrained[0])
+    right = start
+    for _ in range(num_iterations):
+        left = np.linalg.qr(covariance @ np.linalg.qr(right)[0])[0]
+        right = covariance.T @ left
+    right_vectors, values, mix_t = np.linalg.svd(right, full_matrices=False)
+    size = math.sqrt(sum(value**2 for value in values))
+    shrunk = [v / math.hypot(v, shrinkage * size) if v > 1e-8 * size else 0.0 for v in values]
+    turned = left @ mix_t.T @ np.diag(shrunk) @ right_vectors.T
+    rest = np.eye(width) - right_vectors @ np.diag(shrunk) @ right_vectors.T
+    explained, total = 0.0, 0.0
+    for v_p, v_d in zip(pretrained, downstream, strict=True):
+        v_p, v_d = v_p - mean(pretrained), v_d - mean(downstream)
+        explained += (rest @ v_p) @ (v_d - turned @ v_p)
+        total += (rest @ v_p) @ (rest @ v_p)
+    kept = min(max(explained / total, 0.0), 1.0) if total > 1e-20 else 0.0
+    return turned + kept * rest, right_vectors @ np.diag(shrunk) @ mix_t
+
+
+def seeded_start(width, rank):
+    """Where the first solution starts from: the same numbers as `drtune_ray.method`."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(width, min(rank, width), generator=generator) / math.sqrt(width)
+    return start.double().numpy()
+
+
 def confidence(rows, prototype, similarity="dot", temperature=1.0):
     """Eq. 10: softmax over the downstream rows of one class."""
     if similarity == "cosine":
@@ -105,6 +141,9 @@ class ReferenceCalibration:
 
     rotation: bool
     rotation_interval: int
+    rotation_solver: str
+    rotation_rank: int
+    rotation_shrinkage: float
     rotation_kept: bool
     restart_each_epoch: bool
     proper_rotation: bool
@@ -115,6 +154,7 @@ class ReferenceCalibration:
     confidence_temperature: float
     similarity: str
     matrix: np.ndarray | None = None
+    right: np.ndarray | None = None
     step_in_interval: int = 0
 
     def begin_epoch(self):
@@ -139,10 +179,22 @@ class ReferenceCalibration:
         if not self.rotation or not (is_due or self.rotation_kept):
             return pretrained
         if is_due:
-            self.matrix = rotation_matrix(pretrained, downstream, self.proper_rotation)
+            self.refresh(pretrained, downstream)
         origin = mean(pretrained)
         destination = mean(downstream) if self.recenter else 0.0
         return [self.matrix @ (v - origin) + destination for v in pretrained]
+
+    def refresh(self, pretrained, downstream):
+        if self.rotation_solver == "svd":
+            self.matrix = rotation_matrix(pretrained, downstream, self.proper_rotation)
+            return
+        is_first = self.right is None
+        start = seeded_start(len(pretrained[0]), self.rotation_rank)
+        if not is_first:
+            start = self.right + 1e-3 * start
+        self.matrix, self.right = subspace_rotation(
+            pretrained, downstream, start, self.rotation_shrinkage, 3 if is_first else 1
+        )
 
     def translations(self, rotated, downstream, labels, prototypes):
         """{c: delta_c} of the classes with rows, eq. 8-11."""

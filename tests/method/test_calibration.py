@@ -8,15 +8,16 @@ import torch
 from drtune_ray.method import SemanticCalibration
 from drtune_ray.method.calibration import (
     class_level_translation,
-    class_softmax,
     confidence_guided_weights,
 )
+from drtune_ray.method.class_rows import ClassRows
 from tests.method.reference import AUTHORS, PAPER, ReferenceCalibration, confidence, mean
 
 C, D = 5, 6
 # Many rows of classes 0 and 3, two of class 4, one of class 1, none of class 2.
 UNEVEN = [0, 3, 0, 4, 3, 0, 1, 3, 0, 4, 3, 3]
 PLAIN = PAPER | {"rotation": False, "translation": False}
+RANDOMIZED = PAPER | {"rotation_solver": "randomized"}
 TRANSLATION_OFF = PAPER | {"translation": False}
 
 
@@ -63,6 +64,12 @@ OPTIONS = {
     "kept, restarted": PAPER | {"rotation_interval": 3, "restart_each_epoch": True},
     "dropped, restarted": AUTHORS | {"rotation_interval": 3},
     "kept, rotation only": TRANSLATION_OFF | {"rotation_interval": 4},
+    "randomized": RANDOMIZED,
+    "randomized, normalized": RANDOMIZED | {"normalize": True, "similarity": "cosine"},
+    "randomized, kept for three": RANDOMIZED | {"rotation_interval": 3},
+    "randomized, rotation only": RANDOMIZED | {"translation": False},
+    "randomized, hardly shrunk": RANDOMIZED | {"rotation_shrinkage": 1e-3, "rotation_rank": 2},
+    "randomized, one direction": RANDOMIZED | {"rotation_rank": 1, "normalize": True},
     "dropped, rotation only": TRANSLATION_OFF | {"rotation_interval": 4, "rotation_kept": False},
 }
 
@@ -137,9 +144,9 @@ def test_steps_that_refresh_the_rotation(options, refreshed):
     for step in range(9):
         if step in (0, 4):
             calibration.begin_epoch()
-        before = calibration.rotation_matrix
+        before = calibration.rotation_left
         calibration(*random_bank(seed=step))
-        if not torch.equal(before.double(), calibration.rotation_matrix.double()):
+        if not torch.equal(before.double(), calibration.rotation_left.double()):
             changed.append(step)
     assert changed == refreshed
 
@@ -150,7 +157,7 @@ def test_between_refreshes_the_rotation_is_kept_or_not_applied(is_kept):
         D, **(TRANSLATION_OFF | {"rotation_interval": 2, "rotation_kept": is_kept})
     )
     calibration(*random_bank(seed=0))
-    kept = calibration.rotation_matrix.clone()
+    kept = calibration.applied_rotation.matrix()
     pretrained, downstream, labels, prototypes = random_bank(seed=1)
     calibrated = calibration(pretrained, downstream, labels, prototypes)
     rotated = (pretrained - pretrained.mean(0)) @ kept.T + downstream.mean(0)
@@ -185,7 +192,7 @@ def test_proper_rotation_reaches_the_matrix():
     for is_proper in (False, True):
         calibration = SemanticCalibration(D, **(PAPER | {"proper_rotation": is_proper}))
         calibration(pretrained, mirrored, labels, prototypes)
-        determinants.append(torch.linalg.det(calibration.rotation_matrix).item())
+        determinants.append(torch.linalg.det(calibration.applied_rotation.matrix()).item())
     assert determinants == pytest.approx([-1.0, 1.0])
 
 
@@ -288,7 +295,7 @@ def test_a_saved_calibration_goes_on_as_the_one_saved(options, num_before):
 
 def test_class_translations_are_the_difference_of_the_centres():
     rotated, downstream, labels, _ = random_bank()
-    weights = class_softmax(torch.arange(12, dtype=torch.float64), labels, C)
+    weights = ClassRows(labels, C).softmax(torch.arange(12, dtype=torch.float64))
     shifts = class_level_translation(rotated, downstream, labels, weights, C)
     for c in range(C):
         rows = [k for k in range(len(labels)) if labels[k] == c]
@@ -363,7 +370,7 @@ def test_a_small_temperature_picks_the_surest_row_without_overflow(similarity, s
 def test_class_softmax_sums_to_one_in_each_class(magnitude):
     labels = torch.tensor(UNEVEN)
     scores = torch.randn(len(labels), generator=generator(3)) * magnitude
-    weights = class_softmax(scores, labels, C)
+    weights = ClassRows(labels, C).softmax(scores)
     sums = torch.zeros(C).index_add(0, labels, weights)
     assert_close(sums, torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0]), atol=1e-6)
     if magnitude == 0.0:

@@ -156,3 +156,35 @@ def test_shapes_that_disagree_are_refused_before_anything_is_written(
             torch.ones(pretrained), torch.ones(downstream), torch.ones(labels, dtype=torch.long)
         )
     assert_rows(bank, before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("which", ["pretrained", "downstream"])
+def test_a_row_that_is_not_finite_is_stored_as_zeros_and_counted(value, which):
+    bank, stream = FeatureBank(4, D), Stream()
+    batch = dict(zip(("pretrained", "downstream", "labels"), stream.draw(3), strict=True))
+    given = {name: rows.clone() for name, rows in batch.items()}
+    given[which][1, 2] = value
+    bank.enqueue(**given)
+    pretrained, downstream, labels = bank.rows()
+    for found, expected in ((pretrained, batch["pretrained"]), (downstream, batch["downstream"])):
+        assert torch.equal(found[1], torch.zeros(D))
+        assert torch.equal(found[::2], expected[::2])
+    assert torch.equal(labels, batch["labels"])
+    assert bank.num_nonfinite == 1
+    bank.enqueue(*stream.draw(2))
+    assert bank.num_nonfinite == 1
+    restored = FeatureBank(4, D)
+    restored.load_state_dict(bank.state_dict())
+    assert restored.num_nonfinite == 1
+
+
+def test_stored_rows_are_the_bank_itself():
+    bank, stream = FeatureBank(4, D), Stream()
+    for size in (3, 2):  # wraps by one
+        bank.enqueue(*stream.draw(size))
+        for found, kept in zip(bank.stored(), bank.rows(), strict=True):
+            assert len(found) == len(bank)
+            assert sorted(found.flatten().tolist()) == sorted(kept.flatten().tolist())
+    assert bank.stored()[0].data_ptr() == bank.pretrained.data_ptr()
+    assert bank.rows()[0].data_ptr() != bank.pretrained.data_ptr()

@@ -264,6 +264,6 @@ def test_shapes_that_differ_are_refused(shapes, message):
 
 
 def test_an_unknown_solver_is_refused():
-    message = "solver must be one of ['svd'], but got solver='jacobi'"
+    message = "solver must be one of ['randomized', 'svd'], but got solver='jacobi'"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         global_rotation(*random_pair(3), solver="jacobi")

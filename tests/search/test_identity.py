@@ -15,6 +15,7 @@ import drtune_ray
 from drtune_ray.config import StudyConfig, TrackingConfig, flattened, nested, read_yaml
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.search.identity import (
+    NUMERIC_VERSION,
     RECORD_FILE,
     STUDY,
     TRAINING,
@@ -175,7 +176,8 @@ def test_open_record__every_difference_is_shown(folder: Path) -> None:
 def test_open_record__numeric_version(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened(folder)
     monkeypatch.setattr("drtune_ray.search.identity.NUMERIC_VERSION", 99)
-    with pytest.raises(ConfigError, match="numeric version of drtune-ray: 1 there, 99 here"):
+    change = f"numeric version of drtune-ray: {NUMERIC_VERSION} there, 99 here"
+    with pytest.raises(ConfigError, match=change):
         opened(folder)
 
 
