@@ -51,13 +51,15 @@ def random_backbone(name: str, side: int) -> Backbone:
 class Contender:
     """One method with its optimiser, taking steps on the batches it is given."""
 
-    def __init__(self, kind: str, backbone: Backbone, num_classes: int) -> None:
+    def __init__(
+        self, kind: str, backbone: Backbone, num_classes: int, bank_size: int = BANK
+    ) -> None:
         method = "ce_tuning" if kind == CE else "dr_tune"
         config = TrialConfig.from_mapping(
-            {"data": {"train": "unused"}, "method": {"name": method, "bank_size": BANK}}
+            {"data": {"train": "unused"}, "method": {"name": method, "bank_size": bank_size}}
         )
         self.kind, self.interval = kind, config.method.calibration.rotation_interval
-        self.method: Method = build_method(config, backbone, num_classes, BANK, kind == LIVE)
+        self.method: Method = build_method(config, backbone, num_classes, bank_size, kind == LIVE)
         self.method = self.method.to(memory_format=torch.channels_last)
         set_training_mode(self.method, "frozen")
         self.optimizer = build_optimizer(
@@ -65,8 +67,8 @@ class Contender:
         )
         if isinstance(self.method, DRTune):
             generator = torch.Generator().manual_seed(1)
-            features = torch.rand(BANK, backbone.num_features, generator=generator)
-            labels = torch.randint(num_classes, (BANK,), generator=generator)
+            features = torch.rand(bank_size, backbone.num_features, generator=generator)
+            labels = torch.randint(num_classes, (bank_size,), generator=generator)
             self.method.bank.enqueue(features, features.flip(1), labels)
 
     def step(self, images: Tensor, labels: Tensor, features: Tensor) -> float:

@@ -51,7 +51,7 @@ class CalibrationConfig(Section):
     rotation_interval: PositiveInt = 10
     rotation_solver: Literal["randomized", "svd"] = "randomized"
     rotation_rank: PositiveInt = 32
-    rotation_shrinkage: NonNegativeFloat = 0.1
+    rotation_shrinkage: NonNegativeFloat = 0.02
     rotation_kept: bool = True
     rotation_restarts_each_epoch: bool = False
     proper_rotation: bool = False
@@ -120,6 +120,10 @@ class DataConfig(Section):
     (epoch e uses view e mod V) whose frozen features are computed once; 0 augments afresh in each
     epoch and runs the frozen encoder at every step.
 
+    Training views are random crops of `crop_scale_min` to 1 of the image, mirrored with probability
+    `horizontal_flip`. Evaluation resizes to `image_size` / `crop_fraction` (its shorter side, or
+    both as the authors' code does) and takes the centre.
+
     `cache_limit_gib` bounds the storage's prepared tables: when a study starts, those that no
     running study uses are removed, least recently used first. Encoded images, weights and frozen
     features are always written, since a trial needs them; the pixels of the views only where they
@@ -136,6 +140,7 @@ class DataConfig(Section):
     crop_scale_min: Annotated[float, Field(gt=0.0, le=1.0)] = 0.4
     horizontal_flip: Probability = 0.5
     crop_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.875
+    evaluation_resize: Literal["shorter_side", "square"] = "shorter_side"
     loader_workers: Annotated[int, Field(ge=0)] = 0
     cache_limit_gib: NonNegativeFloat = 4.0
 
@@ -315,6 +320,12 @@ PRESETS: dict[str, dict[str, Any]] = {
                 "similarity": "cosine",
                 "confidence_temperature": 1.0,
             },
+        },
+        "data": {
+            "crop_scale_min": 0.4,
+            "horizontal_flip": 0.5,
+            "crop_fraction": 0.875,
+            "evaluation_resize": "square",
         },
         "optim": {"nesterov": True, "schedule": "cosine_per_epoch"},
         "training": {"batch_norm": "local", "drop_last": True},

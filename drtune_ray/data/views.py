@@ -32,7 +32,7 @@ class ViewMaker:
     """Makes the training views and the evaluation view of an image.
 
     Args:
-        config: `image_size`, `crop_scale_min`, `horizontal_flip`, `crop_fraction`, `view_seed`.
+        config: `image_size`, `view_seed`, and the settings of crops and resizing.
         interpolation: Of the pretrained weights, as timm names it.
 
     Attributes:
@@ -60,7 +60,10 @@ class ViewMaker:
             **common,
         )
         self._evaluate = create_transform(
-            is_training=False, crop_pct=config.crop_fraction, **common
+            is_training=False,
+            crop_pct=config.crop_fraction,
+            crop_mode="squash" if config.evaluation_resize == "square" else "center",
+            **common,
         )
         # Each of them has changed pixels between releases: decoding, resampling, draws of a crop.
         versions = [timm.__version__, torchvision.__version__, PIL.__version__]

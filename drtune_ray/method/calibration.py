@@ -159,7 +159,7 @@ class SemanticCalibration(nn.Module):
         rotation_interval: int = 10,
         rotation_solver: str = "randomized",
         rotation_rank: int = 32,
-        rotation_shrinkage: float = 0.1,
+        rotation_shrinkage: float = 0.02,
         rotation_kept: bool = True,
         restart_each_epoch: bool = False,
         proper_rotation: bool = False,

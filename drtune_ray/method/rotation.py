@@ -20,6 +20,7 @@ Solver = Literal["randomized", "svd"]
 SOLVERS = get_args(Solver)
 NUM_ROUNDINGS = 8  # a mean's error, in units of the last place
 START_SEED = 0
+SVD_PERTURBATION = 1e-10
 EXPLORATION = 1e-3  # far above rounding, far below the directions with evidence
 COLD_ITERATIONS, WARM_ITERATIONS = 3, 1
 NEWTON_GROWTH = 1.5  # of a small eigenvalue's root in one Newton-Schulz step
@@ -67,7 +68,7 @@ def global_rotation(
     *,
     solver: str = "svd",
     rank: int = 32,
-    shrinkage: float = 0.1,
+    shrinkage: float = 0.02,
     proper: bool = False,
 ) -> Tensor:
     """R that brings the centred pretrained rows near the centred downstream rows (eq. 7).
@@ -281,18 +282,36 @@ def _joint_basis(source: Tensor, target: Tensor) -> Tensor | None:
     return _orthonormal(torch.cat([source, target]).T)
 
 
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, singular values and V^T, also where the library's algorithm does not converge.
+
+    That happens in float32 with many equal singular values, as those of a product of projections.
+    A perturbation far below float32's rounding, in float64, tells them apart.
+    """
+    try:
+        left, values, right_t = torch.linalg.svd(matrix)
+        return left, values, right_t
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        generator = torch.Generator().manual_seed(START_SEED)
+        noise = torch.randn(matrix.shape, generator=generator, dtype=torch.float64)
+        spread = SVD_PERTURBATION * torch.linalg.matrix_norm(matrix.double()) / len(matrix)
+        found = torch.linalg.svd(matrix.double() + spread * noise.to(matrix.device))
+        left, values, right_t = (part.to(matrix.dtype) for part in found)
+        return left, values, right_t
+
+
 def _polar_factor(covariance: Tensor, proper: bool) -> Tensor:
     """Orthogonal R with the largest tr(R^T H), H (D, D); nearest to I among several.
 
     H = U S V^T gives R = U_1 V_1^T on the directions with evidence. The remaining columns U_0 and
     V_0 are joined by the orthogonal P that brings U_0 P V_0^T nearest to I, itself a polar factor.
     """
-    left, singular_values, right_t = torch.linalg.svd(covariance)
+    left, singular_values, right_t = _svd(covariance)
     tolerance = len(covariance) * torch.finfo(covariance.dtype).eps * singular_values[:1]
     num_evident = int((singular_values > tolerance).sum())
     left_free, right_free = left[:, num_evident:], right_t[num_evident:].T
     if left_free.shape[1]:
-        inner_left, _, inner_right_t = torch.linalg.svd(left_free.T @ right_free)
+        inner_left, _, inner_right_t = _svd(left_free.T @ right_free)
         left = torch.cat([left[:, :num_evident], left_free @ inner_left], 1)
         right_t = torch.cat([right_t[:num_evident], inner_right_t @ right_free.T])
     rotation: Tensor = left @ right_t

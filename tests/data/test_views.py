@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import PIL
+import PIL.Image
 import pytest
 import timm
 import torch
@@ -49,6 +50,21 @@ def test_views__shape_and_type() -> None:
         assert pixels.shape == (3, 32, 32)
         assert pixels.dtype == np.uint8
         assert pixels.std() > 10
+
+
+@pytest.mark.parametrize("resize", ["shorter_side", "square"])
+def test_evaluation_view__resize(resize: str) -> None:
+    """Row m of METHOD.md: the authors squeeze to a square; timm keeps the proportions."""
+    wide = np.zeros((40, 80, 3), np.uint8)
+    wide[:, 40:] = 255
+    wide[:, :8, 0], wide[:, -8:, 0] = 200, 50  # what lies at the ends
+    pixels = maker(image_size=28, crop_fraction=0.875, evaluation_resize=resize).evaluation_view(
+        PIL.Image.fromarray(wide)
+    )
+    # 80 columns become 32, of which 28 are kept, or 64, of which the middle 28 are.
+    assert bool(pixels[0, :, 0].mean() > 50) == (resize == "square")
+    assert bool(pixels[0, :, -1].mean() < 200) == (resize == "square")
+    assert pixels[1, :, :13].max() < 10 < 245 < pixels[1, :, 15:].min()
 
 
 def test_views__global_random_states_are_untouched() -> None:

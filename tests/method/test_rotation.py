@@ -267,3 +267,23 @@ def test_an_unknown_solver_is_refused():
     message = "solver must be one of ['randomized', 'svd'], but got solver='jacobi'"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         global_rotation(*random_pair(3), solver="jacobi")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_decomposition_that_does_not_converge_is_tried_in_another_way(monkeypatch, dtype):
+    """As LAPACK's does on some real banks in float32, with many equal singular values."""
+    pretrained, downstream = (rows.to(dtype) for rows in random_pair(40))
+    expected = global_rotation(pretrained, downstream)
+    decompose, asked = torch.linalg.svd, []
+
+    def fails_once(matrix, **options):
+        asked.append(matrix.dtype)
+        if len(asked) == 1:
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        return decompose(matrix, **options)
+
+    monkeypatch.setattr(torch.linalg, "svd", fails_once)
+    rotation = global_rotation(pretrained, downstream)
+    assert asked[:2] == [dtype, torch.float64]
+    assert rotation.dtype == dtype
+    assert_close(rotation, expected, atol=1e-4 if dtype == torch.float32 else 1e-7)

@@ -139,6 +139,26 @@ def test_save_points_come_after_save_every_seconds(values, storage):
     assert sum(isinstance(event, SavePoint) for event in found) == 12
 
 
+def test_a_feature_that_is_not_finite_ends_the_trial_as_diverged(values, storage, monkeypatch):
+    """Though the loss stays finite: the frozen feature of one image in the second epoch."""
+    config = small_trial(values)
+    data, backbone, _ = prepared(config, storage)
+    whole = data.pretrained_features
+
+    def broken(rows, view):
+        features = whole(rows, view)
+        if view == data.view_of_epoch(1):
+            features[0, 3] = torch.inf
+        return features
+
+    monkeypatch.setattr(data, "pretrained_features", broken)
+    # The warm-up reads the view before the first epoch's: with two views that is the second's.
+    monkeypatch.setattr(Trial, "warm_up_bank", lambda trial: None)
+    found = list(train_epochs(config, data, backbone, num_threads=1))
+    assert [event.outcome for event in found] == [None, DIVERGED]
+    assert len(found[-1].history) == 1
+
+
 def test_a_diverging_loss_ends_the_trial_and_keeps_what_was_finished(values, storage):
     found = reports(values | {"optim.backbone_lr": 1e20}, storage)
     assert found[-1].outcome == DIVERGED
