@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,16 @@ def example() -> str:
     return str(block)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The tensors are tiny: threads would cost more than they do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_the_method_alone__runs_and_learns(capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     colours = torch.randn(10, 3, 1, 1)
