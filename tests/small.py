@@ -49,6 +49,7 @@ def small_values(
         "optim.backbone_lr": 0.02,
         "method.bank_size": 19,
         "method.calibration.rotation_interval": 3,
+        "method.calibration.rotation_rank": 4,
     }
 
 

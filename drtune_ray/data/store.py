@@ -94,7 +94,7 @@ class TableStore:
         """Remove tables that nobody uses, least recently used first, until the rest fits."""
         sizes = {name: _num_bytes(self.folder / name) for name in self._names()}
         total = sum(sizes.values())
-        for name in sorted(sizes, key=self._last_use):
+        for name in sorted(sizes.keys() - self._used, key=self._last_use):
             is_gone = not (self.folder / name).exists()  # what a killed builder left
             if (is_gone or total > self._limit_bytes) and self._remove(name):
                 total -= sizes[name]

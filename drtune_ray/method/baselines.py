@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from drtune_ray.method.collective import Collective, OneProcess
-from drtune_ray.method.objective import MethodOutput, at_least_float32, row_share
+from drtune_ray.method.objective import MethodOutput, row_share
+from drtune_ray.method.precision import at_least_float32
 
 
 class CETuning(nn.Module):

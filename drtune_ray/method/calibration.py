@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from drtune_ray.method.class_rows import ClassRows
 from drtune_ray.method.collective import Collective, OneProcess
+from drtune_ray.method.diagnostics import centre_distance, turning_angle
+from drtune_ray.method.precision import at_least_float32
 from drtune_ray.method.rotation import (
     COLD_ITERATIONS,
     WARM_ITERATIONS,
@@ -33,11 +35,12 @@ NORM_FLOOR = 1e-12  # that of torch.nn.functional.normalize
 
 def confidence_guided_weights(
     downstream: Tensor,
-    labels: Tensor,
+    classes: ClassRows,
     prototypes: Tensor,
     *,
     temperature: float = 1.0,
     similarity: Similarity = "dot",
+    row_scale: Tensor | None = None,
 ) -> Tensor:
     """Weight of each downstream row in its class centre (eq. 9-10).
 
@@ -48,27 +51,15 @@ def confidence_guided_weights(
 
     Args:
         downstream: v^d, shape (K, D).
-        labels: Shape (K,).
+        classes: Which class each row belongs to.
         prototypes: phi, shape (C, D).
         temperature: Divides the similarity; above 0.
         similarity: ``dot`` (eq. 10) or ``cosine``.
+        row_scale: Multiplies each row first, shape (K, 1).
 
     Returns:
         Weights, shape (K,), summing to 1 over the rows of each class that has rows.
     """
-    classes = ClassRows(labels, len(prototypes))
-    return _confidence(downstream, classes, prototypes, temperature, similarity)
-
-
-def _confidence(
-    downstream: Tensor,
-    classes: ClassRows,
-    prototypes: Tensor,
-    temperature: float,
-    similarity: Similarity,
-    row_scale: Tensor | None = None,
-) -> Tensor:
-    """Eq. 10 of rows times `row_scale`, (K, 1), which a cosine does not depend on."""
     if similarity == "cosine":
         prototypes = F.normalize(prototypes, dim=1)
         row_scale = inverse_norms(downstream) if row_scale is None else row_scale
@@ -85,33 +76,27 @@ def inverse_norms(rows: Tensor) -> Tensor:
 
 
 def class_level_translation(
-    rotated: Tensor, downstream: Tensor, labels: Tensor, weights: Tensor, num_classes: int
+    rotated: Tensor, downstream: Tensor, classes: ClassRows, weights: Tensor
 ) -> Tensor:
     """delta_c = mu^d_c - mu^p_c for each class (eq. 8, 11).
 
     Args:
         rotated: R v^p, shape (K, D).
         downstream: v^d, shape (K, D).
-        labels: Shape (K,).
+        classes: Which class each row belongs to.
         weights: Of the downstream rows, shape (K,), summing to 1 over each class.
-        num_classes: C.
 
     Returns:
         Shape (C, D); zero for a class without rows.
     """
-    return _translation(rotated, downstream, ClassRows(labels, num_classes), weights)
-
-
-def _translation(
-    rotated: Tensor, downstream: Tensor, classes: ClassRows, weights: Tensor
-) -> Tensor:
     return classes.sums(downstream, weights) - classes.means(rotated)
 
 
 class SemanticCalibration(nn.Module):
     """Rotation of all rows, then a translation for each class (eq. 12).
 
-    State: the rotation in use and the number of steps since it was due; both in ``state_dict``.
+    State: the rotation in use and the number of steps, which says when the next is due; both in
+    ``state_dict``.
 
     Differs from the authors' code where the arguments say otherwise than theirs, which are
     ``rotation_solver="svd", rotation_kept=False, restart_each_epoch=True, proper_rotation=True,
@@ -148,7 +133,7 @@ class SemanticCalibration(nn.Module):
 
     rotation_left: Tensor
     rotation_right: Tensor | None
-    rotation_kept_length: Tensor
+    rotation_rest: Tensor | None
     rotation_start: Tensor
 
     def __init__(
@@ -172,14 +157,12 @@ class SemanticCalibration(nn.Module):
         collective: Collective | None = None,
     ) -> None:
         super().__init__()
-        check_solver(rotation_solver)
+        check_solver(rotation_solver, rotation_rank, rotation_shrinkage)
         if similarity not in SIMILARITIES:
             raise ValueError(
                 f"similarity must be one of {list(SIMILARITIES)}, but got similarity={similarity!r}"
             )
         _check(rotation_interval >= 1, f"{rotation_interval=}", "rotation_interval >= 1")
-        _check(rotation_rank >= 1, f"{rotation_rank=}", "rotation_rank >= 1")
-        _check(rotation_shrinkage >= 0, f"{rotation_shrinkage=}", "rotation_shrinkage >= 0")
         _check(
             confidence_temperature > 0, f"{confidence_temperature=}", "confidence_temperature > 0"
         )
@@ -205,26 +188,26 @@ class SemanticCalibration(nn.Module):
             left = torch.zeros_like(right)
         self.register_buffer("rotation_left", left)
         self.register_buffer("rotation_right", right)
-        self.register_buffer("rotation_kept_length", torch.zeros(()))
+        self.register_buffer("rotation_rest", None if right is None else torch.zeros(()))
         start = None if right is None else right.clone()  # loading a state writes into `right`
         self.register_buffer("rotation_start", start, persistent=False)
         # Plain integers, so that reading them never waits for an accelerator.
-        self._num_steps, self._num_refreshes = 0, 0
+        self._num_steps, self._is_solved = 0, False
 
     def get_extra_state(self) -> dict[str, int]:
-        """Position within the rotation interval and number of refreshes, for ``state_dict``."""
-        return {"num_steps": self._num_steps, "num_refreshes": self._num_refreshes}
+        """Steps counted so far and whether R was ever solved, for ``state_dict``."""
+        return {"num_steps": self._num_steps, "is_solved": self._is_solved}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         """Counterpart of :meth:`get_extra_state`."""
-        self._num_steps, self._num_refreshes = state["num_steps"], state["num_refreshes"]
+        self._num_steps, self._is_solved = state["num_steps"], bool(state["is_solved"])
 
     @property
     def applied_rotation(self) -> Rotation | None:
         """R in use; None where there is none (yet)."""
-        if not self._num_refreshes:
+        if not self._is_solved:
             return None
-        return Rotation(self.rotation_left, self.rotation_right, self.rotation_kept_length)
+        return Rotation(self.rotation_left, self.rotation_right, self.rotation_rest)
 
     def begin_epoch(self) -> None:
         """Tell that an epoch starts: its first step refreshes R if `restart_each_epoch`."""
@@ -273,16 +256,40 @@ class SemanticCalibration(nn.Module):
         """Eq. 12 with the present R (or without), in float32 at least; shapes as for `forward`."""
         # Mixed precision is for the encoder: calibration is float32 at least.
         with torch.autocast(pretrained.device.type, enabled=False):
-            dtype = torch.float64 if pretrained.dtype == torch.float64 else torch.float32
-            pretrained, downstream, prototypes = (
-                rows.detach().to(dtype) for rows in (pretrained, downstream, prototypes)
-            )
+            pretrained, downstream = at_least_float32(pretrained), at_least_float32(downstream)
+            prototypes = prototypes.to(pretrained.dtype)
             rows = self._rotated(pretrained, downstream, rotates)
             if self.translation:
                 classes = ClassRows(labels, len(prototypes))
                 weights = self._row_weights(downstream, classes, prototypes)
-                classes.add_(rows, _translation(rows, downstream, classes, weights))
+                classes.add_(rows, class_level_translation(rows, downstream, classes, weights))
             return rows.mul_(scale * inverse_norms(rows)) if self.normalize else rows
+
+    @torch.no_grad()
+    def diagnostics(
+        self, pretrained: Tensor, downstream: Tensor, calibrated: Tensor, classes: ClassRows
+    ) -> dict[str, Tensor]:
+        """Drift of the class centres before and after calibration, and how far R turns the rows.
+
+        Args:
+            pretrained: z^p of the bank, shape (K, D).
+            downstream: z^d of the bank, shape (K, D).
+            calibrated: What :meth:`calibrated` made of them, shape (K, D).
+            classes: Which class each row belongs to.
+        """
+        if self.normalize:
+            pretrained, downstream, calibrated = (
+                F.normalize(rows, dim=1) for rows in (pretrained, downstream, calibrated)
+            )
+        found = {
+            "semantic_drift": centre_distance(pretrained, downstream, classes),
+            "semantic_drift_remaining": centre_distance(calibrated, downstream, classes),
+        }
+        if self.applied_rotation is not None:
+            rotation = self.applied_rotation.map(lambda part: part.to(pretrained.dtype))
+            rows = centred(pretrained)
+            found["rotation_angle"] = turning_angle(rows, rotation.apply_(rows.clone()))
+        return found
 
     def _rotated(self, pretrained: Tensor, downstream: Tensor, rotates: bool) -> Tensor:
         """R (v^p - mean v^p) + mean v^d, or v^p where it is not rotated: new rows, (K, D)."""
@@ -290,9 +297,10 @@ class SemanticCalibration(nn.Module):
         rotation = self.applied_rotation
         if not rotates or rotation is None:
             return rows
+        rotation = rotation.map(lambda part: part.to(rows.dtype))
         if self.translation:  # a shift common to all rows cancels (row q of METHOD.md)
-            return rotation.to(rows.dtype).apply_(rows)
-        rows = rotation.to(rows.dtype).apply_(rows.sub_(rows.mean(0)))
+            return rotation.apply_(rows)
+        rows = rotation.apply_(rows.sub_(rows.mean(0)))
         if self.recenter:
             rows += (F.normalize(downstream, dim=1) if self.normalize else downstream).mean(0)
         return rows
@@ -301,31 +309,30 @@ class SemanticCalibration(nn.Module):
         """Weight of each downstream row, as it is, in the centre of its class, (K,)."""
         row_scale = inverse_norms(downstream) if self.normalize else None
         if self.confidence_weighting:
-            weights = _confidence(
+            weights = confidence_guided_weights(
                 downstream,
                 classes,
                 prototypes,
-                self.confidence_temperature,
-                self.similarity,
-                row_scale,
+                temperature=self.confidence_temperature,
+                similarity=self.similarity,
+                row_scale=row_scale,
             )
         else:
-            weights = classes.counts.to(downstream.dtype).reciprocal()[classes.labels]
+            weights = classes.plain_weights(downstream.dtype)
         return weights if row_scale is None else weights * row_scale.squeeze(1)
 
     def _refresh(self, pretrained: Tensor, downstream: Tensor) -> None:
         """Solve R from the rows as they are, unrotated; one process for all."""
-        dtype = torch.float64 if pretrained.dtype == torch.float64 else torch.float32
-        rotation = Rotation(self.rotation_left, self.rotation_right, self.rotation_kept_length)
+        rows = at_least_float32(pretrained), at_least_float32(downstream)
+        rotation = Rotation(self.rotation_left, self.rotation_right, self.rotation_rest)
         if self.collective.rank == 0:
             with torch.autocast(pretrained.device.type, enabled=False):
-                rotation = self._solved(pretrained.to(dtype), downstream.to(dtype))
-        left, right, kept = rotation.to(dtype)
-        self.rotation_left = self.collective.broadcast(left.contiguous())
-        if right is not None:
-            self.rotation_right = self.collective.broadcast(right.contiguous())
-            self.rotation_kept_length = self.collective.broadcast(kept)
-        self._num_refreshes += 1
+                rotation = self._solved(*rows)
+        shared = rotation.map(
+            lambda part: self.collective.broadcast(part.to(rows[0].dtype).contiguous())
+        )
+        self.rotation_left, self.rotation_right, self.rotation_rest = shared
+        self._is_solved = True
 
     def _solved(self, pretrained: Tensor, downstream: Tensor) -> Rotation:
         source, target = (

@@ -51,8 +51,11 @@ class ClassRows:
 
     def means(self, rows: Tensor) -> Tensor:
         """Mean of each class's rows: (K, D) -> (C, D); zero for a class without rows."""
-        weights = self.counts.to(rows.dtype).reciprocal().index_select(0, self.labels)
-        return self.sums(rows, weights)
+        return self.sums(rows, self.plain_weights(rows.dtype))
+
+    def plain_weights(self, dtype: torch.dtype) -> Tensor:
+        """1 / number of rows of the own class, shape (K,)."""
+        return self.counts.to(dtype).reciprocal().index_select(0, self.labels)
 
     def softmax(self, scores: Tensor, temperature: float = 1.0) -> Tensor:
         """Softmax of the scores / temperature over the rows of each class: (K,) -> (K,).
@@ -64,7 +67,7 @@ class ClassRows:
         # A temperature that the precision cannot hold would be zero, and the best row's score 0/0.
         temperature = max(temperature, torch.finfo(scores.dtype).tiny)
         weights = ((scores - maxima[self.labels]) / temperature).exp()
-        totals = weights.new_zeros(self.counts.shape).index_add_(0, self.labels, weights)
+        totals = self.sums(weights.unsqueeze(1), torch.ones_like(weights)).squeeze(1)
         return weights / totals[self.labels]
 
     def dot(self, rows: Tensor, table: Tensor) -> Tensor:

@@ -14,14 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from drtune_ray.method.calibration import SemanticCalibration
+from drtune_ray.method.class_rows import ClassRows
 from drtune_ray.method.collective import Collective, OneProcess
-from drtune_ray.method.diagnostics import (
-    agreement,
-    centre_distance,
-    rotation_angle,
-    sparse_class_share,
-)
+from drtune_ray.method.diagnostics import agreement, sparse_class_share
 from drtune_ray.method.feature_bank import FeatureBank
+from drtune_ray.method.precision import at_least_float32
 
 Reduction = Literal["sum", "mean"]
 REDUCTIONS = get_args(Reduction)
@@ -203,54 +200,40 @@ class DRTune(nn.Module):
 
         Returns:
             ``sparse_class_share``: classes with fewer than two bank rows. ``head_agreement``: bank
-            rows for which the head names one class on (calibrated) pretrained and downstream
-            features. With a calibration: ``semantic_drift`` and ``semantic_drift_left``, the mean
-            distance of the class centres of pretrained and downstream features before and after
-            calibration (unit-length features where it normalises), and, once rotated,
-            ``rotation_angle`` in degrees. Empty for an empty bank.
+            rows for which the head names one class on (calibrated) pretrained and on downstream
+            features. With a calibration: ``semantic_drift`` and ``semantic_drift_remaining``, the
+            mean distance of the class centres of pretrained and downstream features before and
+            after calibration (of unit-length features where it normalises), and, once R was
+            solved, ``rotation_angle``, by which it turns the pretrained rows, in degrees. R is
+            applied, also where ``rotation_kept`` is false. Empty for an empty bank.
         """
         if len(self.bank) == 0:
             return {}
-        _, downstream, labels = self.bank.stored()
+        pretrained, downstream, labels = self.bank.stored()
+        pretrained, downstream = at_least_float32(pretrained), at_least_float32(downstream)
         weight, bias = self._head_parameters()
-        num_classes = len(weight)
-        scale = torch.linalg.vector_norm(at_least_float32(downstream), dim=1).mean()
-        rows, drifts = self._calibrated_rows(scale)
-        found = {"sparse_class_share": sparse_class_share(labels, num_classes)} | drifts
-        with torch.autocast(weight.device.type, enabled=False):
+        classes = ClassRows(labels, len(weight))
+        rows, found = pretrained, {"sparse_class_share": sparse_class_share(classes)}
+        with torch.autocast(labels.device.type, enabled=False):
+            if self.calibration is not None:
+                rows = self._calibrated(pretrained, downstream, labels)
+                found |= self.calibration.diagnostics(pretrained, downstream, rows, classes)
             found["head_agreement"] = agreement(
-                F.linear(rows, weight, bias), F.linear(downstream.to(weight.dtype), weight, bias)
+                F.linear(rows, weight, bias), F.linear(downstream, weight, bias)
             )
         return found
 
-    def _calibrated_rows(self, scale: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The bank's rows with the present R, (K, D), and what is to be said of them."""
-        pretrained, downstream, labels = self.bank.stored()
-        pretrained, downstream = at_least_float32(pretrained), at_least_float32(downstream)
-        if self.calibration is None:
-            return pretrained, {}
-        rotation = self.calibration.applied_rotation
-        rows = self.calibration.calibrated(
+    def _calibrated(self, pretrained: Tensor, downstream: Tensor, labels: Tensor) -> Tensor:
+        """The bank's rows with R as it is, (K, D), at the mean length of the downstream rows."""
+        assert self.calibration is not None
+        return self.calibration.calibrated(
             pretrained,
             downstream,
             labels,
             self.head.weight,
-            scale,
-            rotates=rotation is not None,
+            torch.linalg.vector_norm(downstream, dim=1).mean(),
+            rotates=self.calibration.applied_rotation is not None,
         )
-        unit_rows = rows
-        if self.calibration.normalize:
-            pretrained, downstream, unit_rows = (
-                F.normalize(features, dim=1) for features in (pretrained, downstream, rows)
-            )
-        num_classes = len(self.head.weight)
-        found = {
-            "semantic_drift": centre_distance(pretrained, downstream, labels, num_classes),
-            "semantic_drift_left": centre_distance(unit_rows, downstream, labels, num_classes),
-        }
-        if rotation is not None:
-            found["rotation_angle"] = rotation_angle(rotation)
-        return rows, found
 
     @torch.no_grad()
     def _batch_statistics(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -300,8 +283,3 @@ class DRTune(nn.Module):
             self.collective.gather_rows(downstream.to(self.bank.downstream)),
             self.collective.gather_rows(labels),
         )
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or as it is in float64."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -11,15 +11,19 @@ H = B^T A their cross-covariance, (D, D), with singular values s.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from drtune_ray.method.precision import at_least_float32
+
 Solver = Literal["randomized", "svd"]
 SOLVERS = get_args(Solver)
 NUM_ROUNDINGS = 8  # a mean's error, in units of the last place
 START_SEED = 0
+ROOT_FLOOR = 1.2e-7  # its square, which is added to the Gram matrix, is still seen in float64
 SVD_PERTURBATION = 1e-10
 EXPLORATION = 1e-3  # far above rounding, far below the directions with evidence
 COLD_ITERATIONS, WARM_ITERATIONS = 3, 1
@@ -28,36 +32,35 @@ NUM_POLISHING = 6  # further steps, whose convergence is quadratic
 
 
 class Rotation(NamedTuple):
-    """R = kept I + left right^T, in factors so that rows are rotated at K D r products.
+    """R = rest I + left right^T, in factors so that rows are rotated at K D r products.
 
     Attributes:
-        left: (D, r).
-        right: (D, r); None stands for the identity, so that R = left, (D, D), and kept = 0.
-        kept: Scalar: what remains of a direction for which there is no evidence, 0 to 1.
+        left: (D, r), or R itself, (D, D), where the others are None.
+        right: (D, r).
+        rest: Scalar: the length at which a direction without evidence stays, 0 to 1.
     """
 
     left: Tensor
-    right: Tensor | None
-    kept: Tensor
+    right: Tensor | None = None
+    rest: Tensor | None = None
 
     def apply_(self, rows: Tensor) -> Tensor:
-        """R v for each row, (K, D), for which the rows are overwritten."""
-        if self.right is None:
+        """R v for each row, (K, D); the rows given may be overwritten."""
+        if self.right is None or self.rest is None:
             return rows @ self.left.T
         coordinates = rows @ self.right
-        return rows.mul_(self.kept).addmm_(coordinates, self.left.T)
+        return rows.mul_(self.rest).addmm_(coordinates, self.left.T)
 
-    def to(self, dtype: torch.dtype) -> Rotation:
-        """The same in another precision."""
-        right = None if self.right is None else self.right.to(dtype)
-        return Rotation(self.left.to(dtype), right, self.kept.to(dtype))
+    def map(self, change: Callable[[Tensor], Tensor]) -> Rotation:
+        """Each of its tensors changed."""
+        return Rotation(*(None if part is None else change(part) for part in self))  # type: ignore[arg-type]
 
     def matrix(self) -> Tensor:
         """R, (D, D)."""
-        if self.right is None:
+        if self.right is None or self.rest is None:
             return self.left
         product = self.left @ self.right.T
-        product.diagonal().add_(self.kept)
+        product.diagonal().add_(self.rest)
         return product
 
 
@@ -84,8 +87,8 @@ def global_rotation(
     Args:
         pretrained: v^p, shape (K, D). Need not be centred.
         downstream: v^d of the same images, shape (K, D).
-        solver: ``svd``, in which singular values below D * eps of the largest are rounding and
-            count as zero (1.5e-4 of it in float32 at D = 1280), or ``randomized``.
+        solver: ``svd``, in which singular values below min(D, 2K) * eps of the largest are
+            rounding and count as zero (1.5e-4 of it in float32 at 1280), or ``randomized``.
         rank: See :func:`subspace_rotation`; not read by ``svd``.
         shrinkage: See :func:`subspace_rotation`; not read by ``svd``.
         proper: Ask ``svd`` for det R = +1 (a rotation, as the authors' code does) where the paper
@@ -95,14 +98,14 @@ def global_rotation(
         R, shape (D, D), with ``R @ v_p ~ v_d`` for centred rows; for rows ``centred @ R.T``.
 
     Raises:
-        ValueError: If the shapes differ or the solver is unknown.
+        ValueError: If the shapes differ, the solver is unknown or a number is out of range.
     """
     if pretrained.shape != downstream.shape or pretrained.ndim != 2:
         raise ValueError(
             "pretrained and downstream must both be (K, D), but got "
             f"{tuple(pretrained.shape)} and {tuple(downstream.shape)}"
         )
-    check_solver(solver)
+    check_solver(solver, rank, shrinkage)
     # Mixed precision would round the covariance to bfloat16 and rotate by the rounding.
     with torch.autocast(pretrained.device.type, enabled=False):
         source, target = centred(pretrained), centred(downstream)
@@ -114,14 +117,18 @@ def global_rotation(
         ).matrix()
 
 
-def check_solver(solver: str) -> None:
-    """Refuse an unknown solver.
+def check_solver(solver: str, rank: int, shrinkage: float) -> None:
+    """Refuse an unknown solver, or a rank or shrinkage out of its range.
 
     Raises:
-        ValueError: Naming the known ones.
+        ValueError: Naming what must hold and what was given.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {list(SOLVERS)}, but got solver={solver!r}")
+    if rank < 1:
+        raise ValueError(f"rank >= 1 must hold, but got rank={rank}")
+    if not shrinkage >= 0:
+        raise ValueError(f"shrinkage >= 0 must hold, but got shrinkage={shrinkage}")
 
 
 def centred(rows: Tensor, row_scale: Tensor | None = None) -> Tensor:
@@ -132,9 +139,9 @@ def centred(rows: Tensor, row_scale: Tensor | None = None) -> Tensor:
         row_scale: Multiplies each row first, shape (K, 1).
 
     Returns:
-        A new tensor, the only one of this size that is made.
+        A new tensor, of float32 rows the only one of this size that is made.
     """
-    rows = rows if rows.dtype == torch.float64 else rows.float()
+    rows = at_least_float32(rows)
     spread = rows.clone() if row_scale is None else rows * row_scale
     if len(rows) == 0:
         return spread
@@ -182,8 +189,10 @@ def subspace_rotation(
     Directions with much evidence are rotated by U V^T. Those with little, and all others, keep
     their place at length c in [0, 1], the least-squares fit of B - A V F U^T on A - A V F V^T:
     near 1 where the encoder has hardly changed, near 0 where nothing of the pretrained features
-    is left in place. Equal banks give R = I. The exact minimiser of eq. 7 aligns the rows that it
-    was fitted to better, and all other rows worse (docs/method.md).
+    is left in place; 1 where the rows tell nothing of these directions. Equal banks give R = I,
+    on their rows. No direction is lengthened by more than the square root of two. The exact
+    minimiser of eq. 7 aligns the rows that it was fitted to better, and all other rows worse
+    (docs/benchmarks.md).
 
     Matrix products and QR alone: on an accelerator nothing waits for the host.
 
@@ -192,8 +201,8 @@ def subspace_rotation(
         target: B, the centred downstream rows, shape (K, D); overwritten.
         start: Columns whose span is near that of V_r, shape (D, r): :func:`random_start` or
             :func:`warm_start`.
-        shrinkage: Singular value, over |S|_F, that is shrunk to 1/sqrt(2). Taken as at least the
-            square root of the precision's eps, below which a singular value is rounding.
+        shrinkage: Singular value, over |S|_F, that is shrunk to 1/sqrt(2). Taken as at least 1e-6
+            in float32 and 1.2e-7 in float64, below which a singular value is rounding.
         num_iterations: Products with H^T H; one suffices from a former solution.
 
     Returns:
@@ -204,16 +213,19 @@ def subspace_rotation(
         # QR also replaces columns that vanished, so that no direction is lost for ever.
         left = _orthonormal(target.T @ (source @ _orthonormal(columns)))
         columns = source.T @ (target @ left)
-    gram = columns.T @ columns
-    right = columns @ _inverse_root(gram, shrinkage)
-    unit_right = columns @ _inverse_root(gram, 0.0)
+    floor = max(NUM_ROUNDINGS * torch.finfo(columns.dtype).eps, ROOT_FLOOR)
+    gram = columns.double().T @ columns.double()
+    right = columns @ _inverse_root(gram, max(shrinkage, floor)).to(columns.dtype)
+    unit_right = columns @ _inverse_root(gram, floor).to(columns.dtype)
+    total = torch.linalg.vector_norm(source)
     coordinates = source @ right
     source.addmm_(coordinates, unit_right.T, alpha=-1.0)
     target.addmm_(coordinates, left.T, alpha=-1.0)
-    size = torch.linalg.vector_norm(source).square()
-    kept = torch.dot(source.flatten(), target.flatten()) / size.clamp(min=_tiny(size))
-    kept = kept.clamp(0.0, 1.0)
-    return Rotation(left - kept * unit_right, right, kept)
+    size = torch.linalg.vector_norm(source)
+    ratio = torch.dot(source.flatten(), target.flatten()) / size.square().clamp(min=_tiny(size))
+    rounding = columns.shape[1] * floor * total
+    rest = torch.where(size > rounding, ratio.clamp(0.0, 1.0), 1.0)
+    return Rotation(left - rest * unit_right, right, rest)
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
@@ -223,18 +235,15 @@ def _orthonormal(columns: Tensor) -> Tensor:
 
 
 def _inverse_root(gram: Tensor, shrinkage: float) -> Tensor:
-    """(G + shrinkage^2 tr(G) I)^(-1/2) of a positive semi-definite G, (r, r).
+    """(G + shrinkage^2 tr(G) I)^(-1/2) of a positive semi-definite G, (r, r) in float64.
 
-    By the coupled Newton-Schulz iteration in float64: an eigendecomposition would make an
-    accelerator wait for the host.
+    By the coupled Newton-Schulz iteration: an eigendecomposition would make an accelerator wait
+    for the host.
     """
-    dtype = gram.dtype
-    shrinkage = max(shrinkage, math.sqrt(torch.finfo(dtype).eps))
-    trace = gram.trace().clamp(min=_tiny(gram)).double()
-    gram = gram.double()
+    # Without any evidence G is zero, and its product with this root must stay zero in float32.
+    trace = gram.trace().clamp(min=torch.finfo(torch.float32).tiny)
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    # eps: without any evidence G is zero, and its product with this root must stay zero.
-    scaled = gram / trace + (shrinkage**2 + torch.finfo(gram.dtype).eps) * identity
+    scaled = gram / trace + shrinkage**2 * identity
     norm = torch.linalg.matrix_norm(scaled)
     root, inverse_root = scaled / norm, identity
     # The root of the smallest eigenvalue grows to 1 from what it is at least; the count follows.
@@ -244,7 +253,7 @@ def _inverse_root(gram: Tensor, shrinkage: float) -> Tensor:
         step = 1.5 * identity - 0.5 * inverse_root @ root
         root, inverse_root = root @ step, step @ inverse_root
     found: Tensor = inverse_root / (norm * trace).sqrt()
-    return found.to(dtype)
+    return found
 
 
 def _tiny(like: Tensor) -> float:
@@ -261,18 +270,14 @@ def exact_rotation(source: Tensor, target: Tensor, *, proper: bool = False) -> R
     """
     basis = _joint_basis(source, target)
     if basis is None:
-        return _dense(_polar_factor(target.T @ source, proper))
+        return Rotation(_polar_factor(target.T @ source, proper))
     # Outside the basis both row sets are zero: the minimiser nearest to I is I there, and the
     # problem shrinks from (D, D) to (2K, 2K) without approximation.
     small = _polar_factor((target @ basis).T @ (source @ basis), proper)
     small.diagonal().sub_(1.0)
     rotation = basis @ small @ basis.T
     rotation.diagonal().add_(1.0)
-    return _dense(rotation)
-
-
-def _dense(matrix: Tensor) -> Rotation:
-    return Rotation(matrix, None, matrix.new_zeros(()))
+    return Rotation(rotation)
 
 
 def _joint_basis(source: Tensor, target: Tensor) -> Tensor | None:

@@ -20,7 +20,7 @@ from drtune_ray.data.views import ViewMaker
 from drtune_ray.errors import ConfigError
 from drtune_ray.results.winner import Winner, read_winner
 from drtune_ray.tracking.events import now_ms
-from drtune_ray.training.frozen import normalized
+from drtune_ray.training.frozen import Normalizer
 
 BATCH_ROWS = 64
 OPENINGS_NAME = "test-openings.jsonl"
@@ -116,6 +116,7 @@ def measure(winner: Winner, root: Path, rows: Iterable[dict[str, Any]]) -> Accur
     """Accuracy of a model on rows of a manifest."""
     maker = ViewMaker(winner.trial.data, winner.normalization.interpolation)
     model = winner.model.to(memory_format=torch.channels_last)
+    normalizer = Normalizer(winner.normalization, torch.device("cpu"))
     rows = list(rows)
     num_correct = 0
     for at in range(0, len(rows), BATCH_ROWS):
@@ -123,7 +124,7 @@ def measure(winner: Winner, root: Path, rows: Iterable[dict[str, Any]]) -> Accur
         views = [maker.evaluation_view(decode(read_bytes(root, row))) for row in part]
         pixels = torch.stack([torch.tensor(view) for view in views])
         labels = torch.tensor([row["label"] for row in part])
-        logits = model(normalized(pixels, winner.normalization))
+        logits = model(normalizer(pixels))
         num_correct += int((logits.argmax(1) == labels).sum())
     return Accuracy(num_correct, len(rows))
 

@@ -1,9 +1,11 @@
-"""Folding BatchNorm into the convolution before it: the same frozen encoder, up to 45 % faster."""
+"""Folding BatchNorm into the convolution before it: the same frozen encoder with fewer layers."""
 
 from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,51 +21,64 @@ def folded(encoder: nn.Module, image_size: int) -> nn.Module:
     """A frozen encoder in eval mode that computes the same features with fewer layers.
 
     Args:
-        encoder: Images (B, 3, S, S) to features (B, D); left as it is.
+        encoder: Images (B, 3, S, S) to features (B, D); frozen, otherwise left as it is.
         image_size: S.
 
     Returns:
-        A copy, in which each BatchNorm that takes a convolution's output is part of it. Where that
-        changes the features of a trial image (a convolution whose output others read too), the
-        copy is not folded.
+        The encoder, or a copy in which each BatchNorm that takes a convolution's output is part of
+        it. Where that changes the features of a probe image (a convolution whose output others
+        read too), it is not folded.
     """
-    plain = copy.deepcopy(encoder).requires_grad_(False).eval()
-    fewer = copy.deepcopy(plain)
+    encoder.requires_grad_(False).eval()
+    fewer = copy.deepcopy(encoder)
     image = torch.rand(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        for convolution, name in _pairs(fewer, image):
+        pairs = _pairs(fewer, image)
+        if not pairs:
+            return encoder
+        for convolution, name in pairs:
             _fold(fewer, convolution, name)
-        expected, found = plain(image), fewer(image)
-    if (found - expected).abs().max() > RELATIVE_ERROR * expected.abs().max():
+        expected, found = encoder(image), fewer(image)
+    # Not "greater than": features that are not finite are not equal either.
+    if not (found - expected).abs().max() <= RELATIVE_ERROR * expected.abs().max():
         logger.warning("the frozen encoder's BatchNorm layers could not be folded: it runs slower")
-        return plain
+        return encoder
     return fewer
 
 
 def _pairs(model: nn.Module, image: Tensor) -> list[tuple[nn.Conv2d, str]]:
-    """Each convolution whose output a BatchNorm takes as it is, and that BatchNorm's name."""
+    """Each convolution whose output a BatchNorm takes as it is, and that BatchNorm's name.
+
+    Layers that are used more than once are left out, as are BatchNorms without statistics.
+    """
     outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # the tensor is kept: its id stays its own
     found: list[tuple[nn.Conv2d, str]] = []
-    handles = []
+    calls: Counter[nn.Module] = Counter()
 
     def remember(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(module, nn.Conv2d)
+        calls[module] += 1
         outputs[id(output)] = (module, output)
 
+    def match(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        calls[module] += 1
+        if id(inputs[0]) in outputs:
+            found.append((outputs[id(inputs[0])][0], name))
+
+    handles = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             handles.append(module.register_forward_hook(remember))
-        elif isinstance(module, BatchNorm):
-
-            def match(_: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
-                if id(inputs[0]) in outputs:
-                    found.append((outputs[id(inputs[0])][0], name))
-
-            handles.append(module.register_forward_pre_hook(match))
+        elif isinstance(module, BatchNorm) and module.running_var is not None:
+            handles.append(module.register_forward_pre_hook(partial(match, name)))
     model(image)
     for handle in handles:
         handle.remove()
-    return found
+    return [
+        (convolution, name)
+        for convolution, name in found
+        if calls[convolution] == calls[model.get_submodule(name)] == 1
+    ]
 
 
 def _fold(model: nn.Module, convolution: nn.Conv2d, name: str) -> None:

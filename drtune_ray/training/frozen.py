@@ -17,6 +17,7 @@ from drtune_ray.data.cache import read_images, table_name, write_array
 from drtune_ray.data.dataset import Tables, TrainingData
 from drtune_ray.data.store import TableStore
 from drtune_ray.data.views import Normalization, Pixels, ViewMaker
+from drtune_ray.errors import ConfigError
 from drtune_ray.training.backbones import Backbone, read_backbone
 
 BATCH_ROWS = 64
@@ -57,12 +58,22 @@ def prepare_tables(
     return replace(tables, features=store.table(names.features, write_features))
 
 
-def normalized(pixels: Tensor, normalization: Normalization) -> Tensor:
-    """uint8 pixels (B, 3, S, S) as the network wants them: float32, channels last."""
-    mean = torch.tensor(normalization.mean, device=pixels.device).view(1, 3, 1, 1)
-    std = torch.tensor(normalization.std, device=pixels.device).view(1, 3, 1, 1)
-    images = pixels.to(memory_format=torch.channels_last).float().div_(255.0)
-    return images.sub_(mean).div_(std)
+class Normalizer:
+    """Turns uint8 pixels into what the network wants.
+
+    Args:
+        normalization: Mean and standard deviation.
+        device: Of the pixels. The numbers go there once: a device waits for such a copy.
+    """
+
+    def __init__(self, normalization: Normalization, device: torch.device) -> None:
+        self._mean = torch.tensor(normalization.mean, device=device).view(1, 3, 1, 1)
+        self._std = torch.tensor(normalization.std, device=device).view(1, 3, 1, 1)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, 3, S, S) to float32, channels last."""
+        images = pixels.to(memory_format=torch.channels_last).float().div_(255.0)
+        return images.sub_(self._mean).div_(self._std)
 
 
 class _Names(NamedTuple):
@@ -132,9 +143,15 @@ def _features(
     backbone: Backbone, data: TrainingData, device: torch.device
 ) -> Iterator[NDArray[np.float32]]:
     encoder = backbone.build_frozen().to(device).to(memory_format=torch.channels_last)
+    normalizer = Normalizer(backbone.normalization, device)
     num_rows = len(data.train)
     batches = [range(at, min(at + BATCH_ROWS, num_rows)) for at in range(0, num_rows, BATCH_ROWS)]
     for view in range(data.num_views):
         for pixels, _ in data.training_batches(batches, view):
-            images = normalized(pixels.to(device), backbone.normalization)
-            yield encoder(images).float().cpu().numpy()
+            features = encoder(normalizer(pixels.to(device))).float().cpu().numpy()
+            if not np.isfinite(features).all():
+                raise ConfigError(
+                    f"{backbone.name} with these weights gives features that are not finite "
+                    f"(view {view}): check backbone.weights"
+                )
+            yield features

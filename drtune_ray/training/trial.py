@@ -24,7 +24,7 @@ from drtune_ray.training.distributed import (
     gather_objects,
     is_distributed,
 )
-from drtune_ray.training.frozen import normalized
+from drtune_ray.training.frozen import Normalizer
 from drtune_ray.training.model import (
     build_method,
     classifier_state,
@@ -68,7 +68,7 @@ class Trial:
         self, config: TrialConfig, data: TrainingData, backbone: Backbone, device: torch.device
     ) -> None:
         self.config, self.data, self.device = config, data, device
-        self.normalization = backbone.normalization
+        self.normalizer = Normalizer(backbone.normalization, device)
         self.group = ProcessGroup()
         # Dropout and the like draw from torch's global state: each rank its own, from the seed.
         torch.manual_seed(derived_seed(config.seed, "training", self.group.rank) % 2**32)
@@ -252,6 +252,8 @@ class Trial:
         for share, rows, (pixels, labels) in zip(shares, loaded, pictures, strict=True):
             features = self.data.pretrained_features(rows, view)
             if features is not None:
+                if self.device.type == "cuda":  # a copy from pageable memory would be waited for
+                    features = features.pin_memory()
                 features = features.to(self.device, non_blocking=True)
             yield (
                 self._images(pixels),
@@ -262,7 +264,7 @@ class Trial:
 
     def _images(self, pixels: Tensor) -> Tensor:
         pixels = pixels.to(self.device, non_blocking=True)
-        return normalized(pixels, self.normalization).to(self.dtype)
+        return self.normalizer(pixels).to(self.dtype)
 
     def _share(self, batch: Sequence[int]) -> list[int]:
         """Consecutive rows, so that gathering in the order of the ranks restores the batch."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from drtune_ray.training.distributed import ProcessGroup
 
-# Steps by which an accelerator may run ahead of the host: it never idles for an answer, and the
+# Steps by which a CUDA device may run ahead of the host: it never idles for an answer, and the
 # answer comes at the same step in every process.
 LAG = 2
 
@@ -17,7 +17,7 @@ LAG = 2
 class FiniteWatch:
     """Collects each step's `is_finite`, over all processes, and tells once one was false.
 
-    On a CPU at once; on an accelerator `LAG` steps later, or when asked to wait.
+    On a CUDA device `LAG` steps later, or when asked to wait; elsewhere at once.
 
     Args:
         group: The processes of the trial.
@@ -37,7 +37,7 @@ class FiniteWatch:
         # To pinned memory, behind the step's own work on the stream: the host does not wait.
         copied = torch.empty((), pin_memory=True).copy_(num_broken, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
+        event.record(torch.cuda.current_stream(num_broken.device))
         self._flags.append((copied, event))
 
     def has_diverged(self, *, wait: bool = False) -> bool:

@@ -24,7 +24,6 @@ def golden_losses(preset):
     A norm-free encoder, N = 46 images in batches of 4 (so that K = N, and interval 10 is refreshed
     in each epoch), plain gradient steps.
     """
-    torch.set_num_threads(1)
     base = TrialConfig.from_mapping(
         {"data": {"train": "unused"}, "training": {"batch_size": BATCH_SIZE}}
     )
@@ -50,6 +49,7 @@ def golden_losses(preset):
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     rows = {preset: golden_losses(preset) for preset in PRESETS}
     FILE.write_text(json.dumps(rows, indent=1) + "\n")
     print(f"wrote {FILE}")

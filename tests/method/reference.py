@@ -115,7 +115,7 @@ def subspace_rotation(pretrained, downstream, start, shrinkage, num_iterations):
         v_p, v_d = v_p - mean(pretrained), v_d - mean(downstream)
         explained += (rest @ v_p) @ (v_d - turned @ v_p)
         total += (rest @ v_p) @ (rest @ v_p)
-    kept = min(max(explained / total, 0.0), 1.0) if total > 1e-20 else 0.0
+    kept = min(max(explained / total, 0.0), 1.0) if total > 1e-20 else 1.0
     return turned + kept * rest, right_vectors @ np.diag(shrunk) @ mix_t
 
 

@@ -276,7 +276,7 @@ def test_takes_no_gradient_and_leaves_its_input_as_it_was(options):
         assert torch.equal(after, before)
 
 
-@pytest.mark.parametrize("options", [PAPER, AUTHORS, PAPER | {"rotation": False}])
+@pytest.mark.parametrize("options", [PAPER, AUTHORS, RANDOMIZED, PAPER | {"rotation": False}])
 @pytest.mark.parametrize("num_before", [0, 1, 2, 3])
 def test_a_saved_calibration_goes_on_as_the_one_saved(options, num_before):
     options = options | {"rotation_interval": 3}
@@ -296,7 +296,7 @@ def test_a_saved_calibration_goes_on_as_the_one_saved(options, num_before):
 def test_class_translations_are_the_difference_of_the_centres():
     rotated, downstream, labels, _ = random_bank()
     weights = ClassRows(labels, C).softmax(torch.arange(12, dtype=torch.float64))
-    shifts = class_level_translation(rotated, downstream, labels, weights, C)
+    shifts = class_level_translation(rotated, downstream, ClassRows(labels, C), weights)
     for c in range(C):
         rows = [k for k in range(len(labels)) if labels[k] == c]
         if not rows:
@@ -309,9 +309,9 @@ def test_class_translations_are_the_difference_of_the_centres():
 def test_relabelling_the_classes_permutes_the_translations():
     rotated, downstream, labels, prototypes = random_bank()
     new_label = torch.tensor([3, 0, 4, 2, 1])
-    weights = confidence_guided_weights(downstream, labels, prototypes)
-    shifts = class_level_translation(rotated, downstream, labels, weights, C)
-    renamed = class_level_translation(rotated, downstream, new_label[labels], weights, C)
+    weights = confidence_guided_weights(downstream, ClassRows(labels, C), prototypes)
+    shifts = class_level_translation(rotated, downstream, ClassRows(labels, C), weights)
+    renamed = class_level_translation(rotated, downstream, ClassRows(new_label[labels], C), weights)
     assert_close(renamed[new_label], shifts, atol=1e-12)
 
 
@@ -320,7 +320,11 @@ def test_relabelling_the_classes_permutes_the_translations():
 def test_confidence_weights_equal_the_reference(similarity, temperature):
     _, downstream, labels, prototypes = random_bank()
     weights = confidence_guided_weights(
-        downstream, labels, prototypes, temperature=temperature, similarity=similarity
+        downstream,
+        ClassRows(labels, C),
+        prototypes,
+        temperature=temperature,
+        similarity=similarity,
     )
     for c in labels.unique().tolist():
         of_class = labels == c
@@ -335,7 +339,7 @@ def test_cosine_similarity_ignores_lengths_and_dot_does_not():
     lengths = torch.linspace(0.5, 3.0, len(labels), dtype=torch.float64).unsqueeze(1)
     cosine, dot = (
         [
-            confidence_guided_weights(rows, labels, phi, similarity=similarity)
+            confidence_guided_weights(rows, ClassRows(labels, C), phi, similarity=similarity)
             for rows, phi in ((downstream, prototypes), (downstream * lengths, prototypes * 4.0))
         ]
         for similarity in ("cosine", "dot")
@@ -351,7 +355,7 @@ def test_a_small_temperature_picks_the_surest_row_without_overflow(similarity, s
     _, downstream, labels, prototypes = random_bank(dtype=dtype)
     prototypes = prototypes * 100.0 * sign
     weights = confidence_guided_weights(
-        downstream, labels, prototypes, temperature=1e-4, similarity=similarity
+        downstream, ClassRows(labels, C), prototypes, temperature=1e-4, similarity=similarity
     )
     expected = torch.zeros(len(labels), dtype=dtype)
     for c in labels.unique().tolist():
@@ -384,6 +388,8 @@ def test_class_softmax_sums_to_one_in_each_class(magnitude):
             {"rotation_interval": 0},
             "rotation_interval >= 1 must hold, but got rotation_interval=0",
         ),
+        ({"rotation_rank": 0}, "rank >= 1 must hold, but got rank=0"),
+        ({"rotation_shrinkage": -0.1}, "shrinkage >= 0 must hold, but got shrinkage=-0.1"),
         (
             {"confidence_temperature": 0.0},
             "confidence_temperature > 0 must hold, but got confidence_temperature=0.0",

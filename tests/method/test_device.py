@@ -30,7 +30,7 @@ CASES = {
 }
 
 
-def one_step(options, device, *, mode="sum", name="dr_tune"):
+def one_step(options, device, *, name="dr_tune"):
     """A whole training step at a full bank, refresh included: loss, gradients, update, bank."""
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(18, 4), nn.Tanh(), nn.Linear(4, D))
     frozen = nn.Sequential(nn.Flatten(), nn.Linear(18, D))
@@ -39,7 +39,7 @@ def one_step(options, device, *, mode="sum", name="dr_tune"):
     else:
         calibration = None if options is None else SemanticCalibration(D, **options)
         bank = FeatureBank(7, D)
-        method = DRTune(encoder, nn.Linear(D, 3), bank, calibration, frozen, reduction=mode)
+        method = DRTune(encoder, nn.Linear(D, 3), bank, calibration, frozen)
     if device != "cpu":  # fake parameters cannot be swapped
         method = method.to(device)
     optimizer = torch.optim.SGD(method.parameters(), 0.1, momentum=0.9, foreach=False)
@@ -60,8 +60,11 @@ def one_step(options, device, *, mode="sum", name="dr_tune"):
     return step
 
 
-@pytest.mark.parametrize("name", ["dr_tune", "ce_tuning"])
-@pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [*((options, "dr_tune") for options in CASES.values()), (None, "ce_tuning")],
+    ids=[*CASES, "ce_tuning"],
+)
 def test_a_step_never_asks_for_a_value(options, name):
     """A fake tensor has none: anything that read one (item, bool, nonzero) would raise."""
     with FakeTensorMode():

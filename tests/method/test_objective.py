@@ -53,6 +53,7 @@ def assert_same_bank(bank, expected):
         torch.testing.assert_close(downstream[k], torch.from_numpy(v_d), rtol=0.0, atol=1e-12)
 
 
+WARM = KEPT | {"rotation_solver": "randomized", "rotation_interval": 1}
 SHARP = KEPT | {"normalize": True, "similarity": "cosine", "confidence_temperature": 0.1}
 PLAIN = PAPER | {"rotation": False, "translation": False}
 
@@ -264,7 +265,7 @@ def bank_of(method):
     return {name: t for name, t in method.state_dict().items() if isinstance(t, torch.Tensor)}
 
 
-@pytest.mark.parametrize("options", [KEPT, DROPPED], ids=["kept", "dropped"])
+@pytest.mark.parametrize("options", [KEPT, DROPPED, WARM], ids=["kept", "dropped", "warm"])
 @pytest.mark.parametrize("num_before", [1, 2])
 def test_a_saved_method_goes_on_as_the_one_saved(options, num_before):
     method = warmed_up(bank_size=7, options=options)

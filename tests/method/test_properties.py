@@ -136,14 +136,15 @@ def test_the_exact_rotation_is_orthogonal(bank):
 
 @some
 @given(banks(), st.integers(1, 9), st.floats(0.0, 1.0))
-def test_the_default_rotation_lengthens_no_direction(bank, rank, shrinkage):
-    """|R v| <= |v|: what is not rotated is kept at most as long as it is."""
+def test_the_default_rotation_lengthens_no_direction_beyond_the_square_root_of_two(
+    bank, rank, shrinkage
+):
+    """Two parts, each at most as long as before, meet at an angle."""
     pretrained, downstream, _, _ = bank
     rotation = global_rotation(
         pretrained, downstream, solver="randomized", rank=rank, shrinkage=shrinkage
     )
     lengths = torch.linalg.svdvals(rotation)
-    # Two parts that each keep lengths below 1 meet at an angle: at most the square root of two.
     assert float(lengths.max()) <= 2**0.5 + 1e-6
 
 

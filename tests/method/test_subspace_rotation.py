@@ -47,8 +47,8 @@ def by_svd(pretrained, downstream, rank, shrinkage):
     turned = left @ weights.diag() @ right.T
     rest = torch.eye(len(turned), dtype=turned.dtype) - right @ weights.diag() @ right.T
     unexplained = target - source @ turned.T
-    kept = (source @ rest * unexplained).sum() / (source @ rest).square().sum()
-    return turned + kept.clamp(0.0, 1.0) * rest
+    length = (source @ rest * unexplained).sum() / (source @ rest).square().sum()
+    return turned + length.clamp(0.0, 1.0) * rest
 
 
 @pytest.mark.parametrize("shrinkage", [0.5, 0.1, 0.01])
@@ -91,10 +91,10 @@ def test_equal_banks_stay_where_they_are(rank, num_rows, shrinkage):
     """By the action on the rows; elsewhere nothing is known."""
     rows = decaying_pair(num_rows)[0]
     rotation = solve(rows, rows.clone(), rank=rank, shrinkage=shrinkage)
-    atol = 1e-6 if shrinkage else 1e-4  # the least singular values lie at the floor of 1.5e-8
+    atol = 1e-6 if shrinkage else 1e-4  # the least singular value lies at the floor of 1.2e-7
     assert_close(rotation.apply_(centred(rows)), centred(rows), atol)
     if num_rows > D and shrinkage:
-        assert_close(rotation.matrix(), identity(), atol)
+        assert_close(rotation.matrix(), identity(), atol=1e-6)
 
 
 def test_directions_without_evidence_keep_their_direction():
@@ -111,9 +111,19 @@ def test_directions_without_evidence_keep_their_direction():
 def test_what_is_unrelated_is_dropped_and_what_stayed_is_kept():
     pretrained = random_rows(4000)
     unrelated = solve(pretrained, random_rows(4000, seed=3), rank=4)
-    assert 0.0 <= float(unrelated.kept) < 0.05
+    assert 0.0 <= float(unrelated.rest) < 0.05
     drifted = solve(pretrained, pretrained + 0.3 * random_rows(4000, seed=3), rank=4)
-    assert 0.95 < float(drifted.kept) <= 1.0
+    assert 0.95 < float(drifted.rest) <= 1.0
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 1e-4, 0.02])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_with_fewer_rows_than_the_rank_the_rest_is_not_guessed_from_rounding(shrinkage, dtype):
+    """19 directions with evidence, 32 asked for: nothing is left to fit the length of the rest."""
+    pretrained = random_rows(20, 64, dtype=dtype)
+    downstream = pretrained + 0.02 * random_rows(20, 64, seed=1, dtype=dtype)
+    rotation = solve(pretrained, downstream, rank=32, shrinkage=shrinkage, num_iterations=3)
+    assert 0.95 < float(rotation.rest) <= 1.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -126,8 +136,9 @@ def test_without_any_evidence_all_is_finite_and_nothing_turns(which, num_rows, d
             pair[index] = torch.full_like(pair[index], 0.1)
     matrix = solve(*pair, num_iterations=3).matrix()
     assert torch.isfinite(matrix).all()
-    length = matrix[0, 0]
-    assert_close(matrix, length * torch.eye(D, dtype=dtype), atol=1e-4)
+    # Nothing is known where no row differs from the others; else what stays is fitted.
+    is_known = num_rows > 1 and which == "downstream"
+    assert_close(matrix, (0.0 if is_known else 1.0) * torch.eye(D, dtype=dtype), atol=1e-4)
 
 
 @pytest.mark.parametrize("num_rows", [3, 12, 60])
@@ -170,7 +181,6 @@ def test_rounding_in_directions_without_evidence_does_not_steer_the_next_start()
             calibration(pretrained[rows], downstream[rows], labels, prototypes)
         results.append(calibration.applied_rotation.matrix())
     assert_close(*results, atol=1e-9)
-    assert EXPLORATION > 1e-4
 
 
 def test_a_direction_that_had_no_evidence_is_found_when_it_gains_some():

@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 from drtune_ray.training.checkpoint import TrialFolder, read_checkpoint
 from drtune_ray.training.distributed import ProcessGroup, any_process, gather_objects
 from drtune_ray.training.loop import train_epochs
+from drtune_ray.training.watch import FiniteWatch
 from tests.small import NORM_FREE, prepared, small_trial, small_values, write_coloured
 
 pytestmark = pytest.mark.ddp
@@ -25,7 +26,13 @@ CASES = {
     "odd last batch": {"training.batch_size": 11},
     "filling bank, live features": {"data.views": 0, "method.bank_size": 23},
     "K above N": {"method.bank_size": 400},
-    "authors' reduction": {"method.reduction": "mean", "optim.backbone_lr": 0.005},
+    "authors' reduction": {
+        "method.reduction": "mean",
+        "optim.backbone_lr": 0.005,
+        "method.calibration.rotation_solver": "svd",
+        "method.calibration.proper_rotation": True,
+    },
+    "rank above the rows": {"method.calibration.rotation_rank": 32},
     "ce_tuning": {"method.name": "ce_tuning", "training.batch_size": 9},
     "frozen BatchNorm": {"backbone.name": "test_efficientnet", "training.batch_size": 9},
 }
@@ -69,6 +76,11 @@ def _check_collectives(rank: int) -> None:
     assert group.sum(torch.tensor([float(rank + 1)])).item() == 3.0
     assert group.broadcast(torch.tensor([float(rank + 5)])).item() == 5.0
     assert gather_objects({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
+    watch = FiniteWatch(group)
+    watch.add(torch.tensor(True))
+    assert not watch.has_diverged()
+    watch.add(torch.tensor(rank == 0))  # broken on the other alone
+    assert watch.has_diverged()
     assert any_process(rank == 1, torch.device("cpu"))
     assert not any_process(False, torch.device("cpu"))
 
@@ -104,7 +116,7 @@ def test_two_processes_equal_one(trained, name):
         factors = [
             state["method"].pop(f"calibration.rotation_{s}", None) for s in ("left", "right")
         ]
-        if factors[0] is not None:
+        if factors[1] is not None:
             state["method"]["R"] = factors[0] @ factors[1].T
     for key, tensor in alone["method"].items():
         other = together["method"][key]

@@ -33,7 +33,8 @@ def num_batch_norms(model: nn.Module) -> int:
 @pytest.mark.parametrize("name", FOLDABLE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gives_the_same_features_without_batch_norm(name: str, dtype: torch.dtype) -> None:
-    model = with_statistics(name).to(dtype) if dtype == torch.float32 else with_statistics(name)
+    """Folded in float32, as it is loaded, then moved to the trial's precision."""
+    model = with_statistics(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     frozen = folded(model, 32)
     assert num_batch_norms(model) > 5 > num_batch_norms(frozen)
@@ -78,3 +79,30 @@ def test_what_cannot_be_folded_is_left_alone_and_said(caplog: pytest.LogCaptureF
     with torch.no_grad():
         assert torch.equal(frozen(images), model(images))
     assert "could not be folded" in caplog.text
+
+
+class SharedBlock(nn.Module):
+    """One convolution and BatchNorm, used twice, beside one that is used once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.first_norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.shared, self.shared_norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+        self.unnormed = nn.BatchNorm2d(4, track_running_stats=False)
+        nn.init.constant_(self.shared_norm.running_mean, 0.7)
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = self.first_norm(self.first(images))
+        for _ in range(2):
+            rows = self.shared_norm(self.shared(rows))
+        features: Tensor = self.unnormed(rows).square().mean((2, 3))
+        return features
+
+
+def test_layers_that_are_used_twice_stay() -> None:
+    model = SharedBlock().eval()
+    frozen = folded(model, 16)
+    assert num_batch_norms(frozen) == num_batch_norms(model) - 1
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(images), model(images), rtol=1e-4, atol=1e-5)

@@ -13,6 +13,9 @@ import torch
 
 from drtune_ray.config import TrialConfig
 from drtune_ray.data.dataset import TrainingData
+from drtune_ray.data.store import TableStore
+from drtune_ray.errors import ConfigError
+from drtune_ray.search.prepare import check_inputs, prepare
 from drtune_ray.training import frozen
 from drtune_ray.training.backbones import Backbone
 from drtune_ray.training.loop import train_epochs
@@ -59,7 +62,7 @@ def test_features__cached_and_live_agree(values: Values, storage: Path) -> None:
         pairs = zip(batches, live.training_batches(batches, view), strict=True)
         for rows, (pixels, _) in pairs:
             with torch.inference_mode():
-                expected = encoder(frozen.normalized(pixels, backbone.normalization))
+                expected = encoder(trial.normalizer(pixels))
             found = cached.pretrained_features(rows, view)
             assert found is not None
             difference = (found - expected).norm(dim=1) / expected.norm(dim=1)
@@ -147,3 +150,16 @@ def test_prepare__two_drivers_started_together_compute_the_features_once(
     assert [driver.exitcode for driver in drivers] == [0, 0]
     assert builds.get() == "features"
     assert builds.empty()
+
+
+def test_features__not_finite_are_refused(values: Values, tmp_path: Path) -> None:
+    """The weights are at fault, not the point of the search: no trial may be blamed for it."""
+    config = small_trial(values)
+    checked = check_inputs(config, tmp_path)
+    name = next(n for n in checked.backbone.state if n.endswith("bn1.bias"))
+    state = dict(checked.backbone.state) | {name: checked.backbone.state[name] * torch.nan}
+    broken = replace(checked, backbone=replace(checked.backbone, state=state))
+    message = "gives features that are not finite .view 0.: check backbone.weights"
+    with TableStore(tmp_path, 1.0) as store, pytest.raises(ConfigError, match=message):
+        prepare(broken, config, store, "cpu")
+    assert not list((tmp_path / "cache").glob("features-*"))

@@ -50,6 +50,8 @@ METHODS = {
         "method.reduction": "mean",
         "method.regularization_weight": "bank_over_batch",
         "method.head_lr_multiplier": "one_plus_bank_over_batch",
+        "method.calibration.rotation_solver": "svd",
+        "method.calibration.proper_rotation": True,
         "method.calibration.rotation_kept": False,
         "method.calibration.rotation_restarts_each_epoch": True,
         "training.drop_last": True,
@@ -139,6 +141,23 @@ def test_save_points_come_after_save_every_seconds(values, storage):
     assert sum(isinstance(event, SavePoint) for event in found) == 12
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("views", [0, 2])
+def test_no_step_of_a_trial_waits_for_the_device(values, storage, views):
+    config = small_trial(values | {"data.views": views})
+    data, backbone, _ = prepared(config, storage)
+    trial = Trial(config, data, backbone, torch.device("cuda"))
+    trial.warm_up_bank()
+    steps = trial.steps()
+    next(steps)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert next(steps)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_feature_that_is_not_finite_ends_the_trial_as_diverged(values, storage, monkeypatch):
     """Though the loss stays finite: the frozen feature of one image in the second epoch."""
     config = small_trial(values)
@@ -216,11 +235,13 @@ def test_best_checkpoint_gives_the_recorded_accuracy(values, storage, tmp_path):
         event.save(folder)
     best = read_checkpoint(folder.best)
     model = classifier(backbone.name, backbone.image_size, best["model"])
-    from drtune_ray.training.frozen import normalized
+    from drtune_ray.training.frozen import Normalizer
 
     rows = list(range(len(data.validation)))
     pixels, labels = next(data.validation_batches([rows]))
-    right = model(normalized(pixels, backbone.normalization)).argmax(1) == labels
+    right = (
+        model(Normalizer(backbone.normalization, torch.device("cpu"))(pixels)).argmax(1) == labels
+    )
     assert right.double().mean().item() == best["record"]["metrics"]["best_val_accuracy"]
     assert best["record"]["epoch"] == best["record"]["metrics"]["best_epoch"]
 

@@ -127,6 +127,6 @@ def test_every_preset_trains_and_says_what_happened(
     assert all(trial.steps())
     trial.finish_epoch()
     metrics = trial.report().history[0].metrics
-    assert {"semantic_drift", "semantic_drift_left", "rotation_angle"} <= metrics.keys()
+    assert {"semantic_drift", "semantic_drift_remaining", "rotation_angle"} <= metrics.keys()
     assert 0.0 <= metrics["head_agreement"] <= 1.0
     assert metrics["sparse_class_share"] == 0.0
