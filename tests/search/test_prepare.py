@@ -21,7 +21,7 @@ from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.search.prepare import Checked, check_inputs, manifest_path, prepare
 from drtune_ray.training import frozen
 from drtune_ray.training.backbones import read_backbone
-from drtune_ray.training.frozen import normalized
+from drtune_ray.training.frozen import Normalizer
 from tests.conftest import MakeTrial, WriteImages
 
 BACKBONE = "test_efficientnet"
@@ -176,7 +176,7 @@ def test_prepare__features_are_the_pretrained_encoders(trial: TrialConfig, stora
         assert np.array_equal(pixels.numpy(), expected)
         assert labels.tolist() == train.labels[rows].tolist()
         with torch.inference_mode():
-            features = encoder(normalized(pixels, backbone.normalization))
+            features = encoder(Normalizer(backbone.normalization, torch.device("cpu"))(pixels))
         found = data.pretrained_features(rows, view)
         assert found is not None
         assert torch.allclose(found, features, atol=1e-5)
