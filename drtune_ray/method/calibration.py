@@ -1,7 +1,7 @@
 """Semantic calibration (SC): moving pretrained features to where the downstream features are.
 
 DR-Tune (https://arxiv.org/abs/2308.12058), section 3.4, eq. 7-12.
-Legend: K bank rows, D features, C classes, r rank of the rotation (D where it is exact or off).
+Legend: K bank rows, D features, C classes.
 """
 
 from __future__ import annotations
