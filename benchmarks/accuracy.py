@@ -12,8 +12,9 @@ shown at each rate, and at the rate with its best mean over the seeds: a maximum
 slightly too high for every variant. The pretrained weights are those of the demo extra.
 
 Variants: ``ce``; ``dr`` (no calibration); ``no-rotation``; ``svd`` (exact, refreshed every tenth
-step and kept); ``default``; ``authors`` (the preset); and ``rRANK-tSHRINKAGE``, as r64-t0.02. A
-training that diverged counts with its best epoch before that and is marked with a star.
+step and kept); ``default``; ``authors`` (the preset); ``rRANK-tSHRINKAGE``, as r64-t0.02; and
+``ce-head-xN`` and ``default-head-xN`` with N times the learning rate for the head. A training that
+diverged counts with its best epoch before that and is marked with a star.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "authors": {},
 }
 RANKED = re.compile(r"r(\d+)-t([\d.]+)")
+HEADED = re.compile(r"(ce|default)-head-x([\d.]+)")
 PROCESSES = 2
 
 
@@ -99,9 +101,12 @@ def variant_config(base: TrialConfig, variant: str) -> TrialConfig:
         return reference_config(base, variant)
     if variant in VARIANTS:
         return base.with_values(VARIANTS[variant])
+    if headed := HEADED.fullmatch(variant):
+        multiplier = {"method.head_lr_multiplier": float(headed[2])}
+        return base.with_values(VARIANTS[headed[1]] | multiplier)
     ranked = RANKED.fullmatch(variant)
     if ranked is None:
-        known = [*VARIANTS, "r64-t0.02 (rank and shrinkage)"]
+        known = [*VARIANTS, "r64-t0.02 (rank and shrinkage)", "ce-head-x4"]
         raise ValueError(f"variant must be one of {known}, but got {variant!r}")
     return base.with_values(
         {

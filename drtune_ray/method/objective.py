@@ -171,10 +171,12 @@ class DRTune(nn.Module):
             The loss with parts ``cross_entropy`` and ``distribution_regularization``.
         """
         num_rows = len(labels) if num_rows is None else num_rows
+        known = None if pretrained_features is None else pretrained_features[:num_rows]
+        # First, so that what it needs is free again before the graph of the other encoder is held.
+        pretrained = self._pretrained(images[:num_rows], known)
         features = self.downstream_encoder(images)
         logits = self.head(features)[:num_rows]
-        known = None if pretrained_features is None else pretrained_features[:num_rows]
-        images, labels, features = images[:num_rows], labels[:num_rows], features[:num_rows]
+        labels, features = labels[:num_rows], features[:num_rows]
         num_global, norm_sum = self._batch_statistics(features)
         cross_entropy = row_share(
             F.cross_entropy(at_least_float32(logits), labels, reduction="sum"),
@@ -182,7 +184,7 @@ class DRTune(nn.Module):
             self.collective.world_size,
         )
         regularization = self._regularization(scale=norm_sum / num_global)
-        self._enqueue(self._pretrained(images, known), features.detach(), labels)
+        self._enqueue(pretrained, features.detach(), labels)
         loss = combine(cross_entropy, regularization, self.regularization_weight, self.reduction)
         return MethodOutput(
             loss,
