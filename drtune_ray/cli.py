@@ -39,7 +39,9 @@ _weights = click.option("--weights", help="A file, 'timm' (its hub) or 'demo' (p
 _epochs = click.option("--epochs", type=int, help="Epochs of a trial.")
 _image_size = click.option("--image-size", type=int, help="Side of the images in pixels.")
 _seed = click.option("--seed", type=int, help="Of everything that is drawn.")
-_name = click.option("--name", help="Of the study; by default the data folder's.")
+_name = click.option(
+    "--name", help="Of its folder; by default the data folder's (for train with -train)."
+)
 _tracking_uri = click.option(
     "--tracking-uri", help="MLflow server; by default SQLite under the storage."
 )

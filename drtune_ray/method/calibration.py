@@ -298,7 +298,7 @@ class SemanticCalibration(nn.Module):
         if not rotates or rotation is None:
             return rows
         rotation = rotation.map(lambda part: part.to(rows.dtype))
-        if self.translation:  # a shift common to all rows cancels (row q of METHOD.md)
+        if self.translation:  # a shift common to all rows cancels (row q of docs/method.md)
             return rotation.apply_(rows)
         rows = rotation.apply_(rows.sub_(rows.mean(0)))
         if self.recenter:

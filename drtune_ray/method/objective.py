@@ -88,7 +88,8 @@ class DRTune(nn.Module):
         collective: The other processes of the trial.
 
     Raises:
-        ValueError: If `regularization_weight` is negative or `reduction` is unknown.
+        ValueError: If `regularization_weight` is negative, `reduction` is unknown or both encoders
+            are one module.
     """
 
     def __init__(
@@ -112,6 +113,11 @@ class DRTune(nn.Module):
         if reduction not in REDUCTIONS:
             raise ValueError(
                 f"reduction must be one of {list(REDUCTIONS)}, but got reduction={reduction!r}"
+            )
+        if pretrained_encoder is downstream_encoder:
+            raise ValueError(
+                "pretrained_encoder must be another module than downstream_encoder, since it is "
+                "frozen: pass copy.deepcopy(encoder)"
             )
         self.downstream_encoder = downstream_encoder
         self.head = head

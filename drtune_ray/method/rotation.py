@@ -189,10 +189,11 @@ def subspace_rotation(
     Directions with much evidence are rotated by U V^T. Those with little, and all others, keep
     their place at length c in [0, 1], the least-squares fit of B - A V F U^T on A - A V F V^T:
     near 1 where the encoder has hardly changed, near 0 where nothing of the pretrained features
-    is left in place; 1 where the rows tell nothing of these directions. Equal banks give R = I,
-    on their rows. No direction is lengthened by more than the square root of two. The exact
-    minimiser of eq. 7 aligns the rows that it was fitted to better, and all other rows worse
-    (docs/benchmarks.md).
+    is left in place; 1 where the rows tell nothing of these directions. Equal banks give R = I on
+    their rows once the iteration has converged; after a few products it is off by a few percent
+    where singular values are alike. No direction is lengthened by more than the square root of
+    two. The exact minimiser of eq. 7 aligns the rows that it was fitted to better, and all other
+    rows worse (docs/benchmarks.md).
 
     Matrix products and QR alone: on an accelerator nothing waits for the host.
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from drtune_ray.config import PRESETS, TrialConfig
-from drtune_ray.method import CETuning
+from drtune_ray.method import CETuning, DRTune, FeatureBank
 from drtune_ray.method.objective import combine
 from drtune_ray.training.model import build_method, method_scale
 from tests.method.reference import AUTHORS, PAPER
@@ -314,3 +314,10 @@ def test_features_are_needed_without_a_frozen_encoder():
     message = "pretrained_features is needed where there is no pretrained_encoder"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         make_method(pretrained_encoder=None)(*make_data(2))
+
+
+def test_one_encoder_for_both_is_refused():
+    """It would be frozen, and the training would train the head alone."""
+    encoder = make_encoder(0)
+    with pytest.raises(ValueError, match="pretrained_encoder must be another module"):
+        DRTune(encoder, make_head(), FeatureBank(4, D), None, encoder)
