@@ -6,7 +6,6 @@ import difflib
 import hashlib
 import importlib.util
 import json
-import os
 import sys
 import urllib.error
 import urllib.request
@@ -100,11 +99,9 @@ class Backbone:
     def write(self, path: Path) -> None:
         """Write as one safetensors file from which :func:`read_backbone` makes the same."""
         about = asdict(self) | {"state": None, "normalization": asdict(self.normalization)}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.contiguous() for name, tensor in self.state.items()}
-        safetensors.torch.save_file(state, temporary, {"backbone": json.dumps(about)})
-        temporary.replace(path)
+        safetensors.torch.save_file(state, path, {"backbone": json.dumps(about)})
 
 
 def read_backbone(path: Path) -> Backbone:

@@ -120,6 +120,7 @@ def test_evaluation_view__centre_crop() -> None:
         ({"crop_scale_min": 0.40001}, "training"),
         ({"horizontal_flip": 0.0}, "training"),
         ({"crop_fraction": 1.0}, "evaluation"),
+        ({"evaluation_resize": "square"}, "evaluation"),
     ],
 )
 def test_keys__change_with_everything_that_changes_pixels(
