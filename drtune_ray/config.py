@@ -19,6 +19,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
+    PlainValidator,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -32,6 +33,20 @@ Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 StudyName = Annotated[str, Field(pattern=NAME_PATTERN)]
 PresetName = Literal["default", "paper", "authors"]
+
+
+def _workers(value: Any) -> int | tuple[int, int]:
+    """A number of workers, or the least and the most of them."""
+    bounds = list(value) if isinstance(value, list | tuple) else [value]
+    are_counts = all(type(bound) is int and bound >= 1 for bound in bounds)
+    if not are_counts or len(bounds) > 2 or bounds != sorted(bounds) or not bounds:
+        raise ValueError(
+            f"workers must be a number from 1, or [min, max] of them, but got {value!r}"
+        )
+    return bounds[0] if bounds[0] == bounds[-1] else (bounds[0], bounds[1])
+
+
+Workers = Annotated[int | tuple[int, int], PlainValidator(_workers)]
 
 
 class Section(BaseModel):
@@ -99,18 +114,31 @@ class OptimConfig(Section):
 class TrainingConfig(Section):
     """The loop. `batch_size` is global: it is divided among the workers.
 
+    `workers` is their number; ``[min, max]`` lets Ray Train take what the cluster has at the time
+    (`drtune-ray train` only). It changes the speed and the rounding, not the experiment.
+
     `precision` ``auto`` is bfloat16 (or float16) mixed precision on CUDA devices and float32 on
     CPUs; ``float64`` shows what is exact where float32 lets rounding errors grow.
     """
 
     epochs: PositiveInt = 10
     batch_size: PositiveInt = 32
-    workers: PositiveInt = 1
+    workers: Workers = 1
     batch_norm: Literal["frozen", "synchronised", "local"] = "frozen"
     drop_last: bool = False
     patience_epochs: PositiveInt | None = None
     precision: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
     save_every_seconds: PositiveFloat = 300.0
+
+    @property
+    def min_workers(self) -> int:
+        """With how few workers it trains."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """With how many workers it trains where there is room."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class DataConfig(Section):
@@ -210,11 +238,35 @@ class SchedulerConfig(Section):
 
 
 class ResourcesConfig(Section):
-    """What a worker of a trial takes, and how many trials run at a time (None: as many as fit)."""
+    """What a worker of a trial takes, and how many trials run at a time (None: as many as fit).
+
+    `cpus_per_worker` sets torch's threads too. GPUs are given a worker or a trial
+    (`gpus_per_trial`, divided among its workers); a fraction lets several trials of one worker
+    share a device. A trial may wait `wait_seconds` for its resources; one that does nothing for
+    `hang_seconds` is taken for hung and started again from its last save point.
+    """
 
     trials_at_a_time: PositiveInt | None = None
     cpus_per_worker: PositiveInt = 1
     gpus_per_worker: NonNegativeFloat = 0.0
+    gpus_per_trial: NonNegativeFloat | None = None
+    wait_seconds: PositiveFloat = 1800.0
+    hang_seconds: PositiveFloat = 1800.0
+
+    @model_validator(mode="after")
+    def _gpus_are_given_once(self) -> Self:
+        if self.gpus_per_trial is not None and self.gpus_per_worker:
+            raise ValueError(
+                "gpus_per_trial and gpus_per_worker say the same, but got "
+                f"{self.gpus_per_trial:g} and {self.gpus_per_worker:g}: give one of them"
+            )
+        return self
+
+    def worker_gpus(self, workers: int) -> float:
+        """GPUs of a worker of a trial that has so many of them."""
+        if self.gpus_per_trial is not None:
+            return self.gpus_per_trial / workers
+        return self.gpus_per_worker
 
 
 class TrackingConfig(Section):
@@ -355,7 +407,7 @@ def reference_config(base: TrialConfig, reference: str) -> TrialConfig:
         return base.with_values({"method.name": "dr_tune"})
     preset = PRESETS[reference]
     training = deep_merge(base.training.model_dump(), preset["training"])
-    if base.training.workers > 1:  # statistics of a part of the batch would be another method
+    if base.training.max_workers > 1:  # statistics of a part of the batch would be another method
         training["batch_norm"] = base.training.batch_norm
     optim = {"name": base.optim.name, "backbone_lr": base.optim.backbone_lr}
     return validated(

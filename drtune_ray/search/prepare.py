@@ -124,7 +124,7 @@ def check_device(resources: ResourcesConfig) -> None:
     Raises:
         EnvironmentProblem: Naming the setting.
     """
-    if resources.gpus_per_worker and not torch.cuda.is_available():
+    if resources.worker_gpus(1) and not torch.cuda.is_available():
         raise EnvironmentProblem(
             f"resources.gpus_per_worker={resources.gpus_per_worker:g} but this machine has no "
             "CUDA device: set resources.gpus_per_worker=0"

@@ -167,7 +167,7 @@ def _train(
         scratch_folder(folder / SCRATCH_NAME) as scratch,
         TableStore(folder.parent, config.data.cache_limit_gib) as store,
     ):
-        trials_that_fit(config.training.workers, resources, capacity)
+        trials_that_fit(config.training.min_workers, resources, capacity)
         tables = prepare(checked, config, store, device)
         workplace = Workplace(
             tables.to_mapping(), trial_folder.path.parent, resources.cpus_per_worker, device

@@ -220,9 +220,9 @@ class _Driver:
         )
 
     def _search(self, tables: Tables, device: str, on_plan: Callable[[StudyPlan], None]) -> None:
-        nested = self.config.trial.training.workers > 1
+        nested = self.config.trial.training.max_workers > 1
         with ray_session(with_dashboard=nested) as capacity:
-            resources, workers = self.config.resources, self.config.trial.training.workers
+            resources, workers = self.config.resources, self.config.trial.training.max_workers
             fitting = trials_that_fit(workers, resources, capacity)
             at_a_time = min(resources.trials_at_a_time or fitting, fitting)
             num_done = len(self._finished())
@@ -261,7 +261,7 @@ class _Driver:
                     scheduler=scheduler,
                     num_samples=-1,
                     max_concurrent_trials=at_a_time,
-                    reuse_actors=self.config.trial.training.workers == 1,
+                    reuse_actors=self.config.trial.training.max_workers == 1,
                 ),
                 run_config=tune.RunConfig(
                     name="tune",

@@ -14,7 +14,7 @@ from drtune_ray.search.workers import drive_trial
 
 def tune_trainable(config: StudyConfig, workplace: Workplace, capacity: Capacity) -> Any:
     """A trainable with its resources."""
-    if config.trial.training.workers == 1:
+    if config.trial.training.max_workers == 1:
         bound = tune.with_parameters(TrialActor, workplace=workplace)
         return tune.with_resources(
             bound,

@@ -29,6 +29,7 @@ def train_epochs(
     device: torch.device | None = None,
     num_threads: int | None = None,
     save_requested: Callable[[], bool] = lambda: False,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> Iterator[EpochReport | SavePoint]:
     """Train one configuration, yielding after every epoch and at save points.
 
@@ -44,6 +45,8 @@ def train_epochs(
         device: Where to train; the CPU by default.
         num_threads: torch's threads; None leaves them.
         save_requested: Asked after every step; True yields a `SavePoint` at once.
+        on_progress: Called before every batch, validation and bank warm-up included: a training
+            that does not call it for long is stuck.
 
     Yields:
         An `EpochReport` for each epoch, the last with an outcome; `SavePoint` in between when
@@ -51,7 +54,7 @@ def train_epochs(
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    trial = Trial(config, data, backbone, device or torch.device("cpu"))
+    trial = Trial(config, data, backbone, device or torch.device("cpu"), on_progress)
     if resume is None:
         trial.warm_up_bank()
     else:

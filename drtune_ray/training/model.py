@@ -54,12 +54,12 @@ def check_trial(config: TrialConfig, num_train: int) -> list[str]:
             f"batch_size={training.batch_size} with {num_train} images; set training.batch_size "
             f"to at most {num_train}"
         )
-    if training.workers > 1 and training.batch_norm == "local":
+    if training.max_workers > 1 and training.batch_norm == "local":
         problems.append(
             "training.batch_norm=local normalises over a part of the batch with "
             f"training.workers={training.workers}: set frozen or synchronised"
         )
-    if training.workers > 1 and training.batch_norm == "synchronised":
+    if training.max_workers > 1 and training.batch_norm == "synchronised":
         if not torch.cuda.is_available():
             problems.append(
                 "training.batch_norm=synchronised needs CUDA devices with several workers: "

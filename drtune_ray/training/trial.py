@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,12 +62,19 @@ class Trial:
         data: Training and validation images.
         backbone: The pretrained encoder.
         device: Where to train.
+        on_progress: Called before every batch.
     """
 
     def __init__(
-        self, config: TrialConfig, data: TrainingData, backbone: Backbone, device: torch.device
+        self,
+        config: TrialConfig,
+        data: TrainingData,
+        backbone: Backbone,
+        device: torch.device,
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.data, self.device = config, data, device
+        self._on_progress = on_progress
         self.normalizer = Normalizer(backbone.normalization, device)
         self.group = ProcessGroup()
         # Dropout and the like draw from torch's global state: each rank its own, from the seed.
@@ -250,6 +257,7 @@ class Trial:
         loaded = [share or list(batch[:1]) for share, batch in pairs]
         pictures = self.data.training_batches(loaded, view)
         for share, rows, (pixels, labels) in zip(shares, loaded, pictures, strict=True):
+            self._on_progress()
             features = self.data.pretrained_features(rows, view)
             if features is not None:
                 if self.device.type == "cuda":  # a copy from pageable memory would be waited for
@@ -318,6 +326,7 @@ class Trial:
         batches = [rows[at : at + EVALUATION_ROWS] for at in range(0, len(rows), EVALUATION_ROWS)]
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)
         for pixels, labels in self.data.validation_batches(batches):
+            self._on_progress()
             images = self._images(pixels)
             labels = labels.to(self.device)
             with self._autocast():
