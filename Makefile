@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo test test-fast check format clean
+.PHONY: help install demo test test-fast test-chaos check format clean
 
 help:
 	@echo "make demo       a small real study, start to end"
 	@echo "make test       checks and all tests"
 	@echo "make test-fast  the tests without Ray, several processes or a browser"
+	@echo "make test-chaos more kills, at random moments: an hour"
 	@echo "make check      ruff and mypy"
 	@echo "make install    .venv with everything"
 
@@ -27,7 +28,10 @@ test: install check
 	$(BIN)/python -m pytest
 
 test-fast: install
-	$(BIN)/python -m pytest -m "not ray and not ddp and not slow and not browser"
+	$(BIN)/python -m pytest -m "not ray and not ddp and not slow and not browser and not chaos"
+
+test-chaos: install
+	$(BIN)/python -m pytest -m chaos
 
 check: install
 	$(BIN)/ruff check .

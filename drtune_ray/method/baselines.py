@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from drtune_ray.method.collective import Collective, OneProcess
-from drtune_ray.method.objective import MethodOutput, row_share
+from drtune_ray.method.objective import MethodOutput, checked_shares, row_share
 from drtune_ray.method.precision import at_least_float32
 
 
@@ -41,15 +43,14 @@ class CETuning(nn.Module):
         images: Tensor,
         labels: Tensor,
         pretrained_features: Tensor | None = None,
-        num_rows: int | None = None,
+        shares: Sequence[int] | None = None,
     ) -> MethodOutput:
         """Loss of one step, with the part ``cross_entropy``; arguments as for ``DRTune``."""
-        num_rows = len(labels) if num_rows is None else num_rows
+        shares = checked_shares(shares, len(labels), self.collective)
+        num_rows = shares[self.collective.rank]
         logits = self.head(self.downstream_encoder(images))[:num_rows]
         loss_sum = F.cross_entropy(at_least_float32(logits), labels[:num_rows], reduction="sum")
-        # Filled on the device: a number from the host would make it wait.
-        num_global = self.collective.sum(loss_sum.detach().new_full((), float(num_rows)))
-        loss = row_share(loss_sum, num_global, self.collective.world_size)
+        loss = row_share(loss_sum, sum(shares), self.collective.world_size)
         parts = {"cross_entropy": loss.detach()}
         return MethodOutput(loss, parts, logits, loss.detach().isfinite())
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from drtune_ray.method.class_rows import ClassRows
-from drtune_ray.method.collective import Collective, OneProcess
+from drtune_ray.method.collective import Collective, OneProcess, own_block
 from drtune_ray.method.diagnostics import centre_distance, turning_angle
 from drtune_ray.method.precision import at_least_float32
 from drtune_ray.method.rotation import (
@@ -89,7 +89,7 @@ def class_level_translation(
     Returns:
         Shape (C, D); zero for a class without rows.
     """
-    return classes.sums(downstream, weights) - classes.means(rotated)
+    return classes.total(classes.sums(downstream, weights) - classes.means(rotated))
 
 
 class SemanticCalibration(nn.Module):
@@ -125,7 +125,8 @@ class SemanticCalibration(nn.Module):
         confidence_weighting: Weight its downstream rows by confidence (CGA); else a plain mean.
         confidence_temperature: See :func:`confidence_guided_weights`.
         similarity: See :func:`confidence_guided_weights`.
-        collective: Where several processes hold the same bank: one solves R for all.
+        collective: Where several processes hold the same bank: one solves R for all, and each
+            calibrates its block of the rows.
 
     Raises:
         ValueError: For an unknown solver or similarity, or a number out of its range.
@@ -233,14 +234,24 @@ class SemanticCalibration(nn.Module):
                 downstream features.
 
         Returns:
-            Calibrated features without gradient, shape (K, D).
+            Calibrated features without gradient, shape (K, D); with several processes those of
+            this process's block of the rows
+            (:func:`~drtune_ray.method.collective.own_block`).
         """
         is_due = self._num_steps % self.rotation_interval == 0
         self._num_steps += 1
         if self.rotation and is_due:
             self._refresh(pretrained.detach(), downstream.detach())
         rotates = self.rotation and (is_due or self.rotation_kept)
-        return self.calibrated(pretrained, downstream, labels, prototypes, scale, rotates=rotates)
+        return self.calibrated(
+            pretrained,
+            downstream,
+            labels,
+            prototypes,
+            scale,
+            rotates=rotates,
+            collective=self.collective,
+        )
 
     @torch.no_grad()
     def calibrated(
@@ -252,15 +263,22 @@ class SemanticCalibration(nn.Module):
         scale: Tensor | float = 1.0,
         *,
         rotates: bool,
+        collective: Collective | None = None,
     ) -> Tensor:
-        """Eq. 12 with the present R (or without), in float32 at least; shapes as for `forward`."""
+        """Eq. 12 with the present R (or without), in float32 at least; shapes as for `forward`.
+
+        Without `collective` this process calibrates all rows by itself.
+        """
+        collective = collective or OneProcess()
+        own = own_block(len(labels), collective)
         # Mixed precision is for the encoder: calibration is float32 at least.
         with torch.autocast(pretrained.device.type, enabled=False):
-            pretrained, downstream = at_least_float32(pretrained), at_least_float32(downstream)
+            pretrained = at_least_float32(pretrained[own])
+            downstream = at_least_float32(downstream[own])
             prototypes = prototypes.to(pretrained.dtype)
-            rows = self._rotated(pretrained, downstream, rotates)
+            rows = self._rotated(pretrained, downstream, rotates, collective)
             if self.translation:
-                classes = ClassRows(labels, len(prototypes))
+                classes = ClassRows(labels, len(prototypes), collective)
                 weights = self._row_weights(downstream, classes, prototypes)
                 classes.add_(rows, class_level_translation(rows, downstream, classes, weights))
             return rows.mul_(scale * inverse_norms(rows)) if self.normalize else rows
@@ -291,7 +309,9 @@ class SemanticCalibration(nn.Module):
             found["rotation_angle"] = turning_angle(rows, rotation.apply_(rows.clone()))
         return found
 
-    def _rotated(self, pretrained: Tensor, downstream: Tensor, rotates: bool) -> Tensor:
+    def _rotated(
+        self, pretrained: Tensor, downstream: Tensor, rotates: bool, collective: Collective
+    ) -> Tensor:
         """R (v^p - mean v^p) + mean v^d, or v^p where it is not rotated: new rows, (K, D)."""
         rows = pretrained * (inverse_norms(pretrained) if self.normalize else 1.0)
         rotation = self.applied_rotation
@@ -300,9 +320,10 @@ class SemanticCalibration(nn.Module):
         rotation = rotation.map(lambda part: part.to(rows.dtype))
         if self.translation:  # a shift common to all rows cancels (row q of docs/method.md)
             return rotation.apply_(rows)
-        rows = rotation.apply_(rows.sub_(rows.mean(0)))
+        rows = rotation.apply_(rows.sub_(_mean(rows, collective)))
         if self.recenter:
-            rows += (F.normalize(downstream, dim=1) if self.normalize else downstream).mean(0)
+            target = F.normalize(downstream, dim=1) if self.normalize else downstream
+            rows += _mean(target, collective)
         return rows
 
     def _row_weights(self, downstream: Tensor, classes: ClassRows, prototypes: Tensor) -> Tensor:
@@ -328,8 +349,10 @@ class SemanticCalibration(nn.Module):
         if self.collective.rank == 0:
             with torch.autocast(pretrained.device.type, enabled=False):
                 rotation = self._solved(*rows)
-        shared = rotation.map(
-            lambda part: self.collective.broadcast(part.to(rows[0].dtype).contiguous())
+        shared = _broadcast(
+            # A loaded one is contiguous: the products then round alike.
+            rotation.map(lambda part: part.to(rows[0].dtype).contiguous()),
+            self.collective,
         )
         self.rotation_left, self.rotation_right, self.rotation_rest = shared
         self._is_solved = True
@@ -349,6 +372,25 @@ class SemanticCalibration(nn.Module):
             shrinkage=self.rotation_shrinkage,
             num_iterations=COLD_ITERATIONS if former is None else WARM_ITERATIONS,
         )
+
+
+def _mean(rows: Tensor, collective: Collective) -> Tensor:
+    """Mean over the rows of all processes: (K, D) -> (D,)."""
+    if collective.world_size == 1:
+        return rows.mean(0)
+    num_rows = rows.new_full((1,), float(len(rows)))
+    total = collective.sum(torch.cat([rows.sum(0), num_rows]))
+    return total[:-1] / total[-1]
+
+
+def _broadcast(rotation: Rotation, collective: Collective) -> Rotation:
+    """The rotation of the first process, in one message."""
+    if collective.world_size == 1:
+        return rotation
+    parts = [part for part in rotation if part is not None]
+    message = collective.broadcast(torch.cat([part.reshape(-1) for part in parts]))
+    received = iter(torch.split(message, [part.numel() for part in parts]))
+    return rotation.map(lambda part: next(received).view_as(part))
 
 
 def _check(holds: bool, given: str, condition: str) -> None:

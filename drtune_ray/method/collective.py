@@ -6,6 +6,7 @@ with these few operations (`drtune_ray.training.distributed.ProcessGroup`); a no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -25,8 +26,13 @@ class Collective(Protocol):
     def sum(self, tensor: Tensor) -> Tensor:
         """Elementwise sum over the processes."""
 
-    def gather_rows(self, rows: Tensor) -> Tensor:
-        """Rows of all processes, (rows, ...), in the order of the ranks; counts may differ."""
+    def gather_rows(self, rows: Tensor, shares: Sequence[int]) -> Tensor:
+        """Rows of all processes, (rows, ...), in the order of the ranks.
+
+        Args:
+            rows: Of this process.
+            shares: How many rows each process has; known to all, so that no device is asked.
+        """
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """The tensor of rank 0; shapes and dtypes agree."""
@@ -42,10 +48,16 @@ class OneProcess:
         """The tensor itself."""
         return tensor
 
-    def gather_rows(self, rows: Tensor) -> Tensor:
+    def gather_rows(self, rows: Tensor, shares: Sequence[int]) -> Tensor:
         """The rows themselves."""
         return rows
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """The tensor itself."""
         return tensor
+
+
+def own_block(num_rows: int, collective: Collective) -> slice:
+    """The rows that are this process's work: consecutive, their numbers differ by one at most."""
+    rank, world_size = collective.rank, collective.world_size
+    return slice(num_rows * rank // world_size, num_rows * (rank + 1) // world_size)

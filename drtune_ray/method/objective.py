@@ -6,6 +6,7 @@ Legend: B batch rows, K bank rows, C classes, D features; W processes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from drtune_ray.method.calibration import SemanticCalibration
 from drtune_ray.method.class_rows import ClassRows
-from drtune_ray.method.collective import Collective, OneProcess
+from drtune_ray.method.collective import Collective, OneProcess, own_block
 from drtune_ray.method.diagnostics import agreement, sparse_class_share
 from drtune_ray.method.feature_bank import FeatureBank
 from drtune_ray.method.precision import at_least_float32
@@ -56,7 +57,7 @@ def combine(
     return total / (1.0 + weight) if reduction == "mean" else total
 
 
-def row_share(loss_sum: Tensor, num_global_rows: Tensor | int, world_size: int) -> Tensor:
+def row_share(loss_sum: Tensor, num_global_rows: int, world_size: int) -> Tensor:
     """A rank's part of a mean over all ranks' rows: ``W * sum / rows``.
 
     Averaging over the processes, as data-parallel training does to gradients, then yields the
@@ -65,12 +66,35 @@ def row_share(loss_sum: Tensor, num_global_rows: Tensor | int, world_size: int) 
     return loss_sum * world_size / num_global_rows
 
 
+def checked_shares(
+    shares: Sequence[int] | None, num_rows: int, collective: Collective
+) -> list[int]:
+    """How many rows of the global batch each process has.
+
+    Raises:
+        ValueError: If several processes train and no shares are given, or they cannot be.
+    """
+    if shares is None:
+        if collective.world_size > 1:
+            raise ValueError(
+                f"shares is needed with {collective.world_size} processes: pass how many rows of "
+                "the global batch each of them has"
+            )
+        return [num_rows]
+    if len(shares) != collective.world_size or shares[collective.rank] > num_rows:
+        raise ValueError(
+            f"shares must hold one number of rows for each of {collective.world_size} processes, "
+            f"here at most {num_rows}, but got shares={list(shares)} in process {collective.rank}"
+        )
+    return list(shares)
+
+
 class DRTune(nn.Module):
     """One training step of DR-Tune.
 
     Only `downstream_encoder` and `head` have a gradient and are needed after training. Each
-    process holds the same bank in the same order: the new rows are gathered, and the rows of the
-    regularization are divided among the processes.
+    process holds the same bank in the same order: the new rows are gathered, and the work on the
+    bank's rows is divided among the processes.
 
     Differs from the authors' code: see :class:`FeatureBank`,
     :class:`SemanticCalibration` and :func:`combine`; `regularization_weight` is a parameter of
@@ -144,7 +168,11 @@ class DRTune(nn.Module):
 
     @torch.no_grad()
     def warm_up_bank(
-        self, images: Tensor, labels: Tensor, pretrained_features: Tensor | None = None
+        self,
+        images: Tensor,
+        labels: Tensor,
+        pretrained_features: Tensor | None = None,
+        shares: Sequence[int] | None = None,
     ) -> None:
         """Fill the bank before the first epoch: z^p enters both banks.
 
@@ -152,16 +180,20 @@ class DRTune(nn.Module):
             images: (B, 3, H, W); not read where `pretrained_features` is given.
             labels: (B,).
             pretrained_features: z^p of the images, (B, D), where they are known already.
+            shares: As for `forward`.
         """
-        pretrained = self._pretrained(images, pretrained_features)
-        self._enqueue(pretrained, pretrained, labels)
+        shares = checked_shares(shares, len(labels), self.collective)
+        num_rows = shares[self.collective.rank]
+        known = None if pretrained_features is None else pretrained_features[:num_rows]
+        pretrained = self._pretrained(images[:num_rows], known)
+        self._enqueue(pretrained, pretrained, labels[:num_rows], shares)
 
     def forward(
         self,
         images: Tensor,
         labels: Tensor,
         pretrained_features: Tensor | None = None,
-        num_rows: int | None = None,
+        shares: Sequence[int] | None = None,
     ) -> MethodOutput:
         """Loss of one step; afterwards the batch is in the bank.
 
@@ -170,27 +202,28 @@ class DRTune(nn.Module):
             labels: (B,).
             pretrained_features: z^p of the same augmented images, (B, D); without them the frozen
                 encoder computes them.
-            num_rows: How many of the leading rows count; fewer than B only where a process
-                without rows of its own runs a spare row to keep its graph.
+            shares: How many rows of the global batch each process has, in the order of the ranks;
+                needed with several processes. This one's leading rows count: there are more only
+                where a process without rows of its own runs a spare row to keep its graph.
 
         Returns:
             The loss with parts ``cross_entropy`` and ``distribution_regularization``.
         """
-        num_rows = len(labels) if num_rows is None else num_rows
+        shares = checked_shares(shares, len(labels), self.collective)
+        num_rows, num_global = shares[self.collective.rank], sum(shares)
         known = None if pretrained_features is None else pretrained_features[:num_rows]
         # First, so that what it needs is free again before the graph of the other encoder is held.
         pretrained = self._pretrained(images[:num_rows], known)
         features = self.downstream_encoder(images)
         logits = self.head(features)[:num_rows]
         labels, features = labels[:num_rows], features[:num_rows]
-        num_global, norm_sum = self._batch_statistics(features)
         cross_entropy = row_share(
             F.cross_entropy(at_least_float32(logits), labels, reduction="sum"),
             num_global,
             self.collective.world_size,
         )
-        regularization = self._regularization(scale=norm_sum / num_global)
-        self._enqueue(pretrained, features.detach(), labels)
+        regularization = self._regularization(self._norm_sum(features) / num_global)
+        self._enqueue(pretrained, features.detach(), labels, shares)
         loss = combine(cross_entropy, regularization, self.regularization_weight, self.reduction)
         return MethodOutput(
             loss,
@@ -244,30 +277,30 @@ class DRTune(nn.Module):
         )
 
     @torch.no_grad()
-    def _batch_statistics(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Number of rows of the global batch and the sum of their norms, two scalars."""
+    def _norm_sum(self, features: Tensor) -> Tensor:
+        """Sum of the norms of the rows of the global batch, a scalar."""
         norms = torch.linalg.vector_norm(at_least_float32(features), dim=1)
-        # Filled on the device: a number from the host would make it wait.
-        num_rows = norms.new_full((), float(len(norms)))
-        total = self.collective.sum(torch.stack([num_rows, norms.sum()]))
-        return total[0], total[1]
+        return self.collective.sum(norms.sum())
 
     def _regularization(self, scale: Tensor) -> Tensor:
-        """Eq. 5 and 13: mean cross-entropy of the head on the calibrated bank; 0 if empty."""
+        """Eq. 5 and 13: mean cross-entropy of the head on the calibrated bank; 0 if empty.
+
+        Each process computes the part of its block of the bank's rows.
+        """
         if len(self.bank) == 0:
             return self.head.weight.sum() * 0.0
         pretrained, downstream, labels = self.bank.stored()
         labels = labels.clone()  # part of the graph when the next rows are enqueued
-        share = slice(self.collective.rank, None, self.collective.world_size)
+        own = own_block(len(labels), self.collective)
         # Mixed precision is for the encoder: these products are small.
         with torch.autocast(labels.device.type, enabled=False):
             weight, bias = self._head_parameters()
             if self.calibration is None:
-                rows = at_least_float32(pretrained.clone())
+                rows = at_least_float32(pretrained[own].clone())
             else:
                 rows = self.calibration(pretrained, downstream, labels, weight, scale)
-            logits = F.linear(rows[share], weight, bias)
-        loss_sum = F.cross_entropy(logits, labels[share], reduction="sum")
+            logits = F.linear(rows, weight, bias)
+        loss_sum = F.cross_entropy(logits, labels[own], reduction="sum")
         return row_share(loss_sum, len(labels), self.collective.world_size)
 
     def _head_parameters(self) -> tuple[Tensor, Tensor | None]:
@@ -285,9 +318,30 @@ class DRTune(nn.Module):
         features: Tensor = self.pretrained_encoder(images)
         return features
 
-    def _enqueue(self, pretrained: Tensor, downstream: Tensor, labels: Tensor) -> None:
-        self.bank.enqueue(
-            self.collective.gather_rows(pretrained.to(self.bank.pretrained)),
-            self.collective.gather_rows(downstream.to(self.bank.downstream)),
-            self.collective.gather_rows(labels),
-        )
+    def _enqueue(
+        self, pretrained: Tensor, downstream: Tensor, labels: Tensor, shares: list[int]
+    ) -> None:
+        """Enter the rows of all processes, in the order of the ranks: one message."""
+        pretrained, downstream = pretrained.to(self.bank.pretrained), downstream.to(pretrained)
+        if self.collective.world_size > 1:
+            skipped = _surplus(shares, self.bank.bank_size)
+            kept = [share - skip for share, skip in zip(shares, skipped, strict=True)]
+            # Labels travel as numbers of the same kind; float32 is exact up to 2^24 classes.
+            message = torch.cat(
+                [at_least_float32(rows) for rows in (pretrained, downstream, labels.unsqueeze(1))],
+                dim=1,
+            )[skipped[self.collective.rank] :]
+            width = pretrained.shape[1]
+            rows = self.collective.gather_rows(message, kept)
+            pretrained, downstream, numbers = torch.split(rows, [width, width, 1], dim=1)
+            labels = numbers.squeeze(1).long()
+        self.bank.enqueue(pretrained, downstream, labels)
+
+
+def _surplus(shares: Sequence[int], bank_size: int) -> list[int]:
+    """How many of each process's first rows would be pushed out again by those behind them."""
+    left, skipped = max(0, sum(shares) - bank_size), []
+    for share in shares:
+        skipped.append(min(share, left))
+        left -= skipped[-1]
+    return skipped

@@ -5,6 +5,7 @@ Every function gives the one-process answer where there is no group.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,19 +33,18 @@ class ProcessGroup:
             dist.all_reduce(tensor)
         return tensor
 
-    def gather_rows(self, rows: Tensor) -> Tensor:
-        """Rows of all processes in the order of the ranks; the counts may differ."""
+    def gather_rows(self, rows: Tensor, shares: Sequence[int]) -> Tensor:
+        """Rows of all processes in the order of the ranks; `shares` are their numbers."""
         if not is_distributed():
             return rows
-        counts = [
-            int(n)
-            for n in self._gather(torch.tensor([len(rows)], device=rows.device), self.world_size)
-        ]
+        longest = max(shares)
+        if min(shares) == longest:
+            return self._gather(rows, self.world_size)
         # Collectives need equal shapes: pad to the longest share, then cut.
-        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded = rows.new_zeros(longest, *rows.shape[1:])
         padded[: len(rows)] = rows
-        parts = torch.split(self._gather(padded, self.world_size), max(counts))
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        parts = torch.split(self._gather(padded, self.world_size), longest)
+        return torch.cat([part[:share] for part, share in zip(parts, shares, strict=True)])
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """The tensor of rank 0."""
@@ -77,15 +77,6 @@ def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
         device_ids=[device.index] if device.type == "cuda" else None,
         broadcast_buffers=False,
     )
-
-
-def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set in any process; all get the same answer."""
-    if not is_distributed():
-        return flag
-    tensor = torch.tensor(int(flag), device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return bool(tensor)
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -15,7 +15,6 @@ import torch
 from drtune_ray.config import TrialConfig
 from drtune_ray.data.dataset import TrainingData
 from drtune_ray.training.backbones import Backbone
-from drtune_ray.training.distributed import any_process
 from drtune_ray.training.records import DIVERGED, EpochReport, SavePoint
 from drtune_ray.training.trial import Trial
 
@@ -44,7 +43,8 @@ def train_epochs(
         resume: A checkpoint of the same trial, as `TrialFolder.newest` gives it.
         device: Where to train; the CPU by default.
         num_threads: torch's threads; None leaves them.
-        save_requested: Asked after every step; True yields a `SavePoint` at once.
+        save_requested: Asked at every step; True in any process yields a `SavePoint` after it
+            (on CUDA devices of several processes, `LAG` steps later).
         on_progress: Called before every batch, validation and bank warm-up included: a training
             that does not call it for long is stuck.
 
@@ -71,12 +71,15 @@ def _train_one_epoch(trial: Trial, save_requested: Callable[[], bool]) -> Iterat
     config, progress = trial.config.training, trial.progress
     started, last_save = time.monotonic(), time.monotonic()
     trial.has_trained = True
-    for is_finite in trial.steps():
+
+    def wants_save() -> bool:
+        return time.monotonic() - last_save > config.save_every_seconds or save_requested()
+
+    for is_finite in trial.steps(wants_save):
         if not is_finite:
             progress.outcome = DIVERGED
             return
-        is_due = time.monotonic() - last_save > config.save_every_seconds or save_requested()
-        if any_process(is_due, trial.device) and not trial.watch.has_diverged(wait=True):
+        if trial.signals.take_save() and not trial.signals.has_diverged():
             progress.epoch_seconds += time.monotonic() - started
             started = last_save = time.monotonic()
             yield SavePoint(progress.epochs_done, progress.steps_done, trial.save)

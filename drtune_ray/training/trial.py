@@ -35,7 +35,7 @@ from drtune_ray.training.model import (
 )
 from drtune_ray.training.optim import build_optimizer, build_schedule, learning_rates
 from drtune_ray.training.records import COMPLETED, DIVERGED, PATIENCE, EpochRecord, EpochReport
-from drtune_ray.training.watch import FiniteWatch
+from drtune_ray.training.watch import StepSignals
 
 EVALUATION_ROWS = 64
 FROZEN_PREFIX = "pretrained_encoder."
@@ -104,7 +104,7 @@ class Trial:
             device.type, enabled=self.amp_dtype == torch.float16 and device.type == "cuda"
         )
         self.progress = _Progress()
-        self.watch = FiniteWatch(self.group)
+        self.signals = StepSignals(self.group)
         self.pending: list[Tensor] = []
         self.part_names: list[str] = ["cross_entropy"]
         if isinstance(method, DRTune):
@@ -120,30 +120,32 @@ class Trial:
         rows = [row for batch in order for row in batch][: self.method.bank.bank_size]
         size = self.config.training.batch_size
         batches = [rows[at : at + size] for at in range(0, len(rows), size)]
-        for images, labels, features, num_rows in self._batches(batches, epoch=-1):
+        for batch in self._batches(batches, epoch=-1):
             with self._autocast():
-                known = None if features is None else features[:num_rows]
-                self.method.warm_up_bank(images[:num_rows], labels[:num_rows], known)
+                self.method.warm_up_bank(*batch)
 
-    def steps(self) -> Iterator[bool]:
+    def steps(self, wants_save: Callable[[], bool] = lambda: False) -> Iterator[bool]:
         """Train the rest of the present epoch; after each step, whether all is finite so far.
 
         On an accelerator the answer is `LAG` steps late: by then the weights may be broken.
+
+        Args:
+            wants_save: Asked at each step; see `StepSignals.take_save`.
         """
         progress = self.progress
         set_training_mode(self.method, self.config.training.batch_norm)
         if progress.steps_done == 0:
             self.method.begin_epoch()
         batches = self._global_batches(progress.epochs_done)[progress.steps_done :]
-        for images, labels, features, num_rows in self._batches(batches, progress.epochs_done):
+        for images, labels, features, shares in self._batches(batches, progress.epochs_done):
             with self._autocast():
-                output = self.module(images, labels, features, num_rows)
-            self.watch.add(output.is_finite)
-            if self.watch.has_diverged():
+                output = self.module(images, labels, features, shares)
+            self.signals.add(output.is_finite, wants_save())
+            if self.signals.has_diverged():
                 yield False
                 return
             self._update(output.loss)
-            correct = (output.logits.argmax(1) == labels[:num_rows]).sum()
+            correct = (output.logits.argmax(1) == labels[: shares[self.group.rank]]).sum()
             values = [output.loss.detach(), *output.parts.values(), correct]
             self.pending.append(torch.stack([value.double() for value in values]))
             progress.steps_done += 1
@@ -153,7 +155,7 @@ class Trial:
         """Validate, record the epoch and decide whether the trial has ended."""
         started = time.monotonic()
         progress = self.progress
-        if self.watch.has_diverged(wait=True):
+        if self.signals.has_diverged(wait=True):
             progress.outcome = DIVERGED
             return
         self._collect_steps()
@@ -248,15 +250,19 @@ class Trial:
 
     def _batches(
         self, global_batches: Sequence[Sequence[int]], epoch: int
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None, int]]:
-        """This process's share of each batch: images, labels, z^p and how many rows count."""
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None, list[int]]]:
+        """This process's part of each batch: images, labels, z^p, and the rows each has of it."""
         view = self.data.view_of_epoch(epoch)
-        shares = [self._share(batch) for batch in global_batches]
-        # A process without rows of its own runs one spare row, so that its graph stays whole.
-        pairs = zip(shares, global_batches, strict=True)
-        loaded = [share or list(batch[:1]) for share, batch in pairs]
+        shares = [_shares(len(batch), self.group.world_size) for batch in global_batches]
+        loaded = []
+        for batch, counts in zip(global_batches, shares, strict=True):
+            # Consecutive rows, so that gathering in the order of the ranks restores the batch.
+            start = sum(counts[: self.group.rank])
+            own = list(batch[start : start + counts[self.group.rank]])
+            # A process without rows of its own runs one spare row: its graph stays whole.
+            loaded.append(own or list(batch[:1]))
         pictures = self.data.training_batches(loaded, view)
-        for share, rows, (pixels, labels) in zip(shares, loaded, pictures, strict=True):
+        for counts, rows, (pixels, labels) in zip(shares, loaded, pictures, strict=True):
             self._on_progress()
             features = self.data.pretrained_features(rows, view)
             if features is not None:
@@ -267,19 +273,12 @@ class Trial:
                 self._images(pixels),
                 labels.to(self.device, non_blocking=True),
                 features,
-                len(share),
+                counts,
             )
 
     def _images(self, pixels: Tensor) -> Tensor:
         pixels = pixels.to(self.device, non_blocking=True)
         return self.normalizer(pixels).to(self.dtype)
-
-    def _share(self, batch: Sequence[int]) -> list[int]:
-        """Consecutive rows, so that gathering in the order of the ranks restores the batch."""
-        world_size, rank = self.group.world_size, self.group.rank
-        short, num_longer = divmod(len(batch), world_size)
-        start = rank * short + min(rank, num_longer)
-        return list(batch[start : start + short + (rank < num_longer)])
 
     def _update(self, loss: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -336,6 +335,12 @@ class Trial:
             totals += torch.stack([correct.double(), loss.double(), totals.new_tensor(len(labels))])
         correct_sum, loss_sum, count = self.group.sum(totals).tolist()
         return {"val_accuracy": correct_sum / count, "val_loss": loss_sum / count}
+
+
+def _shares(num_rows: int, world_size: int) -> list[int]:
+    """How many rows of a global batch each process gets; the first ones one more."""
+    short, num_longer = divmod(num_rows, world_size)
+    return [short + (rank < num_longer) for rank in range(world_size)]
 
 
 def _amp_dtype(precision: str, device: torch.device) -> torch.dtype | None:

@@ -1,4 +1,4 @@
-"""Knowing that a training has diverged, without making the device wait at every step."""
+"""What the processes of a trial tell each other at every step, without making a device wait."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from drtune_ray.training.distributed import ProcessGroup
 LAG = 2
 
 
-class FiniteWatch:
-    """Collects each step's `is_finite`, over all processes, and tells once one was false.
+class StepSignals:
+    """Two flags a step, over all processes: was it not finite, and does one of them want to save.
 
-    On a CUDA device `LAG` steps later, or when asked to wait; elsewhere at once.
+    Both travel in one message of two numbers. On a CUDA device they are known `LAG` steps later,
+    or when asked to wait; elsewhere at once. A process alone knows its own wish at once.
 
     Args:
         group: The processes of the trial.
@@ -25,20 +26,28 @@ class FiniteWatch:
 
     def __init__(self, group: ProcessGroup) -> None:
         self._group = group
-        self._flags: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
-        self._has_diverged = False
+        self._pending: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self._has_diverged, self._save_is_due = False, False
 
-    def add(self, is_finite: Tensor) -> None:
-        """Take the flag of a step: a boolean scalar on the device."""
-        num_broken = self._group.sum((~is_finite).float())
-        if num_broken.device.type != "cuda":
-            self._flags.append((num_broken, None))
+    def add(self, is_finite: Tensor, wants_save: bool = False) -> None:
+        """Take the flags of a step.
+
+        Args:
+            is_finite: A boolean scalar on the device.
+            wants_save: Whether this process asks for a save point.
+        """
+        self._save_is_due |= wants_save and self._group.world_size == 1
+        broken = (~is_finite).float()
+        # Filled on the device: a number from the host would make it wait.
+        flags = self._group.sum(torch.stack([broken, torch.full_like(broken, float(wants_save))]))
+        if flags.device.type != "cuda":
+            self._pending.append((flags, None))
             return
         # To pinned memory, behind the step's own work on the stream: the host does not wait.
-        copied = torch.empty((), pin_memory=True).copy_(num_broken, non_blocking=True)
+        copied = torch.empty(2, pin_memory=True).copy_(flags, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(num_broken.device))
-        self._flags.append((copied, event))
+        event.record(torch.cuda.current_stream(flags.device))
+        self._pending.append((copied, event))
 
     def has_diverged(self, *, wait: bool = False) -> bool:
         """Whether a step was not finite.
@@ -46,9 +55,23 @@ class FiniteWatch:
         Args:
             wait: Count the newest steps too, which an accelerator may still be working on.
         """
-        while self._flags and (wait or self._flags[0][1] is None or len(self._flags) > LAG):
-            copied, event = self._flags.popleft()
+        self._read(wait)
+        return self._has_diverged
+
+    def take_save(self) -> bool:
+        """Whether a save point is due; asking settles it, for the steps under way as well."""
+        self._read(wait=False)
+        if not self._save_is_due:
+            return False
+        self._read(wait=True)
+        self._save_is_due = False
+        return True
+
+    def _read(self, wait: bool) -> None:
+        while self._pending and (wait or self._pending[0][1] is None or len(self._pending) > LAG):
+            flags, event = self._pending.popleft()
             if event is not None:
                 event.synchronize()
-            self._has_diverged |= bool(copied)
-        return self._has_diverged
+            num_broken, num_wishes = flags.tolist()
+            self._has_diverged |= num_broken > 0
+            self._save_is_due |= num_wishes > 0

@@ -251,12 +251,12 @@ def test_ce_tuning_is_the_cross_entropy_of_the_batch():
 
 
 @pytest.mark.parametrize("make", [warmed_up, lambda: CETuning(make_encoder(0), make_head())])
-def test_rows_beyond_num_rows_do_not_count(make):
+def test_rows_beyond_the_share_do_not_count(make):
     images, labels = make_data(5)
     spared, shorter = make(), make()
-    actual = run_step(spared, images, labels, None, 3)
+    actual = run_step(spared, images, labels, None, [3])
     assert_same(actual, run_step(shorter, images[:3], labels[:3]), atol=1e-12)
-    assert len(spared(images, labels, None, 3).logits) == 3
+    assert len(spared(images, labels, None, [3]).logits) == 3
     shorter(images[:3], labels[:3])
     assert_same(bank_of(spared), bank_of(shorter), atol=1e-12)
 
