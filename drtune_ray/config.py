@@ -16,10 +16,10 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
-    PlainValidator,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -46,7 +46,7 @@ def _workers(value: Any) -> int | tuple[int, int]:
     return bounds[0] if bounds[0] == bounds[-1] else (bounds[0], bounds[1])
 
 
-Workers = Annotated[int | tuple[int, int], PlainValidator(_workers)]
+Workers = Annotated[int | tuple[int, int], BeforeValidator(_workers)]
 
 
 class Section(BaseModel):
@@ -220,6 +220,17 @@ class TrialConfig(Section):
     def with_values(self, values: Mapping[str, Any]) -> Self:
         """A copy with dotted paths replaced, validated as a whole."""
         return validated(type(self), deep_merge(self.to_mapping(), nested(values)))
+
+
+# Settings of a trial that change where and how fast it runs, not what comes out but for rounding.
+TRIAL_NOT_DECIDING = (
+    "data.train",
+    "data.loader_workers",
+    "data.cache_limit_gib",
+    "backbone.weights",
+    "training.workers",
+    "training.save_every_seconds",
+)
 
 
 class SamplerConfig(Section):
@@ -527,6 +538,14 @@ def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, An
         both = isinstance(below, Mapping) and isinstance(value, Mapping)
         merged[key] = deep_merge(below, value) if both else value  # type: ignore[arg-type]
     return merged
+
+
+def flattened_without(values: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
+    """As :func:`flattened`, without the values at and below some paths."""
+    groups = tuple(f"{path}." for path in paths)
+    return {
+        key: value for key, value in flattened(values).items() if not f"{key}.".startswith(groups)
+    }
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:

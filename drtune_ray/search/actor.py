@@ -26,7 +26,7 @@ from drtune_ray.search.protocol import (
     trial_result,
 )
 from drtune_ray.training.backbones import read_backbone
-from drtune_ray.training.checkpoint import TrialFolder
+from drtune_ray.training.checkpoint import TrialFolder, trial_identity
 from drtune_ray.training.loop import train_epochs
 from drtune_ray.training.records import EpochReport, SavePoint
 
@@ -69,11 +69,12 @@ class Workshop:
 
     def epochs(self, config: TrialConfig, folder: TrialFolder) -> Iterator[EpochReport | SavePoint]:
         """Train a configuration from its newest sound checkpoint, or from the start."""
+        content = (self._tables.images.name, self._tables.backbone.name)
         return train_epochs(
             config,
             self._training_data(config.data),
             self._backbone,
-            resume=folder.newest(),
+            resume=folder.begin(trial_identity(config, folder.path.name, *content)),
             device=self._device,
             num_threads=self.workplace.num_threads,
         )

@@ -14,7 +14,13 @@ from typing import Any
 import filelock
 
 import drtune_ray
-from drtune_ray.config import TrackingConfig, flattened, read_yaml, to_yaml
+from drtune_ray.config import (
+    TRIAL_NOT_DECIDING,
+    TrackingConfig,
+    flattened_without,
+    read_yaml,
+    to_yaml,
+)
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 
 RECORD_FILE = "study.yaml"
@@ -33,17 +39,13 @@ NOT_DECIDING = (
     "trials",
     "resources",
     "tracking",
-    "trial.data.train",
-    "trial.data.loader_workers",
-    "trial.data.cache_limit_gib",
-    "trial.backbone.weights",
-    "trial.training.save_every_seconds",
-    "data.train",
-    "data.loader_workers",
-    "data.cache_limit_gib",
-    "backbone.weights",
-    "training.save_every_seconds",
+    *TRIAL_NOT_DECIDING,
+    *(f"trial.{path}" for path in TRIAL_NOT_DECIDING),
 )
+SEVERAL_WORKERS = "several workers a trial"
+ADVICE = {
+    SEVERAL_WORKERS: " (training.workers may change, but not between 1 and more than 1)",
+}
 
 
 @dataclass(frozen=True)
@@ -121,11 +123,11 @@ def deciding_values(
     config: Mapping[str, Any], data_digest: str, weights_digest: str
 ) -> dict[str, Any]:
     """Everything that decides the results of a study or training, flat."""
-    kept = {
-        key: value
-        for key, value in flattened(config).items()
-        if not any(key == name or key.startswith(name + ".") for name in NOT_DECIDING)
-    }
+    kept = flattened_without(config, NOT_DECIDING)
+    if "trial" in config:
+        # One worker runs the authors' reference trial with local BatchNorm statistics, as their
+        # code does; of several, each would see a part of the batch (`reference_config`).
+        kept[SEVERAL_WORKERS] = config["trial"]["training"]["workers"] != 1
     return kept | {
         "content of the images and splits": data_digest,
         "content of the pretrained weights": weights_digest,
@@ -154,6 +156,7 @@ def open_record(
     former = read_record(folder)
     differences = [
         f"  {key}: {former.deciding.get(key)!r} there, {deciding.get(key)!r} here"
+        + ADVICE.get(key, "")
         for key in sorted(former.deciding.keys() | deciding.keys())
         if former.deciding.get(key) != deciding.get(key)
     ]

@@ -1,7 +1,8 @@
 """A trial's folder: everything it needs to go on exactly where it stopped.
 
-A checkpoint file carries its own checksum, appears under its name only when it is complete, and
-is verified before a byte of it is used. The newest two are kept, and the best epoch's weights.
+A checkpoint carries its own checksum and the identity of its trial, appears under its name only
+when it is complete, and is verified before a byte of it is used. The newest two are kept, and the
+best epoch's weights.
 """
 
 from __future__ import annotations
@@ -9,35 +10,37 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from drtune_ray.config import TRIAL_NOT_DECIDING, TrialConfig, digest, flattened_without
+from drtune_ray.data.artifacts import Folder, LocalFolder
 from drtune_ray.errors import CheckpointError
+from drtune_ray.training.distributed import ProcessGroup, gather_objects
 
 logger = logging.getLogger(__name__)
 
 MAGIC = b"drtune-ray checkpoint 1\n"
 NUM_KEPT = 2
 BEST_NAME = "best.ckpt"
+IDENTITY = "trial"  # the key under which a checkpoint says whose it is
+
+
+def trial_identity(config: TrialConfig, *of_what: str) -> str:
+    """What the checkpoints of a trial have in common, and those of no other trial.
+
+    Args:
+        config: Its configuration. Places, and the number of workers, may change between two runs.
+        of_what: Names of the trial, its images and its pretrained weights.
+    """
+    return digest(of_what, flattened_without(config.to_mapping(), TRIAL_NOT_DECIDING))
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write tensors and plain values atomically, checksum first."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    payload = buffer.getbuffer()
-    temporary = path.with_name(f".{path.name}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary.open("wb") as file:
-        file.write(MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n")
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_folder(path.parent)
+    LocalFolder(path.parent).write(path.name, *_encoded(state))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -47,17 +50,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: If the file is missing, torn or not one of ours.
     """
     try:
-        content = path.read_bytes()
+        return _decoded(path.read_bytes(), str(path))
     except OSError as error:
         raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror}") from None
-    header, checksum_end = len(MAGIC), len(MAGIC) + 64
-    if content[:header] != MAGIC:
-        raise CheckpointError(f"{path} is not a drtune-ray checkpoint: remove it")
-    payload = memoryview(content)[checksum_end + 1 :]
-    if hashlib.sha256(payload).hexdigest().encode() != content[header:checksum_end]:
-        raise CheckpointError(f"checkpoint {path} is torn (its checksum differs): remove it")
-    state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    return state
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}: remove it") from None
 
 
 class TrialFolder:
@@ -65,47 +62,120 @@ class TrialFolder:
 
     Args:
         path: The trial's folder; made when first written to.
+        artifacts: Where the checkpoints lie instead, so that they outlive this machine's disk.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, artifacts: Folder | None = None) -> None:
         self.path = path
+        self._artifacts = artifacts
+        self._files: Folder = artifacts or LocalFolder(path)
+        self._identity: str | None = None
 
     @property
     def best(self) -> Path:
-        """Weights of the best epoch."""
+        """Weights of the best epoch; from artifacts they come by :meth:`fetch_best`."""
         return self.path / BEST_NAME
+
+    def fetch_best(self) -> Path:
+        """The weights of the best epoch, on this machine.
+
+        Raises:
+            FileNotFoundError: If there are none.
+        """
+        if self._artifacts is not None:
+            self._artifacts.download(BEST_NAME, self.best)
+        return self.best
+
+    def begin(self, identity: str) -> dict[str, Any] | None:
+        """Make the folder this trial's: clear what a former process left, and go on from there.
+
+        All processes of a trial call it and get the same checkpoint.
+
+        Args:
+            identity: Of the trial; checkpoints that are saved from now on carry it.
+
+        Returns:
+            The newest sound checkpoint of the trial, if there is one. Unsound ones are named in
+            the log and removed.
+
+        Raises:
+            OSError: If checkpoints are there and none can be read: the trial must not start over.
+        """
+        self._identity = identity
+        is_first = ProcessGroup().rank == 0
+        if is_first:
+            self._files.remove_leftovers()
+        found = self._newest_sound(identity, remove=True) if is_first else None
+        name = gather_objects(found[0] if found else None)[0]
+        if found is not None or name is None:
+            return found[1] if found else None
+        return self._read(name, identity)
 
     def save(self, state: dict[str, Any], epoch: int, step: int) -> None:
         """Write a checkpoint taken after `step` steps of the epoch that follows `epoch`."""
-        write_checkpoint(self.path / f"epoch-{epoch:05d}-step-{step:07d}.ckpt", state)
+        name = f"epoch-{epoch:05d}-step-{step:07d}.ckpt"
+        self._files.write(name, *_encoded(state | {IDENTITY: self._identity}))
         for outdated in self._newest_first()[NUM_KEPT:]:
-            outdated.unlink(missing_ok=True)
+            self._files.remove(outdated)
 
     def save_best(self, state: dict[str, Any]) -> None:
         """Replace the weights of the best epoch."""
-        write_checkpoint(self.best, state)
+        self._files.write(BEST_NAME, *_encoded(state))
 
     def newest(self) -> dict[str, Any] | None:
-        """The newest sound checkpoint; unsound ones are named in the log and passed over."""
-        for path in self._newest_first():
-            try:
-                return read_checkpoint(path)
-            except CheckpointError as error:
-                logger.warning("%s; the one before it is used", error)
-        return None
+        """The newest sound checkpoint, whosever it is; unsound ones are passed over."""
+        found = self._newest_sound(None, remove=False)
+        return found[1] if found else None
 
     def drop_resumable(self) -> None:
         """Remove what only an unfinished trial needs; the best weights stay."""
-        for path in self._newest_first():
-            path.unlink(missing_ok=True)
+        self._files.remove_leftovers()
+        for name in self._newest_first():
+            self._files.remove(name)
 
-    def _newest_first(self) -> list[Path]:
-        return sorted(self.path.glob("epoch-*.ckpt"), reverse=True)
+    def _newest_first(self) -> list[str]:
+        return [name for name in reversed(self._files.names()) if name.startswith("epoch-")]
+
+    def _newest_sound(
+        self, identity: str | None, *, remove: bool
+    ) -> tuple[str, dict[str, Any]] | None:
+        unreadable: OSError | None = None
+        for name in self._newest_first():
+            try:
+                return name, self._read(name, identity)
+            except CheckpointError as error:
+                logger.warning("%s; the one before it is used", error)
+                if remove:  # by its name it may be newer than those to come, and outlast them
+                    self._files.remove(name)
+            except OSError as error:
+                unreadable = error
+                address = self._files.address(name)
+                logger.warning("cannot read checkpoint %s: %s", address, error)
+        if unreadable is not None:
+            raise unreadable
+        return None
+
+    def _read(self, name: str, identity: str | None) -> dict[str, Any]:
+        address = self._files.address(name)
+        state = _decoded(self._files.read(name), address)
+        if identity is not None and state.get(IDENTITY) != identity:
+            raise CheckpointError(f"checkpoint {address} is of another trial or configuration")
+        return state
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _encoded(state: dict[str, Any]) -> tuple[bytes, memoryview]:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getbuffer()
+    return MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n", payload
+
+
+def _decoded(content: bytes, address: str) -> dict[str, Any]:
+    header, checksum_end = len(MAGIC), len(MAGIC) + 64
+    if content[:header] != MAGIC:
+        raise CheckpointError(f"{address} is not a drtune-ray checkpoint")
+    payload = memoryview(content)[checksum_end + 1 :]
+    if hashlib.sha256(payload).hexdigest().encode() != content[header:checksum_end]:
+        raise CheckpointError(f"checkpoint {address} is torn (its checksum differs)")
+    state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    return state

@@ -109,6 +109,8 @@ def test_open_record__two_studies_have_two_identities(tmp_path: Path) -> None:
         ("trial.data.cache_limit_gib", 1.0),
         ("trial.backbone.weights", "/mnt/weights.pth"),
         ("trial.training.save_every_seconds", 30.0),
+        ("resources.gpus_per_trial", 0.25),
+        ("resources.wait_seconds", 60.0),
     ],
 )
 def test_open_record__budgets_and_places_may_change(folder: Path, path: str, value: Any) -> None:
@@ -156,6 +158,37 @@ def test_open_record__what_decides_the_results_may_not_change(
         f"  {path}: {before!r} there, {after!r} here"
     )
     assert (folder / RECORD_FILE).read_text() == written
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 4), (3, 2)])
+def test_open_record__several_workers_may_become_other_several(
+    folder: Path, first: int, second: int
+) -> None:
+    before = opened(folder, {"trial.training.workers": first})
+    assert opened(folder, {"trial.training.workers": second}).deciding == before.deciding
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 2), (4, 1)])
+def test_open_record__a_study_does_not_change_between_one_worker_and_several(
+    folder: Path, first: int, second: int
+) -> None:
+    """Of several, the authors' reference trial would see BatchNorm statistics of a part."""
+    opened(folder, {"trial.training.workers": first})
+    with pytest.raises(ConfigError) as caught:
+        opened(folder, {"trial.training.workers": second})
+    assert str(caught.value).splitlines()[1:] == [
+        f"  several workers a trial: {first > 1} there, {second > 1} here (training.workers may "
+        "change, but not between 1 and more than 1)"
+    ]
+
+
+def test_open_record__a_training_may_resume_on_any_number_of_workers(folder: Path) -> None:
+    ids = set()
+    for workers in (1, 3, [1, 2]):
+        trial = config(folder, {"trial.training.workers": workers}).trial.to_mapping()
+        deciding = deciding_values(trial, "data hash", "weights hash")
+        ids.add(open_record(folder, TRAINING, trial, deciding, TrackingConfig()).study_id)
+    assert len(ids) == 1
 
 
 def test_open_record__every_difference_is_shown(folder: Path) -> None:

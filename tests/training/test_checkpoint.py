@@ -3,17 +3,22 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from drtune_ray.config import TrialConfig
 from drtune_ray.errors import CheckpointError
 from drtune_ray.training.checkpoint import (
     MAGIC,
     TrialFolder,
     read_checkpoint,
+    trial_identity,
     write_checkpoint,
 )
 
@@ -77,6 +82,24 @@ def test_write_checkpoint__failed_writer_leaves_the_former_file(
     with pytest.raises(OSError, match="No space left"):
         write_checkpoint(path, state(2))
     assert_same(read_checkpoint(path), state(1))
+    assert names_in(tmp_path) == ["a.ckpt"]  # a full disk is not made fuller
+
+
+def test_write_checkpoint__two_writers_do_not_mix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two nodes that lost sight of each other may write the same epoch at the same time.
+    path, replace = tmp_path / "a.ckpt", Path.replace
+
+    def replace_after_the_other(self: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "replace", replace)
+        write_checkpoint(path, state(2))
+        return self.replace(target)
+
+    monkeypatch.setattr(Path, "replace", replace_after_the_other)
+    write_checkpoint(path, state(1))
+    assert_same(read_checkpoint(path), state(1))
+    assert names_in(tmp_path) == ["a.ckpt"]
 
 
 def test_write_checkpoint__is_on_disk_before_it_has_its_name(
@@ -163,8 +186,14 @@ def test_read_checkpoint__runs_no_code(tmp_path: Path) -> None:
 # ---- a trial's folder
 
 
+def stamped(number: int, identity: str | None = None) -> dict[str, Any]:
+    """What a folder gives back of `state(number)`."""
+    return state(number) | {"trial": identity}
+
+
 def test_trial_folder__empty_and_missing(folder: TrialFolder) -> None:
     assert folder.newest() is None
+    assert folder.begin("mine") is None
     folder.drop_resumable()
     assert not folder.path.exists()
     folder.path.mkdir(parents=True)
@@ -175,7 +204,7 @@ def test_trial_folder__newest_two_are_kept(folder: TrialFolder) -> None:
     points = [(0, 3), (1, 0), (1, 12), (2, 0), (10, 0), (10, 5)]
     for number, (epoch, step) in enumerate(points):
         folder.save(state(number), epoch, step)
-        assert_same(folder.newest(), state(number))
+        assert_same(folder.newest(), stamped(number))
         assert len(names_in(folder.path)) == min(number + 1, 2)
     assert names_in(folder.path) == [
         "epoch-00010-step-0000000.ckpt",
@@ -189,21 +218,44 @@ def test_trial_folder__best_is_apart(folder: TrialFolder) -> None:
         folder.save(state(number), number, 0)
     folder.save_best(state(8))
     assert_same(read_checkpoint(folder.best), state(8))
-    assert_same(folder.newest(), state(3))
+    assert_same(folder.newest(), stamped(3))
     folder.drop_resumable()
     assert names_in(folder.path) == ["best.ckpt"]
     assert folder.newest() is None
     assert_same(read_checkpoint(folder.best), state(8))
 
 
-def test_trial_folder__leftover_of_a_killed_writer_is_ignored(folder: TrialFolder) -> None:
+@pytest.mark.parametrize("when", ["begin", "drop_resumable"])
+def test_trial_folder__leftovers_of_killed_writers_are_removed(
+    folder: TrialFolder, when: str
+) -> None:
     folder.save(state(1), 1, 0)
-    for name in (".epoch-00002-step-0000000.ckpt.tmp", ".best.ckpt.tmp"):
+    for name in (".epoch-00002-step-0000000.ckpt.0a1b.tmp", ".best.ckpt.2c3d.tmp"):
         (folder.path / name).write_bytes(MAGIC + b"half")
-    assert_same(folder.newest(), state(1))
-    folder.save(state(2), 2, 0)  # the same name again
-    assert_same(folder.newest(), state(2))
-    assert ".epoch-00002-step-0000000.ckpt.tmp" not in names_in(folder.path)
+    assert_same(folder.newest(), stamped(1))
+    if when == "begin":
+        folder.begin("mine")
+    else:
+        folder.drop_resumable()
+    assert [name for name in names_in(folder.path) if name.endswith(".tmp")] == []
+
+
+def test_write_checkpoint__killed_writer_leaves_what_begin_removes(folder: TrialFolder) -> None:
+    """A real kill -9 between the first byte and the name."""
+    script = (
+        "import os, signal, sys, torch\n"
+        "from pathlib import Path\n"
+        "from drtune_ray.training.checkpoint import TrialFolder\n"
+        "os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "TrialFolder(Path(sys.argv[1])).save({'weight': torch.zeros(9)}, 2, 0)\n"
+    )
+    folder.begin("mine")
+    folder.save(state(1), 1, 0)
+    killed = subprocess.run([sys.executable, "-c", script, str(folder.path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(names_in(folder.path)) == 2
+    assert_same(folder.begin("mine"), stamped(1, "mine"))
+    assert names_in(folder.path) == ["epoch-00001-step-0000000.ckpt"]
 
 
 @pytest.mark.parametrize("how", ["half", "one bit"])
@@ -215,9 +267,9 @@ def test_trial_folder__torn_newest_falls_back_and_says_so(
     torn = folder.path / "epoch-00002-step-0000000.ckpt"
     torn.write_bytes(damaged(torn.read_bytes(), how))
     with caplog.at_level(logging.WARNING):
-        assert_same(folder.newest(), state(1))
+        assert_same(folder.newest(), stamped(1))
     assert [record.getMessage() for record in caplog.records] == [
-        f"checkpoint {torn} is torn (its checksum differs): remove it; the one before it is used"
+        f"checkpoint {torn} is torn (its checksum differs); the one before it is used"
     ]
 
 
@@ -227,7 +279,7 @@ def test_trial_folder__going_on_after_a_torn_one(folder: TrialFolder) -> None:
     (folder.path / "epoch-00002-step-0000500.ckpt").write_bytes(MAGIC)
     # The trial goes on from epoch 1 and saves at an earlier step than the torn one's.
     folder.save(state(3), 2, 100)
-    assert_same(folder.newest(), state(3))
+    assert_same(folder.newest(), stamped(3))
 
 
 def test_trial_folder__all_torn_starts_again(
@@ -240,3 +292,90 @@ def test_trial_folder__all_torn_starts_again(
     with caplog.at_level(logging.WARNING):
         assert folder.newest() is None
     assert len(caplog.records) == 2
+
+
+def test_trial_folder__foreign_checkpoint_is_refused_by_name(
+    folder: TrialFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder.begin("mine")
+    folder.save(state(1), 1, 0)
+    other = TrialFolder(folder.path.with_name("00008"))
+    other.begin("another")
+    for epoch in (4, 5):
+        other.save(state(epoch), epoch, 0)
+        name = f"epoch-{epoch:05d}-step-0000000.ckpt"
+        (other.path / name).rename(folder.path / name)
+    with caplog.at_level(logging.WARNING):
+        assert_same(folder.begin("mine"), stamped(1, "mine"))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"checkpoint {folder.path}/epoch-{epoch:05d}-step-0000000.ckpt is of another trial or "
+        "configuration; the one before it is used"
+        for epoch in (5, 4)
+    ]
+    # Of later epochs by their names: they would push out those that are saved next.
+    folder.save(state(2), 2, 0)
+    assert_same(folder.begin("mine"), stamped(2, "mine"))
+
+
+def test_trial_folder__starting_over_after_torn_ones_keeps_what_it_saves(
+    folder: TrialFolder,
+) -> None:
+    folder.begin("mine")
+    for epoch in (8, 9):
+        folder.save(state(epoch), epoch, 0)
+    for path in folder.path.iterdir():
+        path.write_bytes(b"")
+    assert folder.begin("mine") is None
+    folder.save(state(1), 0, 3)
+    assert_same(folder.begin("mine"), stamped(1, "mine"))
+
+
+def test_trial_folder__does_not_start_over_because_of_a_disk_that_cannot_be_read(
+    folder: TrialFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.begin("mine")
+    folder.save(state(1), 1, 0)
+
+    def broken(self: Path) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", broken)
+        with pytest.raises(OSError, match="Input/output error"):
+            folder.begin("mine")
+    assert_same(folder.begin("mine"), stamped(1, "mine"))
+
+
+# ---- whose it is
+
+
+def identity(values: dict[str, Any], *of_what: str) -> str:
+    base = {"data": {"train": "images"}}
+    return trial_identity(TrialConfig.from_mapping(base).with_values(values), *of_what)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("training.workers", 3),
+        ("data.train", "/mnt/images"),
+        ("data.cache_limit_gib", 1.0),
+        ("backbone.weights", "/mnt/weights.pth"),
+        ("training.save_every_seconds", 5.0),
+    ],
+)
+def test_trial_identity__places_and_workers_may_change(path: str, value: Any) -> None:
+    assert identity({path: value}, "00007") == identity({}, "00007")
+
+
+def test_trial_identity__all_that_decides_results_is_in_it() -> None:
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({}, "00007"),
+        ({}, "00008"),
+        ({"seed": 1}, "00007"),
+        ({"training.epochs": 99}, "00007"),
+        ({"training.batch_size": 16}, "00007"),
+        ({"method.calibration.rotation_rank": 5}, "00007"),
+        ({"data.views": 3}, "00007"),
+    ]
+    assert len({identity(*change) for change in changes}) == len(changes)

@@ -1,0 +1,269 @@
+"""Named files in a folder of this machine or under a prefix of an object store.
+
+Few operations, and each is atomic: a file is seen complete or not at all. An object store
+publishes an object only when it is complete; on a file system a temporary file is renamed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import unquote, urlsplit
+
+from drtune_ray.errors import ConfigError, EnvironmentProblem
+
+Content = bytes | memoryview
+OBJECT_STORES = ("s3", "gs", "gcs", "abfs", "abfss")
+LEFTOVERS = ".*.tmp"
+
+
+class Folder(Protocol):
+    """Files by name. What is missing raises `FileNotFoundError`, other failures `OSError`."""
+
+    def write(self, name: str, *parts: Content) -> None:
+        """Make the file of this name hold the parts, one behind the other."""
+
+    def read(self, name: str) -> bytes:
+        """What the file holds."""
+
+    def upload(self, path: Path, name: str) -> None:
+        """Copy a file of this machine into the folder."""
+
+    def download(self, name: str, path: Path) -> None:
+        """Copy a file to this machine; atomic like the rest."""
+
+    def names(self) -> list[str]:
+        """Of the files, sorted; none where there is no such folder."""
+
+    def remove(self, name: str) -> None:
+        """Remove the file if it is there."""
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed writers left half written."""
+
+    def below(self, name: str) -> Folder:
+        """A folder in this one."""
+
+    def address(self, name: str) -> str:
+        """Where a file lies, for people."""
+
+
+class LocalFolder:
+    """A folder on a file system.
+
+    Args:
+        path: Made when first written to.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, name: str, *parts: Content) -> None:
+        """Write, fsync and rename, so that a crash at any time leaves the former file."""
+
+        def fill(temporary: Path) -> None:
+            with temporary.open("xb") as file:
+                for part in parts:
+                    file.write(part)
+                file.flush()
+                os.fsync(file.fileno())
+
+        _put(self.path / name, fill)
+
+    def read(self, name: str) -> bytes:
+        """What the file holds."""
+        return (self.path / name).read_bytes()
+
+    def upload(self, path: Path, name: str) -> None:
+        """Copy a file into the folder."""
+        _put(self.path / name, lambda temporary: _copy(path, temporary))
+
+    def download(self, name: str, path: Path) -> None:
+        """Copy a file out of the folder."""
+        _put(path, lambda temporary: _copy(self.path / name, temporary))
+
+    def names(self) -> list[str]:
+        """Of the files, sorted."""
+        if not self.path.is_dir():
+            return []
+        return sorted(p.name for p in self.path.iterdir() if p.is_file() and p.name[0] != ".")
+
+    def remove(self, name: str) -> None:
+        """Remove the file if it is there."""
+        (self.path / name).unlink(missing_ok=True)
+
+    def remove_leftovers(self) -> None:
+        """Remove temporary files."""
+        for path in self.path.glob(LEFTOVERS):
+            path.unlink(missing_ok=True)
+
+    def below(self, name: str) -> LocalFolder:
+        """A folder in this one."""
+        return LocalFolder(self.path / name)
+
+    def address(self, name: str) -> str:
+        """The file's path."""
+        return str(self.path / name)
+
+
+class ObjectFolder:
+    """A prefix of an object store, through Arrow's file systems.
+
+    Args:
+        uri: As `pyarrow.fs.FileSystem.from_uri` takes it. Credentials come from the environment.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self._opened: tuple[Any, str] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Each process opens its own connection."""
+        return type(self), (self._uri,)
+
+    def write(self, name: str, *parts: Content) -> None:
+        """Write an object; it appears when all of it has arrived."""
+        files, root = self._open()
+        # In one piece: what fails between two pieces would be published half written.
+        with files.open_output_stream(f"{root}/{name}") as stream:
+            stream.write(parts[0] if len(parts) == 1 else b"".join(parts))
+
+    def read(self, name: str) -> bytes:
+        """What the object holds."""
+        files, root = self._open()
+        with files.open_input_stream(f"{root}/{name}") as stream:
+            content: bytes = stream.readall()
+        return content
+
+    def upload(self, path: Path, name: str) -> None:
+        """Copy a file of this machine, piece by piece."""
+        from pyarrow import fs
+
+        files, root = self._open()
+        fs.copy_files(
+            str(path),
+            f"{root}/{name}",
+            source_filesystem=fs.LocalFileSystem(),
+            destination_filesystem=files,
+        )
+
+    def download(self, name: str, path: Path) -> None:
+        """Copy an object to this machine, piece by piece."""
+        from pyarrow import fs
+
+        files, root = self._open()
+
+        def fill(temporary: Path) -> None:
+            fs.copy_files(
+                f"{root}/{name}",
+                str(temporary),
+                source_filesystem=files,
+                destination_filesystem=fs.LocalFileSystem(),
+            )
+            _sync(temporary)
+
+        _put(path, fill)
+
+    def names(self) -> list[str]:
+        """Of the objects directly below the prefix, sorted."""
+        from pyarrow import fs
+
+        files, root = self._open()
+        found = files.get_file_info(fs.FileSelector(root, allow_not_found=True))
+        return sorted(info.base_name for info in found if info.is_file)
+
+    def remove(self, name: str) -> None:
+        """Remove the object if it is there."""
+        files, root = self._open()
+        with suppress(FileNotFoundError):
+            files.delete_file(f"{root}/{name}")
+
+    def remove_leftovers(self) -> None:
+        """None are ever seen: the store drops them by a rule of its own (docs/servers.md)."""
+
+    def below(self, name: str) -> ObjectFolder:
+        """A longer prefix."""
+        address, question, options = self._uri.partition("?")
+        return ObjectFolder(f"{address.rstrip('/')}/{name}{question}{options}")
+
+    def address(self, name: str) -> str:
+        """The object's URI."""
+        return f"{self._uri.partition('?')[0].rstrip('/')}/{name}"
+
+    def _open(self) -> tuple[Any, str]:
+        if self._opened is None:
+            from pyarrow import fs
+
+            files, root = fs.FileSystem.from_uri(self._uri)
+            self._opened = files, root.rstrip("/")
+        return self._opened
+
+
+def open_folder(uri: str) -> Folder:
+    """The folder of a URI: ``file:///...``, or a prefix of an object store.
+
+    Raises:
+        ConfigError: For a URI of another kind.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme == "file" and parts.path.startswith("/") and not parts.netloc:
+        return LocalFolder(Path(unquote(parts.path)))
+    if parts.scheme in OBJECT_STORES and parts.netloc:
+        return ObjectFolder(uri)
+    raise ConfigError(
+        f"artifacts={uri!r} is not valid: give file:///FOLDER, s3://BUCKET/PREFIX or "
+        "gs://BUCKET/PREFIX"
+    )
+
+
+def check_folder(folder: Folder) -> None:
+    """Write, read and remove a file.
+
+    Raises:
+        EnvironmentProblem: If that fails, with the reason.
+    """
+    name, content = f"probe-{uuid.uuid4().hex}", b"drtune-ray"
+    try:
+        folder.write(name, content)
+        found = folder.read(name)
+        folder.remove(name)
+    except (OSError, ValueError) as error:
+        raise EnvironmentProblem(
+            f"artifacts: {folder.address(name)} cannot be written, read and removed ({error}): "
+            "check the address, that the bucket or folder exists, and the credentials in the "
+            "environment"
+        ) from None
+    if found != content:
+        raise EnvironmentProblem(f"artifacts: {folder.address(name)} reads as something else")
+
+
+def _put(path: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a temporary file that no other writer has, and give it its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        fill(temporary)
+        temporary.replace(path)
+    except BaseException:  # a full disk, most of all: what was written makes it fuller
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+    _sync(target)
+
+
+def _sync(path: Path) -> None:
+    """Onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
