@@ -3,7 +3,7 @@
 It saves when it is asked to, leaves when its machine is taken away, shows that it moves, and ends
 itself when it is stuck. A resident actor and a Ray Train worker do the same::
 
-    lifeline = Lifeline(study_folder / SAVE_REQUEST, hang_seconds)
+    lifeline = Lifeline(study_id, hang_seconds)
     with lifeline.guarding(trial_folder, rank):
         for event in train_epochs(
             ..., save_requested=lifeline.save_requested, on_progress=lifeline.progressed
@@ -11,22 +11,24 @@ itself when it is stuck. A resident actor and a Ray Train worker do the same::
             event.save(folder)
             lifeline.leave_if_told()
 
-Three things ask for a save: SIGTERM, the drain of the process's own node, and the driver, which
-writes into a file when it is interrupted. After the first two the process must leave, and
-`leave_if_told` raises what Ray Tune takes for a preemption: the trial goes on elsewhere, and no
-failure is counted.
+Three things ask for a save: SIGTERM, the drain of the process's own node, and the driver when it
+is interrupted (`ask_to_save`). After the first two the process must leave, and `leave_if_told`
+raises what Ray Tune takes for a preemption: the trial goes on elsewhere, and no failure is
+counted.
 
 SIGTERM is heard where `listening_for_sigterm` is entered on the main thread, as `guarding` does
 in a resident actor. Ray Train calls its training function in another thread, and Ray sets its own
 handler after every setup hook; there, the worker's own actor has to be asked, whose methods run on
 the main thread: ``RayTrainWorker.execute(listen_for_sigterm)``.
+
+Driver and processes talk through the key-value store of Ray's head: it reaches every node, whether
+or not a file system does, and nothing of it stays on a disk.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
-import os
 import signal
 import threading
 import time
@@ -36,13 +38,15 @@ from typing import IO, Any
 
 import ray
 from ray.exceptions import RayActorError
+from ray.experimental import internal_kv
 
-# In the study's folder. It is written in place and read by opening it: a network file system may
-# answer from its memory whether a file exists, but not what an opened one holds.
-SAVE_REQUEST = "save-request"
+NAMESPACE = "drtune-ray"
 POLL_SECONDS = 1.0
+# How often the guard is wound up again, at most.
 PROGRESS_SECONDS = 1.0
-HEARTBEATS, STACKS = "heartbeat-{}", "hang-{}.txt"
+# The driver looks this much later than the process itself, whose stacks say more.
+GRACE_SECONDS = 5.0
+STACKS = "hang-{}.txt"
 
 # SIGTERM is told to a process, not to an object in it.
 _told_to_leave = threading.Event()
@@ -62,20 +66,20 @@ class Lifeline:
     """One for each process that trains.
 
     Args:
-        request: The file into which the study's driver writes when all trials shall save.
+        study_id: Of the study or training.
         hang_seconds: A process that makes no progress for so long writes its stacks into the
             trial's folder and ends.
     """
 
-    def __init__(self, request: Path, hang_seconds: float) -> None:
-        self._request, self._hang_seconds = request, hang_seconds
+    def __init__(self, study_id: str, hang_seconds: float) -> None:
+        self._study_id, self._hang_seconds = study_id, hang_seconds
         self._interval = min(PROGRESS_SECONDS, hang_seconds / 4)
         self._save = threading.Event()
-        self._answered = read_request(request)
+        self._answered = _read(_save_key(study_id))
         self._has_saved_to_leave = False
         self._stacks: IO[str] | None = None
-        self._heartbeat: Path | None = None
-        self._last_progress = 0.0
+        self._progress_key = ""
+        self._num_progress, self._last_progress = 0, 0.0
         threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
 
     @contextlib.contextmanager
@@ -83,20 +87,20 @@ class Lifeline:
         """Within, the trial of this folder must make progress.
 
         Args:
-            trial_folder: Takes the heartbeat, and the stacks of a process that hangs.
+            trial_folder: Takes the stacks of a process that hangs.
             rank: Of this process among those of the trial.
         """
         trial_folder.mkdir(parents=True, exist_ok=True)
-        self._heartbeat = trial_folder / HEARTBEATS.format(rank)
-        self._heartbeat.touch()
-        with (trial_folder / STACKS.format(rank)).open("w") as self._stacks:
+        self._progress_key = f"{_progress_prefix(self._study_id, trial_folder.name)}{rank}"
+        path = trial_folder / STACKS.format(rank)
+        with path.open("w") as self._stacks, listening_for_sigterm():
             self._last_progress = 0.0
+            self.progressed()
             try:
-                with listening_for_sigterm():
-                    self.progressed()
-                    yield
+                yield
             finally:
                 faulthandler.cancel_dump_traceback_later()
+        path.unlink(missing_ok=True)
 
     def progressed(self) -> None:
         """The training moves; cheap enough for every step."""
@@ -104,8 +108,7 @@ class Lifeline:
         if now - self._last_progress < self._interval:
             return
         self._last_progress = now
-        assert self._heartbeat is not None and self._stacks is not None
-        os.utime(self._heartbeat)
+        self._num_progress += 1
         # A thread of C that needs no GIL: it ends a process that is stuck in any library.
         faulthandler.dump_traceback_later(self._hang_seconds, exit=True, file=self._stacks)
 
@@ -119,37 +122,27 @@ class Lifeline:
             return True
         return False
 
-    @property
-    def must_leave(self) -> bool:
-        """Whether the process was told to leave: by SIGTERM or because its node is drained."""
-        return _told_to_leave.is_set()
-
     def leave_if_told(self) -> None:
         """To be called where everything is saved.
 
         Raises:
-            Preempted: If the process was told to leave.
+            Preempted: If the process was told to leave: by SIGTERM or because its node is drained.
         """
-        if self.must_leave:
+        if _told_to_leave.is_set():
             raise Preempted
 
     def _watch(self) -> None:
+        num_told = 0
         while True:
             time.sleep(POLL_SECONDS)
-            content = read_request(self._request)
-            if content != self._answered:
-                self._answered = content
+            if (request := _read(_save_key(self._study_id))) not in (None, self._answered):
+                self._answered = request
                 self._save.set()
+            if self._num_progress != num_told:
+                num_told = self._num_progress
+                _write(self._progress_key, f"{id(self)} {num_told}")
             if not _told_to_leave.is_set() and _node_is_drained():
                 _told_to_leave.set()
-
-
-def read_request(path: Path) -> str:
-    """What the driver wrote, if anything."""
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
 
 
 def listen_for_sigterm() -> None:
@@ -174,11 +167,86 @@ def listening_for_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, former)
 
 
-def clear(trial_folder: Path) -> None:
-    """Remove what `Lifeline` wrote into a trial's folder."""
-    for pattern in (HEARTBEATS, STACKS):
-        for path in trial_folder.glob(pattern.format("*")):
-            path.unlink(missing_ok=True)
+def ask_to_save(study_id: str) -> None:
+    """Have every process of a study save at its next step."""
+    _write(_save_key(study_id), str(time.time_ns()))
+
+
+def forget(study_id: str) -> None:
+    """Remove from Ray's head what a study and its processes told each other."""
+    with contextlib.suppress(Exception):  # the head is gone, and everything with it
+        internal_kv._internal_kv_del(f"{study_id}/", del_by_prefix=True, namespace=NAMESPACE)
+
+
+class ProgressWatch:
+    """The driver's eye on processes that do not even run: stopped, or on a machine that is stuck.
+
+    It judges by what changes, and by the time that the driver itself was awake: no clocks are
+    compared, and a driver that was stopped for an hour blames nobody.
+
+    Args:
+        study_id: Of the study.
+        hang_seconds: As for `Lifeline`.
+    """
+
+    def __init__(self, study_id: str, hang_seconds: float) -> None:
+        self._study_id, self._limit = study_id, hang_seconds + GRACE_SECONDS
+        self._interval = min(GRACE_SECONDS, hang_seconds / 4)
+        self._last_look = time.monotonic()
+        self._seen: dict[str, tuple[str, float]] = {}
+
+    def stuck(self, trial_names: list[str]) -> list[str]:
+        """Which of the running trials have made no progress for too long; call it often.
+
+        Args:
+            trial_names: Names of the folders of the trials that run now.
+        """
+        waited = time.monotonic() - self._last_look
+        if waited < self._interval:
+            return []
+        self._last_look += waited
+        seen = {}
+        for name in trial_names:
+            progress = self._progress(name)
+            former, idle_seconds = self._seen.get(name, (progress, 0.0))
+            is_idle = progress and progress == former
+            idle_seconds += min(waited, 2 * self._interval)
+            seen[name] = progress, idle_seconds if is_idle else 0.0
+        self._seen = seen
+        return [name for name, (_, idle_seconds) in seen.items() if idle_seconds > self._limit]
+
+    def _progress(self, name: str) -> str:
+        """Changes as any process of the trial moves; empty before the first did."""
+        prefix = _progress_prefix(self._study_id, name)
+        try:
+            keys = internal_kv._internal_kv_list(prefix, namespace=NAMESPACE)
+        except Exception:  # the cluster's head does not answer just now
+            return ""
+        return " ".join(_read(key.decode()) or "" for key in sorted(keys))
+
+
+def _save_key(study_id: str) -> str:
+    return f"{study_id}/save"
+
+
+def _progress_prefix(study_id: str, trial_name: str) -> str:
+    return f"{study_id}/progress/{trial_name}/"
+
+
+def _read(key: str) -> str | None:
+    if not internal_kv._internal_kv_initialized():
+        return None
+    try:
+        value = internal_kv._internal_kv_get(key, namespace=NAMESPACE)
+    except Exception:  # the cluster's head does not answer just now
+        return None
+    return value.decode() if value else None
+
+
+def _write(key: str, value: str) -> None:
+    if internal_kv._internal_kv_initialized():
+        with contextlib.suppress(Exception):  # as above; the next one says the same
+            internal_kv._internal_kv_put(key, value, namespace=NAMESPACE)
 
 
 def _node_is_drained() -> bool:
@@ -187,6 +255,6 @@ def _node_is_drained() -> bool:
     try:
         # The same source as Ray Train's own watcher; there is no public one outside of it.
         draining = ray._private.state.state.get_draining_nodes()
-    except Exception:  # the cluster's head does not answer just now
+    except Exception:  # as above
         return False
     return ray.get_runtime_context().get_node_id() in draining
