@@ -100,7 +100,7 @@ class Lifeline:
                 yield
             finally:
                 faulthandler.cancel_dump_traceback_later()
-        path.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)  # it is empty: a process that hangs never comes here
 
     def progressed(self) -> None:
         """The training moves; cheap enough for every step."""
@@ -109,6 +109,7 @@ class Lifeline:
             return
         self._last_progress = now
         self._num_progress += 1
+        assert self._stacks is not None, "outside of guarding"
         # A thread of C that needs no GIL: it ends a process that is stuck in any library.
         faulthandler.dump_traceback_later(self._hang_seconds, exit=True, file=self._stacks)
 
