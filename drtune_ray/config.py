@@ -9,12 +9,16 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from urllib.parse import parse_qsl, quote, urlsplit
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -47,6 +51,43 @@ def _workers(value: Any) -> int | tuple[int, int]:
 
 
 Workers = Annotated[int | tuple[int, int], BeforeValidator(_workers)]
+
+
+def without_password(uri: str) -> str:
+    """The URI of a server, if it may be recorded and shown.
+
+    Raises:
+        ValueError: If it may not.
+    """
+    parts = urlsplit(uri)
+    secrets = [parts.password or "", *(v for k, v in parse_qsl(parts.query) if "pass" in k.lower())]
+    if any(secret and not _REFERENCE.fullmatch(secret) for secret in secrets):
+        raise ValueError(
+            "the password would be recorded with the study: write $NAME in its place, and put the "
+            "password into the environment variable NAME"
+        )
+    return uri
+
+
+_REFERENCE = re.compile(r"\$(\w+)|\$\{(\w+)\}")
+ServerUri = Annotated[str, AfterValidator(without_password)]
+
+
+def with_secrets(uri: str) -> str:
+    """The URI of a server with the environment's values for each ``$NAME``, for connecting only.
+
+    Raises:
+        ConfigError: If one is not set.
+    """
+
+    def value(found: re.Match[str]) -> str:
+        name = found[1] or found[2]
+        if name not in os.environ:
+            raise ConfigError(f"{uri} needs the environment variable {name}: set it")
+        # Any character may stand in a password, but not in a part of a URI.
+        return os.environ[name] if found[0] == uri else quote(os.environ[name], safe="")
+
+    return _REFERENCE.sub(value, uri)
 
 
 class Section(BaseModel):
@@ -283,7 +324,7 @@ class ResourcesConfig(Section):
 class TrackingConfig(Section):
     """Where MLflow records; None is SQLite under the storage."""
 
-    uri: str | None = None
+    uri: ServerUri | None = None
     experiment: str = "drtune-ray"
     num_top_checkpoints: Annotated[int, Field(ge=0)] = 3
 
@@ -296,10 +337,16 @@ class StudyConfig(Section):
 
     `trial` is the configuration that the search space varies; `space` the name of a shipped search
     space, a YAML file, or its content (see `drtune_ray.search.space`).
+
+    `optuna_storage` is the URL of a database that holds the search (None: a file in the study's
+    folder), `artifacts` the URI of a folder or object store for all that the next driver needs and
+    nodes without a common file system hand each other (None: everything lies under `storage`).
     """
 
     name: StudyName
     storage: str = "./drtune-studies"
+    optuna_storage: ServerUri | None = None
+    artifacts: ServerUri | None = None
     trial: TrialConfig
     space: str | dict[str, Any] = "quick"
     trials: PositiveInt = 20

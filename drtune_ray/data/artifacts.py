@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
+from drtune_ray.config import with_secrets, without_password
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 
 Content = bytes | memoryview
@@ -199,7 +200,7 @@ class ObjectFolder:
         if self._opened is None:
             from pyarrow import fs
 
-            files, root = fs.FileSystem.from_uri(self._uri)
+            files, root = fs.FileSystem.from_uri(with_secrets(self._uri))
             self._opened = files, root.rstrip("/")
         return self._opened
 
@@ -210,7 +211,10 @@ def open_folder(uri: str) -> Folder:
     Raises:
         ConfigError: For a URI of another kind.
     """
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(without_password(uri))
+    except ValueError as error:
+        raise ConfigError(f"artifacts: {error}") from None
     if parts.scheme == "file" and parts.path.startswith("/") and not parts.netloc:
         return LocalFolder(Path(unquote(parts.path)))
     if parts.scheme in OBJECT_STORES and parts.netloc:

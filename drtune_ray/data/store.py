@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import pyarrow as pa
 
@@ -32,18 +32,30 @@ TABLE_SUFFIXES = frozenset({ARROW_SUFFIX, ".safetensors"})
 CHUNK_BYTES = 2**20
 
 
+class Shelf(Protocol):
+    """Where tables lie that several nodes use; see `drtune_ray.data.shelf`."""
+
+    def fetch(self, name: str, path: Path) -> bool:
+        """Copy the table of this name to a path; whether it was there, and sound."""
+
+    def put(self, path: Path) -> None:
+        """Take a table, unless it is there."""
+
+
 class TableStore:
     """The cache folder of a storage, and the tables that this process uses of it while open.
 
     Args:
         storage: The folder that all studies share; the tables lie in its ``cache``.
         limit_gib: What the tables may take together, unless more of them are in use.
+        shelf: Holds the tables for other nodes too: what is there is not built again.
     """
 
-    def __init__(self, storage: Path, limit_gib: float) -> None:
+    def __init__(self, storage: Path, limit_gib: float, shelf: Shelf | None = None) -> None:
         self.storage, self.folder = storage, storage / CACHE_FOLDER
         self._locks = self.folder / LOCKS_FOLDER
         self._limit_bytes = limit_gib * 2**30
+        self._shelf = shelf
         self._used: set[str] = set()
         self._uses = ExitStack()
 
@@ -77,11 +89,13 @@ class TableStore:
             return path
         with flocked(self._build_lock(name), EXCLUSIVE):
             if not self._is_sound(path):
-                self._build(path, write)
+                self._build(path, self._fetched_or(write, name))
             # Before the other lock is let go, so that nobody removes the table in between.
             self._uses.enter_context(flocked(self._use_lock(name), SHARED))
         self._used.add(name)
         self._touch(name)
+        if self._shelf is not None:
+            self._shelf.put(path)
         return path
 
     def has_room(self, sizes: Mapping[str, int]) -> bool:
@@ -106,6 +120,12 @@ class TableStore:
                 total / 2**30,
                 self._limit_bytes / 2**30,
             )
+
+    def _fetched_or(self, write: Callable[[Path], None], name: str) -> Callable[[Path], None]:
+        shelf = self._shelf
+        if shelf is None:
+            return write
+        return lambda path: None if shelf.fetch(name, path) else write(path)
 
     def _is_sound(self, path: Path) -> bool:
         if not path.exists():

@@ -36,6 +36,8 @@ NUMERIC_VERSION = 2
 NOT_DECIDING = (
     "name",
     "storage",
+    "optuna_storage",
+    "artifacts",
     "trials",
     "resources",
     "tracking",
@@ -59,6 +61,7 @@ class Record:
         config: The resolved configuration of the latest run, as plain values.
         deciding: What decides the results: flat settings and hashes of data and weights.
         tracking: Where the latest run was recorded, as plain values of `TrackingConfig`.
+        artifacts: URI of what the latest run kept elsewhere; None where everything lies here.
     """
 
     folder: Path
@@ -67,6 +70,7 @@ class Record:
     config: dict[str, Any]
     deciding: dict[str, Any]
     tracking: dict[str, Any]
+    artifacts: str | None = None
 
     def write(self) -> None:
         """Write into the folder."""
@@ -77,6 +81,7 @@ class Record:
             "config": self.config,
             "deciding": self.deciding,
             "tracking": self.tracking,
+            "artifacts": self.artifacts,
         }
         temporary = self.folder / f".{RECORD_FILE}.tmp"
         temporary.write_text(to_yaml(content))
@@ -98,7 +103,8 @@ def read_record(folder: Path) -> Record:
             f"{folder / RECORD_FILE} was not written by drtune-ray (it lacks {missing}): give the "
             "study another --name or --storage"
         )
-    return Record(folder, *(content[name] for name in names))
+    values = {name: content[name] for name in names}
+    return Record(folder, **values, artifacts=content.get("artifacts"))
 
 
 def find_study(name_or_folder: str, storage: str) -> Path:
@@ -141,6 +147,7 @@ def open_record(
     config: Mapping[str, Any],
     deciding: dict[str, Any],
     tracking: TrackingConfig,
+    artifacts: str | None = None,
 ) -> Record:
     """What lies in the folder if it decides the same, else a new record if the folder has none.
 
@@ -150,7 +157,7 @@ def open_record(
     if not (folder / RECORD_FILE).exists():
         study_id = f"{folder.name}-{uuid.uuid4().hex[:12]}"
         place = tracking.model_dump(mode="json")
-        record = Record(folder, study_id, kind, dict(config), deciding, place)
+        record = Record(folder, study_id, kind, dict(config), deciding, place, artifacts)
         record.write()
         return record
     former = read_record(folder)
@@ -167,7 +174,8 @@ def open_record(
             f"the name {folder.name!r} under {folder.parent} is taken by another configuration; "
             "give this one another --name, or repeat the former command:\n" + "\n".join(differences)
         )
-    record = replace(former, config=dict(config), tracking=tracking.model_dump(mode="json"))
+    place = tracking.model_dump(mode="json")
+    record = replace(former, config=dict(config), tracking=place, artifacts=artifacts)
     record.write()
     return record
 

@@ -41,6 +41,8 @@ STUDY_FLAGS = {
     "storage": "storage",
     "name": "name",
     "tracking_uri": "tracking.uri",
+    "optuna_storage": "optuna_storage",
+    "artifacts": "artifacts",
     "seed": "seed",
 }
 

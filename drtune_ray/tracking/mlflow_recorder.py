@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from drtune_ray.config import TrackingConfig
+from drtune_ray.config import TrackingConfig, with_secrets
 from drtune_ray.tracking.events import (
     Event,
     FilesReady,
@@ -120,7 +120,7 @@ class MlflowRecorder:
         quiet_mlflow()
         import mlflow
 
-        client = mlflow.MlflowClient(self._uri)
+        client = mlflow.MlflowClient(with_secrets(self._uri))
         experiment = client.get_experiment_by_name(self._experiment)
         if experiment is None:
             location = self._artifacts.as_uri() if self._artifacts else None
@@ -206,7 +206,7 @@ def runs_page(uri: str, experiment: str) -> str:
     quiet_mlflow()
     import mlflow
 
-    found = mlflow.MlflowClient(uri).get_experiment_by_name(experiment)
+    found = mlflow.MlflowClient(with_secrets(uri)).get_experiment_by_name(experiment)
     if found is None:
         return "/"
     view = f"workflowType=machine_learning&viewStateShareKey={VIEW_KEY}"

@@ -76,6 +76,18 @@ class Spool:
             file.seek(self._offset())
             return sum(line.endswith(b"\n") for line in file)
 
+    def unsent(self) -> bytes:
+        """The events that were not sent, as another spool takes them by :meth:`restore`."""
+        if not self._events.exists():
+            return b""
+        with self._events.open("rb") as file:
+            file.seek(self._offset())
+            return file.read()
+
+    def restore(self, unsent: bytes) -> None:
+        """Begin with the events that a lost spool had not sent."""
+        self._events.write_bytes(unsent)
+
     def _offset(self) -> int:
         # An empty mark is one that a power cut took; sending everything again changes nothing.
         text = self._sent.read_text() if self._sent.exists() else ""

@@ -163,6 +163,18 @@ class TrialFolder:
         return state
 
 
+def trial_folder(trials: Path, number: int, artifacts: Folder | None = None) -> TrialFolder:
+    """The folder of a trial among those of its study.
+
+    Args:
+        trials: Holds them.
+        number: Of the trial.
+        artifacts: Holds their checkpoints instead.
+    """
+    name = f"{number:05d}"
+    return TrialFolder(trials / name, artifacts.below(name) if artifacts else None)
+
+
 def _encoded(state: dict[str, Any]) -> tuple[bytes, memoryview]:
     buffer = io.BytesIO()
     torch.save(state, buffer)

@@ -1,0 +1,242 @@
+"""What of a study lies on servers: the search in a database, files in artifacts.
+
+With both, and an MLflow server, the disk of the driver may be lost between two runs: the next
+driver brings back what it needs and goes on. Nodes need no file system in common.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import optuna
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from sqlalchemy.exc import SQLAlchemyError
+
+from drtune_ray.config import with_secrets
+from drtune_ray.data.artifacts import Folder, check_folder, open_folder
+from drtune_ray.data.shelf import TableShelf
+from drtune_ray.data.store import CACHE_FOLDER
+from drtune_ray.errors import ConfigError, EnvironmentProblem
+from drtune_ray.search.identity import (
+    JOURNAL_NAME,
+    RECORD_FILE,
+    SPOOL_NAME,
+    TRIALS_FOLDER,
+    WINNER_NAME,
+    Record,
+    read_record,
+)
+from drtune_ray.search.lease import BEAT_SECONDS, LEASE_NAME, artifacts_lease, repeated
+from drtune_ray.tracking.spool import Spool
+
+logger = logging.getLogger(__name__)
+
+UNSENT_NAME = "unsent-events.jsonl"
+
+
+def open_storage(folder: Path, url: str | None) -> BaseStorage:
+    """Optuna's storage: the database that was named, else a file in the study's folder.
+
+    Raises:
+        ConfigError: If the URL is not one.
+        EnvironmentProblem: If the database cannot be reached.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if url is None:
+        return JournalStorage(JournalFileBackend(str(folder / JOURNAL_NAME)))
+    try:
+        # A connection that the server dropped while a trial trained is opened anew.
+        return RDBStorage(with_secrets(url), engine_kwargs={"pool_pre_ping": True})
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"optuna_storage={url!r} needs a package that is not installed ({_first_line(error)}): "
+            "install drtune-ray[servers] for PostgreSQL"
+        ) from None
+    except (SQLAlchemyError, optuna.exceptions.OptunaError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise EnvironmentProblem(
+            f"optuna_storage={url!r} cannot be used: {_first_line(error)}; check the address, the "
+            "database and the account, like postgresql+psycopg://USER:$PASSWORD@HOST/DATABASE"
+        ) from None
+
+
+def open_study(storage: BaseStorage, study_id: str) -> optuna.Study:
+    """The Optuna study of an identity, made if there is none."""
+    return optuna.create_study(
+        storage=storage,
+        study_name=study_id,
+        direction="maximize",
+        pruner=optuna.pruners.NopPruner(),
+        load_if_exists=True,
+    )
+
+
+def check_storage_of(former: Record, url: str | None, storage: BaseStorage) -> None:
+    """Refuse to go on with a study in a storage that does not hold it.
+
+    Raises:
+        ConfigError: With both addresses.
+    """
+    before = former.config.get("optuna_storage")
+    if before == url or former.study_id in optuna.get_all_study_names(storage):
+        return
+    raise ConfigError(
+        f"study {former.folder.name!r} keeps its trials in optuna_storage={_place(before)}, and "
+        f"{_place(url)} does not hold them: give the former one, or copy the database there first"
+    )
+
+
+class StudyArtifacts:
+    """The part of a study, or training, that outlives the driver's disk.
+
+    Below the URI lie a folder a study, as under the storage, and what studies share: ``cache``
+    with the prepared tables and ``splits``. Without a URI everything stays where it is, and each
+    method does nothing.
+
+    Args:
+        uri: Of the artifacts of all studies; None: everything lies under the storage.
+        folder: The study's folder under the storage.
+
+    Raises:
+        ConfigError: If the URI is of an unknown kind.
+        EnvironmentProblem: If nothing can be written there.
+    """
+
+    def __init__(self, uri: str | None, folder: Path) -> None:
+        self.uri, self._local = uri, folder
+        self.root: Folder | None = open_folder(uri) if uri else None
+        self._study = self.root.below(folder.name) if self.root else None
+        if self.root:
+            check_folder(self.root)
+
+    @property
+    def trials(self) -> Folder | None:
+        """Holds one folder a trial."""
+        return self._study.below(TRIALS_FOLDER) if self._study else None
+
+    @property
+    def shelf(self) -> TableShelf | None:
+        """The prepared tables."""
+        return TableShelf(self.root.below(CACHE_FOLDER)) if self.root else None
+
+    def restore_shared(self, path: Path) -> None:
+        """Bring back a file of the storage that all studies share, where it is missing."""
+        if self.root and not path.exists():
+            with _as_problem(self.uri):
+                folder = self.root.below(path.parent.name)
+                if path.name in folder.names():
+                    folder.download(path.name, path)
+
+    def keep_shared(self, path: Path) -> None:
+        """Keep a file of the storage that all studies share."""
+        if self.root:
+            with _as_problem(self.uri):
+                self.root.below(path.parent.name).upload(path, path.name)
+
+    def restore(self) -> bool:
+        """Bring the study back where this disk has nothing of it; whether there was one.
+
+        Raises:
+            ConfigError: If another study of this name, or not this one, is there.
+        """
+        if (self._local / RECORD_FILE).exists():
+            self._check_same(read_record(self._local))
+            return False
+        if self._study is None:
+            return False
+        with _as_problem(self.uri):
+            names = self._study.names()
+            if RECORD_FILE not in names:
+                return False
+            winner = self._study.below(WINNER_NAME)
+            for name in winner.names():
+                winner.download(name, self._local / WINNER_NAME / name)
+            # The record last: a restoration that is cut short begins again.
+            for name in sorted(names, key=lambda name: name == RECORD_FILE):
+                if name == UNSENT_NAME:
+                    Spool(self._local / SPOOL_NAME).restore(self._study.read(name))
+                elif name != LEASE_NAME:
+                    self._study.download(name, self._local / name)
+        logger.warning("study %r was brought back from %s", self._local.name, self.uri)
+        return True
+
+    def keep(self, *names: str) -> None:
+        """Keep files and folders of the study's folder, in this order."""
+        if self._study is None:
+            return
+        with _as_problem(self.uri):
+            for name in names:
+                path = self._local / name
+                if not path.is_dir():
+                    self._study.upload(path, name)
+                    continue
+                for file in sorted(path.iterdir()):
+                    self._study.below(name).upload(file, file.name)
+
+    @contextmanager
+    def lease(self) -> Iterator[None]:
+        """Be the study's only driver, on whatever machine."""
+        if self._study is None:
+            yield
+            return
+        with artifacts_lease(self._study, self._local.name):
+            yield
+
+    @contextmanager
+    def unsent_kept(self, spool: Spool) -> Iterator[None]:
+        """Keep the events that MLflow has not taken yet; it holds the others."""
+        if (study := self._study) is None:
+            yield
+            return
+        kept = [b"not known"]
+
+        def keep() -> None:
+            unsent = spool.unsent()
+            if unsent == kept[0]:
+                return
+            with _as_problem(self.uri):
+                study.write(UNSENT_NAME, unsent) if unsent else study.remove(UNSENT_NAME)
+            kept[0] = unsent
+
+        with repeated(BEAT_SECONDS, keep):
+            yield
+        keep()
+
+    def _check_same(self, former: Record) -> None:
+        there = None
+        if self._study is not None:
+            with _as_problem(self.uri):
+                if RECORD_FILE in self._study.names():
+                    there = self._study.read(RECORD_FILE).decode()
+        is_same = there is not None and f"study_id: {former.study_id}\n" in there
+        if is_same or (there is None and former.artifacts == self.uri):
+            return
+        raise ConfigError(
+            f"study {former.folder.name!r} keeps its checkpoints in artifacts="
+            f"{_place(former.artifacts)}, and {_place(self.uri)} does not hold them: give the "
+            "former one, or copy the study's folder there first"
+        )
+
+
+def _place(uri: str | None) -> str:
+    return repr(uri) if uri else "none (the study's folder)"
+
+
+@contextmanager
+def _as_problem(uri: str | None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"artifacts={uri!r} did not do what it was asked ({_first_line(error)}): repeat the "
+            "command when it answers again"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
