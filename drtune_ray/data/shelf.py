@@ -28,6 +28,11 @@ class TableShelf:
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
 
+    @property
+    def address(self) -> str:
+        """Where the tables lie, for people."""
+        return self._folder.address("")
+
     def fetch(self, name: str, path: Path) -> bool:
         """Copy the table of this name to a path; whether it was there, and sound."""
         try:
@@ -67,8 +72,8 @@ def fetch_tables(tables: Tables, shelf: TableShelf) -> None:
 
     def missing(path: Path) -> None:
         raise EnvironmentProblem(
-            f"the prepared table {path.name} is not in the artifacts: repeat the command, which "
-            "puts it there"
+            f"the prepared table {path.name} is neither on this node nor at {shelf.address}: do "
+            "all nodes reach the same artifacts?"
         )
 
     # The driver keeps the limit of its own node; here nothing is removed that a trial may need.
