@@ -1,41 +1,65 @@
-"""Several gloo processes train as one does: the bank is global, losses and weights are equal."""
+"""Several gloo processes train as one does: the bank is global, every number agrees.
+
+One process is the truth. Every case is trained by two, three and four, and again with the
+weighting or the order broken on purpose, which the comparison must see.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from drtune_ray.training.checkpoint import TrialFolder, read_checkpoint
-from drtune_ray.training.distributed import ProcessGroup, any_process, gather_objects
-from drtune_ray.training.loop import train_epochs
-from drtune_ray.training.watch import FiniteWatch
+from drtune_ray.method import objective
+from drtune_ray.training.distributed import ProcessGroup, gather_objects
+from drtune_ray.training.trial import Trial
+from drtune_ray.training.watch import StepSignals
 from tests.small import NORM_FREE, prepared, small_trial, small_values, write_coloured
 
 pytestmark = pytest.mark.ddp
 
-CASES = {
-    # 28 images: batches of 9, 9, 9 and 1, so that one of two ranks has no row in the last.
-    "a rank without rows": {"training.batch_size": 9},
+WORLD_SIZES = (2, 3, 4)
+NUM_STEPS, NUM_STEPS_BROKEN = 30, 3  # three steps are an epoch of most cases
+TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
+CASES: dict[str, dict[str, Any]] = {
+    # 27 images: batches of 13, 13 and 1, in which all processes but one have no row.
+    "processes without rows": {"training.batch_size": 13},
     "odd last batch": {"training.batch_size": 11},
     "filling bank, live features": {"data.views": 0, "method.bank_size": 23},
-    "K above N": {"method.bank_size": 400},
+    "K above N": {"method.bank_size": 400, "training.batch_size": 13},
+    "K below the batch": {"method.bank_size": 11, "training.batch_size": 14},
+    # 3 rows of 3 classes: a class seldom has rows on two processes.
+    "a class on one process": {"method.bank_size": 3, "training.batch_size": 7},
     "authors' reduction": {
         "method.reduction": "mean",
-        "optim.backbone_lr": 0.005,
         "method.calibration.rotation_solver": "svd",
         "method.calibration.proper_rotation": True,
+        # The exact rotation of 19 rows is so ill-conditioned that float32 gives 1.3e-5.
+        "method.bank_size": 27,
+        "training.batch_size": 13,
     },
-    "rank above the rows": {"method.calibration.rotation_rank": 32},
-    "ce_tuning": {"method.name": "ce_tuning", "training.batch_size": 9},
-    "frozen BatchNorm": {"backbone.name": "test_efficientnet", "training.batch_size": 9},
+    "no translation": {"method.calibration.translation": False, "training.batch_size": 13},
+    "rank above the rows": {"method.calibration.rotation_rank": 32, "training.batch_size": 13},
+    "ce_tuning": {"method.name": "ce_tuning", "training.batch_size": 13},
+    "frozen BatchNorm": {
+        "backbone.name": "test_efficientnet",
+        "training.batch_size": 13,
+        "optim.backbone_lr": 0.02,
+    },
 }
+# At which the loss of the norm-free model is still far from 0 after all steps.
+NORM_FREE_RATE = 0.0005
+
+Steps = list[dict[str, torch.Tensor]]
 
 
 def _join(rank: int, world_size: int, port: int) -> None:
@@ -50,81 +74,210 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-Job = tuple[dict[str, Any], Path]  # settings, folder of the trial
+def run_group(world_size: int, job: Callable[..., None], *arguments: Any) -> None:
+    """Call a job (rank, *arguments) in each process of a new group."""
+    mp.spawn(_run_job, (world_size, _free_port(), job, arguments), nprocs=world_size)
 
 
-def _train(values: dict[str, Any], storage: Path, folder: Path) -> None:
+def _run_job(rank: int, world_size: int, port: int, job: Any, arguments: Any) -> None:
+    _join(rank, world_size, port)
+    job(rank, *arguments)
+    dist.destroy_process_group()
+
+
+def record(values: dict[str, Any], storage: Path, num_steps: int) -> dict[str, Any]:
+    """Train some steps and keep what must agree, the processes' parts put together."""
     config = small_trial(values)
     data, backbone, _ = prepared(config, storage)
-    for event in train_epochs(config, data, backbone, num_threads=1):
-        event.save(TrialFolder(folder))
+    torch.set_num_threads(1)
+    trial = Trial(config, data, backbone, torch.device("cpu"))
+    calibrated: list[torch.Tensor] = []
+    calibration = getattr(trial.method, "calibration", None)
+    if calibration is not None:
+        calibration.register_forward_hook(lambda *call: calibrated.append(call[-1]))
+    trial.warm_up_bank()
+    steps: Steps = []
+    while len(steps) < num_steps:
+        for is_finite in trial.steps():
+            assert is_finite
+            steps.append(_step(trial, calibrated))
+            if len(steps) == num_steps:
+                break
+        else:
+            trial.finish_epoch()
+    return {"steps": steps, "weights": _weights(trial), "history": trial.progress.history}
 
 
-def _train_all(rank: int, world_size: int, port: int, jobs: list[Job], storage: Path) -> None:
-    _join(rank, world_size, port)
+def _step(trial: Trial, calibrated: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    group, method = trial.group, trial.method
+    found = {"parts": group.sum(trial.pending[-1][:-1]) / group.world_size}
+    for name, parameter in method.named_parameters():
+        if parameter.grad is not None:
+            found[f"gradient {name}"] = parameter.grad.clone()
+    if hasattr(method, "bank"):
+        for name, rows in zip(
+            ("pretrained", "downstream", "labels"), method.bank.rows(), strict=True
+        ):
+            found[f"bank {name}"] = rows
+    if calibrated:
+        found["calibrated rows"] = torch.cat(gather_objects(calibrated.pop()))
+        probe = torch.linspace(-1, 1, method.bank.pretrained.shape[1]).to(trial.dtype)
+        rotation = method.calibration.applied_rotation
+        found["a new row rotated"] = rotation.apply_(probe.repeat(2, 1))
+    return found
+
+
+def _weights(trial: Trial) -> dict[str, torch.Tensor]:
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in trial.method.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def record_all(rank: int, jobs: dict[str, dict[str, Any]], storage: Path, out: Path) -> None:
+    """Record every job, whole in the first and the last process, broken ways in the first."""
     _check_collectives(rank)
-    for values, folder in jobs:
-        _train(values, storage, folder)
-    dist.destroy_process_group()
+    last = dist.get_world_size() - 1
+    for name, values in jobs.items():
+        found = record(values, storage, NUM_STEPS)
+        if rank in (0, last):
+            torch.save(found, out / f"{name} {'first' if rank == 0 else 'last'}.pt")
+        if values["training.precision"] != "float64":
+            continue
+        for how in BREAKS:
+            with BREAKS[how]():
+                broken = record(values, storage, NUM_STEPS_BROKEN)
+            if rank == 0:
+                torch.save(broken, out / f"{name} {how}.pt")
+
+
+@contextlib.contextmanager
+def _wrong_weighting() -> Iterator[None]:
+    """The mean of the processes' own means, as data-parallel training takes it by itself."""
+
+    def own_mean(loss_sum: torch.Tensor, num_global_rows: int, world_size: int) -> torch.Tensor:
+        return loss_sum / -(-num_global_rows // world_size)
+
+    with (
+        mock.patch.object(objective, "row_share", own_mean),
+        mock.patch("drtune_ray.method.baselines.row_share", own_mean),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _wrong_order() -> Iterator[None]:
+    """Rows of the last process first."""
+    gather = ProcessGroup.gather_rows
+
+    def backwards(self: Any, rows: torch.Tensor, shares: Any) -> torch.Tensor:
+        gathered = gather(self, rows, shares)
+        if rows.dim() != 2:  # a class's maxima: no rows of the bank
+            return gathered
+        return torch.cat(torch.split(gathered, list(shares))[::-1])
+
+    with mock.patch.object(ProcessGroup, "gather_rows", backwards):
+        yield
+
+
+BREAKS = {"weighting": _wrong_weighting, "order": _wrong_order}
 
 
 def _check_collectives(rank: int) -> None:
     group = ProcessGroup()
-    rows = torch.arange(3 * rank, dtype=torch.float64).unsqueeze(1)  # 0 rows and 3 rows
-    assert group.gather_rows(rows).squeeze(1).tolist() == [0.0, 1.0, 2.0]
-    assert group.gather_rows(rows + rank)[:1].tolist() == [[1.0]]
-    assert group.sum(torch.tensor([float(rank + 1)])).item() == 3.0
+    world_size = group.world_size
+    shares = [3 * at for at in range(world_size)]  # none in the first
+    rows = torch.full((shares[rank], 1), float(rank), dtype=torch.float64)
+    expected = [float(at) for at in range(world_size) for _ in range(3 * at)]
+    assert group.gather_rows(rows, shares).squeeze(1).tolist() == expected
+    assert group.gather_rows(torch.tensor([[rank]]), [1] * world_size).tolist() == [
+        [at] for at in range(world_size)
+    ]
+    assert group.sum(torch.tensor([1.0, float(rank == 0)])).tolist() == [world_size, 1.0]
     assert group.broadcast(torch.tensor([float(rank + 5)])).item() == 5.0
-    assert gather_objects({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
-    watch = FiniteWatch(group)
-    watch.add(torch.tensor(True))
-    assert not watch.has_diverged()
-    watch.add(torch.tensor(rank == 0))  # broken on the other alone
-    assert watch.has_diverged()
-    assert any_process(rank == 1, torch.device("cpu"))
-    assert not any_process(False, torch.device("cpu"))
+    assert gather_objects({"rank": rank}) == [{"rank": at} for at in range(world_size)]
+    signals = StepSignals(group)
+    signals.add(torch.tensor(True), wants_save=rank == world_size - 1)
+    assert signals.take_save() and not signals.take_save() and not signals.has_diverged()
+    signals.add(torch.tensor(rank == 0))  # broken on the others alone
+    assert signals.has_diverged() and not signals.take_save()
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, weights_file) -> Path:
-    """Every case trained by one process and by two; both pairs of folders below one folder."""
-    folder = tmp_path_factory.mktemp("distributed")
-    images = write_coloured(folder / "images")
-    jobs: list[Job] = []
-    for name, changes in CASES.items():
-        backbone = changes.get("backbone.name", NORM_FREE)
-        precise = {"training.precision": "float64", "training.epochs": 5}
-        values = small_values(images, weights_file, backbone) | precise | changes
-        prepared(small_trial(values), folder)  # once, not by each process
-        _train(values, folder, folder / "alone" / name)
-        jobs.append((values, folder / "together" / name))
-    mp.spawn(_train_all, (2, _free_port(), jobs, folder), nprocs=2)
-    return folder
+def jobs(tmp_path_factory, weights_file) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """The storage with its tables, and the settings of every case and precision."""
+    storage = tmp_path_factory.mktemp("distributed")
+    images = write_coloured(storage / "images")
+    found = {}
+    for precision in TOLERANCES:
+        for name, changes in CASES.items():
+            backbone = changes.get("backbone.name", NORM_FREE)
+            settings = {
+                "training.precision": precision,
+                "training.epochs": 20,
+                "data.image_size": 16,
+                "optim.backbone_lr": NORM_FREE_RATE,
+            }
+            values = small_values(images, weights_file, backbone) | settings | changes
+            prepared(small_trial(values), storage)  # once, not by each process
+            found[f"{name} {precision}"] = values
+    return storage, found
 
 
+@pytest.fixture(scope="module")
+def alone(jobs) -> dict[str, dict[str, Any]]:
+    """What one process gives."""
+    storage, found = jobs
+    return {name: record(values, storage, NUM_STEPS) for name, values in found.items()}
+
+
+@pytest.fixture(scope="module", params=WORLD_SIZES)
+def together(jobs, request) -> Path:
+    """A folder of what a group of processes gave."""
+    storage, found = jobs
+    out = storage / f"of-{request.param}"
+    out.mkdir()
+    run_group(request.param, record_all, found, storage, out)
+    return out
+
+
+def largest_gap(found: dict[str, Any], expected: dict[str, Any]) -> float:
+    """Over everything that was recorded, in units of its largest value where that is above 1."""
+    gaps = [0.0]
+    pairs = [*zip(found["steps"], expected["steps"], strict=False)]
+    if len(found["steps"]) == len(expected["steps"]):
+        pairs.append((found["weights"], expected["weights"]))
+    for one, other in pairs:
+        assert one.keys() == other.keys()
+        for name in one:
+            assert one[name].shape == other[name].shape, name
+            if one[name].numel():
+                size = max(1.0, float(other[name].abs().max()))
+                gaps.append(float((one[name] - other[name]).abs().max()) / size)
+    return max(gaps)
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_equal_one(trained, name):
-    folders = [trained / run / name for run in ("alone", "together")]
-    alone, together = (TrialFolder(folder).newest() for folder in folders)
-    assert alone is not None and together is not None
-    histories = [state["progress"]["history"] for state in (alone, together)]
-    steps = [[step for record in history for step in record["steps"]] for history in histories]
-    assert len(steps[0]) == len(steps[1]) >= 15
-    for one, two in zip(*steps, strict=True):
-        assert one == pytest.approx(two, abs=1e-10)
-    for state in (alone, together):  # only their product R is unique
-        factors = [
-            state["method"].pop(f"calibration.rotation_{s}", None) for s in ("left", "right")
-        ]
-        if factors[1] is not None:
-            state["method"]["R"] = factors[0] @ factors[1].T
-    for key, tensor in alone["method"].items():
-        other = together["method"][key]
-        if torch.is_tensor(tensor) and tensor.is_floating_point():
-            torch.testing.assert_close(tensor, other, atol=1e-10, rtol=0, msg=key)
-        else:  # labels, order and position of the bank
-            assert torch.equal(tensor, other) if torch.is_tensor(tensor) else tensor == other
-    accuracies = [[record["metrics"]["val_accuracy"] for record in h] for h in histories]
-    assert accuracies[0] == accuracies[1]
-    best = [read_checkpoint(folder / "best.ckpt")["record"]["epoch"] for folder in folders]
-    assert best[0] == best[1]
+def test_several_processes_equal_one(alone, together, name, precision):
+    expected = alone[f"{name} {precision}"]
+    assert len(expected["steps"]) == NUM_STEPS
+    for which in ("first", "last"):
+        found = torch.load(together / f"{name} {precision} {which}.pt", weights_only=False)
+        assert largest_gap(found, expected) < TOLERANCES[precision]
+        accuracies, wanted = (
+            [epoch["metrics"]["val_accuracy"] for epoch in run["history"]]
+            for run in (found, expected)
+        )
+        assert accuracies == wanted
+
+
+@pytest.mark.parametrize("how", BREAKS)
+@pytest.mark.parametrize("name", CASES)
+def test_the_comparison_sees_what_is_broken(alone, together, name, how):
+    if name == "ce_tuning" and how == "order":
+        pytest.skip("CE-tuning has no bank")
+    broken = torch.load(together / f"{name} float64 {how}.pt", weights_only=False)
+    expected = alone[f"{name} float64"]
+    assert largest_gap(broken, expected) > 100 * TOLERANCES["float32"]
