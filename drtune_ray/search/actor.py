@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,10 @@ import torch
 from ray import tune
 
 from drtune_ray.config import DataConfig, TrialConfig
+from drtune_ray.data.artifacts import Folder
 from drtune_ray.data.dataset import Tables, TrainingData
+from drtune_ray.data.shelf import TableShelf, fetch_tables
+from drtune_ray.search.lifeline import Lifeline
 from drtune_ray.search.protocol import (
     CONFIG_NUMBER,
     CONFIG_TRIAL,
@@ -25,8 +28,9 @@ from drtune_ray.search.protocol import (
     failed_by_point,
     trial_result,
 )
+from drtune_ray.search.shared import check_token
 from drtune_ray.training.backbones import read_backbone
-from drtune_ray.training.checkpoint import TrialFolder, trial_identity
+from drtune_ray.training.checkpoint import TrialFolder, trial_folder, trial_identity
 from drtune_ray.training.loop import train_epochs
 from drtune_ray.training.records import EpochReport, SavePoint
 
@@ -40,16 +44,26 @@ class Workplace:
         trials_folder: Holds one folder a trial, named by its number.
         num_threads: torch's threads a worker.
         device: ``cpu`` or ``cuda``.
+        artifacts: Holds the folders of the trials instead; None: `trials_folder` does.
+        shelf: Where a node finds tables that it lacks; None: all nodes share one file system.
+        study_id: Of the study or training.
+        hang_seconds: After so long without progress a process is taken for hung.
+        token: What a node must find in the shared storage; None: nothing needs to be shared.
     """
 
     tables: dict[str, Any]
     trials_folder: Path
     num_threads: int
     device: str
+    artifacts: Folder | None = None
+    shelf: TableShelf | None = None
+    study_id: str = field(kw_only=True)
+    hang_seconds: float = field(kw_only=True)
+    token: str | None = field(default=None, kw_only=True)
 
     def folder(self, number: int) -> TrialFolder:
         """The folder of a trial."""
-        return TrialFolder(self.trials_folder / f"{number:05d}")
+        return trial_folder(self.trials_folder, number, self.artifacts)
 
 
 class Workshop:
@@ -61,14 +75,25 @@ class Workshop:
     """
 
     def __init__(self, workplace: Workplace, device: torch.device | None = None) -> None:
+        check_token(workplace.trials_folder.parent, workplace.token)
         self.workplace = workplace
         self._device = device or torch.device(workplace.device)
         self._tables = Tables.from_mapping(workplace.tables)
+        if workplace.shelf is not None:
+            fetch_tables(self._tables, workplace.shelf)
         self._backbone = read_backbone(self._tables.backbone)
         self._data: tuple[DataConfig, TrainingData] | None = None
 
-    def epochs(self, config: TrialConfig, folder: TrialFolder) -> Iterator[EpochReport | SavePoint]:
-        """Train a configuration from its newest sound checkpoint, or from the start."""
+    def epochs(
+        self, config: TrialConfig, folder: TrialFolder, lifeline: Lifeline
+    ) -> Iterator[EpochReport | SavePoint]:
+        """Train a configuration from its newest sound checkpoint, or from the start.
+
+        Args:
+            config: The trial.
+            folder: Its checkpoints.
+            lifeline: Asked for saves and told of progress.
+        """
         content = (self._tables.images.name, self._tables.backbone.name)
         return train_epochs(
             config,
@@ -77,6 +102,8 @@ class Workshop:
             resume=folder.begin(trial_identity(config, folder.path.name, *content)),
             device=self._device,
             num_threads=self.workplace.num_threads,
+            save_requested=lifeline.save_requested,
+            on_progress=lifeline.progressed,
         )
 
     def _training_data(self, config: DataConfig) -> TrainingData:
@@ -93,8 +120,10 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
         """Open what the trials share, then begin the first of them."""
         self._epochs: Iterator[EpochReport | SavePoint] = iter(())
         self._last: dict[str, Any] | None = None
-        self._workshop = Workshop(workplace)
-        self._begin(config)
+        self._lifeline = Lifeline(workplace.study_id, workplace.hang_seconds)
+        with self._lifeline.guarding(workplace.folder(config[CONFIG_NUMBER]).path):
+            self._workshop = Workshop(workplace)
+            self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Begin another trial in the same process."""
@@ -106,13 +135,19 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
 
         What the point itself causes comes back as a result; only the machine's failures are
         exceptions, which Tune retries.
+
+        Raises:
+            Preempted: If the process was told to leave; all that was trained is saved.
         """
+        self._lifeline.leave_if_told()  # between two epochs everything is saved
         try:
-            for event in self._epochs:
-                event.save(self._folder)
-                if isinstance(event, EpochReport):
-                    self._last = trial_result(event, self._workshop.workplace.num_threads)
-                    return self._last
+            with self._lifeline.guarding(self._folder.path):
+                for event in self._epochs:
+                    event.save(self._folder)
+                    if isinstance(event, EpochReport):
+                        self._last = trial_result(event, self._workshop.workplace.num_threads)
+                        return self._last
+                    self._lifeline.leave_if_told()
         except torch.OutOfMemoryError:
             return failed_by_point(OUT_OF_MEMORY, self._last)
         raise RuntimeError("the trial ended without saying how")
@@ -125,4 +160,4 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
         trial = TrialConfig.from_mapping(json.loads(config[CONFIG_TRIAL]))
         self._folder = self._workshop.workplace.folder(config[CONFIG_NUMBER])
         self._last = None
-        self._epochs = self._workshop.epochs(trial, self._folder)
+        self._epochs = self._workshop.epochs(trial, self._folder, self._lifeline)

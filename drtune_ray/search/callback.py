@@ -1,20 +1,25 @@
-"""Ray Tune's callback as plain events, for any observer."""
+"""Ray Tune's callback: plain events for any observer, and an eye on the processes."""
 
 from __future__ import annotations
 
 import json
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import optuna
+import ray
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune import Callback
 
 from drtune_ray.config import flattened
 from drtune_ray.results.trials import OUTCOME, REFERENCE
+from drtune_ray.search.failures import HUNG, Failure, failure_of
+from drtune_ray.search.lifeline import ProgressWatch
 from drtune_ray.search.protocol import CONFIG_NUMBER, CONFIG_TRIAL, result_history
+from drtune_ray.search.searcher import StudySearch
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished, RunStarted, Sink
+from drtune_ray.training.checkpoint import folder_name
 from drtune_ray.training.records import EpochRecord
 
 logger = logging.getLogger(__name__)
@@ -25,22 +30,48 @@ ERROR_TAG = "drtune.error"
 class StudyCallback(Callback):  # type: ignore[misc]
     """Emits an event for the start, each epoch and the end of every trial.
 
+    It says by name what the machine did to a trial, and ends processes that do not run.
+
     Args:
-        study: The Optuna study, asked what became of a trial.
+        search: Asked what became of a trial, and told why one failed.
         emit: Takes the events.
+        trials_folder: Holds one folder a trial.
+        watch: Sees that the processes of the trials run; None where somebody else does.
     """
 
-    def __init__(self, study: optuna.Study, emit: Sink) -> None:
-        self._study, self._emit = study, emit
+    def __init__(
+        self, search: StudySearch, emit: Sink, trials_folder: Path, watch: ProgressWatch | None
+    ) -> None:
+        self._search, self._emit = search, emit
+        self._trials_folder, self._watch = trials_folder, watch
+        self._running: dict[str, Any] = {}
+        self._ended: dict[int, Failure] = {}
         self._seen: set[tuple[int, int]] = set()
+
+    @property
+    def running(self) -> list[str]:
+        """Names of the folders of the trials that run now."""
+        return list(self._running)
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles its callbacks for a restore that is never asked for."""
         return {}
 
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """End the processes that make no progress; Tune starts their trials again."""
+        self._search.check_storage()
+        if self._watch is None:
+            return
+        for name in self._watch.stuck(self.running):
+            trial = self._running.pop(name)
+            hung = f"{HUNG} for {self._watch.hang_seconds:g} s"
+            self._ended[trial.config[CONFIG_NUMBER]] = Failure(hung, f"{hung}: it did not run")
+            ray.kill(trial.temporary_state.ray_actor)
+
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial begins or goes on."""
         number = trial.config[CONFIG_NUMBER]
+        self._running[folder_name(number)] = trial
         self._emit(run_started(self._frozen(number), json.loads(trial.config[CONFIG_TRIAL])))
 
     def on_trial_result(
@@ -55,14 +86,27 @@ class StudyCallback(Callback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial ended; Optuna knows how."""
+        self._running.pop(folder_name(trial.config[CONFIG_NUMBER]), None)
         self._finish(trial.config[CONFIG_NUMBER])
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial lost its process and is started again."""
+        number, failure = trial.config[CONFIG_NUMBER], self._failure(trial)
+        logger.warning("trial %d goes on from its last save: %s", number, failure.error)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial failed for the last time."""
+        number, failure = trial.config[CONFIG_NUMBER], self._failure(trial)
+        logger.warning("trial %d failed: %s", number, failure.error)
+        self._search.fail(trial.trial_id, failure.outcome)
+        self._finish(number, {ERROR_TAG: failure.error})
+
+    def _failure(self, trial: Any) -> Failure:
         number = trial.config[CONFIG_NUMBER]
-        error = (str(trial.get_error() or "").strip().splitlines() or ["unknown error"])[-1]
-        logger.warning("trial %d: the machine failed: %s", number, error)
-        self._finish(number, {ERROR_TAG: error})
+        self._running.pop(folder_name(number), None)
+        if number in self._ended:
+            return self._ended.pop(number)
+        return failure_of(trial, self._trials_folder / folder_name(number))
 
     def _finish(self, number: int, tags: dict[str, str] | None = None) -> None:
         frozen = self._frozen(number)
@@ -70,7 +114,7 @@ class StudyCallback(Callback):  # type: ignore[misc]
             self._emit(replace(run_finished(frozen), tags=tags or {}))
 
     def _frozen(self, number: int) -> FrozenTrial:
-        return self._study.get_trials(deepcopy=False)[number]
+        return self._search.study.get_trials(deepcopy=False)[number]
 
 
 def run_started(trial: FrozenTrial, config: dict[str, Any]) -> RunStarted:

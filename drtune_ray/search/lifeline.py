@@ -29,10 +29,11 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,8 +41,12 @@ import ray
 from ray.exceptions import RayActorError
 from ray.experimental import internal_kv
 
+from drtune_ray.training.distributed import gather_objects
+
 NAMESPACE = "drtune-ray"
-POLL_SECONDS = 1.0
+# Keys: the study's id, one of these, then name of the trial's folder and rank.
+SAVE, SAVED, PROGRESS = "save", "saved", "progress"
+POLL_SECONDS = 0.5
 # How often the guard is wound up again, at most.
 PROGRESS_SECONDS = 1.0
 # The driver looks this much later than the process itself, whose stacks say more.
@@ -75,10 +80,10 @@ class Lifeline:
         self._study_id, self._hang_seconds = study_id, hang_seconds
         self._interval = min(PROGRESS_SECONDS, hang_seconds / 4)
         self._save = threading.Event()
-        self._answered = _read(_save_key(study_id))
-        self._has_saved_to_leave = False
+        self._answered = _read(f"{study_id}/{SAVE}")
+        self._is_awaited = self._has_saved_to_leave = False
         self._stacks: IO[str] | None = None
-        self._progress_key = ""
+        self._trial_name, self._rank = "", 0
         self._num_progress, self._last_progress = 0, 0.0
         threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
 
@@ -91,7 +96,7 @@ class Lifeline:
             rank: Of this process among those of the trial.
         """
         trial_folder.mkdir(parents=True, exist_ok=True)
-        self._progress_key = f"{_progress_prefix(self._study_id, trial_folder.name)}{rank}"
+        self._trial_name, self._rank = trial_folder.name, rank
         path = trial_folder / STACKS.format(rank)
         with path.open("w") as self._stacks, listening_for_sigterm():
             self._last_progress = 0.0
@@ -120,28 +125,39 @@ class Lifeline:
             return True
         if self._save.is_set():
             self._save.clear()
+            self._is_awaited = True
             return True
         return False
 
     def leave_if_told(self) -> None:
-        """To be called where everything is saved.
+        """To be called where everything is saved; the driver that asked for it is told.
+
+        All processes of a trial call it at the same time and leave together: one alone would let
+        the others wait for it.
 
         Raises:
-            Preempted: If the process was told to leave: by SIGTERM or because its node is drained.
+            Preempted: If a process was told to leave: by SIGTERM or because its node is drained.
         """
-        if _told_to_leave.is_set():
+        if self._is_awaited:
+            self._is_awaited = False
+            _write(self._key(SAVED), self._answered or "")
+        if any(gather_objects(_told_to_leave.is_set())):
             raise Preempted
+
+    def _key(self, what: str) -> str:
+        return f"{self._study_id}/{what}/{self._trial_name}/{self._rank}"
 
     def _watch(self) -> None:
         num_told = 0
         while True:
             time.sleep(POLL_SECONDS)
-            if (request := _read(_save_key(self._study_id))) not in (None, self._answered):
+            request = _read(f"{self._study_id}/{SAVE}")
+            if request not in (None, self._answered):
                 self._answered = request
                 self._save.set()
             if self._num_progress != num_told:
                 num_told = self._num_progress
-                _write(self._progress_key, f"{id(self)} {num_told}")
+                _write(self._key(PROGRESS), f"{os.getpid()} {num_told}")
             if not _told_to_leave.is_set() and _node_is_drained():
                 _told_to_leave.set()
 
@@ -168,9 +184,20 @@ def listening_for_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, former)
 
 
-def ask_to_save(study_id: str) -> None:
-    """Have every process of a study save at its next step."""
-    _write(_save_key(study_id), str(time.time_ns()))
+def ask_to_save(study_id: str, trial_names: Iterable[str], seconds: float) -> None:
+    """Have the running trials of a study save at their next step, and wait until they did.
+
+    Args:
+        study_id: Of the study.
+        trial_names: Names of the folders of the trials that run now.
+        seconds: How long to wait at most.
+    """
+    request, deadline = str(time.time_ns()), time.monotonic() + seconds
+    _write(f"{study_id}/{SAVE}", request)
+    waiting = set(trial_names)
+    while waiting and time.monotonic() < deadline:
+        waiting = {name for name in waiting if request not in _told(study_id, SAVED, name)}
+        time.sleep(0.02)
 
 
 def forget(study_id: str) -> None:
@@ -191,10 +218,10 @@ class ProgressWatch:
     """
 
     def __init__(self, study_id: str, hang_seconds: float) -> None:
-        self._study_id, self._limit = study_id, hang_seconds + GRACE_SECONDS
+        self._study_id, self.hang_seconds = study_id, hang_seconds
         self._interval = min(GRACE_SECONDS, hang_seconds / 4)
         self._last_look = time.monotonic()
-        self._seen: dict[str, tuple[str, float]] = {}
+        self._seen: dict[str, tuple[list[str], float]] = {}
 
     def stuck(self, trial_names: list[str]) -> list[str]:
         """Which of the running trials have made no progress for too long; call it often.
@@ -208,30 +235,24 @@ class ProgressWatch:
         self._last_look += waited
         seen = {}
         for name in trial_names:
-            progress = self._progress(name)
+            progress = _told(self._study_id, PROGRESS, name)
             former, idle_seconds = self._seen.get(name, (progress, 0.0))
             is_idle = progress and progress == former
             idle_seconds += min(waited, 2 * self._interval)
             seen[name] = progress, idle_seconds if is_idle else 0.0
         self._seen = seen
-        return [name for name, (_, idle_seconds) in seen.items() if idle_seconds > self._limit]
-
-    def _progress(self, name: str) -> str:
-        """Changes as any process of the trial moves; empty before the first did."""
-        prefix = _progress_prefix(self._study_id, name)
-        try:
-            keys = internal_kv._internal_kv_list(prefix, namespace=NAMESPACE)
-        except Exception:  # the cluster's head does not answer just now
-            return ""
-        return " ".join(_read(key.decode()) or "" for key in sorted(keys))
+        limit = self.hang_seconds + GRACE_SECONDS
+        return [name for name, (_, idle_seconds) in seen.items() if idle_seconds > limit]
 
 
-def _save_key(study_id: str) -> str:
-    return f"{study_id}/save"
-
-
-def _progress_prefix(study_id: str, trial_name: str) -> str:
-    return f"{study_id}/progress/{trial_name}/"
+def _told(study_id: str, what: str, trial_name: str) -> list[str]:
+    """What the processes of a trial told last, by rank; none before the first did."""
+    prefix = f"{study_id}/{what}/{trial_name}/"
+    try:
+        keys = internal_kv._internal_kv_list(prefix, namespace=NAMESPACE)
+    except Exception:  # the cluster's head does not answer just now
+        return []
+    return [_read(key.decode()) or "" for key in sorted(keys)]
 
 
 def _read(key: str) -> str | None:

@@ -7,16 +7,17 @@ stopped early is a finished one and leaves diverged ones RUNNING; this one tells
     stopped by the scheduler                      PRUNED    with its best values by epoch
     diverged or out of memory, because of the     PRUNED    with a violated constraint, so that
     point                                                   the sampler avoids it
-    the machine's fault                           FAIL
+    the machine's fault                           FAIL      with what the machine did
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,6 @@ from drtune_ray.training.model import derived_seed
 from drtune_ray.training.records import COMPLETED, DIVERGED, PATIENCE
 
 STOPPED_BY_SCHEDULER = "stopped by the scheduler"
-MACHINE_FAILURE = "machine failure"
 CONSTRAINT = "trains"
 RESULT_STATES = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -78,8 +78,9 @@ class StudySearch(Searcher):  # type: ignore[misc]
     ) -> None:
         super().__init__(metric=OBJECTIVE, mode="max")
         self._sampler_for = sampler_for
-        self._study, self._space, self._base = study, space, base
+        self.study, self._space, self._base = study, space, base
         self._num_left = 0
+        self._storage_error: Exception | None = None
         known = study.get_trials(deepcopy=False)
         # What the machine failed, and what never got its configuration, is run again.
         sound = [t for t in known if t.state != TrialState.FAIL and trials.CONFIG in t.user_attrs]
@@ -111,16 +112,40 @@ class StudySearch(Searcher):  # type: ignore[misc]
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Tell Optuna what became of the trial; without a word of it, it stays unfinished."""
-        trial = self._active.pop(trial_id, None)
-        if trial is None:
+        """Tell Optuna what became of the trial; without a word of it, it stays unfinished.
+
+        Of an error Tune says here no more than that there was one: see `fail`.
+        """
+        if error or not result or trial_id not in self._active:
             return
-        if result:
+        trial = self._active[trial_id]
+        with self._storage_must_hold():
             self._report(trial, result)
-        if error:
-            self._tell(trial, TrialState.FAIL, MACHINE_FAILURE)
-        elif result:
             self._tell_outcome(trial, result)
+        del self._active[trial_id]
+
+    def fail(self, trial_id: str, outcome: str) -> None:
+        """Tell Optuna that the machine failed a trial for the last time, and how."""
+        if trial := self._active.pop(trial_id, None):
+            with self._storage_must_hold():
+                self._tell(trial, TrialState.FAIL, outcome)
+
+    def check_storage(self) -> None:
+        """To be called where an error ends the study.
+
+        Raises:
+            Exception: What Optuna's storage raised before, where Tune took it for a trial's error.
+        """
+        if self._storage_error is not None:
+            raise self._storage_error
+
+    @contextlib.contextmanager
+    def _storage_must_hold(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._storage_error = error
+            raise
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: Optuna's storage holds everything."""
@@ -133,7 +158,7 @@ class StudySearch(Searcher):  # type: ignore[misc]
         running = [t for t in known if t.state == TrialState.RUNNING]
         self._undescribed = deque(t for t in running if trials.CONFIG not in t.user_attrs)
         described = (t for t in running if trials.CONFIG in t.user_attrs)
-        return [Trial(self._study, frozen._trial_id) for frozen in described]
+        return [Trial(self.study, frozen._trial_id) for frozen in described]
 
     def _ask(self) -> Trial:
         """A trial without a configuration: one that was cut off as it was proposed, or a new one.
@@ -141,12 +166,12 @@ class StudySearch(Searcher):  # type: ignore[misc]
         Either is proposed by the sampler of its number, and so comes out the same.
         """
         if not self._undescribed:
-            number = len(self._study.get_trials(deepcopy=False))
-            self._study.sampler = self._sampler_for(number)
-            return self._study.ask()
+            number = len(self.study.get_trials(deepcopy=False))
+            self.study.sampler = self._sampler_for(number)
+            return self.study.ask()
         frozen = self._undescribed.popleft()
-        self._study.sampler = self._sampler_for(frozen.number)
-        return Trial(self._study, frozen._trial_id)
+        self.study.sampler = self._sampler_for(frozen.number)
+        return Trial(self.study, frozen._trial_id)
 
     def _new_trial(self) -> Trial:
         if not self._references:
@@ -156,7 +181,7 @@ class StudySearch(Searcher):  # type: ignore[misc]
         reference = self._references.popleft()
         values = self._space.locate(reference.config, self._base)
         if values is not None:
-            self._study.enqueue_trial(values, skip_if_exists=True)
+            self.study.enqueue_trial(values, skip_if_exists=True)
         trial = self._ask()
         if values is not None:
             self._space.suggest(trial, self._base)  # enters the parameters
@@ -199,7 +224,7 @@ class StudySearch(Searcher):  # type: ignore[misc]
         trial.set_user_attr(trials.OUTCOME, outcome)
         if state != TrialState.FAIL:
             trial.set_constraint(CONSTRAINT, violation)
-        self._study.tell(trial, value, state=state)
+        self.study.tell(trial, value, state=state)
 
 
 def build_sampler(config: SamplerConfig, seed: int, number: int) -> optuna.samplers.BaseSampler:

@@ -14,7 +14,7 @@ from pathlib import Path
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from drtune_ray.config import with_secrets
 from drtune_ray.data.artifacts import Folder, check_folder, open_folder
@@ -31,11 +31,12 @@ from drtune_ray.search.identity import (
     read_record,
 )
 from drtune_ray.search.lease import BEAT_SECONDS, LEASE_NAME, artifacts_lease, repeated
-from drtune_ray.tracking.spool import Spool
+from drtune_ray.tracking.spool import Spool, drop_torn_end
 
 logger = logging.getLogger(__name__)
 
 UNSENT_NAME = "unsent-events.jsonl"
+EXAMPLE = "postgresql+psycopg://USER:$PASSWORD@HOST/DATABASE"
 
 
 def open_storage(folder: Path, url: str | None) -> BaseStorage:
@@ -47,21 +48,25 @@ def open_storage(folder: Path, url: str | None) -> BaseStorage:
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if url is None:
+        with (folder / JOURNAL_NAME).open("a+b") as journal:
+            drop_torn_end(journal)  # Optuna would write on behind it, and never read the file again
         return JournalStorage(JournalFileBackend(str(folder / JOURNAL_NAME)))
     try:
         # A connection that the server dropped while a trial trained is opened anew.
         return RDBStorage(with_secrets(url), engine_kwargs={"pool_pre_ping": True})
+    except ArgumentError as error:
+        raise ConfigError(
+            f"optuna_storage={url!r} is not valid: {_first_line(error)}; write it like {EXAMPLE}"
+        ) from None
     except ImportError as error:
         raise EnvironmentProblem(
             f"optuna_storage={url!r} needs a package that is not installed ({_first_line(error)}): "
             "install drtune-ray[servers] for PostgreSQL"
         ) from None
-    except (SQLAlchemyError, optuna.exceptions.OptunaError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except (SQLAlchemyError, optuna.exceptions.OptunaError) as error:
         raise EnvironmentProblem(
             f"optuna_storage={url!r} cannot be used: {_first_line(error)}; check the address, the "
-            "database and the account, like postgresql+psycopg://USER:$PASSWORD@HOST/DATABASE"
+            f"database and the account in {EXAMPLE}"
         ) from None
 
 

@@ -46,7 +46,7 @@ class Spool:
         """Write an event so that it survives a crash."""
         line = json.dumps(to_plain(event)) + "\n"
         with self._lock, self._events.open("a+b") as file:
-            _drop_torn_end(file)
+            drop_torn_end(file)
             file.write(line.encode())
             file.flush()
             os.fsync(file.fileno())
@@ -94,7 +94,7 @@ class Spool:
         return int(text or 0)
 
 
-def _drop_torn_end(file: IO[bytes]) -> None:
+def drop_torn_end(file: IO[bytes]) -> None:
     """Remove a last line without an end: a crash or a full disk cut it off."""
     size = file.seek(0, os.SEEK_END)
     if size == 0:

@@ -171,8 +171,13 @@ def trial_folder(trials: Path, number: int, artifacts: Folder | None = None) -> 
         number: Of the trial.
         artifacts: Holds their checkpoints instead.
     """
-    name = f"{number:05d}"
+    name = folder_name(number)
     return TrialFolder(trials / name, artifacts.below(name) if artifacts else None)
+
+
+def folder_name(number: int) -> str:
+    """Of the folder of a trial."""
+    return f"{number:05d}"
 
 
 def _encoded(state: dict[str, Any]) -> tuple[bytes, memoryview]:

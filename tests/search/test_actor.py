@@ -51,7 +51,10 @@ def train_third(workplace: Workplace, configs: list[TrialConfig]) -> list[dict[s
 def workplace(tmp_path: Path, weights_file) -> tuple[Workplace, dict[str, Any]]:
     values = small_values(write_coloured(tmp_path / "images"), weights_file)
     _, _, tables = prepared(small_trial(values), tmp_path)
-    return Workplace(tables.to_mapping(), tmp_path / "trials", 1, "cpu"), values
+    place = Workplace(
+        tables.to_mapping(), tmp_path / "trials", 1, "cpu", study_id="s", hang_seconds=60
+    )
+    return place, values
 
 
 def test_third_trial_equals_the_same_trial_in_a_fresh_process(workplace, tmp_path):

@@ -16,8 +16,8 @@ from drtune_ray.config import SamplerConfig, TrialConfig, reference_config
 from drtune_ray.results.trials import best_trial, summary
 from drtune_ray.search.protocol import HISTORY, OBJECTIVE, OUT_OF_MEMORY, failed_by_point
 from drtune_ray.search.searcher import Reference, StudySearch, build_sampler
+from drtune_ray.search.servers import open_storage, open_study
 from drtune_ray.search.space import SearchSpace
-from drtune_ray.search.study import open_optuna_study
 from drtune_ray.training.records import COMPLETED, DIVERGED, PATIENCE
 
 SPACE = {
@@ -37,7 +37,7 @@ def base(make_trial) -> TrialConfig:
 def make_search(tmp_path: Path, base: TrialConfig) -> Any:
     def make(num_trials: int = 50, references: tuple[str, ...] = (), seed: int = 0) -> StudySearch:
         return StudySearch(
-            open_optuna_study(tmp_path, "a-study"),
+            opened(tmp_path),
             SearchSpace.from_mapping(SPACE, base),
             base,
             tuple(Reference(name, reference_config(base, name)) for name in references),
@@ -48,8 +48,12 @@ def make_search(tmp_path: Path, base: TrialConfig) -> Any:
     return make
 
 
+def opened(folder: Path) -> optuna.Study:
+    return open_study(open_storage(folder, None), "a-study")
+
+
 def trials(tmp_path: Path) -> list[optuna.trial.FrozenTrial]:
-    return open_optuna_study(tmp_path, "a-study").get_trials()
+    return opened(tmp_path).get_trials()
 
 
 def result(values: list[float], outcome: str = "") -> dict[str, Any]:
@@ -102,8 +106,10 @@ def test_the_machines_fault_is_a_failure_without_a_word_about_the_point(make_sea
     search.suggest("a")
     search.on_trial_result("a", result([0.4]))
     search.on_trial_complete("a", error=True)
+    assert trials(tmp_path)[0].state == TrialState.RUNNING  # Tune does not say why here
+    search.fail("a", "disk full")
     (trial,) = trials(tmp_path)
-    assert trial.state == TrialState.FAIL
+    assert (trial.state, trial.user_attrs["outcome"]) == (TrialState.FAIL, "disk full")
     assert trial.constraints == {}
 
 
@@ -111,7 +117,7 @@ def test_what_the_machine_failed_is_made_good_by_the_next_run(make_search, tmp_p
     first = make_search(num_trials=2, references=("default",))
     for trial_id in ("a", "b"):
         first.suggest(trial_id)
-        first.on_trial_complete(trial_id, error=True)
+        first.fail(trial_id, "process killed")
     assert first.suggest("c") == "FINISHED"  # one run does not try for ever
     again = make_search(num_trials=2, references=("default",))
     assert again.suggest("a")["number"] == 2
@@ -157,7 +163,7 @@ def test_same_seed_same_first_proposals(make_search, tmp_path, base):
     def proposals(folder: Path, seed: int) -> list[dict[str, Any]]:
         folder.mkdir()
         search = StudySearch(
-            open_optuna_study(folder, "a-study"),
+            opened(folder),
             SearchSpace.from_mapping(SPACE, base),
             base,
             (),
@@ -245,7 +251,7 @@ def test_the_sampler_avoids_what_diverged(base, tmp_path):
     later = []
     for seed in range(2):
         (tmp_path / str(seed)).mkdir()
-        study = open_optuna_study(tmp_path / str(seed), "a-study")
+        study = opened(tmp_path / str(seed))
         space = SearchSpace.from_mapping(SPACE, base)
         sampler_for = partial(build_sampler, SamplerConfig(), seed)
         search = StudySearch(study, space, base, (), 70, sampler_for)

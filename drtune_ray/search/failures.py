@@ -1,0 +1,199 @@
+"""What the machine did to a trial, by name, from what Ray says of it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.cloudpickle
+from ray.air.execution._internal import RayActorManager
+from ray.exceptions import (
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
+
+from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.search.lifeline import STACKS
+
+HOST_OUT_OF_MEMORY = "out of memory on the host"
+DISK_FULL = "disk full"
+NODE_LOST = "node lost"
+PROCESS_KILLED = "process killed"
+HUNG = "hung"  # for so many seconds
+HUNG_STACKS = "hung.txt"
+MACHINE_FAILURE = "machine failure"
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What the machine did: the name of the outcome, and one line that says more."""
+
+    outcome: str
+    error: str
+
+
+def failure_of(trial: Any, trial_folder: Path) -> Failure:
+    """What ended the process of a Tune trial.
+
+    Stacks that it left behind when it hung are moved: they are not of the next process.
+    """
+    return failure_from(_error_of(trial), trial_folder)
+
+
+def failure_from(error: BaseException | None, trial_folder: Path) -> Failure:
+    """As :func:`failure_of`, from the error itself."""
+    if hung := _hung(trial_folder):
+        return hung
+    if error is None:
+        return Failure(MACHINE_FAILURE, "unknown error")
+    return Failure(outcome_of(error), described(error))
+
+
+def outcome_of(error: BaseException) -> str:
+    """The name of a failure, as Optuna, MLflow and the table of trials show it."""
+    for cause in causes(error):
+        text = str(cause)
+        if isinstance(cause, OSError) and cause.errno in FULL_DISK:
+            return DISK_FULL
+        if (
+            isinstance(cause, MemoryError | OutOfMemoryError)
+            or "running low on memory" in text
+            or "can't allocate memory" in text  # torch, of a CPU
+        ):
+            return HOST_OUT_OF_MEMORY
+        if isinstance(cause, NodeDiedError) or "node has died" in text:
+            return NODE_LOST
+        if isinstance(cause, RayActorError) and not isinstance(cause, RayTaskError):
+            return PROCESS_KILLED
+    return MACHINE_FAILURE
+
+
+def described(error: BaseException) -> str:
+    """The failure in one line."""
+    *_, root = causes(error)
+    lines = [line.strip() for line in str(root).splitlines() if line.strip()]
+    if isinstance(root, RayError):
+        # Of an actor Ray tells first that it died, then who it was, then why.
+        return next((line for line in reversed(lines) if line.startswith("The actor ")), lines[0])
+    return f"{type(root).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it came from: Ray and Ray Train wrap what a worker raised."""
+    yield error
+    failures = getattr(error, "worker_failures", None)
+    inner = next(iter(failures.values())) if failures else getattr(error, "cause", None)
+    inner = inner or getattr(error, "controller_failure", None)
+    inner = inner or error.__cause__ or error.__context__
+    if isinstance(inner, BaseException):
+        yield from causes(inner)
+
+
+def _error_of(trial: Any) -> BaseException | None:
+    # From Tune's own folder: what `get_error` reads is copied there later.
+    file = trial.pickled_error_file
+    if file is None or not Path(file).exists():
+        return None
+    error: BaseException = ray.cloudpickle.loads(Path(file).read_bytes())
+    return error
+
+
+def _hung(trial_folder: Path) -> Failure | None:
+    for path in sorted(trial_folder.glob(STACKS.format("*"))):
+        stacks = path.read_text(errors="replace")
+        if found := re.match(r"Timeout \((\S+)\)!", stacks):
+            seconds = sum(
+                float(part) * scale
+                for part, scale in zip(found[1].split(":"), (3600, 60, 1), strict=True)
+            )
+            outcome, kept = f"{HUNG} for {seconds:g} s", trial_folder / HUNG_STACKS
+            path.replace(kept)
+            return Failure(outcome, f"{outcome} in {_innermost(stacks)}; its stacks: {kept}")
+    return None
+
+
+def _innermost(stacks: str) -> str:
+    """The newest frame of the thread that trains: the main thread, which is written last.
+
+    Ray Train's workers train in another one, known by our frames in it.
+    """
+    threads = stacks.split("\n\n")
+    ours = [text for text in threads if "train_epochs" in text] or threads
+    frames = re.findall(r'File "(.*)", line (\d+) in (\S+)', ours[-1])
+    if not frames:
+        return "an unknown place"
+    path, line, function = frames[0]
+    return f"{function} ({path}, line {line})"
+
+
+def clear_stacks(trial_folder: Path, *, has_failed: bool) -> None:
+    """Remove what processes that hung left of a trial that has ended, or those that were killed.
+
+    Args:
+        trial_folder: Of the trial.
+        has_failed: Then the stacks stay: they say why.
+    """
+    for path in trial_folder.glob(STACKS.format("*")):
+        path.unlink(missing_ok=True)
+    if not has_failed:
+        (trial_folder / HUNG_STACKS).unlink(missing_ok=True)
+
+
+class ProcessLost(RayActorError):  # type: ignore[misc]
+    """What Ray said of an actor in words that Tune does not know."""
+
+
+@contextlib.contextmanager
+def full_disk_is_told(folder: Path) -> Iterator[None]:
+    """A full disk is the user's to mend: one message, and the study can be resumed.
+
+    Raises:
+        EnvironmentProblem: Naming the folder.
+    """
+    try:
+        yield
+    except Exception as error:
+        if outcome_of(error) != DISK_FULL:
+            raise
+        raise EnvironmentProblem(
+            f"the disk that holds {folder} is full: free space there, then the same command goes "
+            "on where it stopped"
+        ) from error
+
+
+@contextlib.contextmanager
+def lost_processes_are_failures() -> Iterator[None]:
+    """Within, every error that Ray reports of an actor is a failure of its trial.
+
+    Tune knows `RayActorError` and `RayTaskError` and ends the whole study at any other: so it does
+    when Ray's memory monitor kills one actor (Ray 2.60, `RayActorManager._actor_task_failed`).
+    """
+    methods = ("_actor_task_failed", "_actor_start_failed")
+    former = {name: getattr(RayActorManager, name) for name in methods}
+
+    def translated(method: Callable[..., None]) -> Callable[..., None]:
+        def failed(manager: Any, *, exception: Exception, **of_what: Any) -> None:
+            is_known = isinstance(exception, RayActorError | RayTaskError)
+            if isinstance(exception, RayError) and not is_known:
+                exception = ProcessLost(error_msg=str(exception))
+            method(manager, exception=exception, **of_what)
+
+        return failed
+
+    for name, method in former.items():
+        setattr(RayActorManager, name, translated(method))
+    try:
+        yield
+    finally:
+        for name, method in former.items():
+            setattr(RayActorManager, name, method)
