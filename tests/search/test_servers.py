@@ -1,0 +1,353 @@
+"""A study on servers: PostgreSQL holds the search, S3 the files, MLflow the record; all real."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from drtune_ray.config import StudyConfig, nested, to_yaml
+from drtune_ray.data.artifacts import open_folder
+from drtune_ray.errors import ConfigError, EnvironmentProblem
+from drtune_ray.results.winner import read_winner
+from drtune_ray.search import servers
+from drtune_ray.search.identity import Record, read_record
+from drtune_ray.search.servers import StudyArtifacts, check_storage_of, open_storage, open_study
+from drtune_ray.tracking.events import MetricsRecorded
+from drtune_ray.tracking.spool import Spool
+from tests.servers import BUCKET, database, mlflow_server, object_store
+from tests.small import small_values, write_coloured
+
+SECRET = "open-sesame"
+NUM_TRIALS, NUM_EPOCHS = 5, 25
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[None]:
+    with object_store() as environment, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with (
+        database(tmp_path_factory.mktemp("database") / "data") as url,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("DATABASE_PASSWORD", SECRET)
+        yield url.replace(":@", ":$DATABASE_PASSWORD@")
+
+
+@pytest.fixture(scope="module")
+def mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with mlflow_server(tmp_path_factory.mktemp("mlflow") / "data") as address:
+        yield address
+
+
+# ---- the database
+
+
+def test_open_storage__postgres_holds_the_search(postgres: str, tmp_path: Path) -> None:
+    study = open_study(open_storage(tmp_path, postgres), "flowers-1")
+    study.tell(study.ask({"x": optuna.distributions.FloatDistribution(0, 1)}), 0.5)
+    again = open_study(open_storage(tmp_path / "another disk", postgres), "flowers-1")
+    assert [trial.value for trial in again.trials] == [0.5]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_open_storage__password_is_not_set(
+    postgres: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DATABASE_PASSWORD")
+    with pytest.raises(ConfigError, match="needs the environment variable DATABASE_PASSWORD"):
+        open_storage(tmp_path, postgres)
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("postgresql+psycopg://u:$DATABASE_PASSWORD@127.0.0.1:9/none", "connection"),
+        ("mysql+pymysql://u@127.0.0.1/none", "a package that is not installed"),
+    ],
+)
+def test_open_storage__refused(
+    url: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_PASSWORD", SECRET)
+    with pytest.raises(EnvironmentProblem) as caught:
+        open_storage(tmp_path, url)
+    assert str(caught.value).startswith(f"optuna_storage={url!r} ")
+    assert reason in str(caught.value)
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["nothing", "nodialect://host/none"])
+def test_open_storage__no_url(url: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"^optuna_storage='{url}' is not valid: .*; write it"):
+        open_storage(tmp_path, url)
+
+
+@pytest.mark.parametrize(
+    "path", ["optuna_storage", "artifacts", "tracking.uri"], ids=lambda path: str(path)
+)
+def test_study_config__a_password_is_refused_and_not_shown(path: str) -> None:
+    values = {"name": "flowers", "trial.data.train": "images", path: f"x://me:{SECRET}@host/db"}
+    with pytest.raises(ConfigError) as caught:
+        StudyConfig.from_mapping(nested(values))
+    assert str(caught.value) == (
+        f"{path}: the password would be recorded with the study: write $NAME in its place, and "
+        "put the password into the environment variable NAME"
+    )
+
+
+def record(folder: Path, url: str | None = None, artifacts: str | None = None) -> Record:
+    folder.mkdir(parents=True, exist_ok=True)
+    made = Record(
+        folder, "flowers-1", "study", {"optuna_storage": url}, {}, {}, artifacts=artifacts
+    )
+    made.write()
+    return made
+
+
+def test_check_storage_of__a_study_does_not_leave_its_trials_behind(tmp_path: Path) -> None:
+    former = record(tmp_path / "flowers")
+    url = f"sqlite:///{tmp_path}/search.db"
+    storage = open_storage(former.folder, url)
+    with pytest.raises(ConfigError) as caught:
+        check_storage_of(former, url, storage)
+    assert str(caught.value) == (
+        "study 'flowers' keeps its trials in optuna_storage=none (the study's folder), and "
+        f"{url!r} does not hold them: give the former one, or copy the database there first"
+    )
+    open_study(storage, "flowers-1")  # a copied database
+    check_storage_of(former, url, storage)
+
+
+# ---- files
+
+
+def artifacts_at(path: Path, disk: Path) -> StudyArtifacts:
+    return StudyArtifacts(path.as_uri(), disk / "flowers")
+
+
+def test_study_artifacts__none_changes_nothing(tmp_path: Path) -> None:
+    none = StudyArtifacts(None, tmp_path / "flowers")
+    record(tmp_path / "flowers")
+    before = sorted(tmp_path.rglob("*"))
+    assert (none.trials, none.shelf, none.restore()) == (None, None, False)
+    none.keep("study.yaml")
+    with none.lease(), none.unsent_kept(Spool(tmp_path / "spool")):
+        pass
+    assert sorted(p for p in tmp_path.rglob("*") if "spool" not in p.name) == before
+
+
+def test_study_artifacts__a_lost_disk_comes_back(tmp_path: Path) -> None:
+    place, disk = tmp_path / "artifacts", tmp_path / "disk"
+    kept = artifacts_at(place, disk)
+    assert not kept.restore()
+    made = record(disk / "flowers", artifacts=place.as_uri())
+    (disk / "flowers" / "winner").mkdir()
+    (disk / "flowers" / "winner" / "model.yaml").write_text("classes: []")
+    (disk / "flowers" / "done").write_text("5")
+    (disk / "splits").mkdir()
+    (disk / "splits" / "1.parquet").write_bytes(b"manifest")
+    kept.keep("study.yaml", "winner", "done")
+    kept.keep_shared(disk / "splits" / "1.parquet")
+    with kept.lease():  # is nothing that comes back
+        shutil.rmtree(disk)
+        again = artifacts_at(place, disk)
+        assert again.restore()
+    again.restore_shared(disk / "splits" / "1.parquet")
+    again.restore_shared(disk / "splits" / "2.parquet")  # there was none
+    files = {str(p.relative_to(disk)): p for p in disk.rglob("*") if p.is_file()}
+    assert sorted(files) == [
+        "flowers/done",
+        "flowers/study.yaml",
+        "flowers/winner/model.yaml",
+        "splits/1.parquet",
+    ]
+    assert read_record(disk / "flowers") == made
+    assert not again.restore()  # it is there
+
+
+def test_study_artifacts__another_study_of_that_name(tmp_path: Path) -> None:
+    artifacts_at(tmp_path / "a", tmp_path / "disk").keep()
+    record(tmp_path / "disk" / "flowers", artifacts=(tmp_path / "a").as_uri())
+    other = artifacts_at(tmp_path / "b", tmp_path / "disk")
+    with pytest.raises(ConfigError) as caught:
+        other.restore()
+    assert str(caught.value) == (
+        f"study 'flowers' keeps its checkpoints in artifacts={(tmp_path / 'a').as_uri()!r}, and "
+        f"{(tmp_path / 'b').as_uri()!r} does not hold them: give the former one, or copy the "
+        "study's folder there first"
+    )
+    with pytest.raises(ConfigError, match=r"and none \(the study's folder\) does not hold them"):
+        StudyArtifacts(None, tmp_path / "disk" / "flowers").restore()
+    other.keep("study.yaml")  # a copied folder
+    assert not other.restore()
+
+
+def test_study_artifacts__events_that_mlflow_never_took_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servers, "BEAT_SECONDS", 0.05)
+    place, disk = tmp_path / "artifacts", tmp_path / "disk"
+    kept, spool = artifacts_at(place, disk), Spool(disk / "flowers" / "spool")
+    events = [MetricsRecorded(0, epoch, {"loss": 1.0}, epoch) for epoch in range(1, 4)]
+    record(disk / "flowers", artifacts=place.as_uri())
+    kept.keep("study.yaml")
+    spool.append(events[0])
+    with pytest.raises(KeyError), kept.unsent_kept(spool):
+        spool.mark_sent(spool.next_unsent()[1])
+        for event in events[1:]:
+            spool.append(event)
+        deadline = time.monotonic() + 10
+        while b'"step": 3' not in _unsent(kept):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        raise KeyError  # it is cut off here
+    shutil.rmtree(disk)
+    assert artifacts_at(place, disk).restore()
+    found = Spool(disk / "flowers" / "spool")
+    assert found.num_unsent() == 2
+    assert found.next_unsent()[0] == events[1]
+    with kept.unsent_kept(found):
+        while unsent := found.next_unsent():
+            found.mark_sent(unsent[1])
+    assert _unsent(kept) == b""
+
+
+def _unsent(kept: StudyArtifacts) -> bytes:
+    try:
+        return kept._study.read(servers.UNSENT_NAME)
+    except FileNotFoundError:
+        return b""
+
+
+# ---- a whole study
+
+
+def study_values(folder: Path, weights_file: Any, **changes: Any) -> dict[str, Any]:
+    trial = small_values(write_coloured(folder / "images"), weights_file) | {
+        "training.batch_norm": "local",
+        "optim.backbone_lr": 0.005,
+        "training.epochs": NUM_EPOCHS,
+    }
+    values = {
+        "name": "small",
+        "storage": str(folder / "disk"),
+        "trials": NUM_TRIALS,
+        "space": {"parameters": {"optim.backbone_lr": {"float": [0.001, 0.02], "log": True}}},
+        "trial": nested(trial),
+        "scheduler": {"name": "none"},
+        "resources": {"trials_at_a_time": 2},
+    }
+    return values | changes
+
+
+def wait_for(condition: Any, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.1)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_losing_the_drivers_whole_disk_loses_nothing(
+    s3: None, postgres: str, mlflow: str, tmp_path: Path, weights_file: Any
+) -> None:
+    import mlflow as client_package
+
+    place = f"s3://{BUCKET}/lost-disk"
+    values = study_values(tmp_path, weights_file, optuna_storage=postgres, artifacts=place)
+    values["tracking"] = {"uri": mlflow}
+    file, log = tmp_path / "study.yaml", tmp_path / "log"
+    file.write_text(to_yaml(values))
+    command = [str(Path(sys.executable).with_name("drtune-ray")), "tune", str(file)]
+    disk, artifacts = tmp_path / "disk", open_folder(place).below("small")
+
+    with log.open("w") as sink:
+        driver = subprocess.Popen(command, stdout=sink, stderr=sink, start_new_session=True)
+        try:
+            wait_for(lambda: (disk / "small" / "study.yaml").exists(), driver, log)
+            study_id = read_record(disk / "small").study_id
+            storage = open_storage(tmp_path, postgres)
+            wait_for(lambda: study_id in optuna.get_all_study_names(storage), driver, log)
+            study = open_study(storage, study_id)
+
+            def is_midway() -> bool:
+                trials = study.get_trials(deepcopy=False)
+                running = [t for t in trials if t.state == TrialState.RUNNING]
+                ended = [t for t in trials if t.state == TrialState.COMPLETE]
+                return bool(ended) and any(len(t.intermediate_values) >= 5 for t in running)
+
+            wait_for(is_midway, driver, log)
+        finally:
+            os.kill(driver.pid, signal.SIGKILL)
+            driver.wait(timeout=60)
+    killed_at = time.time()
+    before = study.get_trials()
+    shutil.rmtree(disk)
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "was brought back from" in done.stderr
+    assert f"Best of {NUM_TRIALS} trials" in done.stdout
+
+    # Nothing that was finished ran again; what was running lost at most one epoch.
+    after = study.get_trials()
+    assert [trial.number for trial in after] == list(range(NUM_TRIALS))
+    assert {trial.state for trial in after} == {TrialState.COMPLETE}
+    for old in before:
+        if old.state == TrialState.COMPLETE:
+            assert after[old.number].datetime_complete == old.datetime_complete
+            assert after[old.number].intermediate_values == old.intermediate_values
+    client = client_package.MlflowClient(mlflow)
+    runs = client.search_runs([client.get_experiment_by_name("drtune-ray").experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert len(runs) == NUM_TRIALS + 1
+    for run in runs:
+        if (number := run.data.tags["drtune.trial"]) == "study":
+            continue
+        history = client.get_metric_history(run.info.run_id, "val_accuracy")
+        assert {metric.step for metric in history} == set(range(1, NUM_EPOCHS + 1))
+        known = len(before[int(number)].intermediate_values) if int(number) < len(before) else 0
+        again = [m for m in history if m.step <= known and m.timestamp > killed_at * 1000]
+        assert len(again) <= 1
+        assert run.data.params["optim.backbone_lr"]
+
+    # The winner is on the disk and in artifacts; no orphan checkpoints lie there.
+    best = max(after, key=lambda trial: (trial.value or 0.0, -trial.number))
+    assert read_winner(disk / "small" / "winner").about["trial"] == best.number
+    assert artifacts.below("winner").names() == ["model.safetensors", "model.yaml"]
+    for number in range(NUM_TRIALS):
+        assert artifacts.below("trials").below(f"{number:05d}").names() == ["best.ckpt"]
+    assert "driver.json" not in artifacts.names()
+    assert "unsent-events.jsonl" not in artifacts.names()
+
+    # The password went nowhere.
+    shown = [path.read_bytes() for path in (*tmp_path.rglob("*"), log) if path.is_file()]
+    shown += [(done.stdout + done.stderr).encode(), artifacts.read("study.yaml")]
+    shown += [str([run.data.params for run in runs]).encode()]
+    assert not any(SECRET.encode() in content for content in shown)
+
+    # And the disk may be lost once more: the study is done.
+    shutil.rmtree(disk)
+    shown_again = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "This study is done; nothing was left to run." in shown_again.stdout
+    best_line = next(line for line in done.stdout.splitlines() if "best trial" in line)
+    assert best_line in shown_again.stdout
