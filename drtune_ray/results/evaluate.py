@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import torch
 
 from drtune_ray.config import digest
+from drtune_ray.data.artifacts import Folder
 from drtune_ray.data.sources import decode, read_bytes
 from drtune_ray.data.splits import TEST, VALIDATION
 from drtune_ray.data.views import ViewMaker
@@ -23,7 +24,7 @@ from drtune_ray.tracking.events import now_ms
 from drtune_ray.training.frozen import Normalizer
 
 BATCH_ROWS = 64
-OPENINGS_NAME = "test-openings.jsonl"
+OPENINGS_NAME, OPENINGS_FOLDER = "test-openings.jsonl", "test-openings"
 TWO_SIDED_95 = 1.959964
 
 
@@ -67,7 +68,13 @@ class Evaluation:
 
 
 def evaluate(
-    winner_folder: Path, manifest_path: Path, root: Path, storage: Path, *, again: bool = False
+    winner_folder: Path,
+    manifest_path: Path,
+    root: Path,
+    storage: Path,
+    *,
+    artifacts: Folder | None = None,
+    again: bool = False,
 ) -> Evaluation:
     """Test a model on the sealed split and record that it was opened.
 
@@ -76,6 +83,7 @@ def evaluate(
         manifest_path: The study's splits.
         root: The folder of images.
         storage: Where openings are recorded.
+        artifacts: Where they are recorded too, to outlive this disk.
         again: Allow an opening after the first.
 
     Raises:
@@ -85,7 +93,8 @@ def evaluate(
     manifest = pq.read_table(manifest_path)
     test = _rows(manifest, TEST)
     seal = digest(sorted(row["content_hash"] for row in test))
-    openings = [entry for entry in read_openings(storage) if entry["test_split"] == seal]
+    known = read_openings(storage, artifacts)
+    openings = [entry for entry in known if entry["test_split"] == seal]
     if openings and not again:
         raise ConfigError(
             f"this test split of {len(test)} images was opened {len(openings)} time(s) before, "
@@ -95,8 +104,7 @@ def evaluate(
     validation = measure(winner, root, _rows(manifest, VALIDATION))
     # Written before the answer is known: an opening that was cut short is one all the same.
     entry = {"test_split": seal, "model": str(winner_folder), "time_ms": now_ms()}
-    with (storage / OPENINGS_NAME).open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+    _record_opening(json.dumps(entry), storage, artifacts)
     return Evaluation(
         measure(winner, root, test),
         validation,
@@ -105,10 +113,21 @@ def evaluate(
     )
 
 
-def read_openings(storage: Path) -> list[dict[str, Any]]:
-    """All recorded openings of test splits under a storage."""
+def read_openings(storage: Path, artifacts: Folder | None = None) -> list[dict[str, Any]]:
+    """All recorded openings of test splits, the first one first."""
     path = storage / OPENINGS_NAME
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = set(path.read_text().splitlines()) if path.exists() else set()
+    if artifacts is not None:
+        folder = artifacts.below(OPENINGS_FOLDER)
+        lines |= {folder.read(name).decode() for name in folder.names()}
+    return sorted((json.loads(line) for line in lines), key=lambda entry: entry["time_ms"])
+
+
+def _record_opening(line: str, storage: Path, artifacts: Folder | None) -> None:
+    if artifacts is not None:
+        artifacts.below(OPENINGS_FOLDER).write(f"{digest(line)}.json", line.encode())
+    with (storage / OPENINGS_NAME).open("a") as file:
+        file.write(line + "\n")
 
 
 @torch.inference_mode()

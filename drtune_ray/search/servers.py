@@ -132,7 +132,7 @@ class StudyArtifacts:
     def restore_shared(self, path: Path) -> None:
         """Bring back a file of the storage that all studies share, where it is missing."""
         if self.root and not path.exists():
-            with _as_problem(self.uri):
+            with as_problem(self.uri):
                 folder = self.root.below(path.parent.name)
                 if path.name in folder.names():
                     folder.download(path.name, path)
@@ -140,7 +140,7 @@ class StudyArtifacts:
     def keep_shared(self, path: Path) -> None:
         """Keep a file of the storage that all studies share."""
         if self.root:
-            with _as_problem(self.uri):
+            with as_problem(self.uri):
                 self.root.below(path.parent.name).upload(path, path.name)
 
     def restore(self) -> bool:
@@ -154,7 +154,7 @@ class StudyArtifacts:
             return False
         if self._study is None:
             return False
-        with _as_problem(self.uri):
+        with as_problem(self.uri):
             names = self._study.names()
             if RECORD_FILE not in names:
                 return False
@@ -174,7 +174,7 @@ class StudyArtifacts:
         """Keep files and folders of the study's folder, in this order."""
         if self._study is None:
             return
-        with _as_problem(self.uri):
+        with as_problem(self.uri):
             for name in names:
                 path = self._local / name
                 if not path.is_dir():
@@ -204,7 +204,7 @@ class StudyArtifacts:
             unsent = spool.unsent()
             if unsent == kept[0]:
                 return
-            with _as_problem(self.uri):
+            with as_problem(self.uri):
                 study.write(UNSENT_NAME, unsent) if unsent else study.remove(UNSENT_NAME)
             kept[0] = unsent
 
@@ -215,7 +215,7 @@ class StudyArtifacts:
     def _check_same(self, former: Record) -> None:
         there = None
         if self._study is not None:
-            with _as_problem(self.uri):
+            with as_problem(self.uri):
                 if RECORD_FILE in self._study.names():
                     there = self._study.read(RECORD_FILE).decode()
         is_same = there is not None and f"study_id: {former.study_id}\n" in there
@@ -233,7 +233,12 @@ def _place(uri: str | None) -> str:
 
 
 @contextmanager
-def _as_problem(uri: str | None) -> Iterator[None]:
+def as_problem(uri: str | None) -> Iterator[None]:
+    """Turn failures of artifacts into one message.
+
+    Raises:
+        EnvironmentProblem: Instead of `OSError`.
+    """
     try:
         yield
     except OSError as error:

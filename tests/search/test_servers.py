@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -9,24 +10,33 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+import torch
 from optuna.trial import TrialState
 
 from drtune_ray.config import StudyConfig, nested, to_yaml
-from drtune_ray.data.artifacts import open_folder
+from drtune_ray.data.artifacts import LocalFolder, open_folder
+from drtune_ray.data.shelf import TableShelf
+from drtune_ray.data.store import TableStore
 from drtune_ray.errors import ConfigError, EnvironmentProblem
+from drtune_ray.results.evaluate import _record_opening, read_openings
 from drtune_ray.results.winner import read_winner
 from drtune_ray.search import servers
+from drtune_ray.search.actor import Workplace
 from drtune_ray.search.identity import Record, read_record
+from drtune_ray.search.prepare import check_inputs, prepare
 from drtune_ray.search.servers import StudyArtifacts, check_storage_of, open_storage, open_study
 from drtune_ray.tracking.events import MetricsRecorded
 from drtune_ray.tracking.spool import Spool
+from drtune_ray.training.checkpoint import TrialFolder, read_checkpoint
+from tests.search.test_actor import actor, run_to_end
 from tests.servers import BUCKET, database, mlflow_server, object_store
-from tests.small import small_values, write_coloured
+from tests.small import small_trial, small_values, write_coloured
 
 SECRET = "open-sesame"
 NUM_TRIALS, NUM_EPOCHS = 5, 25
@@ -234,6 +244,57 @@ def _unsent(kept: StudyArtifacts) -> bytes:
         return kept._study.read(servers.UNSENT_NAME)
     except FileNotFoundError:
         return b""
+
+
+# ---- nodes
+
+
+def test_nodes_without_the_drivers_disk_train_and_take_over_from_each_other(
+    s3: None, tmp_path: Path, weights_file: Any
+) -> None:
+    config = small_trial(small_values(write_coloured(tmp_path / "images"), weights_file))
+    root, disk = open_folder(f"s3://{BUCKET}/nodes"), tmp_path / "disk"
+    shelf = TableShelf(root.below("cache"))
+    with TableStore(disk, 4.0, shelf) as store:
+        tables = prepare(check_inputs(config, disk), config, store, "cpu")
+    place = Workplace(tables.to_mapping(), disk / "trials", 1, "cpu", study_id="s", hang_seconds=60)
+    run_to_end(actor(place, 4, config))
+    unbroken = TrialFolder(disk / "trials" / "00004").newest()
+
+    place = replace(place, artifacts=root.below("trials"), shelf=shelf)
+    results = []
+    for _ in range(2):  # two nodes: neither has what the former one had
+        shutil.rmtree(disk)
+        node = actor(place, 4, config)
+        results.append(node.step())
+        assert sorted(path.name for path in disk.rglob("*.ckpt")) == []
+    results += run_to_end(node)
+    assert [result["epoch"] for result in results] == [1, 2, 3]
+    folder = place.folder(4)
+    final = folder.newest()
+    assert unbroken is not None and final is not None
+    tensors = {name: t for name, t in unbroken["method"].items() if torch.is_tensor(t)}
+    assert tensors
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, final["method"][name]), name
+    folder.drop_resumable()
+    assert root.below("trials").below("00004").names() == ["best.ckpt"]
+    assert read_checkpoint(folder.fetch_best())["record"]["epoch"] >= 1
+
+
+# ---- the test split
+
+
+def test_openings_of_the_test_split_outlive_the_disk(tmp_path: Path) -> None:
+    disk, artifacts = tmp_path / "disk", LocalFolder(tmp_path / "artifacts")
+    disk.mkdir()
+    entries = [{"test_split": "a", "model": "flowers", "time_ms": time} for time in (1, 2)]
+    for entry in reversed(entries):
+        _record_opening(json.dumps(entry), disk, artifacts)
+    assert read_openings(disk) == read_openings(disk, artifacts) == entries
+    shutil.rmtree(disk)
+    assert read_openings(disk) == []
+    assert read_openings(disk, artifacts) == entries
 
 
 # ---- a whole study
