@@ -36,6 +36,7 @@ from drtune_ray.tracking.spool import Spool, drop_torn_end
 logger = logging.getLogger(__name__)
 
 UNSENT_NAME = "unsent-events.jsonl"
+DATABASE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
 EXAMPLE = "postgresql+psycopg://USER:$PASSWORD@HOST/DATABASE"
 
 
@@ -79,6 +80,31 @@ def open_study(storage: BaseStorage, study_id: str) -> optuna.Study:
         pruner=optuna.pruners.NopPruner(),
         load_if_exists=True,
     )
+
+
+@contextmanager
+def database_as_problem(url: str | None) -> Iterator[None]:
+    """Turn failures of a database that answered before into one message.
+
+    Raises:
+        EnvironmentProblem: Instead of what Optuna and its driver raise.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not (failures := [e for e in _chain(error) if isinstance(e, DATABASE_ERRORS)]):
+            raise
+        raise EnvironmentProblem(
+            f"optuna_storage={url!r} did not do what it was asked ({_first_line(failures[-1])}): "
+            "repeat the command when it answers again"
+        ) from error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those it came from: Tune raises its own for one in a searcher."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def check_storage_of(former: Record, url: str | None, storage: BaseStorage) -> None:

@@ -17,7 +17,9 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
 
 from drtune_ray.config import StudyConfig, nested, to_yaml
 from drtune_ray.data.artifacts import LocalFolder, open_folder
@@ -28,9 +30,16 @@ from drtune_ray.results.evaluate import _record_opening, read_openings
 from drtune_ray.results.winner import read_winner
 from drtune_ray.search import servers
 from drtune_ray.search.actor import Workplace
-from drtune_ray.search.identity import Record, read_record
+from drtune_ray.search.identity import Record, deciding_values, read_record
 from drtune_ray.search.prepare import check_inputs, prepare
-from drtune_ray.search.servers import StudyArtifacts, check_storage_of, open_storage, open_study
+from drtune_ray.search.request import study_request
+from drtune_ray.search.servers import (
+    StudyArtifacts,
+    check_storage_of,
+    database_as_problem,
+    open_storage,
+    open_study,
+)
 from drtune_ray.tracking.events import MetricsRecorded
 from drtune_ray.tracking.spool import Spool
 from drtune_ray.training.checkpoint import TrialFolder, read_checkpoint
@@ -120,6 +129,37 @@ def test_study_config__a_password_is_refused_and_not_shown(path: str) -> None:
         f"{path}: the password would be recorded with the study: write $NAME in its place, and "
         "put the password into the environment variable NAME"
     )
+
+
+def test_database_as_problem__an_error_within_another_of_tune() -> None:
+    with pytest.raises(EnvironmentProblem) as caught, database_as_problem("postgresql://db"):
+        try:
+            raise OperationalError("SELECT 1", {}, OSError("connection refused\nmore"))
+        except OperationalError as error:
+            try:
+                raise StorageInternalError("a commit failed") from error
+            except StorageInternalError as internal:
+                raise RuntimeError("Tune has a problem") from internal
+    assert str(caught.value) == (
+        "optuna_storage='postgresql://db' did not do what it was asked ((builtins.OSError) "
+        "connection refused): repeat the command when it answers again"
+    )
+    with pytest.raises(KeyError), database_as_problem(None):
+        raise KeyError
+
+
+def test_study_request__flags(tmp_path: Path) -> None:
+    write_coloured(tmp_path / "images")
+    flags = {
+        "data_folder": str(tmp_path / "images"),
+        "optuna_storage": "postgresql+psycopg://me:$NAME@host/db",
+        "artifacts": "s3://bucket/prefix",
+    }
+    config, _ = study_request(None, [], flags)
+    assert config.optuna_storage == flags["optuna_storage"]
+    assert config.artifacts == flags["artifacts"]
+    content = deciding_values(config.to_mapping(), "images", "weights")
+    assert not {"optuna_storage", "artifacts"} & content.keys()
 
 
 def record(folder: Path, url: str | None = None, artifacts: str | None = None) -> Record:
