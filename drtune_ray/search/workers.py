@@ -1,55 +1,119 @@
-"""Trials of several workers on Ray Train; `drtune-ray train` always comes this way."""
+"""Trials of several workers on Ray Train; `drtune-ray train` always comes this way.
+
+Ray Train itself restarts workers only where a machine was taken away in an orderly manner, or where
+their number changes. Any other failure ends the run and says what each worker raised, so that the
+point's own fault is told as a result, and the machine's is retried by who started the run: Tune,
+for a trial of a study, or `train_on_workers`.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ray.train
+import torch
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from drtune_ray.config import ResourcesConfig, TrialConfig
-from drtune_ray.errors import DrtuneError
+from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.search.actor import Workplace, Workshop
+from drtune_ray.search.failures import failure_from
+from drtune_ray.search.group import GroupCare, start_seconds, train_environment
 from drtune_ray.search.identity import SCRATCH_NAME
-from drtune_ray.search.protocol import CONFIG_NUMBER, CONFIG_TRIAL, trial_result
+from drtune_ray.search.lifeline import Lifeline
+from drtune_ray.search.protocol import (
+    CONFIG_NUMBER,
+    CONFIG_TRIAL,
+    OUT_OF_MEMORY,
+    failed_by_point,
+    trial_result,
+)
 from drtune_ray.training.checkpoint import TrialFolder
 from drtune_ray.training.records import EpochRecord, EpochReport
 
-MAX_WORKER_FAILURES = 2
-# Infinite by default: a request that cannot be placed would be retried for ever, in silence.
+logger = logging.getLogger(__name__)
+
+# Of a single training, without an epoch in between. A study leaves the count to Tune.
+MAX_FAILURES = 2
+# Infinite by default: workers that cannot start would be started for ever, in silence.
 MAX_CONTROLLER_FAILURES = 3
-COLLECTIVE_TIMEOUT_SECONDS = 1800
+# Who waits for a worker that hangs must outlast the guard that ends it.
+COLLECTIVE_GRACE_SECONDS = 60
+# How often Ray Train looks whether it could have more workers.
+RESIZE_SECONDS = 60.0
+# How long a trial's driver waits for Tune to end it, once Tune was told the last result.
+END_SECONDS = 600.0
+
+
+class PointFailed(Exception):
+    """The configuration made it impossible to go on; raised by a worker.
+
+    Args:
+        outcome: Its name.
+        last: The worker's last result.
+    """
+
+    def __init__(self, outcome: str, last: dict[str, Any]) -> None:
+        super().__init__(outcome)
+        self.outcome, self.last = outcome, last
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.outcome, self.last)
+
+    def result(self) -> dict[str, Any]:
+        """The last result of the trial."""
+        return failed_by_point(self.outcome, self.last)
 
 
 def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
-    """What every Ray Train worker runs; returns the trial's last result."""
+    """What every Ray Train worker runs; returns the trial's last result.
+
+    Raises:
+        PointFailed: If the configuration makes it impossible to go on.
+        Preempted: If one of the workers was told to leave; all that was trained is saved.
+    """
     workplace: Workplace = payload["workplace"]
-    config = TrialConfig.from_mapping(json.loads(payload[CONFIG_TRIAL]))
-    folder = TrialFolder(Path(payload["folder"]))
-    result: dict[str, Any] = {}
+    folder: TrialFolder = payload["folder"]
+    rank = ray.train.get_context().get_world_rank()
+    lifeline = Lifeline(workplace.study_id, workplace.hang_seconds)
+    last: dict[str, Any] = {}
     num_sent = 0
-    workshop = Workshop(workplace, get_device())
-    for event in workshop.epochs(config, folder):
-        event.save(folder)
-        if isinstance(event, EpochReport):
-            result = trial_result(event, workplace.num_threads)
-            if payload["queue"] is not None and ray.train.get_context().get_world_rank() == 0:
-                for record in event.history[num_sent:]:
-                    payload["queue"].put(record)
-                num_sent = len(event.history)
-            ray.train.report(result)
-    return result
+    with lifeline.guarding(folder.path, rank):
+        try:
+            for event in _epochs(payload, lifeline):
+                event.save(folder)
+                if isinstance(event, EpochReport):
+                    last = trial_result(event, workplace.num_threads)
+                    if payload["queue"] is not None and rank == 0:
+                        payload["queue"].put(event.history[num_sent:])
+                        num_sent = len(event.history)
+                    ray.train.report(last)
+                    if event.outcome:
+                        break
+                lifeline.leave_if_told()
+        except torch.OutOfMemoryError as error:
+            raise PointFailed(OUT_OF_MEMORY, last) from error
+    return last
+
+
+def _epochs(payload: dict[str, Any], lifeline: Lifeline) -> Any:
+    workshop = Workshop(payload["workplace"], get_device())
+    config = TrialConfig.from_mapping(json.loads(payload[CONFIG_TRIAL]))
+    return workshop.epochs(config, payload["folder"], lifeline)
 
 
 def build_trainer(
     config: TrialConfig,
     workplace: Workplace,
     resources: ResourcesConfig,
-    folder: Path,
+    folder: TrialFolder,
     *,
     name: str,
     scratch: Path,
@@ -63,99 +127,185 @@ def build_trainer(
         workplace: The shared tables.
         resources: What a worker takes.
         folder: The trial's folder, for its checkpoints.
-        name: Of the run; the same name resumes.
+        name: Of the run.
         scratch: Ray Train's own folder; disposable.
-        queue: Receives the record of each epoch from rank 0.
+        queue: Receives the records of new epochs from rank 0, from the first one on.
         callbacks: Of Ray Train.
     """
+    training = config.training
     per_worker: dict[str, float] = {"CPU": resources.cpus_per_worker}
-    if resources.gpus_per_worker:
-        per_worker["GPU"] = resources.gpus_per_worker
+    if gpus := resources.worker_gpus(training.min_workers):
+        per_worker["GPU"] = gpus
+    num_starts = math.ceil(resources.wait_seconds / start_seconds(resources, training))
     return TorchTrainer(
         train_worker,
         train_loop_config={
             "workplace": workplace,
             CONFIG_TRIAL: json.dumps(config.to_mapping()),
-            "folder": str(folder),
+            "folder": folder,
             "queue": queue,
         },
-        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_SECONDS),
+        torch_config=TorchConfig(timeout_s=int(resources.hang_seconds) + COLLECTIVE_GRACE_SECONDS),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.training.workers,
-            use_gpu=resources.gpus_per_worker > 0,
+            num_workers=training.workers,
+            use_gpu=gpus > 0,
             resources_per_worker=per_worker,
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         ),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=str(scratch),
-            callbacks=callbacks or [],
+            callbacks=[GroupCare(workplace.study_id, folder.path.name), *(callbacks or [])],
             failure_config=ray.train.FailureConfig(
-                max_failures=MAX_WORKER_FAILURES,
-                controller_failure_limit=MAX_CONTROLLER_FAILURES,
+                max_failures=0,
+                controller_failure_limit=max(MAX_CONTROLLER_FAILURES, num_starts),
             ),
         ),
     )
 
 
-def drive_trial(config: dict[str, Any], workplace: Workplace, resources: ResourcesConfig) -> None:
-    """A Tune function trainable: trains one trial of several workers."""
+def drive_trial(
+    config: dict[str, Any], workplace: Workplace, resources: ResourcesConfig, num_workers: int
+) -> None:
+    """A Tune function trainable: trains one trial of several workers.
+
+    What the point itself causes is told as a result; only the machine's failures are exceptions,
+    which Tune retries.
+
+    Args:
+        config: Tune's.
+        workplace: The shared tables.
+        resources: What a worker takes.
+        num_workers: The study's present number; a trial that began under another one goes on.
+    """
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    number = config[CONFIG_NUMBER]
-    build_trainer(
-        TrialConfig.from_mapping(json.loads(config[CONFIG_TRIAL])),
+    trial = TrialConfig.from_mapping(json.loads(config[CONFIG_TRIAL]))
+    trial = trial.with_values({"training.workers": num_workers})
+    tell_tune = TuneReportCallback()
+    trainer = build_trainer(
+        trial,
         workplace,
         resources,
-        workplace.folder(number).path,
+        workplace.folder(config[CONFIG_NUMBER]),
         name=f"trial-{tune.get_context().get_trial_id()}",
         scratch=workplace.trials_folder.parent / SCRATCH_NAME,
-        callbacks=[TuneReportCallback()],
-    ).fit()
+        callbacks=[tell_tune],
+    )
+    try:
+        with train_environment(resources, trial.training):
+            trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        if (point := _point_failed(error)) is None:
+            raise
+        tell_tune.after_report(None, [point.result()], None)
+    # Tune ends the trial when it has read the last result. To return before would put a result
+    # behind it into a place for one, where Tune's own thread may be about to put the last one:
+    # it would wait for itself (Ray 2.60, `_TrainSession._get_result_from_queues`).
+    time.sleep(END_SECONDS)
 
 
 def train_on_workers(
     config: TrialConfig,
     workplace: Workplace,
     resources: ResourcesConfig,
-    folder: Path,
+    folder: TrialFolder,
     scratch: Path,
     on_epoch: Callable[[EpochRecord], None],
+    on_turn: Callable[[], None],
 ) -> dict[str, Any]:
     """Train one configuration on Ray Train and tell each epoch as it ends.
+
+    What the machine breaks goes on from the last save, as long as it does not fail over and over
+    within one epoch. What `on_turn` raises, called several times a second, ends the training.
 
     Returns:
         The trial's last result.
 
     Raises:
-        DrtuneError: If the workers failed more often than they are retried.
+        EnvironmentProblem: If the workers failed more often than they are retried.
     """
-    from ray.util.queue import Queue
 
-    queue = Queue(actor_options={"num_cpus": 0})
-    trainer = build_trainer(
-        config,
-        workplace,
-        resources,
-        folder,
-        name=folder.name,
-        scratch=scratch,
-        queue=queue,
-    )
-    listener = threading.Thread(target=_listen, args=(queue, on_epoch), daemon=True)
+    def start() -> TorchTrainer:
+        return build_trainer(
+            config,
+            workplace,
+            resources,
+            folder,
+            name=folder.path.name,
+            scratch=scratch,
+            queue=queue,
+        )
+
+    queue, epochs = _queue_here(), _Epochs(on_epoch)
+    listener = threading.Thread(target=epochs.listen, args=(queue,), daemon=True)
     listener.start()
-    try:
-        result = _fit_in_thread(trainer)
-    except ray.train.TrainingFailedError as error:
-        raise DrtuneError(f"training failed: {error}") from error
+    with train_environment(resources, config.training):
+        result = _fit_until_it_ends(start, folder, epochs, on_turn)
     queue.put(None)
     listener.join(timeout=30)
     queue.shutdown()
-    returned: dict[str, Any] = result.return_value
-    return returned
+    return result
 
 
-def _fit_in_thread(trainer: TorchTrainer) -> Any:
+def _fit_until_it_ends(
+    start: Callable[[], TorchTrainer],
+    folder: TrialFolder,
+    epochs: _Epochs,
+    on_turn: Callable[[], None],
+) -> dict[str, Any]:
+    num_failures, num_told = 0, 0
+    while True:
+        try:
+            result: dict[str, Any] = _fit_in_thread(start(), on_turn).return_value
+            return result
+        except ray.train.TrainingFailedError as error:
+            if point := _point_failed(error):
+                return point.result()
+            num_failures = num_failures + 1 if epochs.num_told == num_told else 1
+            num_told = epochs.num_told
+            failure = failure_from(error, folder.path)
+            if num_failures > MAX_FAILURES:
+                raise EnvironmentProblem(
+                    f"the workers failed {num_failures} times within one epoch, last: "
+                    f"{failure.outcome} ({failure.error}). Nothing that was saved is lost: the "
+                    "same command goes on"
+                ) from error
+            logger.warning("training goes on from its last save: %s", failure.error)
+
+
+def _point_failed(error: BaseException) -> PointFailed | None:
+    """What a worker said of its configuration, if one did."""
+    failures = getattr(error, "worker_failures", {}).values()
+    return next((failure for failure in failures if isinstance(failure, PointFailed)), None)
+
+
+class _Epochs:
+    """Tells each epoch once: workers that were started again begin with those before."""
+
+    def __init__(self, on_epoch: Callable[[EpochRecord], None]) -> None:
+        self._on_epoch = on_epoch
+        self.num_told = 0
+
+    def listen(self, queue: Any) -> None:
+        while (records := queue.get()) is not None:
+            for record in records:
+                if record.epoch > self.num_told:
+                    self._on_epoch(record)
+                    self.num_told = record.epoch
+
+
+def _queue_here() -> Any:
+    """A queue that lives as long as this node: that of a worker may go at any time."""
+    from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+
+
+def _fit_in_thread(trainer: TorchTrainer, on_turn: Callable[[], None]) -> Any:
     """``trainer.fit()`` off the main thread: on it, Ray would take Ctrl-C and leave with code 0."""
     outcome: list[Any] = []
 
@@ -169,11 +319,7 @@ def _fit_in_thread(trainer: TorchTrainer) -> Any:
     thread.start()
     while thread.is_alive():
         thread.join(timeout=0.2)
+        on_turn()
     if isinstance(outcome[0], BaseException):
         raise outcome[0]
     return outcome[0]
-
-
-def _listen(queue: Any, on_epoch: Callable[[EpochRecord], None]) -> None:
-    while (record := queue.get()) is not None:
-        on_epoch(record)

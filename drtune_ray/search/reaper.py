@@ -1,0 +1,116 @@
+"""What a trial of several workers may leave behind when it is stopped, and its end.
+
+Ray Train's workers hold their resources in a placement group that belongs to the controller of
+their trial. Tune stops a trial by killing its processes, the controller among them, and the group
+remains. A detached actor of Ray Train's removes it, but it asks Ray's dashboard whether the
+controller lives, and it never hears of a group that was still waiting for resources: that one takes
+them as soon as they are free, for nobody. Ray's own table says of each group whether its creator
+is dead; the driver of the study removes those.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+from ray import ActorID, PlacementGroupID
+from ray.core.generated import gcs_pb2
+from ray.tune import Callback
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.state import list_nodes
+from ray.util.state.exception import RayStateApiException
+
+from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.search.protocol import CONFIG_NUMBER
+
+LOOK_SECONDS = 1.0
+END_SECONDS = 15.0
+STATE_API_SECONDS = 10
+WORKER_CLASS = "RayTrainWorker"
+
+
+class Reaper(Callback):  # type: ignore[misc]
+    """Tune's callback: removes the placement groups of dead controllers, and sees them all gone.
+
+    Args:
+        sweep: Called with the number of each trial that ended, when no worker lives that could
+            still write into its folder.
+    """
+
+    def __init__(self, sweep: Callable[[int], None]) -> None:
+        self._sweep = sweep
+        self._ended: list[int] = []
+        self._looked = 0.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its callbacks for a restore that is never asked for."""
+        return {}
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Tune's loop turns."""
+        now = time.monotonic()
+        if now - self._looked >= LOOK_SECONDS:
+            self._looked = now
+            remove_orphans()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial ended, or was stopped in the middle of an epoch."""
+        self._ended.append(trial.config[CONFIG_NUMBER])
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        """Wait for the workers of trials that were stopped last."""
+        deadline = time.monotonic() + END_SECONDS
+        while remove_orphans() or _num_workers():
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        for number in self._ended:
+            self._sweep(number)
+
+
+def remove_orphans() -> int:
+    """Remove this job's placement groups whose creating actor is dead; returns their number."""
+    orphans = list(_orphans())
+    for group in orphans:
+        remove_placement_group(group)
+    return len(orphans)
+
+
+def check_state_api() -> None:
+    """Ray Train's actors that outlive a trial end themselves only where the dashboard answers.
+
+    Raises:
+        EnvironmentProblem: If the cluster's does not.
+    """
+    try:
+        list_nodes(limit=1, timeout=STATE_API_SECONDS)
+    except RayStateApiException as error:
+        raise EnvironmentProblem(
+            "trainings of several workers need the dashboard of the Ray cluster, which does not "
+            "answer: without it each one that is stopped early leaves a process on the head node. "
+            "Install ray[default] there and start it with --include-dashboard=true "
+            f"({str(error).strip().splitlines()[0]})"
+        ) from None
+
+
+def _orphans() -> Iterator[PlacementGroup]:
+    job = ray.get_runtime_context().get_job_id()
+    nobody = ActorID.nil().binary()  # made by the driver itself
+    accessor = ray._private.state.state._connect_and_get_accessor()
+    for entry in accessor.get_placement_group_table():
+        group = gcs_pb2.PlacementGroupTableData.FromString(entry)
+        if (
+            group.creator_job_id.hex() == job
+            and group.creator_actor_id not in (b"", nobody)
+            and group.creator_actor_dead
+            and group.state != gcs_pb2.PlacementGroupTableData.REMOVED
+        ):
+            yield PlacementGroup(PlacementGroupID(group.placement_group_id))
+
+
+def _num_workers() -> int:
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    actors = ray._private.state.actors(job_id=job, actor_state_name="ALIVE").values()
+    return sum(actor["ActorClassName"].startswith(WORKER_CLASS) for actor in actors)

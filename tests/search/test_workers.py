@@ -1,0 +1,138 @@
+"""Trials of several workers: stopped, killed, hung, out of memory; nothing lost, nothing leaked."""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drtune_ray.config import StudyConfig, to_yaml
+from drtune_ray.search import study as study_module
+from drtune_ray.search.scheduler import StudyASHA
+from drtune_ray.search.study import run_study
+from drtune_ray.tracking.events import RunFinished
+from tests.search import leftovers
+from tests.search.survival import Killed, kill
+from tests.search.test_study import study_values
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+# What Ray calls the processes.
+WORKER, CONTROLLER, TRIAL_DRIVER = (
+    b"ray::RayTrainWorker",
+    b"ray::TrainController",
+    b"ray::ImplicitFunc",
+)
+
+
+def nested_study(folder: Path, weights_file: Any, num_trials: int = 1, **changes: Any) -> Killed:
+    """Two workers a trial, one trial at a time, in processes of their own."""
+    resources = {"trials_at_a_time": 1} | changes.pop("resources", {})
+    environment = {"SABOTAGE_STEP_SECONDS": "0.1"}
+    study = Killed(
+        folder,
+        weights_file,
+        environment=environment,
+        trials=num_trials,
+        resources=resources,
+        **changes,
+    )
+    study.values["trial"]["training"] |= {"workers": 2, "batch_norm": "frozen"}
+    study.file.write_text(to_yaml(study.values))
+    return study
+
+
+def titled(study: Killed, title: bytes) -> list[int]:
+    return sorted(pid for pid, text in study.processes().items() if text.startswith(title))
+
+
+class Meter:
+    """An observer: how long until the CPUs of a trial that ended are free, and what lives then."""
+
+    def __init__(self) -> None:
+        self.ended: dict[int, float] = {}
+        self.seconds: dict[int, float] = {}
+        self.alive: list[Any] = []
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def __call__(self, event: Any) -> None:
+        if isinstance(event, RunFinished) and event.number is not None:
+            self.ended[event.number] = time.monotonic()
+
+    def _watch(self) -> None:
+        import ray
+
+        while True:
+            time.sleep(0.05)
+            for number in self.ended.keys() - self.seconds.keys():
+                if ray.is_initialized() and ray.available_resources().get("CPU") == 2.0:
+                    self.seconds[number] = time.monotonic() - self.ended[number]
+                    self.alive.append((leftovers.live_groups(), leftovers.live_actors()))
+
+
+@pytest.mark.parametrize("num_stops", [3, pytest.param(20, marks=pytest.mark.chaos)])
+@pytest.mark.timeout(900)
+def test_stopped_trials_give_everything_back(tmp_path, weights_file, monkeypatch, num_stops):
+    class StopFirst(StudyASHA):
+        def on_trial_result(self, tune_controller: Any, trial: Any, result: Any) -> str:
+            return "STOP" if trial.config["number"] < num_stops else "CONTINUE"
+
+    monkeypatch.setattr(study_module, "StudyASHA", StopFirst)
+    values = study_values(
+        tmp_path,
+        weights_file,
+        trials=num_stops + 1,
+        reference_trials=[],
+        resources={"trials_at_a_time": 1},
+    )
+    values["trial"]["training"] |= {"workers": 2, "epochs": 20, "batch_norm": "frozen"}
+    meter = Meter()
+    result = run_study(StudyConfig.from_mapping(values), observer=meter)
+    print("seconds until the CPUs were free:", [round(s, 1) for s in meter.seconds.values()])
+    print("alive then:", *meter.alive, sep="\n  ")
+    assert [t.state for t in result.trials] == ["PRUNED"] * num_stops + ["COMPLETE"]
+    assert set(meter.seconds) >= set(range(num_stops))
+    assert max(meter.seconds.values()) < 10
+    for trial in result.trials:
+        folder = result.folder / "trials" / f"{trial.number:05d}"
+        assert [path.name for path in folder.iterdir()] == ["best.ckpt"]
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.chaos) for n in (1, 2))])
+@pytest.mark.parametrize("title", [WORKER, CONTROLLER, TRIAL_DRIVER])
+def test_a_process_of_a_trial_is_killed(tmp_path, weights_file, title, seed):
+    moments = random.Random(seed)
+    study = nested_study(tmp_path, weights_file)
+    driver = study.start()
+    study.wait_for(lambda: study.num_trained() > moments.randrange(1, 6), "training")
+    time.sleep(moments.uniform(0, 0.5))
+    kill(moments.choice(titled(study, title)))
+    output = study.finish(driver)
+    assert output.count("goes on from its last save") == 1
+    study.check(num_lost=1)
+
+
+def test_a_point_that_exhausts_a_gpu_is_a_result(tmp_path, weights_file):
+    study = nested_study(tmp_path, weights_file, 2)
+    study.order("exhaust@2")
+    output = study.run()
+    assert "goes on from its last save" not in output
+    study.check(num_lost=0, states={0: "PRUNED", 1: "COMPLETE"})
+    first = study.trials()[0]
+    assert first.user_attrs["outcome"] == "out of memory"
+    assert first.constraints == {"trains": 1.0}
+    assert sorted(first.intermediate_values) == [1, 2]
+
+
+@pytest.mark.parametrize("how", ["hang", "stop"])
+def test_a_worker_that_hangs_or_does_not_run(tmp_path, weights_file, how):
+    study = nested_study(tmp_path, weights_file, resources={"hang_seconds": 6})
+    study.order(f"{how}@2")
+    output = study.run()
+    assert "hung for 6 s" in output
+    study.check(num_lost=1)
