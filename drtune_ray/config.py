@@ -369,6 +369,17 @@ class StudyConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _workers_are_fixed(self) -> Self:
+        training = self.trial.training
+        if training.min_workers != training.max_workers:
+            raise ValueError(
+                "a study needs one number of workers, but got trial.training.workers="
+                f"[{training.min_workers}, {training.max_workers}]; a range is for "
+                "`drtune-ray train`"
+            )
+        return self
+
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
         """Validate a nested mapping; ``trial`` may name a ``preset``.

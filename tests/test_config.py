@@ -505,3 +505,13 @@ def test_study_config__folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("HOME", "/home/somebody")
     assert study({}).folder == tmp_path / "drtune-studies" / "flowers"
     assert study({"storage": "~/studies"}).folder == Path("/home/somebody/studies/flowers")
+
+
+def test_study_config__a_range_of_workers_is_for_a_single_training() -> None:
+    expected = (
+        "a study needs one number of workers, but got trial.training.workers=[1, 2]; a range is "
+        "for `drtune-ray train`"
+    )
+    with pytest.raises(ConfigError) as refused:
+        study({"trial": nested({"data.train": "flowers", "training.workers": [1, 2]})})
+    assert str(refused.value) == expected

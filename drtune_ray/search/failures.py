@@ -71,6 +71,8 @@ def outcome_of(error: BaseException) -> str:
             or "can't allocate memory" in text  # torch, of a CPU
         ):
             return HOST_OUT_OF_MEMORY
+        if found := re.search(r"health check has been hanging for ([\d.]+) seconds", text):
+            return f"{HUNG} for {float(found[1]):.0f} s"
         if isinstance(cause, NodeDiedError) or "node has died" in text:
             return NODE_LOST
         if isinstance(cause, RayActorError) and not isinstance(cause, RayTaskError):
@@ -91,12 +93,24 @@ def described(error: BaseException) -> str:
 def causes(error: BaseException) -> Iterator[BaseException]:
     """An error and what it came from: Ray and Ray Train wrap what a worker raised."""
     yield error
-    failures = getattr(error, "worker_failures", None)
-    inner = next(iter(failures.values())) if failures else getattr(error, "cause", None)
-    inner = inner or getattr(error, "controller_failure", None)
+    inner = getattr(error, "cause", None) or _of_ray_train(error)
     inner = inner or error.__cause__ or error.__context__
     if isinstance(inner, BaseException):
         yield from causes(inner)
+
+
+def _of_ray_train(error: BaseException) -> BaseException | None:
+    """What Ray Train's errors carry; of several workers', one that has a name.
+
+    The others have only lost sight of the worker that failed.
+    """
+    failures: list[BaseException] = [*getattr(error, "worker_failures", {}).values()]
+    if failures:
+        return max(failures, key=lambda failure: outcome_of(failure) != MACHINE_FAILURE)
+    for name in ("controller_failure", "health_check_failure"):
+        if isinstance(found := getattr(error, name, None), BaseException):
+            return found
+    return None
 
 
 def _error_of(trial: Any) -> BaseException | None:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import errno
+import pickle
 import random
-import signal
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError
+from ray.train import WorkerGroupError
+from ray.train.v2._internal.exceptions import (
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
 
 from drtune_ray.config import StudyConfig, to_yaml
+from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.search import study as study_module
+from drtune_ray.search.failures import outcome_of
+from drtune_ray.search.reaper import check_state_api, remove_orphans
 from drtune_ray.search.scheduler import StudyASHA
+from drtune_ray.search.session import ray_session
 from drtune_ray.search.study import run_study
 from drtune_ray.tracking.events import RunFinished
 from tests.search import leftovers
@@ -136,3 +147,51 @@ def test_a_worker_that_hangs_or_does_not_run(tmp_path, weights_file, how):
     output = study.run()
     assert "hung for 6 s" in output
     study.check(num_lost=1)
+
+
+def test_groups_of_dead_creators_are_removed(tmp_path):
+    """Also one that was still waiting for resources, of which nobody else knows."""
+    import ray
+    from ray.util.placement_group import placement_group
+
+    @ray.remote(num_cpus=0)
+    class Controller:
+        def ask(self, num_cpus: int) -> None:
+            self.group = placement_group([{"CPU": num_cpus}])
+
+    with ray_session():
+        own = placement_group([{"CPU": 1}])
+        alive, dead = Controller.remote(), Controller.remote()
+        ray.get([alive.ask.remote(1), dead.ask.remote(4096)])
+        assert own.wait(30)
+        before = leftovers.live_groups()
+        assert remove_orphans() == 0
+        ray.kill(dead)
+        deadline = time.monotonic() + 20
+        while not (num_removed := remove_orphans()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert (before, num_removed) == ({"CREATED": 2, "PENDING": 1}, 1)
+        assert leftovers.live_groups() == {"CREATED": 2}
+
+
+def test_a_cluster_without_a_dashboard_is_refused():
+    with ray_session(), pytest.raises(EnvironmentProblem, match="need the dashboard of the Ray"):
+        check_state_api()
+
+
+def test_the_error_of_the_worker_that_failed_names_the_outcome():
+    """The others lost sight of it, and their errors may come first."""
+    lost = RuntimeError("Connection closed by peer [127.0.0.1]:4242")
+    killed = WorkerHealthCheckFailedError("a check failed", ActorDiedError())
+    full = OSError(errno.ENOSPC, "No space left on device")
+    stopped = WorkerHealthCheckTimeoutError(
+        "A worker health check has been hanging for 6.3 seconds"
+    )
+    for failure, outcome in [
+        (killed, "process killed"),
+        (full, "disk full"),
+        (stopped, "hung for 6 s"),
+        (ValueError("wrong"), "machine failure"),
+    ]:
+        error = WorkerGroupError("failed", {0: lost, 1: failure})
+        assert outcome_of(pickle.loads(pickle.dumps(error))) == outcome

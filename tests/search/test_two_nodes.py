@@ -1,0 +1,222 @@
+"""Nodes that die, are drained, or join: on a Ray cluster of several nodes on this machine."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from drtune_ray.config import ResourcesConfig, to_yaml
+from drtune_ray.search import workers
+from drtune_ray.search.single import run_training
+from tests.search import leftovers
+from tests.search.survival import Killed, kill
+from tests.small import small_trial, small_values, write_coloured
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
+
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+class Joined(Killed):
+    """A study on a cluster that lives longer than it does."""
+
+    def processes(self) -> dict[int, bytes]:
+        """Of this study, without what Ray keeps for the next one."""
+        found = super().processes()
+        actors = (b"ray::RayTrainWorker", b"ray::TrainController", b"ray::ImplicitFunc")
+        return {p: title for p, title in found.items() if title.startswith(actors)}
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A head without CPUs for trials; its processes take orders, as those of `Killed` do."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("SABOTAGE", str(tmp_path / "orders"))
+    monkeypatch.setenv("SABOTAGE_STEP_SECONDS", "0.1")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).with_name("sabotage")))
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
+    monkeypatch.setenv("RAY_ADDRESS", made.address)
+    ray.init(made.address, log_to_driver=False, logging_level="ERROR")
+    try:
+        yield made
+    finally:
+        ray.shutdown()
+        made.shutdown()
+
+
+def joined_study(folder: Path, weights_file: Any, num_workers: int, **changes: Any) -> Joined:
+    study = Joined(folder, weights_file, **{"trials": 1} | changes)
+    batch_norm = "frozen" if num_workers > 1 else "local"
+    study.values["trial"]["training"] |= {"workers": num_workers, "batch_norm": batch_norm}
+    study.file.write_text(to_yaml(study.values))
+    return study
+
+
+def drain(address: str, node: Any) -> None:
+    command = [RAY, "drain-node", "--address", address, "--node-id", node.node_id]
+    reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+    deadline = ["--deadline-remaining-seconds", "60"]
+    subprocess.run([*command, *reason, *deadline], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_node_is_lost(cluster, tmp_path, weights_file, num_workers):
+    """One resident trial on each of two nodes, or one trial of two workers on both."""
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    study = joined_study(tmp_path, weights_file, num_workers, trials=3 - num_workers)
+    driver = study.start()
+    study.wait_for(lambda: study.num_trained() > 1, "training", 90)
+    lost = time.monotonic()
+    cluster.remove_node(nodes[1], allow_graceful=False)
+    if num_workers == 2:
+        cluster.add_node(num_cpus=1)
+    before = study.num_trained("step")
+    study.wait_for(lambda: study.num_trained("step") > before + 4, "going on", 120)
+    output = study.finish(driver)
+    print(f"the study took {time.monotonic() - lost:.0f} s from the loss to its end")
+    assert output.count("goes on from its last save") == 1
+    study.check(num_lost=1)
+    leftovers.assert_cluster_is_empty()
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_drained_node_is_left_after_a_save(cluster, tmp_path, weights_file, num_workers):
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(num_workers)]
+    study = joined_study(tmp_path, weights_file, num_workers)
+    driver = study.start()
+    study.wait_for(lambda: study.num_trained() > 1, "training", 90)
+    drain(cluster.address, nodes[-1])
+    cluster.add_node(num_cpus=1)
+    output = study.finish(driver)
+    steps = study.trained("step")
+    print("steps trained twice:", sum(steps.values()) - len(steps))
+    assert sum(steps.values()) - len(steps) == 0
+    assert "fail" not in output
+    study.check(num_lost=0)
+    leftovers.assert_cluster_is_empty()
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.chaos) for n in (1, 2))])
+def test_the_driver_of_a_study_of_several_workers_is_killed(cluster, tmp_path, weights_file, seed):
+    """The study goes on with another number of workers: that of its configuration now."""
+    moments = random.Random(seed)
+    cluster.add_node(num_cpus=3)
+    study = joined_study(tmp_path, weights_file, 2)
+    driver = study.start()
+    study.wait_for(lambda: study.num_trained() > moments.randrange(4), "training", 90)
+    time.sleep(moments.uniform(0, 0.5))
+    kill(driver.pid)
+    assert driver.wait() == -signal.SIGKILL
+    leftovers.assert_cluster_is_empty()
+    study.values["trial"]["training"]["workers"] = 3
+    study.file.write_text(to_yaml(study.values))
+    driver = study.start()
+    study.wait_for(lambda: len(leftovers.actor_pids("RayTrainWorker")) == 3, "three workers", 90)
+    study.finish(driver)
+    study.check(num_lost=1)
+    leftovers.assert_cluster_is_empty()
+
+
+class Elastic:
+    """`drtune-ray train` with one to two workers, and what is seen of them meanwhile.
+
+    Args:
+        folder: For everything.
+        weights_file: The fixture.
+        monkeypatch: Makes Ray Train look often for more workers.
+    """
+
+    def __init__(
+        self, folder: Path, weights_file: Any, monkeypatch: pytest.MonkeyPatch, num_epochs: int
+    ) -> None:
+        monkeypatch.setattr(workers, "RESIZE_SECONDS", 5.0)
+        (folder / "orders").mkdir()
+        values = small_values(write_coloured(folder / "images"), weights_file)
+        values |= {"training.workers": [1, 2], "training.epochs": num_epochs}
+        self.study = Killed.__new__(Killed)
+        self.study.orders, self.study.log = folder / "orders", folder / "log"
+        self.study.log.touch()
+        self.config = small_trial(values)
+        self.storage = folder / "storage"
+        self.seen: list[int] = []
+
+    def run(self, meanwhile: Any) -> Any:
+        """Train; `meanwhile` runs in a thread beside it."""
+        ended = threading.Event()
+        errors: list[BaseException] = []
+
+        def watch() -> None:
+            while not ended.is_set():
+                count = len(leftovers.actor_pids("RayTrainWorker"))
+                if count and (not self.seen or self.seen[-1] != count):
+                    self.seen.append(count)
+                time.sleep(0.1)
+
+        def act() -> None:
+            try:
+                meanwhile()
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=watch), threading.Thread(target=act)]
+        for thread in threads:
+            thread.start()
+        try:
+            return run_training(self.config, "elastic", self.storage, resources=ResourcesConfig())
+        finally:
+            ended.set()
+            for thread in threads:
+                thread.join()
+            assert not errors, errors
+
+    @property
+    def num_repeated(self) -> int:
+        """Steps that were trained twice."""
+        steps = self.study.trained("step")
+        return sum(steps.values()) - len(steps)
+
+
+def test_a_training_grows_when_a_node_joins(cluster, tmp_path, weights_file, monkeypatch):
+    elastic = Elastic(tmp_path, weights_file, monkeypatch, 150)
+    cluster.add_node(num_cpus=1)
+
+    def join() -> None:
+        elastic.study.wait_for(lambda: elastic.study.num_trained() > 3, "training", 90)
+        cluster.add_node(num_cpus=1)
+        elastic.study.wait_for(lambda: elastic.seen[-1] == 2, "growing", 120)
+
+    result = elastic.run(join)
+    print("workers:", elastic.seen, "steps trained twice:", elastic.num_repeated)
+    assert result.outcome == "completed"
+    assert elastic.seen[0] == 1 and elastic.seen[-1] == 2
+    assert elastic.num_repeated <= 8
+    assert {epoch for _, epoch, _ in elastic.study.trained()} == set(range(150))
+    leftovers.assert_cluster_is_empty()
+
+
+def test_a_training_shrinks_when_a_node_dies(cluster, tmp_path, weights_file, monkeypatch):
+    elastic = Elastic(tmp_path, weights_file, monkeypatch, 30)
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+
+    def die() -> None:
+        elastic.study.wait_for(lambda: elastic.study.num_trained() > 3, "training", 90)
+        cluster.remove_node(nodes[1], allow_graceful=False)
+
+    result = elastic.run(die)
+    print("workers:", elastic.seen, "steps trained twice:", elastic.num_repeated)
+    assert result.outcome == "completed"
+    assert max(elastic.seen) == 2 and elastic.seen[-1] == 1
+    assert elastic.num_repeated <= 4  # an epoch
+    assert {epoch for _, epoch, _ in elastic.study.trained()} == set(range(30))
+    leftovers.assert_cluster_is_empty()
