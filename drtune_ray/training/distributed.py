@@ -76,6 +76,10 @@ def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
         module,
         device_ids=[device.index] if device.type == "cuda" else None,
         broadcast_buffers=False,
+        # Otherwise the layout of the messages changes after the first step, and with it the order
+        # in which a sum over more than two processes is taken: a resumed run, whose first step is
+        # another one, would differ by rounding from the unbroken one.
+        find_unused_parameters=dist.get_world_size() > 2,
     )
 
 

@@ -20,7 +20,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from drtune_ray.method import objective
+from drtune_ray.training.checkpoint import TrialFolder
 from drtune_ray.training.distributed import ProcessGroup, gather_objects
+from drtune_ray.training.loop import train_epochs
 from drtune_ray.training.trial import Trial
 from drtune_ray.training.watch import StepSignals
 from tests.small import NORM_FREE, prepared, small_trial, small_values, write_coloured
@@ -281,3 +283,123 @@ def test_the_comparison_sees_what_is_broken(alone, together, name, how):
     broken = torch.load(together / f"{name} float64 {how}.pt", weights_only=False)
     expected = alone[f"{name} float64"]
     assert largest_gap(broken, expected) > 100 * TOLERANCES["float32"]
+
+
+# Save points at which a trial is left: within an epoch, at its end, and within the last.
+STOPS = {"a step within": 2, "an epoch's end": 3, "the last epoch": 8}
+RESUMED = {
+    "training.epochs": 3,
+    "training.batch_size": 13,
+    "training.patience_epochs": 3,
+    "optim.backbone_lr": NORM_FREE_RATE,
+    "data.image_size": 16,
+}
+
+
+def train_until(values: dict[str, Any], storage: Path, folder: Path, num_events: int) -> None:
+    """Go on from the folder's newest checkpoint, saving at each step, and leave after some."""
+    config = small_trial(values)
+    data, backbone, _ = prepared(config, storage)
+    trial_folder = TrialFolder(folder)
+    resume = trial_folder.begin("a trial")
+    run = train_epochs(
+        config, data, backbone, resume=resume, num_threads=1, save_requested=lambda: True
+    )
+    for at, event in enumerate(run, start=1):
+        event.save(trial_folder)
+        if at == num_events:
+            break
+
+
+def resume_all(rank: int, plans: list[tuple[dict[str, Any], Path, int]], storage: Path) -> None:
+    for values, folder, num_events in plans:
+        train_until(values, storage, folder, num_events)
+
+
+ALL = 10**6
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory, weights_file) -> Path:
+    """Trials left at every stop and resumed by the same or another number of processes."""
+    storage = tmp_path_factory.mktemp("resumed")
+    images = write_coloured(storage / "images")
+    values = small_values(images, weights_file, NORM_FREE) | RESUMED
+    values |= {"training.precision": "float64"}
+    prepared(small_trial(values), storage)
+    train_until(values, storage, storage / "unbroken 1", ALL)
+    for stop, num_events in STOPS.items():
+        train_until(values, storage, storage / f"1 to 1 {stop}", num_events)
+        train_until(values, storage, storage / f"1 to 3 {stop}", num_events)
+        train_until(values, storage, storage / f"1 to 1 {stop}", ALL)
+    first = [(values, storage / "unbroken 3", ALL)]
+    first += [(values, storage / f"3 to {n} {s}", at) for s, at in STOPS.items() for n in (1, 3)]
+    run_group(3, resume_all, first, storage)
+    rest = [(values, storage / f"{n} to 3 {stop}", ALL) for stop in STOPS for n in (1, 3)]
+    run_group(3, resume_all, rest, storage)
+    for stop in STOPS:
+        train_until(values, storage, storage / f"3 to 1 {stop}", ALL)
+    return storage
+
+
+def _final_state(folder: Path) -> dict[str, Any]:
+    state = TrialFolder(folder).newest()
+    assert state is not None and state["progress"]["epochs_done"] == RESUMED["training.epochs"]
+    return state
+
+
+def _tensors(state: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(state, torch.Tensor):
+        yield path, state
+    elif isinstance(state, dict | list):
+        pairs = state.items() if isinstance(state, dict) else enumerate(state)
+        for key, value in pairs:
+            yield from _tensors(value, f"{path}/{key}")
+
+
+@pytest.mark.parametrize("num_processes", [1, 3])
+@pytest.mark.parametrize("stop", STOPS)
+def test_resumed_by_as_many_processes_it_equals_the_unbroken_run_bit_for_bit(
+    resumed, stop, num_processes
+):
+    """Model, bank, R, optimiser, random states: every tensor of the last checkpoint."""
+    expected = dict(_tensors(_final_state(resumed / f"unbroken {num_processes}")))
+    found = _final_state(resumed / f"{num_processes} to {num_processes} {stop}")
+    tensors = dict(_tensors(found))
+    assert tensors.keys() == expected.keys()
+    assert any("random" in key for key in tensors) and any("bank" in key for key in tensors)
+    for key, tensor in tensors.items():
+        assert torch.equal(tensor, expected[key]), key
+
+
+@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize("before, after", [(1, 3), (3, 1)])
+def test_resumed_by_another_number_it_equals_the_unbroken_run_but_for_rounding(
+    resumed, stop, before, after
+):
+    """Batches, views, schedule, bank and its order, early stopping: exactly. Sums: to rounding.
+
+    What is not the same: the random states of a model that draws (dropout, stochastic depth) are
+    those of other processes; this one draws nothing.
+    """
+    expected = _final_state(resumed / "unbroken 1")
+    found = _final_state(resumed / f"{before} to {after} {stop}")
+    assert found["schedule"] == expected["schedule"]
+    assert found["progress"]["outcome"] == expected["progress"]["outcome"]
+    assert found["progress"]["best_epoch"] == expected["progress"]["best_epoch"]
+    methods = [dict(_tensors(state["method"])) for state in (found, expected)]
+    for state in methods:  # only the product R of its factors is unique
+        left, right = (state.pop(f"/calibration.rotation_{side}") for side in ("left", "right"))
+        state["R"] = left @ right.T
+    for key, tensor in methods[1].items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(methods[0][key], tensor, atol=1e-10, rtol=0, msg=key)
+        else:
+            assert torch.equal(methods[0][key], tensor), key
+    steps = [
+        [step for epoch in state["progress"]["history"] for step in epoch["steps"]]
+        for state in (found, expected)
+    ]
+    assert len(steps[0]) == len(steps[1]) == 9
+    for one, other in zip(*steps, strict=True):
+        assert one == pytest.approx(other, abs=1e-10)
