@@ -83,6 +83,10 @@ class StudyDisplay:
         elif isinstance(event, RunFinished) and event.number in self._rows:
             self._finish(event.number, event)
 
+    def notice(self, text: str) -> None:
+        """A line that stays, above the table."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def _start(self, number: int, event: RunStarted) -> None:
         values = [
             f"{path.rsplit('.', 1)[-1]}={_short(event.params[path])}"

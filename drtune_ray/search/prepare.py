@@ -18,6 +18,7 @@ from drtune_ray.data.sources import scan_class_folders
 from drtune_ray.data.splits import TRAIN, VALIDATION, Splits, make_splits
 from drtune_ray.data.store import TableStore
 from drtune_ray.errors import ConfigError, EnvironmentProblem
+from drtune_ray.search.nodes import Capacity
 from drtune_ray.training.backbones import Backbone, KeyReport, load_backbone
 from drtune_ray.training.frozen import prepare_tables
 from drtune_ray.training.model import check_trial
@@ -118,17 +119,23 @@ def prepare(checked: Checked, config: TrialConfig, store: TableStore, device: st
     return tables
 
 
-def check_device(resources: ResourcesConfig) -> None:
-    """Refuse GPUs where this process, which computes the frozen features, has none.
+def preparing_device(resources: ResourcesConfig, capacity: Capacity) -> tuple[str, tuple[str, ...]]:
+    """Where this process computes the frozen features, and what is to be said about it.
 
     Raises:
-        EnvironmentProblem: Naming the setting.
+        EnvironmentProblem: If workers get GPUs that torch cannot use.
     """
-    if resources.worker_gpus(1) and not torch.cuda.is_available():
+    if not resources.worker_gpus(1):
+        return "cpu", ()
+    if torch.cuda.is_available():
+        return "cuda", ()
+    if capacity.is_local:
         raise EnvironmentProblem(
-            f"resources.gpus_per_worker={resources.gpus_per_worker:g} but this machine has no "
-            "CUDA device: set resources.gpus_per_worker=0"
+            "trials ask for GPUs but torch has no CUDA device here: set "
+            "resources.gpus_per_worker=0 or install torch for CUDA"
         )
+    note = "this machine has no GPU and computes the frozen features on its CPUs, once"
+    return "cpu", (note,)
 
 
 def data_root(config: DataConfig) -> Path:

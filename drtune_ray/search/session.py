@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drtune_ray.config import ResourcesConfig
+from drtune_ray.config import ResourcesConfig, TrainingConfig
 from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.search.nodes import Capacity, read_capacity, trial_demand, trials_that_fit
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -26,25 +28,9 @@ _ENVIRONMENT = {
     # Train's controller looks at its workers every two seconds unless told otherwise.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
 }
-
-# Workers hold their CPUs in a placement group of their own; a CPU for the process that waits for
-# them would be lost. A cluster may declare this resource; where it does not, a small share does.
-TRIAL_DRIVER = "trial_driver"
-DRIVER_CPUS = 0.01
-MAX_LOCAL_DRIVERS = 1000
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """What the cluster has in all, and whether it declares `TRIAL_DRIVER`."""
-
-    num_cpus: float
-    num_gpus: float
-    has_trial_drivers: bool
-
-    def driver_resources(self) -> dict[str, float]:
-        """What a process takes that only waits for the workers of a trial."""
-        return {TRIAL_DRIVER: 1.0} if self.has_trial_drivers else {"CPU": DRIVER_CPUS}
+# Of the user's, what training on another node needs as well.
+PASSED_ON = ("OMP_NUM_THREADS", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+CONNECT_SECONDS = 10.0
 
 
 def set_environment() -> None:
@@ -68,49 +54,93 @@ def ray_session(*, with_dashboard: bool = False) -> Iterator[Capacity]:
     set_environment()
     import ray
 
-    joined = ray.is_initialized()
+    was_joined = ray.is_initialized()
+    address = os.environ.get("RAY_ADDRESS", "local")
+    is_local = not was_joined and address == "local"
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
-        if not joined and os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=False, logging_level="ERROR")
-        elif not joined:
-            ray.init(
-                num_cpus=len(os.sched_getaffinity(0)),
-                resources={TRIAL_DRIVER: float(MAX_LOCAL_DRIVERS)},
-                include_dashboard=with_dashboard,
-                log_to_driver=False,
-                logging_level="ERROR",
-            )
-    except (ConnectionError, RuntimeError) as error:
-        raise EnvironmentProblem(f"Ray cannot be started or reached: {error}") from None
+        if is_local:
+            num_cpus = len(os.sched_getaffinity(0))
+            # Without an address Ray would look for a cluster that runs on this machine.
+            ray.init("local", num_cpus=num_cpus, include_dashboard=with_dashboard, **quiet)
+        elif not was_joined:
+            _check_address(address)
+            ray.init(address, runtime_env={"env_vars": worker_environment()}, **quiet)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise EnvironmentProblem(_unreachable(address, error)) from None
     try:
-        total = ray.cluster_resources()
         # Ray takes SIGTERM for itself when it starts.
         with signals_as_interrupt():
-            yield Capacity(total.get("CPU", 0.0), total.get("GPU", 0.0), TRIAL_DRIVER in total)
+            yield read_capacity(is_local=is_local)
     finally:
-        if not joined:
+        if not was_joined:
             ray.shutdown()
 
 
-def trials_that_fit(workers: int, resources: ResourcesConfig, capacity: Capacity) -> int:
-    """How many trials of so many workers the cluster can hold at a time.
+@contextmanager
+def ready_cluster(
+    training: TrainingConfig, resources: ResourcesConfig, *, with_dashboard: bool
+) -> Iterator[Capacity]:
+    """A cluster that can hold a trial: what it never can is refused before anything is written.
 
     Raises:
-        EnvironmentProblem: If not even one fits, with the numbers.
+        ConfigError: If the workers' shares of GPUs make no sense.
+        EnvironmentProblem: If the cluster cannot be reached, no trial ever fits, or a dashboard
+            is needed and does not answer.
     """
-    cpus: float = resources.cpus_per_worker * workers
-    gpus = resources.gpus_per_worker * workers
-    if workers > 1:
-        cpus += capacity.driver_resources().get("CPU", 0.0)
-    if cpus > capacity.num_cpus or gpus > capacity.num_gpus:
-        raise EnvironmentProblem(
-            f"a trial takes {cpus:g} CPUs and {gpus:g} GPUs ({workers} workers with "
-            f"{resources.cpus_per_worker} CPUs and {resources.gpus_per_worker:g} GPUs each) but "
-            f"there are {capacity.num_cpus:g} CPUs and {capacity.num_gpus:g} GPUs: lower "
-            "training.workers, resources.cpus_per_worker or resources.gpus_per_worker"
+    demand = trial_demand(training, resources)
+    with ray_session(with_dashboard=with_dashboard) as capacity:
+        trials_that_fit(demand, resources, capacity)
+        if with_dashboard:
+            from drtune_ray.search.reaper import check_state_api
+
+            check_state_api()
+        yield capacity
+
+
+def worker_environment() -> dict[str, str]:
+    """Variables that the processes on other nodes need; what the user's job sets is not repeated.
+
+    Nothing else of this process's environment goes to the cluster, where others can read it.
+    """
+    wanted = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    wanted |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    installed = (sys.prefix, sys.base_prefix, sys.exec_prefix)
+    # A checkout that is not installed may lie at the same path there; what is set there stays.
+    paths = [path for path in sys.path if path and not path.startswith(installed)]
+    wanted["PYTHONPATH"] = os.pathsep.join([*paths, "${PYTHONPATH}"])
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    set_by_job = (job.get("runtime_env") or {}).get("env_vars") or {}
+    return {name: value for name, value in wanted.items() if name not in set_by_job}
+
+
+def _check_address(address: str) -> None:
+    """Refuse at once what Ray would try for minutes.
+
+    Raises:
+        ConnectionError: With the reason.
+    """
+    if address == "auto":
+        return
+    if "://" in address:
+        raise ConnectionError(
+            "drtune-ray runs on a node of the cluster: give HOST:PORT as `ray start --head` says "
+            "it, or submit the command with `ray job submit`"
         )
-    fitting = int(capacity.num_cpus // cpus)
-    return min(fitting, int(capacity.num_gpus // gpus)) if gpus else fitting
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConnectionError("it must be HOST:PORT, as `ray start --head` says it")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ConnectionError(f"nothing answers there ({error.strerror or error})") from None
+
+
+def _unreachable(address: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    if address == "local":
+        return f"Ray cannot be started: {reason}"
+    return f"the Ray cluster of RAY_ADDRESS={address} cannot be joined: {reason}"
 
 
 @contextmanager

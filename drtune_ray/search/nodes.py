@@ -1,0 +1,279 @@
+"""What the cluster can hold: trials are packed over its nodes, what never fits is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from drtune_ray.config import ResourcesConfig, TrainingConfig
+from drtune_ray.errors import ConfigError, EnvironmentProblem
+
+# A cluster may declare this resource, to say on which nodes the process may live that waits for a
+# trial's workers, and how many of them. Elsewhere it goes to the head node and takes no CPU.
+TRIAL_DRIVER = "trial_driver"
+HEAD_NODE = "node:__internal_head__"
+HEAD_SHARE = 0.001
+
+_UNITS = 10_000  # Ray counts resources in ten-thousandths
+
+
+@dataclass(frozen=True)
+class Node:
+    """CPUs and GPUs of one node."""
+
+    num_cpus: float
+    num_gpus: float
+
+    def __str__(self) -> str:
+        return _bundle_text({"CPU": self.num_cpus, "GPU": self.num_gpus})
+
+
+@dataclass(frozen=True)
+class NodeGroup:
+    """Nodes that an autoscaler may start; `max_count` None: any number."""
+
+    name: str
+    node: Node
+    max_count: int | None
+
+    def __str__(self) -> str:
+        count = "any number of" if self.max_count is None else f"{self.max_count} x"
+        return f"{count} {self.node}" + (f" ({self.name})" if self.name else "")
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a trial asks for: one bundle a worker, and each bundle lies on one node."""
+
+    num_workers: int
+    num_cpus: float
+    num_gpus: float
+
+    def __str__(self) -> str:
+        return f"{self.num_workers} x {_bundle_text(self.bundle())}"
+
+    def bundle(self) -> dict[str, float]:
+        """A worker's share, as Ray writes it."""
+        share = {"CPU": float(self.num_cpus), "GPU": float(self.num_gpus)}
+        return {name: amount for name, amount in share.items() if amount}
+
+    def bundles_on(self, node: Node) -> int:
+        """How many workers a node holds."""
+        by_cpus = _units(node.num_cpus) // _units(self.num_cpus)
+        if not self.num_gpus:
+            return by_cpus
+        if self.num_gpus >= 1:
+            return min(by_cpus, _units(node.num_gpus) // _units(self.num_gpus))
+        # A share lies on one device: four devices hold 12 shares of 0.3, not 13.
+        return min(by_cpus, int(node.num_gpus) * (_UNITS // _units(self.num_gpus)))
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Totals of the cluster, whatever others use of it now.
+
+    Attributes:
+        nodes: Those that are alive.
+        groups: What an autoscaler says that it may start.
+        limits: What an autoscaler allows in all, by resource.
+        has_autoscaler: Whether there is one, which may not say its maximum.
+        num_trial_drivers: How many the cluster declares; None where it does not.
+        is_local: Whether Ray was started by this process, on this machine alone.
+    """
+
+    nodes: tuple[Node, ...]
+    groups: tuple[NodeGroup, ...] = ()
+    limits: tuple[tuple[str, float], ...] = ()
+    has_autoscaler: bool = False
+    num_trial_drivers: int | None = None
+    is_local: bool = False
+
+    def driver_resources(self) -> dict[str, float]:
+        """What a process takes that only waits for the workers of a trial."""
+        return {HEAD_NODE: HEAD_SHARE} if self.num_trial_drivers is None else {TRIAL_DRIVER: 1.0}
+
+    @property
+    def has_gpus(self) -> bool:
+        """Whether a node has GPUs, or one that may be started."""
+        return any(node.num_gpus for node in (*self.nodes, *(g.node for g in self.groups)))
+
+    def trials_now(self, demand: Demand) -> int:
+        """How many trials the nodes hold that are alive."""
+        return self._at_most(sum(map(demand.bundles_on, self.nodes)), demand)
+
+    def trials_ever(self, demand: Demand) -> int | None:
+        """How many trials the cluster holds at its largest; None: no limit is known."""
+        if not self.groups:
+            return None if self.has_autoscaler else self.trials_now(demand)
+        num_bundles: float = sum(map(demand.bundles_on, self._nodes_of_no_group()))
+        for group in self.groups:
+            count = math.inf if group.max_count is None else group.max_count
+            if in_one := demand.bundles_on(group.node):
+                num_bundles += in_one * count
+        share = demand.bundle()
+        for name, limit in self.limits:
+            if name in share:
+                num_bundles = min(num_bundles, _units(limit) // _units(share[name]))
+        return None if math.isinf(num_bundles) else self._at_most(int(num_bundles), demand)
+
+    def _at_most(self, num_bundles: int, demand: Demand) -> int:
+        fitting = num_bundles // demand.num_workers
+        if demand.num_workers == 1 or self.num_trial_drivers is None:
+            return fitting
+        return min(fitting, self.num_trial_drivers)
+
+    def _nodes_of_no_group(self) -> list[Node]:
+        """The head, mostly: a group counts with its maximum, its living nodes included."""
+        shapes = {group.node for group in self.groups if group.max_count != 0}
+        return [node for node in self.nodes if node not in shapes]
+
+    def __str__(self) -> str:
+        cpus, gpus = (sum(n.num_cpus for n in self.nodes), sum(n.num_gpus for n in self.nodes))
+        largest = max(self.nodes, key=lambda n: (n.num_gpus, n.num_cpus), default=Node(0, 0))
+        text = f"{cpus:g} CPUs and {gpus:g} GPUs on {_count(self.nodes)} (the largest: {largest})"
+        if self.groups:
+            text += f"; the autoscaler starts at most {', '.join(map(str, self.groups))}"
+        if self.limits:
+            text += f", in all {_bundle_text(dict(self.limits))}"
+        return text
+
+
+def trial_demand(training: TrainingConfig, resources: ResourcesConfig) -> Demand:
+    """What a trial needs at least.
+
+    Raises:
+        ConfigError: If workers would share a GPU, or have one and a half.
+    """
+    workers = training.min_workers
+    share = resources.worker_gpus(workers)
+    setting = "resources.gpus_per_worker"
+    if resources.gpus_per_trial is not None:
+        setting = "resources.gpus_per_trial"
+        if training.min_workers != training.max_workers:
+            raise ConfigError(
+                f"{setting}={resources.gpus_per_trial:g} has no meaning with "
+                f"training.workers=[{training.min_workers}, {training.max_workers}]: give "
+                "resources.gpus_per_worker"
+            )
+    if 0 < share < 1 and training.max_workers > 1:
+        raise ConfigError(
+            f"{setting} gives each of {training.max_workers} workers {share:g} of a GPU, but the "
+            "workers of one trial cannot share a GPU: give each a whole one or set "
+            "training.workers=1"
+        )
+    if share > 1 and share != int(share):
+        raise ConfigError(
+            f"{setting} gives a worker {share:g} GPUs: above 1 it must be a whole number"
+        )
+    return Demand(workers, resources.cpus_per_worker, share)
+
+
+def trials_that_fit(demand: Demand, resources: ResourcesConfig, capacity: Capacity) -> int:
+    """How many trials run at a time, at most as many as were asked for.
+
+    Raises:
+        EnvironmentProblem: If not even one ever fits, with the numbers.
+    """
+    ever = capacity.trials_ever(demand)
+    if ever == 0:
+        settings = ["resources.cpus_per_worker"]
+        if demand.num_gpus:
+            settings.append(
+                "resources.gpus_per_worker"
+                if resources.gpus_per_trial is None
+                else "resources.gpus_per_trial"
+            )
+        if demand.num_workers > 1:
+            settings.append("training.workers")
+        raise EnvironmentProblem(
+            f"a trial takes {demand}, each part on one node, but there are {capacity}: lower "
+            f"{' or '.join(settings)}"
+        )
+    fitting = max(1, capacity.trials_now(demand)) if ever is None else ever
+    asked = resources.trials_at_a_time
+    if asked is None:
+        return fitting
+    return asked if ever is None else min(asked, fitting)
+
+
+def read_capacity(*, is_local: bool) -> Capacity:
+    """Ask the cluster that this process has joined."""
+    import ray
+    from ray._private.state import state
+
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    drivers = [resources[TRIAL_DRIVER] for resources in alive if TRIAL_DRIVER in resources]
+    config = state.get_cluster_config()
+    return Capacity(
+        nodes=tuple(_node(resources) for resources in alive),
+        groups=tuple(map(_group, config.node_group_configs)) if config else (),
+        limits=_limits(config.max_resources) if config else (),
+        has_autoscaler=not is_local and _has_autoscaler(),
+        num_trial_drivers=int(sum(drivers)) if drivers else None,
+        is_local=is_local,
+    )
+
+
+def free_text() -> str:
+    """What nobody uses now, of what there is."""
+    import ray
+    from ray._private.state import state
+
+    free = state.available_resources_per_node().values()
+    total = ray.cluster_resources()
+    parts = [
+        f"{sum(node.get(name, 0.0) for node in free):g} of {total.get(name, 0.0):g} {name}s"
+        for name in ("CPU", "GPU")
+        if total.get(name)
+    ]
+    return " and ".join(parts or ["0 CPUs"]) + f" on {_count(list(free))}"
+
+
+def _has_autoscaler() -> bool:
+    """Whether nodes have a type: only where an autoscaler watches do they get a name for it.
+
+    Version 1 leaves its state in the key-value store, version 2 in the cluster's status.
+    """
+    import ray
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+
+    client = ray._private.worker.global_worker.gcs_client
+    found = client.internal_kv_get(ray._private.ray_constants.DEBUG_AUTOSCALING_STATUS.encode())
+    report = (json.loads(found) if found else {}).get("autoscaler_report") or {}
+    # Where nothing scales, version 1 reports each node as a type of its own, named for its id.
+    ids = {f"node_{node['NodeID']}" for node in ray.nodes()}
+    if set(report.get("active_nodes") or {}) - ids:
+        return True
+    status = GetClusterStatusReply()
+    status.ParseFromString(client.get_cluster_status())
+    states = status.cluster_resource_state.node_states
+    return status.HasField("autoscaling_state") and any(n.ray_node_type_name for n in states)
+
+
+def _node(resources: Mapping[str, float]) -> Node:
+    return Node(float(resources.get("CPU", 0.0)), float(resources.get("GPU", 0.0)))
+
+
+def _group(config: Any) -> NodeGroup:
+    count = None if config.max_count < 0 else int(config.max_count)
+    return NodeGroup(config.name, _node(config.resources), count)
+
+
+def _limits(resources: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+    return tuple((name, float(resources[name])) for name in ("CPU", "GPU") if name in resources)
+
+
+def _units(amount: float) -> int:
+    return round(amount * _UNITS)
+
+
+def _count(nodes: Iterable[Any]) -> str:
+    number = len(list(nodes))
+    return f"{number} node" if number == 1 else f"{number} nodes"
+
+
+def _bundle_text(bundle: Mapping[str, float]) -> str:
+    return "{" + ", ".join(f"{name}: {amount:g}" for name, amount in bundle.items()) + "}"

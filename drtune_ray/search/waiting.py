@@ -1,0 +1,155 @@
+"""Waiting for resources where the user sees it, and not for ever."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.tune import Callback
+from ray.util import placement_group_table
+
+from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.search.nodes import Demand, free_text
+
+Notify = Callable[[str], None]
+
+FIRST_NOTICE_SECONDS = 10.0
+NOTICE_EVERY_SECONDS = 60.0
+LOOK_EVERY_SECONDS = 1.0
+# Ray Train takes a pending request back and makes it again; the time between is still waiting.
+GAP_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Placements:
+    """Of this job's trials: is one waiting for resources, has one its resources?"""
+
+    is_pending: bool
+    is_placed: bool
+
+
+class ResourceWait:
+    """Watches a run of trials: as long as none can be placed it says so, and gives up in the end.
+
+    Args:
+        demand: What a trial asks for.
+        limit_seconds: How long no trial may have its resources.
+        notify: Takes a line for the user.
+        look: Asks Ray how the trials are placed.
+        clock: Seconds.
+    """
+
+    def __init__(
+        self,
+        demand: Demand,
+        limit_seconds: float,
+        notify: Notify,
+        *,
+        look: Callable[[], Placements] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._demand, self._limit, self._notify = demand, limit_seconds, notify
+        self._look = look or (lambda: placements(demand))
+        self._clock = clock
+        self._looked = self._pending = -GAP_SECONDS
+        self._since: float | None = None
+        self._next_notice = FIRST_NOTICE_SECONDS
+
+    def check(self) -> None:
+        """Look once a second; to be called often.
+
+        Raises:
+            EnvironmentProblem: If no trial had its resources for too long.
+        """
+        now = self._clock()
+        if now - self._looked < LOOK_EVERY_SECONDS:
+            return
+        self._looked = now
+        found = self._look()
+        if found.is_pending:
+            self._pending = now
+        if found.is_placed or now - self._pending > GAP_SECONDS:
+            self._end()
+        elif self._since is None:
+            self._since = now
+        else:
+            self._wait(now - self._since)
+
+    def _wait(self, waited: float) -> None:
+        if waited >= self._limit:
+            raise EnvironmentProblem(
+                f"no trial could start for {_time(waited)}: a trial takes {self._demand} and "
+                f"{free_text()} are free. Nothing is lost: the same command goes on. Free "
+                f"resources, add nodes, or raise resources.wait_seconds={self._limit:g}"
+            )
+        if waited >= self._next_notice:
+            self._notify(
+                f"waiting for {self._demand}: {free_text()} are free; gives up in "
+                f"{_time(self._limit - waited)}"
+            )
+            self._next_notice += NOTICE_EVERY_SECONDS
+
+    def _end(self) -> None:
+        if self._next_notice > FIRST_NOTICE_SECONDS:
+            self._notify(f"{self._demand} are there: going on")
+        self._since, self._next_notice = None, FIRST_NOTICE_SECONDS
+
+
+class _GaveUp(BaseException):
+    """Leaves Tune's loop at once: an Exception would first wait for the trials to end."""
+
+    def __init__(self, problem: EnvironmentProblem) -> None:
+        super().__init__(str(problem))
+        self.problem = problem
+
+
+@contextmanager
+def giving_up() -> Iterator[None]:
+    """Around Tune's loop, where `WaitCallback` may end it.
+
+    Raises:
+        EnvironmentProblem: If no trial had its resources for too long.
+    """
+    try:
+        yield
+    except _GaveUp as left:
+        raise left.problem from None
+
+
+class WaitCallback(Callback):  # type: ignore[misc]
+    """Lets `ResourceWait` look at every turn of Tune's loop, inside of `giving_up`."""
+
+    def __init__(self, wait: ResourceWait) -> None:
+        self._wait = wait
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its callbacks for a restore that is never asked for."""
+        return {}
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Tune's loop turns."""
+        try:
+            self._wait.check()
+        except EnvironmentProblem as problem:
+            raise _GaveUp(problem) from None
+
+
+def placements(demand: Demand) -> Placements:
+    """How this job's placement groups stand; those of the workers count as placed."""
+    job = ray.get_runtime_context().get_job_id()
+    # A group's id ends with its job's.
+    groups = [g for key, g in placement_group_table().items() if key.endswith(job)]
+    return Placements(
+        is_pending=any(g["state"] in ("PENDING", "RESCHEDULING") for g in groups),
+        is_placed=any(
+            g["state"] == "CREATED" and demand.bundle() in g["bundles"].values() for g in groups
+        ),
+    )
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"
