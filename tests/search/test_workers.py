@@ -21,11 +21,14 @@ from ray.train.v2._internal.exceptions import (
 from drtune_ray.config import StudyConfig, to_yaml
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.search import study as study_module
+from drtune_ray.search.actor import Workplace
 from drtune_ray.search.failures import outcome_of
+from drtune_ray.search.nodes import Capacity, Node
 from drtune_ray.search.reaper import check_state_api, remove_orphans
 from drtune_ray.search.scheduler import StudyASHA
-from drtune_ray.search.session import ray_session
+from drtune_ray.search.session import ray_session, set_environment
 from drtune_ray.search.study import run_study
+from drtune_ray.search.trainables import tune_trainable
 from drtune_ray.tracking.events import RunFinished
 from tests.search import leftovers
 from tests.search.survival import Killed, kill
@@ -195,3 +198,24 @@ def test_the_error_of_the_worker_that_failed_names_the_outcome():
     ]:
         error = WorkerGroupError("failed", {0: lost, 1: failure})
         assert outcome_of(pickle.loads(pickle.dumps(error))) == outcome
+
+
+def test_four_trials_share_a_gpu(tmp_path, weights_file):
+    """Scheduling needs no device: Ray believes what it is told."""
+    import ray
+    from ray.util.placement_group import placement_group
+
+    resources = {"gpus_per_trial": 0.25}
+    config = StudyConfig.from_mapping(study_values(tmp_path, weights_file, resources=resources))
+    workplace = Workplace({}, tmp_path, 1, "cuda", study_id="gpu", hang_seconds=1.0)
+    trainable = tune_trainable(config, workplace, Capacity(nodes=(Node(8, 1),)))
+    bundles = trainable.default_resource_request({}).bundles
+    assert bundles == [{"CPU": 1, "GPU": 0.25}]
+    set_environment()
+    ray.init("local", num_cpus=8, num_gpus=1, log_to_driver=False, include_dashboard=False)
+    try:
+        trials = [placement_group(bundles) for _ in range(5)]
+        assert all(trial.wait(20) for trial in trials[:4])
+        assert not trials[4].wait(2)
+    finally:
+        ray.shutdown()
