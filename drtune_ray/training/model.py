@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from drtune_ray.config import TrialConfig, digest
+from drtune_ray.config import TrainingConfig, TrialConfig, digest
 from drtune_ray.errors import ConfigError
 from drtune_ray.method import CETuning, DRTune, FeatureBank, SemanticCalibration
 from drtune_ray.training.backbones import Backbone, create_encoder
@@ -60,11 +60,24 @@ def check_trial(config: TrialConfig, num_train: int) -> list[str]:
             f"training.workers={training.workers}: set frozen or synchronised"
         )
     if training.max_workers > 1 and training.batch_norm == "synchronised":
-        if not torch.cuda.is_available():
-            problems.append(
-                "training.batch_norm=synchronised needs CUDA devices with several workers: "
-                "set training.batch_norm=frozen"
-            )
+        problems += _synchronised_problems(training, num_train)
+    return problems
+
+
+def _synchronised_problems(training: TrainingConfig, num_train: int) -> list[str]:
+    problems, last = [], num_train % training.batch_size
+    if not torch.cuda.is_available():
+        problems.append(
+            "training.batch_norm=synchronised needs CUDA devices with several workers: "
+            "set training.batch_norm=frozen"
+        )
+    if 0 < last < training.max_workers and not training.drop_last:
+        # A worker without a row runs a spare one, which would enter the statistics.
+        problems.append(
+            f"training.batch_norm=synchronised needs a row for each of {training.max_workers} "
+            f"workers, but the last batch of {num_train} images has {last}: set "
+            "training.drop_last=true or another training.batch_size"
+        )
     return problems
 
 

@@ -22,6 +22,7 @@ from drtune_ray.search.prepare import Checked, check_inputs, manifest_path, prep
 from drtune_ray.training import frozen
 from drtune_ray.training.backbones import read_backbone
 from drtune_ray.training.frozen import Normalizer
+from drtune_ray.training.model import check_trial
 from tests.conftest import MakeTrial, WriteImages
 
 BACKBONE = "test_efficientnet"
@@ -111,6 +112,20 @@ def test_check_inputs__every_problem_at_once(trial: TrialConfig, storage: Path) 
         "set frozen or synchronised",
         "backbone.weights='missing.pth' is not a file: give a file, 'timm' or 'demo'",
     )
+
+
+def test_check_inputs__synchronised_batch_norm_needs_a_row_for_each_worker(
+    trial: TrialConfig, storage: Path
+) -> None:
+    values = {"training.batch_norm": "synchronised", "training.batch_size": 11}
+    config = trial.with_values(values | {"training.workers": 2})
+    message = "the last batch of 12 images has 1: set training.drop_last=true or another"
+    with pytest.raises(ConfigError, match=message):
+        check_inputs(config, storage)
+    sound = [{"training.drop_last": True}, {"training.batch_size": 6}, {"training.workers": 1}]
+    for change in sound:
+        problems = check_trial(config.with_values(change), 12)
+        assert not any("last batch" in problem for problem in problems)
 
 
 def test_check_inputs__images_and_backbone_both_wrong(trial: TrialConfig, storage: Path) -> None:

@@ -64,10 +64,12 @@ NORM_FREE_RATE = 0.0005
 Steps = list[dict[str, torch.Tensor]]
 
 
-def _join(rank: int, world_size: int, port: int) -> None:
+def _join(rank: int, world_size: int, port: int, backend: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, rank=rank, world_size=world_size)
 
 
 def _free_port() -> int:
@@ -76,23 +78,27 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def run_group(world_size: int, job: Callable[..., None], *arguments: Any) -> None:
+def run_group(
+    world_size: int, job: Callable[..., None], *arguments: Any, backend: str = "gloo"
+) -> None:
     """Call a job (rank, *arguments) in each process of a new group."""
-    mp.spawn(_run_job, (world_size, _free_port(), job, arguments), nprocs=world_size)
+    mp.spawn(_run_job, (world_size, _free_port(), backend, job, arguments), nprocs=world_size)
 
 
-def _run_job(rank: int, world_size: int, port: int, job: Any, arguments: Any) -> None:
-    _join(rank, world_size, port)
+def _run_job(rank: int, world_size: int, port: int, backend: str, job: Any, arguments: Any) -> None:
+    _join(rank, world_size, port, backend)
     job(rank, *arguments)
     dist.destroy_process_group()
 
 
-def record(values: dict[str, Any], storage: Path, num_steps: int) -> dict[str, Any]:
+def record(
+    values: dict[str, Any], storage: Path, num_steps: int, device: str = "cpu"
+) -> dict[str, Any]:
     """Train some steps and keep what must agree, the processes' parts put together."""
     config = small_trial(values)
     data, backbone, _ = prepared(config, storage)
     torch.set_num_threads(1)
-    trial = Trial(config, data, backbone, torch.device("cpu"))
+    trial = Trial(config, data, backbone, torch.device(device))
     calibrated: list[torch.Tensor] = []
     calibration = getattr(trial.method, "calibration", None)
     if calibration is not None:
@@ -283,6 +289,33 @@ def test_the_comparison_sees_what_is_broken(alone, together, name, how):
     broken = torch.load(together / f"{name} float64 {how}.pt", weights_only=False)
     expected = alone[f"{name} float64"]
     assert largest_gap(broken, expected) > 100 * TOLERANCES["float32"]
+
+
+SYNCHRONISED = {
+    "training.batch_norm": "synchronised",
+    "training.batch_size": 9,
+    "training.precision": "float64",
+    "training.epochs": 20,
+    "optim.backbone_lr": 0.02,
+}
+
+
+def record_synchronised(rank: int, values: dict[str, Any], storage: Path) -> None:
+    found = record(values, storage, NUM_STEPS, f"cuda:{rank}")
+    if rank == 0:
+        torch.save(found, storage / "synchronised.pt")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_synchronised_batch_norm_over_two_devices_equals_one(tmp_path, weights_file):
+    images = write_coloured(tmp_path / "images")
+    values = small_values(images, weights_file, "test_efficientnet") | SYNCHRONISED
+    prepared(small_trial(values), tmp_path)
+    expected = record(values, tmp_path, NUM_STEPS, "cuda:0")
+    run_group(2, record_synchronised, values, tmp_path, backend="nccl")
+    found = torch.load(tmp_path / "synchronised.pt", weights_only=False, map_location="cuda:0")
+    assert largest_gap(found, expected) < TOLERANCES["float64"]
 
 
 # Save points at which a trial is left: within an epoch, at its end, and within the last.
