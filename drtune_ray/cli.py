@@ -45,6 +45,10 @@ _name = click.option(
 _tracking_uri = click.option(
     "--tracking-uri", help="MLflow server; by default SQLite under the storage."
 )
+_artifacts = click.option(
+    "--artifacts",
+    help="s3://, gs:// or file:// URI for what the next driver and other nodes need.",
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -77,6 +81,8 @@ def demo(storage: str, seed: int) -> None:
 @_seed
 @click.option("--workers", type=int, help="Ray Train workers of a trial.")
 @_tracking_uri
+@click.option("--optuna-storage", help="URL of a database; by default a file in the study.")
+@_artifacts
 @_set
 def tune(study_file: Path | None, assignments: tuple[str, ...], **flags: Any) -> None:
     """Search; the same command resumes, or shows the result."""
@@ -101,6 +107,7 @@ def tune(study_file: Path | None, assignments: tuple[str, ...], **flags: Any) ->
 @_name
 @_seed
 @_tracking_uri
+@_artifacts
 @_set
 def train(
     trial_file: Path | None,
@@ -108,10 +115,11 @@ def train(
     storage: str,
     name: str | None,
     tracking_uri: str | None,
+    artifacts: str | None,
     **flags: Any,
 ) -> None:
     """Train one configuration on Ray Train; the same command resumes, or shows the result."""
-    from drtune_ray.config import TrackingConfig
+    from drtune_ray.config import TrackingConfig, validated
     from drtune_ray.display import percent
     from drtune_ray.search.request import default_name, trial_request
     from drtune_ray.search.single import run_training
@@ -140,8 +148,10 @@ def train(
         name,
         Path(storage),
         resources=resources,
-        tracking=TrackingConfig(uri=tracking_uri),
+        tracking=validated(TrackingConfig, {"uri": tracking_uri}),
+        artifacts=artifacts,
         observer=show,
+        on_notice=click.echo,
     )
     click.echo("This training was done before." if result.was_done else "Done.")
     click.echo(f"Best validation accuracy {percent(result.val_accuracy)} ({result.outcome})")
@@ -222,7 +232,10 @@ def _run_study(config: StudyConfig) -> None:
 
     try:
         result = run_study(
-            config, observer=lambda e: display[0](e) if display else None, on_plan=announce
+            config,
+            observer=lambda e: display[0](e) if display else None,
+            on_plan=announce,
+            on_notice=lambda text: display[0].notice(text) if display else click.echo(text),
         )
     except KeyboardInterrupt:
         click.echo("\nInterrupted. The same command goes on where it stopped.", err=True)

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from drtune_ray.config import StudyConfig, TrialConfig, flattened, reference_config
 from drtune_ray.data.dataset import Tables
 from drtune_ray.data.store import TableStore
-from drtune_ray.errors import NoTrialCompleted
-from drtune_ray.results.trials import TrialSummary, best_trial, summary, write_trials
+from drtune_ray.errors import ConfigError, NoTrialCompleted
+from drtune_ray.results.trials import CONFIG, TrialSummary, best_trial, summary, write_trials
 from drtune_ray.results.winner import write_winner
 from drtune_ray.search.actor import Workplace
-from drtune_ray.search.callback import StudyCallback, run_finished
+from drtune_ray.search.callback import StudyCallback, run_finished, run_started
+from drtune_ray.search.failures import (
+    clear_stacks,
+    full_disk_is_told,
+    lost_processes_are_failures,
+)
 from drtune_ray.search.identity import (
     DONE_NAME,
-    JOURNAL_NAME,
     RECORD_FILE,
     SCRATCH_NAME,
     SPLITS_NAME,
@@ -37,29 +41,40 @@ from drtune_ray.search.identity import (
     deciding_values,
     driver_lease,
     open_record,
+    read_record,
 )
+from drtune_ray.search.interruption import saving_when_interrupted
+from drtune_ray.search.lifeline import ProgressWatch
+from drtune_ray.search.nodes import Capacity, trial_demand, trials_that_fit
 from drtune_ray.search.prepare import (
     Checked,
-    check_device,
     check_inputs,
     data_root,
+    manifest_path,
     prepare,
+    preparing_device,
     write_manifest,
 )
+from drtune_ray.search.reaper import Reaper
 from drtune_ray.search.scheduler import StudyASHA
 from drtune_ray.search.searcher import RESULT_STATES, Reference, StudySearch, build_sampler
-from drtune_ray.search.session import (
-    Capacity,
-    ray_session,
-    scratch_folder,
-    signals_as_interrupt,
-    trials_that_fit,
+from drtune_ray.search.servers import (
+    StudyArtifacts,
+    as_problem,
+    check_storage_of,
+    database_as_problem,
+    open_storage,
+    open_study,
 )
+from drtune_ray.search.session import ready_cluster, scratch_folder, signals_as_interrupt
+from drtune_ray.search.shared import Cluster, shared_folder
 from drtune_ray.search.space import SearchSpace, read_space
 from drtune_ray.search.trainables import tune_trainable
+from drtune_ray.search.waiting import Notify, ResourceWait, WaitCallback, giving_up
 from drtune_ray.tracking.events import Event, FilesReady, RunFinished, RunStarted, Sink
 from drtune_ray.tracking.mlflow_recorder import build_recorder
 from drtune_ray.tracking.spool import BackgroundWriter, Spool
+from drtune_ray.training.checkpoint import TrialFolder, trial_folder
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +128,7 @@ def run_study(
     *,
     observer: Sink | None = None,
     on_plan: Callable[[StudyPlan], None] = lambda plan: None,
+    on_notice: Notify = logger.warning,
 ) -> StudyResult:
     """Search, or go on searching, and name the winner.
 
@@ -123,6 +139,7 @@ def run_study(
         config: The study.
         observer: Takes the events of the run as they happen.
         on_plan: Called with a `StudyPlan` before the first trial.
+        on_notice: Takes a line while no trial can start.
 
     Raises:
         ConfigError: For bad input, or a name taken by another configuration.
@@ -130,18 +147,36 @@ def run_study(
         NoTrialCompleted: If all trials ran and none completed.
         KeyboardInterrupt: When interrupted; the study can be resumed by the same call.
     """
-    check_device(config.resources)
+    artifacts = StudyArtifacts(config.artifacts, config.folder)
+    artifacts.restore_shared(_manifest(config))
     checked, space, references, notes = _check(config)
     # As it must be found again from any working directory.
     trial = config.trial.with_values({"data.train": str(data_root(config.trial.data))})
     config = config.model_copy(update={"space": _space_content(config), "trial": trial})
     values = config.to_mapping()
     deciding = deciding_values(values, checked.splits.content_digest(), checked.backbone.digest)
-    with driver_lease(config.folder), signals_as_interrupt():
-        record = open_record(config.folder, STUDY, values, deciding, config.tracking)
+    with (
+        full_disk_is_told(config.folder),
+        _cluster(config) as capacity,
+        driver_lease(config.folder),
+        artifacts.lease(),
+        signals_as_interrupt(),
+        shared_folder(config.folder, capacity, config.artifacts) as token,
+        database_as_problem(config.optuna_storage),
+    ):
+        is_restored = artifacts.restore()
+        storage = open_storage(config.folder, config.optuna_storage)
+        if (config.folder / RECORD_FILE).exists():
+            check_storage_of(read_record(config.folder), config.optuna_storage, storage)
+        record = open_record(
+            config.folder, STUDY, values, deciding, config.tracking, config.artifacts
+        )
         write_manifest(checked.splits, config.folder / SPLITS_NAME)
-        driver = _Driver(config, record.study_id, checked, space, references, notes)
-        return driver.run(observer, on_plan)
+        artifacts.keep(RECORD_FILE, SPLITS_NAME)
+        study = open_study(storage, record.study_id)
+        cluster = Cluster(capacity, token, on_notice) if capacity else None
+        driver = _Driver(config, study, artifacts, checked, space, references, notes, cluster)
+        return driver.run(observer, on_plan, is_restored)
 
 
 def _check(
@@ -163,6 +198,19 @@ def _check(
     return checked, space, tuple(references), (checked.summary(), *notes)
 
 
+def _cluster(config: StudyConfig) -> AbstractContextManager[Capacity | None]:
+    """The cluster for the search; none is joined to show a study that is done."""
+    done = config.folder / DONE_NAME
+    if done.exists() and int(done.read_text()) >= config.trials:
+        return nullcontext()
+    training = config.trial.training
+    return ready_cluster(training, config.resources, with_dashboard=training.max_workers > 1)
+
+
+def _manifest(config: StudyConfig) -> Path:
+    return manifest_path(config.trial.data, Path(config.storage).expanduser().resolve())
+
+
 def _space_content(config: StudyConfig) -> dict[str, Any]:
     return read_space(config.space) if isinstance(config.space, str) else config.space
 
@@ -173,35 +221,48 @@ class _Driver:
     def __init__(
         self,
         config: StudyConfig,
-        study_id: str,
+        study: optuna.Study,
+        artifacts: StudyArtifacts,
         checked: Checked,
         space: SearchSpace,
         references: tuple[Reference, ...],
         notes: tuple[str, ...],
+        cluster: Cluster | None,
     ) -> None:
-        self.config, self.study_id, self.folder = config, study_id, config.folder
+        self.cluster = cluster
+        self.config, self.study_id, self.folder = config, study.study_name, config.folder
+        self.study, self.artifacts = study, artifacts
         self.checked, self.space, self.references = checked, space, references
         self.notes, self.started = notes, time.monotonic()
+        self._is_interruption_told = False
         self.storage = Path(config.storage).expanduser().resolve()
-        self.study = open_optuna_study(self.folder, study_id)
         self.base = config.trial.with_values(
             {"method.bank_size": min(config.trial.method.bank_size, checked.num_train)}
         )
 
-    def run(self, observer: Sink | None, on_plan: Callable[[StudyPlan], None]) -> StudyResult:
+    def run(
+        self,
+        observer: Sink | None,
+        on_plan: Callable[[StudyPlan], None],
+        is_restored: bool,
+    ) -> StudyResult:
         if self._is_done():
             return self._result(Spool(self.folder / SPOOL_NAME).num_unsent(), was_done=True)
         spool = Spool(self.folder / SPOOL_NAME)
         recorder = build_recorder(self.config.tracking, self.storage, self.study_id)
         limit = self.config.trial.data.cache_limit_gib
-        with BackgroundWriter(spool, recorder) as writer, TableStore(self.storage, limit) as store:
+        with (
+            self.artifacts.unsent_kept(spool),
+            BackgroundWriter(spool, recorder) as writer,
+            TableStore(self.storage, limit, self.artifacts.shelf) as store,
+        ):
             self._emit = _fan_out(writer.emit, observer, self._free_disk)
-            self._tell_start()
+            self._tell_start(is_restored)
             try:
-                device = "cuda" if self.config.resources.gpus_per_worker else "cpu"
-                tables = prepare(self.checked, self.config.trial, store, device)
+                tables = self._prepare(store)
+                self.artifacts.keep_shared(_manifest(self.config))
                 if len(self._finished()) < self.config.trials:
-                    self._search(tables, device, on_plan)
+                    self._search(tables, on_plan)
                 result = self._finish(tables)
             except NoTrialCompleted:
                 raise  # said already
@@ -219,17 +280,28 @@ class _Driver:
             and done.read_text() == str(num_finished)
         )
 
-    def _search(self, tables: Tables, device: str, on_plan: Callable[[StudyPlan], None]) -> None:
-        nested = self.config.trial.training.max_workers > 1
-        with ray_session(with_dashboard=nested) as capacity:
-            resources, workers = self.config.resources, self.config.trial.training.max_workers
-            fitting = trials_that_fit(workers, resources, capacity)
-            at_a_time = min(resources.trials_at_a_time or fitting, fitting)
-            num_done = len(self._finished())
-            on_plan(StudyPlan(self.config, num_done, at_a_time, self._searched(), self.notes))
-            self._tune(tables, at_a_time, device, capacity)
+    def _prepare(self, store: TableStore) -> Tables:
+        device = "cpu"
+        if self.cluster is not None:
+            device, notes = preparing_device(self.config.resources, self.cluster.capacity)
+            self.notes += notes
+        return prepare(self.checked, self.config.trial, store, device)
 
-    def _tune(self, tables: Tables, at_a_time: int, device: str, capacity: Capacity) -> None:
+    def _search(self, tables: Tables, on_plan: Callable[[StudyPlan], None]) -> None:
+        if self.cluster is None:
+            raise ConfigError(
+                f"{self.folder / DONE_NAME} says that the study is done, but it holds only "
+                f"{len(self._finished())} of {self.config.trials} trials: remove that file"
+            )
+        resources, training = self.config.resources, self.config.trial.training
+        demand = trial_demand(training, resources)
+        at_a_time = trials_that_fit(demand, resources, self.cluster.capacity)
+        num_done = len(self._finished())
+        on_plan(StudyPlan(self.config, num_done, at_a_time, self._searched(), self.notes))
+        wait = ResourceWait(demand, resources.wait_seconds, self.cluster.on_notice)
+        self._tune(tables, at_a_time, self.cluster, wait)
+
+    def _tune(self, tables: Tables, at_a_time: int, cluster: Cluster, wait: ResourceWait) -> None:
         from ray import tune
 
         search = StudySearch(
@@ -244,7 +316,12 @@ class _Driver:
             tables.to_mapping(),
             self.folder / TRIALS_FOLDER,
             self.config.resources.cpus_per_worker,
-            device,
+            "cuda" if self.config.resources.worker_gpus(1) else "cpu",
+            self.artifacts.trials,
+            self.artifacts.shelf,
+            token=cluster.token,
+            study_id=self.study_id,
+            hang_seconds=self.config.resources.hang_seconds,
         )
         scheduler = None
         if self.config.scheduler.name == "asha":
@@ -252,10 +329,17 @@ class _Driver:
                 self.config.scheduler, self.base.training.epochs, search.reference_numbers
             )
             scheduler.refill(self.study.get_trials(deepcopy=False))
+        watch = None
+        if self.config.trial.training.max_workers == 1:
+            watch = ProgressWatch(self.study_id, workplace.hang_seconds)
+        callback = StudyCallback(search, self._emit, workplace.trials_folder, watch)
+        callbacks = [callback, WaitCallback(wait)]
+        if watch is None:
+            callbacks.append(Reaper(lambda number: self._trial_folder(number).drop_resumable()))
         # Tune's own folder is disposable: Optuna's storage and ours hold everything.
         with scratch_folder(self.folder / SCRATCH_NAME) as scratch:
             tuner = tune.Tuner(
-                tune_trainable(self.config, workplace, capacity),
+                tune_trainable(self.config, workplace, cluster.capacity),
                 tune_config=tune.TuneConfig(
                     search_alg=search,
                     scheduler=scheduler,
@@ -266,15 +350,22 @@ class _Driver:
                 run_config=tune.RunConfig(
                     name="tune",
                     storage_path=str(scratch),
-                    callbacks=[StudyCallback(self.study, self._emit)],
+                    callbacks=callbacks,
                     failure_config=tune.FailureConfig(max_failures=MAX_MACHINE_FAILURES),
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                     verbose=0,
                 ),
             )
-            tuner.fit()
+            with (
+                giving_up(),
+                lost_processes_are_failures(),
+                saving_when_interrupted(
+                    self.study_id, lambda: callback.running, self._tell_interruption
+                ),
+            ):
+                tuner.fit()
 
-    def _tell_start(self) -> None:
+    def _tell_start(self, is_restored: bool) -> None:
         # Its trials carry their own settings; the base and the space stand in study.yaml.
         params = flattened(self.config.model_dump(mode="json", exclude={"trial", "space"}))
         tags = {"mlflow.note.content": f"drtune-ray study in {self.folder}"}
@@ -283,10 +374,16 @@ class _Driver:
         for trial in self.study.get_trials(deepcopy=False):
             if not trial.state.is_finished():
                 continue
+            if is_restored:  # what the lost spool held
+                trial_config = json.loads(trial.user_attrs.get(CONFIG, "{}"))
+                self._emit(run_started(trial, trial_config))
             # Told again because a killed driver may not have come to it; twice changes nothing.
             self._emit(run_finished(trial))
 
     def _tell_interruption(self) -> None:
+        if self._is_interruption_told:
+            return
+        self._is_interruption_told = True
         for trial in self.study.get_trials(deepcopy=False):
             if trial.state == TrialState.RUNNING:
                 self._emit(RunFinished(trial.number, "INTERRUPTED", "interrupted", {}, {}))
@@ -295,6 +392,7 @@ class _Driver:
     def _finish(self, tables: Tables) -> StudyResult:
         trials = self._summaries()
         write_trials(list(trials), self.folder / TRIALS_NAME)
+        self.artifacts.keep(TRIALS_NAME)
         self._emit(FilesReady(None, str(self.folder / TRIALS_NAME), "trials"))
         try:
             winner = best_trial(trials)
@@ -314,13 +412,15 @@ class _Driver:
                 {"drtune.winner": str(winner.number)},
             )
         )
+        self.artifacts.keep(WINNER_NAME)
         (self.folder / DONE_NAME).write_text(str(len(self._finished())))
+        self.artifacts.keep(DONE_NAME)
         return self._result(0, was_done=False)
 
     def _write_winner(self, winner: TrialSummary, tables: Tables) -> None:
         write_winner(
             self.folder / WINNER_NAME,
-            self._trial_folder(winner.number) / "best.ckpt",
+            self._best_weights(winner.number),
             tables.backbone,
             tables.classes,
             TrialConfig.from_mapping(winner.config),
@@ -339,19 +439,24 @@ class _Driver:
             key=lambda t: (-(t.best_val_accuracy or 0.0), t.number),
         )
         for trial in ranked[: self.config.tracking.num_top_checkpoints]:
-            best = self._trial_folder(trial.number) / "best.ckpt"
+            best = self._best_weights(trial.number)
             self._emit(FilesReady(trial.number, str(best), "checkpoint"))
+
+    def _best_weights(self, number: int) -> Path:
+        with as_problem(self.artifacts.uri):
+            return self._trial_folder(number).fetch_best()
 
     def _free_disk(self, event: Event) -> None:
         """A finished trial keeps its best weights only."""
         if isinstance(event, RunFinished) and event.state != "INTERRUPTED":
             if event.number is not None:
-                from drtune_ray.training.checkpoint import TrialFolder
+                folder = self._trial_folder(event.number)
+                folder.drop_resumable()
+                has_failed = event.state == TrialState.FAIL.name
+                clear_stacks(folder.path, has_failed=has_failed)
 
-                TrialFolder(self._trial_folder(event.number)).drop_resumable()
-
-    def _trial_folder(self, number: int) -> Path:
-        return self.folder / TRIALS_FOLDER / f"{number:05d}"
+    def _trial_folder(self, number: int) -> TrialFolder:
+        return trial_folder(self.folder / TRIALS_FOLDER, number, self.artifacts.trials)
 
     def _finished(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=RESULT_STATES)
@@ -374,18 +479,6 @@ class _Driver:
 
     def _searched(self) -> tuple[str, ...]:
         return tuple(parameter.path for parameter in self.space.parameters)
-
-
-def open_optuna_study(folder: Path, study_id: str) -> optuna.Study:
-    """The Optuna study of a folder, made if there is none."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL_NAME))),
-        study_name=study_id,
-        direction="maximize",
-        pruner=optuna.pruners.NopPruner(),
-        load_if_exists=True,
-    )
 
 
 def _fan_out(*sinks: Sink | None) -> Sink:

@@ -8,7 +8,7 @@ from ray import tune
 
 from drtune_ray.config import StudyConfig
 from drtune_ray.search.actor import TrialActor, Workplace
-from drtune_ray.search.session import Capacity
+from drtune_ray.search.nodes import Capacity
 from drtune_ray.search.workers import drive_trial
 
 
@@ -20,8 +20,13 @@ def tune_trainable(config: StudyConfig, workplace: Workplace, capacity: Capacity
             bound,
             {
                 "CPU": config.resources.cpus_per_worker,
-                "GPU": config.resources.gpus_per_worker,
+                "GPU": config.resources.worker_gpus(1),
             },
         )
-    bound = tune.with_parameters(drive_trial, workplace=workplace, resources=config.resources)
+    bound = tune.with_parameters(
+        drive_trial,
+        workplace=workplace,
+        resources=config.resources,
+        num_workers=config.trial.training.max_workers,
+    )
     return tune.with_resources(bound, capacity.driver_resources())
