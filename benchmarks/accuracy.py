@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from report import describe_machine
 
-from drtune_ray.config import TrialConfig, nested, reference_config
+from drtune_ray.config import TrialConfig, reference_config
 from drtune_ray.data.dataset import Tables, TrainingData
 from drtune_ray.data.store import TableStore
 from drtune_ray.demo import write_digits
@@ -40,6 +40,7 @@ from drtune_ray.search.prepare import check_inputs, prepare
 from drtune_ray.training.backbones import DEMO_BACKBONE, read_backbone
 from drtune_ray.training.loop import train_epochs
 from drtune_ray.training.records import COMPLETED, EpochReport
+from drtune_ray.values import nested
 
 CALIBRATION = "method.calibration."
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -37,7 +37,7 @@ from report import describe_machine
 from torch import Tensor
 from torch.nn import functional as F
 
-from drtune_ray.config import TrialConfig, nested
+from drtune_ray.config import TrialConfig
 from drtune_ray.data.dataset import Tables, TrainingData
 from drtune_ray.method import FeatureBank
 from drtune_ray.method.class_rows import ClassRows
@@ -53,6 +53,7 @@ from drtune_ray.method.rotation import (
 )
 from drtune_ray.training.backbones import Backbone, read_backbone
 from drtune_ray.training.trial import Trial
+from drtune_ray.values import nested
 
 RANKS, SHRINKAGES = (16, 32, 64, 128), (0.02, 0.1, 0.3)
 PHASES = ("early", "middle", "late", "mean")

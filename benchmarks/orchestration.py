@@ -29,7 +29,7 @@ import ray
 import torch
 from ray import tune
 
-from drtune_ray.config import StudyConfig, deep_merge
+from drtune_ray.config import StudyConfig
 from drtune_ray.data.store import TableStore
 from drtune_ray.demo import demo_config
 from drtune_ray.search.actor import Workplace
@@ -42,6 +42,7 @@ from drtune_ray.search.space import SearchSpace
 from drtune_ray.search.study import open_optuna_study
 from drtune_ray.search.trainables import tune_trainable
 from drtune_ray.search.workers import drive_trial
+from drtune_ray.values import deep_merge
 
 AT_A_TIME, EPOCHS, IMAGE_SIZE = 2, 2, 32
 NUM_TRIALS = {"resident": 8, "nested": 4}

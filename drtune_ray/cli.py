@@ -119,10 +119,11 @@ def train(
     **flags: Any,
 ) -> None:
     """Train one configuration on Ray Train; the same command resumes, or shows the result."""
-    from drtune_ray.config import TrackingConfig, validated
+    from drtune_ray.config import TrackingConfig
     from drtune_ray.display import percent
     from drtune_ray.search.request import default_name, trial_request
     from drtune_ray.search.single import run_training
+    from drtune_ray.section import validated
     from drtune_ray.tracking.events import Event, MetricsRecorded
 
     config, resources, notes = trial_request(trial_file, assignments, flags)
@@ -265,8 +266,8 @@ def _show_plan(plan: StudyPlan) -> None:
 
 
 def _show_result(result: StudyResult) -> None:
-    from drtune_ray.config import flattened
     from drtune_ray.display import percent
+    from drtune_ray.values import flattened
 
     if result.was_done:
         click.echo("This study is done; nothing was left to run.")

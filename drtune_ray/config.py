@@ -6,37 +6,29 @@ Precedence: ``--set path=value`` > file > preset > default. ``TrialConfig`` deci
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import json
-import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
-from urllib.parse import parse_qsl, quote, urlsplit
+from typing import Annotated, Any, Literal, Self, get_args
 
-import yaml
 from pydantic import (
-    AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
 
+from drtune_ray.addresses import ServerUri
 from drtune_ray.errors import ConfigError
+from drtune_ray.presets import PRESETS, PresetName
+from drtune_ray.section import Section, unknown_name, validated
+from drtune_ray.values import deep_merge, nested
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 StudyName = Annotated[str, Field(pattern=NAME_PATTERN)]
-PresetName = Literal["default", "paper", "authors"]
 
 
 def _workers(value: Any) -> int | tuple[int, int]:
@@ -51,49 +43,6 @@ def _workers(value: Any) -> int | tuple[int, int]:
 
 
 Workers = Annotated[int | tuple[int, int], BeforeValidator(_workers)]
-
-
-def without_password(uri: str) -> str:
-    """The URI of a server, if it may be recorded and shown.
-
-    Raises:
-        ValueError: If it may not.
-    """
-    parts = urlsplit(uri)
-    secrets = [parts.password or "", *(v for k, v in parse_qsl(parts.query) if "pass" in k.lower())]
-    if any(secret and not _REFERENCE.fullmatch(secret) for secret in secrets):
-        raise ValueError(
-            "the password would be recorded with the study: write $NAME in its place, and put the "
-            "password into the environment variable NAME"
-        )
-    return uri
-
-
-_REFERENCE = re.compile(r"\$(\w+)|\$\{(\w+)\}")
-ServerUri = Annotated[str, AfterValidator(without_password)]
-
-
-def with_secrets(uri: str) -> str:
-    """The URI of a server with the environment's values for each ``$NAME``, for connecting only.
-
-    Raises:
-        ConfigError: If one is not set.
-    """
-
-    def value(found: re.Match[str]) -> str:
-        name = found[1] or found[2]
-        if name not in os.environ:
-            raise ConfigError(f"{uri} needs the environment variable {name}: set it")
-        # Any character may stand in a password, but not in a part of a URI.
-        return os.environ[name] if found[0] == uri else quote(os.environ[name], safe="")
-
-    return _REFERENCE.sub(value, uri)
-
-
-class Section(BaseModel):
-    """A frozen group of settings that refuses unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class CalibrationConfig(Section):
@@ -404,62 +353,12 @@ class StudyConfig(Section):
         return self.model_dump(mode="json")
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    # Eq. 5-14 as printed: raw features, dot-product confidence, R fresh at every step.
-    "paper": {
-        "method": {
-            "regularization_weight": "bank_over_batch",
-            "reduction": "sum",
-            "bank_size": 2048,
-            "head_lr_multiplier": "one_plus_bank_over_batch",
-            "calibration": {
-                "rotation_solver": "svd",
-                "rotation_interval": 1,
-                "normalize": False,
-                "similarity": "dot",
-                "confidence_temperature": 1.0,
-            },
-        },
-        "training": {"batch_norm": "local"},
-    },
-    # The authors' published code, commit ef9a7b1, without its faults.
-    "authors": {
-        "method": {
-            "regularization_weight": "bank_over_batch",
-            "reduction": "mean",
-            "bank_size": 2048,
-            "head_lr_multiplier": "one_plus_bank_over_batch",
-            "calibration": {
-                "rotation_solver": "svd",
-                "rotation_interval": 10,
-                "rotation_kept": False,
-                "rotation_restarts_each_epoch": True,
-                "proper_rotation": True,
-                "recenter": False,
-                "normalize": True,
-                "similarity": "cosine",
-                "confidence_temperature": 1.0,
-            },
-        },
-        "data": {
-            "crop_scale_min": 0.4,
-            "horizontal_flip": 0.5,
-            "crop_fraction": 0.875,
-            "evaluation_resize": "square",
-        },
-        "optim": {"nesterov": True, "schedule": "cosine_per_epoch"},
-        "training": {"batch_norm": "local", "drop_last": True},
-    },
-}
-
-
 def _on_preset(values: Mapping[str, Any], key: str, default: str) -> dict[str, Any]:
     """The values on top of the preset that their key ``preset`` names."""
     rest = dict(values)
     preset = rest.pop("preset", None) or default
     if not isinstance(preset, str) or preset not in PRESETS:
-        raise ConfigError(_unknown(key, str(preset), get_args(PresetName)))
+        raise ConfigError(unknown_name(key, str(preset), get_args(PresetName)))
     return deep_merge(PRESETS[preset], rest)
 
 
@@ -488,147 +387,3 @@ def reference_config(base: TrialConfig, reference: str) -> TrialConfig:
             "training": training,
         },
     )
-
-
-S = TypeVar("S", bound=Section)
-
-
-def validated(section: type[S], values: Mapping[str, Any]) -> S:
-    """Build a section, turning pydantic's errors into one `ConfigError`."""
-    try:
-        return section.model_validate(dict(values))
-    except ValidationError as error:
-        raise ConfigError(_sentence(section, problem) for problem in error.errors()) from None
-
-
-def _sentence(section: type[Section], problem: Any) -> str:
-    # Union members and validators appear in the location; only real keys are shown.
-    known = set(known_paths(section))
-    keys: list[str] = []
-    for part in problem["loc"]:
-        if problem["type"] == "extra_forbidden" or ".".join([*keys, str(part)]) in known:
-            keys.append(str(part))
-    path = ".".join(keys)
-    if problem["type"] == "extra_forbidden":
-        return _unknown("key", path, sorted(known))
-    if problem["type"] == "missing":
-        return f"{path} is missing: give it a value"
-    if problem["type"] == "value_error":
-        prefix = f"{path}: " if path else ""
-        return prefix + str(problem["ctx"]["error"])
-    message = problem["msg"][:1].lower() + problem["msg"][1:]
-    return f"{path}={problem['input']!r} is not valid: {message}"
-
-
-def _unknown(what: str, value: str, valid: Iterable[str]) -> str:
-    valid = list(valid)
-    nearest = difflib.get_close_matches(value, valid, n=1, cutoff=0.5)
-    if not nearest:
-        leaf = value.rsplit(".", 1)[-1]
-        nearest = [path for path in valid if path.rsplit(".", 1)[-1] == leaf][:1]
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; valid are {valid}"
-    return f"unknown {what} {value!r}{hint}"
-
-
-def known_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every dotted path of a section, groups included."""
-    for name, field in section.model_fields.items():
-        yield prefix + name
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            yield from known_paths(annotation, f"{prefix}{name}.")
-
-
-def unknown_path_problem(section: type[BaseModel], path: str) -> str | None:
-    """A sentence that names the nearest valid path, or None where the path exists."""
-    valid = list(known_paths(section))
-    return None if path in valid else _unknown("key", path, valid)
-
-
-def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
-    """``path=value`` strings to {path: value}; values are read as YAML.
-
-    Raises:
-        ConfigError: For a string without ``=``.
-    """
-    values, problems = {}, []
-    for assignment in assignments:
-        path, separator, text = assignment.partition("=")
-        if not separator or not path.strip():
-            problems.append(f"--set {assignment!r} must be path=value, like training.epochs=20")
-            continue
-        try:
-            values[path.strip()] = yaml.safe_load(text) if text.strip() else text
-        except yaml.YAMLError:
-            problems.append(f"--set {assignment!r} has a value that is not YAML: quote it")
-    if problems:
-        raise ConfigError(problems)
-    return values
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
-
-    Raises:
-        ConfigError: If it is missing, not YAML, or not a mapping.
-    """
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold a mapping of keys to values")
-    return content
-
-
-def to_yaml(values: Mapping[str, Any]) -> str:
-    """YAML in the order of the mapping."""
-    return yaml.safe_dump(dict(values), sort_keys=False)
-
-
-def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the nested values of `over` on top."""
-    merged = dict(base)
-    for key, value in over.items():
-        below = merged.get(key)
-        both = isinstance(below, Mapping) and isinstance(value, Mapping)
-        merged[key] = deep_merge(below, value) if both else value  # type: ignore[arg-type]
-    return merged
-
-
-def flattened_without(values: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
-    """As :func:`flattened`, without the values at and below some paths."""
-    groups = tuple(f"{path}." for path in paths)
-    return {
-        key: value for key, value in flattened(values).items() if not f"{key}.".startswith(groups)
-    }
-
-
-def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a.b": 1} to {"a": {"b": 1}}."""
-    result: dict[str, Any] = {}
-    for path, value in values.items():
-        *groups, leaf = path.split(".")
-        inner = value
-        for key in reversed([*groups, leaf]):
-            inner = {key: inner}
-        result = deep_merge(result, inner)
-    return result
-
-
-def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} to {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flattened(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def digest(*parts: Any) -> str:
-    """A short stable hash of plain values."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

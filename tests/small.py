@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from drtune_ray.config import TrialConfig, nested
+from drtune_ray.config import TrialConfig
 from drtune_ray.data.dataset import Tables, TrainingData
 from drtune_ray.data.store import TableStore
 from drtune_ray.search.prepare import check_inputs, prepare
 from drtune_ray.training.backbones import Backbone, read_backbone
+from drtune_ray.values import nested
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 200, 60), "red": (200, 50, 50)}
 IMAGES_PER_CLASS = 16

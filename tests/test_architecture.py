@@ -17,11 +17,15 @@ import drtune_ray
 PACKAGE = "drtune_ray"
 ROOT = Path(drtune_ray.__file__).parent
 
-FLOOR = {"config", "errors"}
+FLOOR = {"addresses", "config", "errors", "presets", "section", "values"}
 # What the modules of each layer may import of the package, besides their own layer.
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
-    "config": {"errors"},
+    "values": {"errors"},
+    "addresses": {"errors"},
+    "section": {"errors"},
+    "presets": set(),
+    "config": {"addresses", "errors", "presets", "section", "values"},
     "method": set(),
     "data": FLOOR,
     "tracking": FLOOR,

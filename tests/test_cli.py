@@ -12,8 +12,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from drtune_ray.config import read_yaml, to_yaml
 from drtune_ray.search.request import study_request, trial_request
+from drtune_ray.values import read_yaml, to_yaml
 from tests.small import BACKBONE, write_coloured
 
 COMMAND = Path(sys.executable).with_name("drtune-ray")

@@ -9,23 +9,19 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from drtune_ray.config import (
-    PRESETS,
-    Section,
-    StudyConfig,
-    TrialConfig,
+from drtune_ray.config import StudyConfig, TrialConfig, reference_config
+from drtune_ray.errors import ConfigError
+from drtune_ray.presets import PRESETS
+from drtune_ray.section import Section, known_paths, unknown_path_problem
+from drtune_ray.values import (
     deep_merge,
     digest,
     flattened,
-    known_paths,
     nested,
     parse_assignments,
     read_yaml,
-    reference_config,
     to_yaml,
-    unknown_path_problem,
 )
-from drtune_ray.errors import ConfigError
 
 DATA = {"data": {"train": "images"}}
 STUDY = {"name": "flowers", "trial": DATA}
@@ -494,7 +490,7 @@ def test_deep_merge__leaves_its_arguments_alone() -> None:
 
 
 def test_digest__same_in_another_process() -> None:
-    code = "from drtune_ray.config import digest; print(digest('a', [1, 2], {'x': 1, 'y': 2}))"
+    code = "from drtune_ray.values import digest; print(digest('a', [1, 2], {'x': 1, 'y': 2}))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert other.stdout.strip() == digest("a", [1, 2], {"y": 2, "x": 1})
     assert digest("a", "b") != digest("ab")

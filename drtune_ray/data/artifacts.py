@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
-from drtune_ray.config import with_secrets, without_password
+from drtune_ray.addresses import with_secrets, without_password
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 
 Content = bytes | memoryview

@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from drtune_ray.config import digest
 from drtune_ray.data.sources import decode, read_bytes
 from drtune_ray.data.splits import TRAIN, VALIDATION, Splits
 from drtune_ray.data.views import Pixels, ViewMaker
+from drtune_ray.values import digest
 
 ROWS_PER_BATCH = 256
 # Raised when the same inputs come to be written as other bytes or in another order.

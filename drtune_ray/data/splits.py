@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from drtune_ray.config import DataConfig, digest
+from drtune_ray.config import DataConfig
 from drtune_ray.data.sources import ImageFolder
 from drtune_ray.errors import ConfigError
+from drtune_ray.values import digest
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from drtune_ray.config import DataConfig, digest
+from drtune_ray.config import DataConfig
+from drtune_ray.values import digest
 
 Pixels = NDArray[np.uint8]
 

@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from drtune_ray.config import digest
 from drtune_ray.data.artifacts import Folder
 from drtune_ray.data.sources import decode, read_bytes
 from drtune_ray.data.splits import TEST, VALIDATION
@@ -22,6 +21,7 @@ from drtune_ray.errors import ConfigError
 from drtune_ray.results.winner import Winner, read_winner
 from drtune_ray.tracking.events import now_ms
 from drtune_ray.training.frozen import Normalizer
+from drtune_ray.values import digest
 
 BATCH_ROWS = 64
 OPENINGS_NAME, OPENINGS_FOLDER = "test-openings.jsonl", "test-openings"

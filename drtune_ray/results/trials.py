@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from optuna.trial import FrozenTrial, TrialState
 
-from drtune_ray.config import flattened
 from drtune_ray.errors import NoTrialCompleted
+from drtune_ray.values import flattened
 
 # User attributes of an Optuna trial.
 CONFIG, REFERENCE, OUTCOME = "config", "reference", "outcome"

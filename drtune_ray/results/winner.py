@@ -10,12 +10,13 @@ from typing import Any
 import safetensors.torch
 from torch import nn
 
-from drtune_ray.config import TrialConfig, read_yaml, to_yaml
+from drtune_ray.config import TrialConfig
 from drtune_ray.data.views import Normalization
 from drtune_ray.errors import ConfigError
 from drtune_ray.training.backbones import read_backbone
 from drtune_ray.training.checkpoint import read_checkpoint
 from drtune_ray.training.model import classifier
+from drtune_ray.values import read_yaml, to_yaml
 
 WEIGHTS_NAME, ABOUT_NAME = "model.safetensors", "model.yaml"
 

@@ -12,7 +12,6 @@ import ray
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune import Callback
 
-from drtune_ray.config import flattened
 from drtune_ray.results.trials import OUTCOME, REFERENCE
 from drtune_ray.search.failures import HUNG, Failure, failure_of
 from drtune_ray.search.lifeline import ProgressWatch
@@ -21,6 +20,7 @@ from drtune_ray.search.searcher import StudySearch
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished, RunStarted, Sink
 from drtune_ray.training.checkpoint import folder_name
 from drtune_ray.training.records import EpochRecord
+from drtune_ray.values import flattened
 
 logger = logging.getLogger(__name__)
 

@@ -14,14 +14,9 @@ from typing import Any
 import filelock
 
 import drtune_ray
-from drtune_ray.config import (
-    TRIAL_NOT_DECIDING,
-    TrackingConfig,
-    flattened_without,
-    read_yaml,
-    to_yaml,
-)
+from drtune_ray.config import TRIAL_NOT_DECIDING, TrackingConfig
 from drtune_ray.errors import ConfigError, EnvironmentProblem
+from drtune_ray.values import flattened_without, read_yaml, to_yaml
 
 RECORD_FILE = "study.yaml"
 # What else lies in the folder of a study or training.

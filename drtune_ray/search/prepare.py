@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
-from drtune_ray.config import DataConfig, ResourcesConfig, TrialConfig, digest
+from drtune_ray.config import DataConfig, ResourcesConfig, TrialConfig
 from drtune_ray.data.cache import table_name, write_images
 from drtune_ray.data.dataset import Tables
 from drtune_ray.data.sources import scan_class_folders
@@ -22,6 +22,7 @@ from drtune_ray.search.nodes import Capacity
 from drtune_ray.training.backbones import Backbone, KeyReport, load_backbone
 from drtune_ray.training.frozen import prepare_tables
 from drtune_ray.training.model import check_trial
+from drtune_ray.values import digest
 
 
 @dataclass(frozen=True)

@@ -10,21 +10,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from drtune_ray.config import (
-    DataConfig,
-    ResourcesConfig,
-    StudyConfig,
-    TrialConfig,
-    deep_merge,
-    flattened,
-    nested,
-    parse_assignments,
-    read_yaml,
-)
+from drtune_ray.config import DataConfig, ResourcesConfig, StudyConfig, TrialConfig
 from drtune_ray.data.sources import IMAGE_SUFFIXES
 from drtune_ray.errors import ConfigError
 from drtune_ray.search.machine import fitting_defaults, this_machine
 from drtune_ray.training.backbones import DEMO_BACKBONE
+from drtune_ray.values import deep_merge, flattened, nested, parse_assignments, read_yaml
 
 TRIAL_FLAGS = {
     "data_folder": "data.train",

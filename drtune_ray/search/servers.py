@@ -16,7 +16,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from drtune_ray.config import with_secrets
+from drtune_ray.addresses import with_secrets
 from drtune_ray.data.artifacts import Folder, check_folder, open_folder
 from drtune_ray.data.shelf import TableShelf
 from drtune_ray.data.store import CACHE_FOLDER

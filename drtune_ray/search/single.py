@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drtune_ray.config import NAME_PATTERN, ResourcesConfig, TrackingConfig, TrialConfig, flattened
+from drtune_ray.config import NAME_PATTERN, ResourcesConfig, TrackingConfig, TrialConfig
 from drtune_ray.data.store import TableStore
 from drtune_ray.errors import ConfigError, DrtuneError, EnvironmentProblem
 from drtune_ray.results.winner import read_winner, write_winner
@@ -57,6 +57,7 @@ from drtune_ray.tracking.mlflow_recorder import build_recorder
 from drtune_ray.tracking.spool import BackgroundWriter, Spool
 from drtune_ray.training.checkpoint import trial_folder
 from drtune_ray.training.records import COMPLETED, PATIENCE, EpochRecord
+from drtune_ray.values import flattened
 
 logger = logging.getLogger(__name__)
 

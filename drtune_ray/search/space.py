@@ -19,13 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from drtune_ray.config import (
-    TrialConfig,
-    flattened,
-    read_yaml,
-    unknown_path_problem,
-)
+from drtune_ray.config import TrialConfig
 from drtune_ray.errors import ConfigError
+from drtune_ray.section import unknown_path_problem
+from drtune_ray.values import flattened, read_yaml
 
 if TYPE_CHECKING:
     import optuna

@@ -15,7 +15,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from drtune_ray.config import StudyConfig, TrialConfig, flattened, reference_config
+from drtune_ray.config import StudyConfig, TrialConfig, reference_config
 from drtune_ray.data.dataset import Tables
 from drtune_ray.data.store import TableStore
 from drtune_ray.errors import ConfigError, NoTrialCompleted
@@ -75,6 +75,7 @@ from drtune_ray.tracking.events import Event, FilesReady, RunFinished, RunStarte
 from drtune_ray.tracking.mlflow_recorder import build_recorder
 from drtune_ray.tracking.spool import BackgroundWriter, Spool
 from drtune_ray.training.checkpoint import TrialFolder, trial_folder
+from drtune_ray.values import flattened
 
 logger = logging.getLogger(__name__)
 

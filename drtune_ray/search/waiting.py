@@ -21,7 +21,7 @@ FIRST_NOTICE_SECONDS = 10.0
 NOTICE_EVERY_SECONDS = 60.0
 LOOK_EVERY_SECONDS = 1.0
 # Ray Train takes a pending request back and makes it again; the time between is still waiting.
-GAP_SECONDS = 30.0
+GAP_SECONDS = 5.0
 
 
 @dataclass(frozen=True)

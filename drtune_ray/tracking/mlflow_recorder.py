@@ -11,7 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from drtune_ray.config import TrackingConfig, with_secrets
+from drtune_ray.addresses import with_secrets
+from drtune_ray.config import TrackingConfig
 from drtune_ray.tracking.events import (
     Event,
     FilesReady,

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from drtune_ray.config import TrainingConfig, TrialConfig, digest
+from drtune_ray.config import TrainingConfig, TrialConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.method import CETuning, DRTune, FeatureBank, SemanticCalibration
 from drtune_ray.training.backbones import Backbone, create_encoder
 from drtune_ray.training.distributed import ProcessGroup
+from drtune_ray.values import digest
 
 HEAD_INIT_STD = 0.01
 Method = DRTune | CETuning

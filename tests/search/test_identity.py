@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import drtune_ray
-from drtune_ray.config import StudyConfig, TrackingConfig, flattened, nested, read_yaml
+from drtune_ray.config import StudyConfig, TrackingConfig
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.search.identity import (
     NUMERIC_VERSION,
@@ -27,6 +27,7 @@ from drtune_ray.search.identity import (
     read_record,
 )
 from drtune_ray.search.space import read_space
+from drtune_ray.values import flattened, nested, read_yaml
 
 DRIVER = """
 import sys, time
@@ -185,7 +186,7 @@ def test_open_record__a_study_does_not_change_between_one_worker_and_several(
 def test_open_record__a_training_may_resume_on_any_number_of_workers(folder: Path) -> None:
     ids = set()
     for workers in (1, 3, [1, 2]):
-        trial = config(folder, {"trial.training.workers": workers}).trial.to_mapping()
+        trial = config(folder).trial.with_values({"training.workers": workers}).to_mapping()
         deciding = deciding_values(trial, "data hash", "weights hash")
         ids.add(open_record(folder, TRAINING, trial, deciding, TrackingConfig()).study_id)
     assert len(ids) == 1

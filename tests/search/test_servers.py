@@ -21,7 +21,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 
-from drtune_ray.config import StudyConfig, nested, to_yaml
+from drtune_ray.config import StudyConfig
 from drtune_ray.data.artifacts import LocalFolder, open_folder
 from drtune_ray.data.shelf import TableShelf
 from drtune_ray.data.store import TableStore
@@ -43,6 +43,7 @@ from drtune_ray.search.servers import (
 from drtune_ray.tracking.events import MetricsRecorded
 from drtune_ray.tracking.spool import Spool
 from drtune_ray.training.checkpoint import TrialFolder, read_checkpoint
+from drtune_ray.values import nested, to_yaml
 from tests.search.test_actor import actor, run_to_end
 from tests.servers import BUCKET, database, mlflow_server, object_store
 from tests.small import small_trial, small_values, write_coloured

@@ -9,9 +9,10 @@ import optuna
 import pytest
 from optuna.trial import FixedTrial
 
-from drtune_ray.config import TrialConfig, flattened, reference_config
+from drtune_ray.config import TrialConfig, reference_config
 from drtune_ray.errors import ConfigError
 from drtune_ray.search.space import Parameter, SearchSpace, read_space, shipped_spaces
+from drtune_ray.values import flattened
 from tests.conftest import MakeTrial
 
 EVERY_KIND = {

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from drtune_ray.config import StudyConfig, nested, to_yaml
+from drtune_ray.config import StudyConfig
 from drtune_ray.data.splits import VALIDATION
 from drtune_ray.errors import ConfigError, EnvironmentProblem, NoTrialCompleted
 from drtune_ray.results.evaluate import measure
@@ -23,6 +23,7 @@ from drtune_ray.search.identity import find_study
 from drtune_ray.search.outcome import evaluate_study, sync_study, tracking_of
 from drtune_ray.search.study import StudyResult, run_study
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished
+from drtune_ray.values import nested, to_yaml
 from tests.small import small_values, write_coloured
 
 pytestmark = pytest.mark.ray

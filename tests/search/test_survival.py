@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from drtune_ray.config import to_yaml
+from drtune_ray.values import to_yaml
 from tests.search.survival import Killed, kill
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,9 +16,11 @@ from typing import Any
 import pytest
 import ray
 
-from drtune_ray.config import ResourcesConfig, to_yaml
+from drtune_ray.config import ResourcesConfig
 from drtune_ray.search import workers
 from drtune_ray.search.single import run_training
+from drtune_ray.search.study import MAX_MACHINE_FAILURES
+from drtune_ray.values import to_yaml
 from tests.search import leftovers
 from tests.search.survival import Killed, kill
 from tests.small import small_trial, small_values, write_coloured
@@ -53,6 +56,12 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     finally:
         ray.shutdown()
         made.shutdown()
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def joined_study(folder: Path, weights_file: Any, num_workers: int, **changes: Any) -> Joined:
@@ -92,17 +101,21 @@ def test_a_node_is_lost(cluster, tmp_path, weights_file, num_workers):
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_drained_node_is_left_after_a_save(cluster, tmp_path, weights_file, num_workers):
+    """It is no failure: more drains than failures are forgiven."""
     nodes = [cluster.add_node(num_cpus=1) for _ in range(num_workers)]
     study = joined_study(tmp_path, weights_file, num_workers)
     driver = study.start()
-    study.wait_for(lambda: study.num_trained() > 1, "training", 90)
-    drain(cluster.address, nodes[-1])
-    cluster.add_node(num_cpus=1)
+    for _ in range(MAX_MACHINE_FAILURES + 1 if num_workers == 1 else 1):
+        before = study.num_trained()
+        study.wait_for(lambda n=before: study.num_trained() > n + 1, "training", 90)
+        drain(cluster.address, nodes[-1])
+        nodes.append(cluster.add_node(num_cpus=1))
     output = study.finish(driver)
     steps = study.trained("step")
     print("steps trained twice:", sum(steps.values()) - len(steps))
-    assert sum(steps.values()) - len(steps) == 0
-    assert "fail" not in output
+    assert sum(steps.values()) == len(steps)
+    if num_workers > 1:  # Ray Train did it without Tune
+        assert "goes on from its last save" not in output
     study.check(num_lost=0)
     leftovers.assert_cluster_is_empty()
 

@@ -18,7 +18,7 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckTimeoutError,
 )
 
-from drtune_ray.config import StudyConfig, to_yaml
+from drtune_ray.config import StudyConfig
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.search import study as study_module
 from drtune_ray.search.actor import Workplace
@@ -30,6 +30,7 @@ from drtune_ray.search.session import ray_session, set_environment
 from drtune_ray.search.study import run_study
 from drtune_ray.search.trainables import tune_trainable
 from drtune_ray.tracking.events import RunFinished
+from drtune_ray.values import to_yaml
 from tests.search import leftovers
 from tests.search.survival import Killed, kill
 from tests.search.test_study import study_values

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from drtune_ray.config import TrialConfig, flattened
+from drtune_ray.config import TrialConfig
 from drtune_ray.training.model import method_scale
 from drtune_ray.training.optim import build_optimizer, build_schedule
 from drtune_ray.training.trial import Trial
+from drtune_ray.values import flattened
 from tests.small import prepared, small_trial, small_values, write_coloured
 
 PRESETS = ("default", "paper", "authors")

@@ -1,0 +1,73 @@
+"""A group of settings that refuses what it does not know, in sentences with the fix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from drtune_ray.errors import ConfigError
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Section)
+
+
+def validated(section: type[S], values: Mapping[str, Any]) -> S:
+    """Build a section, turning pydantic's errors into one `ConfigError`."""
+    try:
+        return section.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(_sentence(section, problem) for problem in error.errors()) from None
+
+
+def _sentence(section: type[Section], problem: Any) -> str:
+    # Union members and validators appear in the location; only real keys are shown.
+    known = set(known_paths(section))
+    keys: list[str] = []
+    for part in problem["loc"]:
+        if problem["type"] == "extra_forbidden" or ".".join([*keys, str(part)]) in known:
+            keys.append(str(part))
+    path = ".".join(keys)
+    if problem["type"] == "extra_forbidden":
+        return unknown_name("key", path, sorted(known))
+    if problem["type"] == "missing":
+        return f"{path} is missing: give it a value"
+    if problem["type"] == "value_error":
+        prefix = f"{path}: " if path else ""
+        return prefix + str(problem["ctx"]["error"])
+    message = problem["msg"][:1].lower() + problem["msg"][1:]
+    return f"{path}={problem['input']!r} is not valid: {message}"
+
+
+def unknown_name(what: str, value: str, valid: Iterable[str]) -> str:
+    """A sentence about a name that is not among the valid ones, with the nearest of them."""
+    valid = list(valid)
+    nearest = difflib.get_close_matches(value, valid, n=1, cutoff=0.5)
+    if not nearest:
+        leaf = value.rsplit(".", 1)[-1]
+        nearest = [path for path in valid if path.rsplit(".", 1)[-1] == leaf][:1]
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; valid are {valid}"
+    return f"unknown {what} {value!r}{hint}"
+
+
+def known_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted path of a section, groups included."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from known_paths(annotation, f"{prefix}{name}.")
+
+
+def unknown_path_problem(section: type[BaseModel], path: str) -> str | None:
+    """A sentence that names the nearest valid path, or None where the path exists."""
+    valid = list(known_paths(section))
+    return None if path in valid else unknown_name("key", path, valid)
