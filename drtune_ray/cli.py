@@ -18,7 +18,7 @@ from drtune_ray.errors import ConfigError, DrtuneError
 
 if TYPE_CHECKING:
     from drtune_ray.config import StudyConfig
-    from drtune_ray.search.study import StudyPlan, StudyResult
+    from drtune_ray.search.driver import StudyPlan, StudyResult
 
 DEFAULT_STORAGE = "./drtune-studies"
 INTERRUPTED = 130

@@ -18,8 +18,8 @@ import ray
 
 from drtune_ray.config import ResourcesConfig
 from drtune_ray.search import workers
+from drtune_ray.search.driver import MAX_MACHINE_FAILURES
 from drtune_ray.search.single import run_training
-from drtune_ray.search.study import MAX_MACHINE_FAILURES
 from drtune_ray.values import to_yaml
 from tests.search import leftovers
 from tests.search.survival import Killed, kill
