@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import ray
+from ray.train.v2._internal import constants
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from drtune_ray.config import ResourcesConfig, TrainingConfig
 from drtune_ray.search.lifeline import ask_to_save, listen_for_sigterm
 
+ADDRESS = "RAY_ADDRESS"
 # A group that may be smaller is asked for by what Ray believed of the cluster some seconds ago:
 # where a node has gone meanwhile, the request must soon be made again.
 ELASTIC_START_SECONDS = 30.0
+# The study gives up first, so that no request is made while its job is ending.
+LATER_SECONDS = 60.0
 # Within it a group whose size changes must have saved; it loses no more than it did since.
 RESIZE_SAVE_SECONDS = 60.0
 
@@ -54,7 +59,7 @@ class GroupCare(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
 def start_seconds(resources: ResourcesConfig, training: TrainingConfig) -> float:
     """How long one request for workers waits before it is made again."""
     if training.min_workers == training.max_workers:
-        return resources.wait_seconds
+        return resources.wait_seconds + LATER_SECONDS
     return min(resources.wait_seconds, ELASTIC_START_SECONDS)
 
 
@@ -71,6 +76,26 @@ def train_environment(resources: ResourcesConfig, training: TrainingConfig) -> I
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(resources.hang_seconds),
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(start_seconds(resources, training)),
     }
+    with own_cluster(), environment(values):
+        yield
+
+
+@contextmanager
+def own_cluster() -> Iterator[None]:
+    """Within, Ray's dashboard is looked for in this process's own cluster.
+
+    Ray looks for it in the one that was started last on the machine (Ray 2.60), also when an actor
+    of Ray Train's asks whether a controller lives: that of another cluster knows no such
+    controller, and the actor would remove the workers of one that trains.
+    """
+    constants.ENV_VARS_TO_PROPAGATE.add(ADDRESS)
+    with environment({ADDRESS: ray.get_runtime_context().gcs_address}):
+        yield
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Within, these variables are set."""
     former = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -78,6 +103,6 @@ def train_environment(resources: ResourcesConfig, training: TrainingConfig) -> I
     finally:
         for name, value in former.items():
             if value is None:
-                del os.environ[name]
+                os.environ.pop(name, None)
             else:
                 os.environ[name] = value

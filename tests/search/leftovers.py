@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
 import time
 from collections import Counter
+from pathlib import Path
 
 # Ray's own, one a cluster, whatever was run on it.
 RAYS_OWN = ("_AutoscalingCoordinatorActor",)
@@ -34,9 +38,32 @@ def actor_pids(name: str) -> list[int]:
     return sorted(a["Pid"] for a in actors if a["ActorClassName"].startswith(name))
 
 
+def memory_mib() -> dict[str, int]:
+    """Resident memory of this process and of Ray's own two below it."""
+    found = {"driver": _resident_mib(Path("/proc/self"))}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            name = Path((entry / "cmdline").read_bytes().split(b"\0")[0].decode()).name
+            parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+            if name in ("gcs_server", "raylet") and int(parent) == os.getpid():
+                found[name] = _resident_mib(entry)
+    return found
+
+
+def _resident_mib(process: Path) -> int:
+    return int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") >> 20
+
+
 def assert_cluster_is_empty(seconds: float = 20.0) -> None:
     """Nobody holds anything any more."""
     deadline = time.monotonic() + seconds
     while (live_groups() or live_actors()) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert (live_groups(), live_actors()) == (Counter(), Counter())
+
+
+def free_port() -> int:
+    """For a dashboard: two clusters of one machine cannot have the same."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import random
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
-from drtune_ray.config import ResourcesConfig
 from drtune_ray.search import workers
 from drtune_ray.search.driver import MAX_MACHINE_FAILURES
-from drtune_ray.search.single import run_training
+from drtune_ray.search.single import TrainingResult, run_training
 from drtune_ray.values import to_yaml
 from tests.search import leftovers
+from tests.search.leftovers import free_port
 from tests.search.survival import Killed, kill
 from tests.small import small_trial, small_values, write_coloured
 
@@ -48,7 +47,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("SABOTAGE", str(tmp_path / "orders"))
     monkeypatch.setenv("SABOTAGE_STEP_SECONDS", "0.1")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).with_name("sabotage")))
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
+    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": free_port()}
+    made = Cluster(initialize_head=True, head_node_args=head)
     monkeypatch.setenv("RAY_ADDRESS", made.address)
     ray.init(made.address, log_to_driver=False, logging_level="ERROR")
     try:
@@ -58,16 +58,15 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         made.shutdown()
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def joined_study(folder: Path, weights_file: Any, num_workers: int, **changes: Any) -> Joined:
-    study = Joined(folder, weights_file, **{"trials": 1} | changes)
-    batch_norm = "frozen" if num_workers > 1 else "local"
-    study.values["trial"]["training"] |= {"workers": num_workers, "batch_norm": batch_norm}
+def joined_study(
+    folder: Path, weights_file: Any, num_workers: int, *, trials: int = 1, num_epochs: int = 8
+) -> Joined:
+    study = Joined(folder, weights_file, trials=trials)
+    study.values["trial"]["training"] |= {
+        "workers": num_workers,
+        "epochs": num_epochs,
+        "batch_norm": "frozen" if num_workers > 1 else "local",
+    }
     study.file.write_text(to_yaml(study.values))
     return study
 
@@ -103,7 +102,7 @@ def test_a_node_is_lost(cluster, tmp_path, weights_file, num_workers):
 def test_a_drained_node_is_left_after_a_save(cluster, tmp_path, weights_file, num_workers):
     """It is no failure: more drains than failures are forgiven."""
     nodes = [cluster.add_node(num_cpus=1) for _ in range(num_workers)]
-    study = joined_study(tmp_path, weights_file, num_workers)
+    study = joined_study(tmp_path, weights_file, num_workers, num_epochs=40)
     driver = study.start()
     for _ in range(MAX_MACHINE_FAILURES + 1 if num_workers == 1 else 1):
         before = study.num_trained()
@@ -164,34 +163,21 @@ class Elastic:
         self.storage = folder / "storage"
         self.seen: list[int] = []
 
-    def run(self, meanwhile: Any) -> Any:
-        """Train; `meanwhile` runs in a thread beside it."""
-        ended = threading.Event()
-        errors: list[BaseException] = []
+    def run(self, meanwhile: Callable[[], None]) -> TrainingResult:
+        """Train in a thread; `meanwhile` needs the main one, as Ray's nodes do."""
+        with ThreadPoolExecutor() as pool:
+            training = pool.submit(run_training, self.config, "elastic", self.storage)
+            watching = pool.submit(self._watch, training)
+            meanwhile()
+            watching.result()
+            return training.result()
 
-        def watch() -> None:
-            while not ended.is_set():
-                count = len(leftovers.actor_pids("RayTrainWorker"))
-                if count and (not self.seen or self.seen[-1] != count):
-                    self.seen.append(count)
-                time.sleep(0.1)
-
-        def act() -> None:
-            try:
-                meanwhile()
-            except BaseException as error:
-                errors.append(error)
-
-        threads = [threading.Thread(target=watch), threading.Thread(target=act)]
-        for thread in threads:
-            thread.start()
-        try:
-            return run_training(self.config, "elastic", self.storage, resources=ResourcesConfig())
-        finally:
-            ended.set()
-            for thread in threads:
-                thread.join()
-            assert not errors, errors
+    def _watch(self, training: Future[TrainingResult]) -> None:
+        while not training.done():
+            count = len(leftovers.actor_pids("RayTrainWorker"))
+            if count and (not self.seen or self.seen[-1] != count):
+                self.seen.append(count)
+            time.sleep(0.1)
 
     @property
     def num_repeated(self) -> int:

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import errno
+import os
 import pickle
 import random
 import threading
 import time
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
+from ray.cluster_utils import Cluster
 from ray.exceptions import ActorDiedError
 from ray.train import WorkerGroupError
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckFailedError,
     WorkerHealthCheckTimeoutError,
 )
+from ray.util.placement_group import placement_group
 
-from drtune_ray.config import StudyConfig
+from drtune_ray.config import ResourcesConfig, StudyConfig, TrainingConfig
 from drtune_ray.errors import EnvironmentProblem
-from drtune_ray.search import study as study_module
+from drtune_ray.search import driver as driver_module
 from drtune_ray.search.actor import Workplace
 from drtune_ray.search.failures import outcome_of
+from drtune_ray.search.group import train_environment
 from drtune_ray.search.nodes import Capacity, Node
 from drtune_ray.search.reaper import check_state_api, remove_orphans
 from drtune_ray.search.scheduler import StudyASHA
@@ -32,6 +40,7 @@ from drtune_ray.search.trainables import tune_trainable
 from drtune_ray.tracking.events import RunFinished
 from drtune_ray.values import to_yaml
 from tests.search import leftovers
+from tests.search.leftovers import free_port
 from tests.search.survival import Killed, kill
 from tests.search.test_study import study_values
 
@@ -72,7 +81,8 @@ class Meter:
     def __init__(self) -> None:
         self.ended: dict[int, float] = {}
         self.seconds: dict[int, float] = {}
-        self.alive: list[Any] = []
+        self.alive: list[Counter[str]] = []
+        self.memory: list[dict[str, int]] = []
         threading.Thread(target=self._watch, daemon=True).start()
 
     def __call__(self, event: Any) -> None:
@@ -80,14 +90,13 @@ class Meter:
             self.ended[event.number] = time.monotonic()
 
     def _watch(self) -> None:
-        import ray
-
         while True:
             time.sleep(0.05)
             for number in self.ended.keys() - self.seconds.keys():
                 if ray.is_initialized() and ray.available_resources().get("CPU") == 2.0:
                     self.seconds[number] = time.monotonic() - self.ended[number]
-                    self.alive.append((leftovers.live_groups(), leftovers.live_actors()))
+                    self.alive.append(leftovers.live_groups() + leftovers.live_actors())
+                    self.memory.append(leftovers.memory_mib())
 
 
 @pytest.mark.parametrize("num_stops", [3, pytest.param(20, marks=pytest.mark.chaos)])
@@ -97,7 +106,7 @@ def test_stopped_trials_give_everything_back(tmp_path, weights_file, monkeypatch
         def on_trial_result(self, tune_controller: Any, trial: Any, result: Any) -> str:
             return "STOP" if trial.config["number"] < num_stops else "CONTINUE"
 
-    monkeypatch.setattr(study_module, "StudyASHA", StopFirst)
+    monkeypatch.setattr(driver_module, "StudyASHA", StopFirst)
     values = study_values(
         tmp_path,
         weights_file,
@@ -109,10 +118,16 @@ def test_stopped_trials_give_everything_back(tmp_path, weights_file, monkeypatch
     meter = Meter()
     result = run_study(StudyConfig.from_mapping(values), observer=meter)
     print("seconds until the CPUs were free:", [round(s, 1) for s in meter.seconds.values()])
-    print("alive then:", *meter.alive, sep="\n  ")
+    print("alive then:", *map(dict, meter.alive), sep="\n  ")
+    print("MiB after the first and last stop:", meter.memory[0], meter.memory[num_stops - 1])
     assert [t.state for t in result.trials] == ["PRUNED"] * num_stops + ["COMPLETE"]
     assert set(meter.seconds) >= set(range(num_stops))
     assert max(meter.seconds.values()) < 10
+    # The next trial's driver, and the cleaners of the last one or two: nothing piles up.
+    assert max(alive.total() for alive in meter.alive) <= 4
+    if num_stops > 10:
+        first, last = meter.memory[2], meter.memory[num_stops - 1]
+        assert all(last[name] - first[name] < 4 * num_stops for name in first), (first, last)
     for trial in result.trials:
         folder = result.folder / "trials" / f"{trial.number:05d}"
         assert [path.name for path in folder.iterdir()] == ["best.ckpt"]
@@ -155,8 +170,6 @@ def test_a_worker_that_hangs_or_does_not_run(tmp_path, weights_file, how):
 
 def test_groups_of_dead_creators_are_removed(tmp_path):
     """Also one that was still waiting for resources, of which nobody else knows."""
-    import ray
-    from ray.util.placement_group import placement_group
 
     @ray.remote(num_cpus=0)
     class Controller:
@@ -179,8 +192,28 @@ def test_groups_of_dead_creators_are_removed(tmp_path):
 
 
 def test_a_cluster_without_a_dashboard_is_refused():
-    with ray_session(), pytest.raises(EnvironmentProblem, match="need the dashboard of the Ray"):
-        check_state_api()
+    """Also beside one that has it, which Ray would ask of its own accord."""
+    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": free_port()}
+    other = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        refused = pytest.raises(EnvironmentProblem, match="need the dashboard of the Ray cluster")
+        with ray_session(), refused:
+            check_state_api()
+    finally:
+        other.shutdown()
+
+
+def test_ray_train_asks_its_own_cluster(tmp_path, monkeypatch):
+    """Of several on a machine, and not the one that was started last."""
+    resources, training = ResourcesConfig(), TrainingConfig(workers=2)
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere:1")
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="here:1"))
+    with train_environment(resources, training):
+        told = get_env_vars_to_propagate()
+    assert told["RAY_ADDRESS"] == "here:1"
+    assert float(told["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"]) >= resources.wait_seconds
+    assert os.environ["RAY_ADDRESS"] == "somewhere:1"
+    assert "RAY_TRAIN_COLLECTIVE_TIMEOUT_S" not in os.environ
 
 
 def test_the_error_of_the_worker_that_failed_names_the_outcome():
@@ -203,9 +236,6 @@ def test_the_error_of_the_worker_that_failed_names_the_outcome():
 
 def test_four_trials_share_a_gpu(tmp_path, weights_file):
     """Scheduling needs no device: Ray believes what it is told."""
-    import ray
-    from ray.util.placement_group import placement_group
-
     resources = {"gpus_per_trial": 0.25}
     config = StudyConfig.from_mapping(study_values(tmp_path, weights_file, resources=resources))
     workplace = Workplace({}, tmp_path, 1, "cuda", study_id="gpu", hang_seconds=1.0)
