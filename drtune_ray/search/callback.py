@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune import Callback
 
 from drtune_ray.results.trials import OUTCOME, REFERENCE
-from drtune_ray.search.failures import HUNG, Failure, failure_of
+from drtune_ray.search.failures import FULL_DISK, HUNG, Failure, failure_of
 from drtune_ray.search.lifeline import ProgressWatch
 from drtune_ray.search.protocol import CONFIG_NUMBER, CONFIG_TRIAL, result_history
 from drtune_ray.search.searcher import StudySearch
@@ -37,11 +38,18 @@ class StudyCallback(Callback):  # type: ignore[misc]
         emit: Takes the events.
         trials_folder: Holds one folder a trial.
         watch: Sees that the processes of the trials run; None where somebody else does.
+        disk_error: Why an event was lost, if one was.
     """
 
     def __init__(
-        self, search: StudySearch, emit: Sink, trials_folder: Path, watch: ProgressWatch | None
+        self,
+        search: StudySearch,
+        emit: Sink,
+        trials_folder: Path,
+        watch: ProgressWatch | None,
+        disk_error: Callable[[], OSError | None],
     ) -> None:
+        self._disk_error = disk_error
         self._search, self._emit = search, emit
         self._trials_folder, self._watch = trials_folder, watch
         self._running: dict[str, Any] = {}
@@ -83,6 +91,10 @@ class StudyCallback(Callback):  # type: ignore[misc]
             if (number, record.epoch) not in self._seen:
                 self._seen.add((number, record.epoch))
                 self._emit(epoch_event(number, record))
+        error = self._disk_error()
+        if error is not None and error.errno in FULL_DISK:
+            # A trial that stays unfinished tells all its epochs again.
+            self._search.end_with(error)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial ended; Optuna knows how."""

@@ -167,6 +167,7 @@ class StudyDriver:
             BackgroundWriter(spool, recorder) as writer,
             TableStore(self.storage, limit, self.artifacts.shelf) as store,
         ):
+            self._writer = writer
             self._emit = _fan_out(writer.emit, observer, self._free_disk)
             self._tell_start(is_restored)
             try:
@@ -243,10 +244,14 @@ class StudyDriver:
         watch = None
         if self.config.trial.training.max_workers == 1:
             watch = ProgressWatch(self.study_id, workplace.hang_seconds)
-        callback = StudyCallback(search, self._emit, workplace.trials_folder, watch)
+        callback = StudyCallback(
+            search, self._emit, workplace.trials_folder, watch, lambda: self._writer.disk_error
+        )
         callbacks = [callback, WaitCallback(wait)]
         if watch is None:
             callbacks.append(Reaper(lambda number: self._trial_folder(number).drop_resumable()))
+        # Our callback tells a trial's error in one line, and Tune's own files are not needed.
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         # Tune's own folder is disposable: Optuna's storage and ours hold everything.
         with scratch_folder(self.folder / SCRATCH_NAME) as scratch:
             tuner = tune.Tuner(
@@ -275,6 +280,7 @@ class StudyDriver:
                 ),
             ):
                 tuner.fit()
+                search.check_storage()
 
     def _tell_start(self, is_restored: bool) -> None:
         # Its trials carry their own settings; the base and the space stand in study.yaml.

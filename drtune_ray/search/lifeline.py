@@ -196,7 +196,7 @@ def ask_to_save(study_id: str, trial_names: Iterable[str], seconds: float) -> No
     _write(f"{study_id}/{SAVE}", request)
     waiting = set(trial_names)
     while waiting and time.monotonic() < deadline:
-        waiting = {name for name in waiting if request not in _told(study_id, SAVED, name)}
+        waiting = {name for name in waiting if request not in (_told(study_id, SAVED, name) or ())}
         time.sleep(0.02)
 
 
@@ -221,7 +221,7 @@ class ProgressWatch:
         self._study_id, self.hang_seconds = study_id, hang_seconds
         self._interval = min(GRACE_SECONDS, hang_seconds / 4)
         self._last_look = time.monotonic()
-        self._seen: dict[str, tuple[list[str], float]] = {}
+        self._seen: dict[str, tuple[list[str] | None, float]] = {}
 
     def stuck(self, trial_names: list[str]) -> list[str]:
         """Which of the running trials have made no progress for too long; call it often.
@@ -233,25 +233,26 @@ class ProgressWatch:
         if waited < self._interval:
             return []
         self._last_look += waited
+        told = {name: _told(self._study_id, PROGRESS, name) for name in trial_names}
+        if None in told.values():
+            return []
         seen = {}
-        for name in trial_names:
-            progress = _told(self._study_id, PROGRESS, name)
+        for name, progress in told.items():
             former, idle_seconds = self._seen.get(name, (progress, 0.0))
-            is_idle = progress and progress == former
             idle_seconds += min(waited, 2 * self._interval)
-            seen[name] = progress, idle_seconds if is_idle else 0.0
+            seen[name] = progress, idle_seconds if progress == former else 0.0
         self._seen = seen
         limit = self.hang_seconds + GRACE_SECONDS
         return [name for name, (_, idle_seconds) in seen.items() if idle_seconds > limit]
 
 
-def _told(study_id: str, what: str, trial_name: str) -> list[str]:
-    """What the processes of a trial told last, by rank; none before the first did."""
+def _told(study_id: str, what: str, trial_name: str) -> list[str] | None:
+    """What the processes of a trial told last, by rank; None where nobody can be asked."""
     prefix = f"{study_id}/{what}/{trial_name}/"
     try:
         keys = internal_kv._internal_kv_list(prefix, namespace=NAMESPACE)
     except Exception:  # the cluster's head does not answer just now
-        return []
+        return None
     return [_read(key.decode()) or "" for key in sorted(keys)]
 
 

@@ -80,7 +80,7 @@ class StudySearch(Searcher):  # type: ignore[misc]
         self._sampler_for = sampler_for
         self.study, self._space, self._base = study, space, base
         self._num_left = 0
-        self._storage_error: Exception | None = None
+        self._end: Exception | None = None
         known = study.get_trials(deepcopy=False)
         # What the machine failed, and what never got its configuration, is run again.
         sound = [t for t in known if t.state != TrialState.FAIL and trials.CONFIG in t.user_attrs]
@@ -116,36 +116,40 @@ class StudySearch(Searcher):  # type: ignore[misc]
 
         Of an error Tune says here no more than that there was one: see `fail`.
         """
-        if error or not result or trial_id not in self._active:
+        if error or not result or trial_id not in self._active or self._end is not None:
             return
         trial = self._active[trial_id]
-        with self._storage_must_hold():
+        with self._error_kept():
             self._report(trial, result)
             self._tell_outcome(trial, result)
-        del self._active[trial_id]
+            del self._active[trial_id]
 
     def fail(self, trial_id: str, outcome: str) -> None:
         """Tell Optuna that the machine failed a trial for the last time, and how."""
         if trial := self._active.pop(trial_id, None):
-            with self._storage_must_hold():
+            with self._error_kept():
                 self._tell(trial, TrialState.FAIL, outcome)
+
+    def end_with(self, error: Exception) -> None:
+        """End the study at the next `check_storage`; no trial is told to Optuna any more."""
+        self._end = error
 
     def check_storage(self) -> None:
         """To be called where an error ends the study.
 
         Raises:
-            Exception: What Optuna's storage raised before, where Tune took it for a trial's error.
+            Exception: Of `end_with`; or what Optuna's storage raised before, where Tune would
+                have taken it for an error of the trial.
         """
-        if self._storage_error is not None:
-            raise self._storage_error
+        if self._end is not None:
+            raise self._end
 
     @contextlib.contextmanager
-    def _storage_must_hold(self) -> Iterator[None]:
+    def _error_kept(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:
-            self._storage_error = error
-            raise
+        except Exception as error:  # for `check_storage`
+            self._end = error
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: Optuna's storage holds everything."""
@@ -222,7 +226,8 @@ class StudySearch(Searcher):  # type: ignore[misc]
         violation: float = 0.0,
     ) -> None:
         trial.set_user_attr(trials.OUTCOME, outcome)
-        if state != TrialState.FAIL:
+        # It may be there already: from a driver that was cut off behind it.
+        if state != TrialState.FAIL and CONSTRAINT not in trial.constraints:
             trial.set_constraint(CONSTRAINT, violation)
         self.study.tell(trial, value, state=state)
 

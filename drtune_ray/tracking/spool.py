@@ -111,12 +111,16 @@ class BackgroundWriter:
     Args:
         spool: What to send.
         recorder: Where to; it is used from the writer's thread only.
+
+    Attributes:
+        disk_error: Why the latest event that was lost could not be written to disk.
     """
 
     def __init__(self, spool: Spool, recorder: Recorder) -> None:
         self._spool, self._recorder = spool, recorder
         self._wake, self._closing = threading.Event(), threading.Event()
         self._has_warned = False
+        self.disk_error: OSError | None = None
         self._deadline = float("inf")
         self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
         self._thread.start()
@@ -126,7 +130,9 @@ class BackgroundWriter:
         try:
             self._spool.append(event)
         except OSError as error:
-            logger.warning("tracking: an event could not be written to disk: %s", error)
+            if self.disk_error is None:
+                logger.warning("tracking: an event could not be written to disk: %s", error)
+            self.disk_error = error
         self._wake.set()
 
     def __enter__(self) -> BackgroundWriter:

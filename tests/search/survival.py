@@ -171,6 +171,8 @@ class Killed:
             history = client.get_metric_history(run.info.run_id, "val_accuracy")
             steps = sorted(metric.step for metric in history)
             assert steps == list(range(1, len(steps) + 1))
+            if run.info.status == "FINISHED":
+                assert len(steps) == self.values["trial"]["training"]["epochs"]
 
     def _check_epochs(self, num_lost: int, epochs: int, held: list[Any]) -> None:
         trained = self.trained()

@@ -184,7 +184,7 @@ def test_a_full_disk_at_checkpoint_time_is_named_and_the_study_can_go_on(killed)
     study = killed(trials=2)
     trials = study.folder / "trials"
     trials.mkdir(parents=True)
-    codes, output = on_small_disk(study, trials, "1m")
+    codes, output = run_twice(study, {trials: "1m"}, between=f"mount -o remount,size=1g {trials}")
     assert codes == [1, 0], output
     assert "disk full" in output and "Traceback" not in output
     states = {trial.number: trial.state.name for trial in study.trials()}
@@ -195,37 +195,56 @@ def test_a_full_disk_at_checkpoint_time_is_named_and_the_study_can_go_on(killed)
 
 def test_a_full_disk_of_the_driver_is_one_message(killed):
     study = killed(trials=2)
-    study.folder.parent.mkdir(parents=True)
-    codes, output = on_small_disk(study, study.folder.parent, "24m")
+    trials, filler = study.folder / "trials", study.folder / "filler"
+    trials.mkdir(parents=True)
+    codes, output = run_twice(
+        study,
+        {study.folder: "8m", trials: "64m"},
+        meanwhile=f"until [ -s {study.orders}/trained ]; do sleep 0.1; done; yes >{filler}",
+        between=f"rm {filler}",
+    )
     assert codes == [3, 0], output
     assert f"the disk that holds {study.folder} is full: free space there" in output
-    assert "Traceback" not in output
+    assert "Traceback" not in output, output
     assert "Best of 2 trials" in output
+    study.check(num_lost=2)
 
 
-def on_small_disk(study: Killed, mounted: Path, size: str) -> tuple[list[int], str]:
-    """Run twice where `mounted` lies on a disk of this size, which grows in between.
+def run_twice(
+    study: Killed, disks: dict[Path, str], *, between: str, meanwhile: str = "true"
+) -> tuple[list[int], str]:
+    """Run a study twice with small disks of its own.
+
+    Args:
+        study: The study.
+        disks: Where they are mounted, outer ones first, and their sizes.
+        between: A command between the runs, which makes room.
+        meanwhile: One beside the first run.
 
     Returns:
         Both exit codes, and all that was printed.
     """
-    mount = f"mount -t tmpfs -o size={size} none {mounted}"
+    mount = "; ".join(
+        f"mkdir -p {folder}; mount -t tmpfs -o size={size} none {folder} || exit 99"
+        for folder, size in disks.items()
+    )
     unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     if shutil.which("unshare") is None or subprocess.run([*unshare, mount]).returncode:
         pytest.skip("this machine does not let tests mount a file system")
     command = " ".join(study.command)
     script = f"""
-        {mount} || exit 99
+        {mount}
+        ({meanwhile}) &
         {command}; first=$?
-        mount -o remount,size=1g {mounted} || exit 98
+        {between} || exit 98
         {command}; echo codes $first $?
-        cp -r {mounted} {study.orders}/kept
+        cp -r {study.folder} {study.orders}/kept
     """
     done = subprocess.run(
         [*unshare, script], env=study.environment, capture_output=True, text=True, timeout=200
     )
     output = done.stdout + done.stderr
-    shutil.copytree(study.orders / "kept", mounted, dirs_exist_ok=True)
+    shutil.copytree(study.orders / "kept", study.folder, dirs_exist_ok=True)
     return [int(code) for code in re.findall(r"codes (\d+) (\d+)", output)[-1]], output
 
 
