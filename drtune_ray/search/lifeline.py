@@ -238,7 +238,7 @@ class ProgressWatch:
             return []
         seen = {}
         for name, progress in told.items():
-            former, idle_seconds = self._seen.get(name, (progress, 0.0))
+            former, idle_seconds = self._seen.get(name, (None, 0.0))
             idle_seconds += min(waited, 2 * self._interval)
             seen[name] = progress, idle_seconds if progress == former else 0.0
         self._seen = seen

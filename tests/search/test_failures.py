@@ -1,0 +1,159 @@
+"""Failures of the machine by name; who judges them, and by what."""
+
+from __future__ import annotations
+
+import errno
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError
+
+from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.search import lifeline
+from drtune_ray.search.failures import (
+    HUNG_STACKS,
+    ProcessLost,
+    clear_stacks,
+    described,
+    failure_of,
+    full_disk_is_told,
+    outcome_of,
+)
+from drtune_ray.search.lifeline import Preempted, ProgressWatch
+
+DIED = (
+    "The actor died unexpectedly before finishing this task.\n\tactor_id: 1\n\tpid: 2\n"
+    "The actor is dead because its worker process has died."
+)
+FULL = OSError(errno.ENOSPC, "No space left on device", "epoch.ckpt")
+FAILURES = {
+    "disk": (FULL, "disk full", "OSError: [Errno 28] No space left on device: 'epoch.ckpt'"),
+    "quota": (OSError(errno.EDQUOT, "Disk quota exceeded"), "disk full", None),
+    "python": (MemoryError("no memory"), "out of memory on the host", "MemoryError: no memory"),
+    "torch": (
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        "out of memory on the host",
+        None,
+    ),
+    "monitor": (OutOfMemoryError("1 worker(s) were killed"), "out of memory on the host", None),
+    "monitor, translated": (
+        ProcessLost(error_msg="1 worker(s) were killed due to the node running low on memory.\nx"),
+        "out of memory on the host",
+        "1 worker(s) were killed due to the node running low on memory.",
+    ),
+    "node": (
+        RayActorError(error_msg="The actor died because its node has died."),
+        "node lost",
+        None,
+    ),
+    "node of an object": (NodeDiedError("node"), "node lost", None),
+    "killed": (
+        RayActorError(error_msg=DIED),
+        "process killed",
+        "The actor is dead because its worker process has died.",
+    ),
+    "a bug": (KeyError("x"), "machine failure", "KeyError: 'x'"),
+}
+
+
+@pytest.mark.parametrize(("error", "outcome", "line"), FAILURES.values(), ids=FAILURES)
+@pytest.mark.parametrize("is_raised_in_a_task", [False, True])
+def test_failures_have_names(error, outcome, line, is_raised_in_a_task):
+    if is_raised_in_a_task and not isinstance(error, RayActorError | NodeDiedError):
+        error = RayTaskError("train", "Traceback ...", error)
+        error = pickle.loads(pickle.dumps(error)).as_instanceof_cause()
+    assert outcome_of(error) == outcome
+    assert line is None or described(error) == line
+
+
+def test_a_process_that_hung_left_its_stacks(tmp_path):
+    (tmp_path / "hang-0.txt").write_text(
+        "Timeout (0:01:02.500000)!\n"
+        'Thread 0x1 (most recent call first):\n  File "other.py", line 1 in wait\n\n'
+        'Thread 0x2 (most recent call first):\n  File "conv.py", line 7 in forward\n'
+        '  File "loop.py", line 9 in train_epochs\n'
+    )
+    failure = failure_of(SimpleNamespace(pickled_error_file=None), tmp_path)
+    assert failure.outcome == "hung for 62.5 s"
+    kept = tmp_path / HUNG_STACKS
+    assert failure.error == f"hung for 62.5 s in forward (conv.py, line 7); its stacks: {kept}"
+    # The next process that ends in this folder did not hang.
+    again = failure_of(SimpleNamespace(pickled_error_file=None), tmp_path)
+    assert again.outcome == "machine failure"
+    clear_stacks(tmp_path, has_failed=True)
+    assert kept.exists()
+    clear_stacks(tmp_path, has_failed=False)
+    assert not kept.exists()
+
+
+def test_full_disk_is_told(tmp_path):
+    with pytest.raises(EnvironmentProblem) as caught, full_disk_is_told(tmp_path):
+        try:
+            raise FULL
+        except OSError as error:
+            raise RuntimeError("Tune failed") from error
+    assert str(caught.value) == (
+        f"the disk that holds {tmp_path} is full: free space there, then the same command goes on "
+        "where it stopped"
+    )
+    with pytest.raises(KeyError), full_disk_is_told(tmp_path):
+        raise KeyError
+
+
+def test_who_was_told_to_leave_is_no_failure_of_the_trial():
+    error = RayTaskError("train", "Traceback ...", Preempted()).as_instanceof_cause()
+    assert error.preempted
+    assert isinstance(pickle.loads(pickle.dumps(Preempted("drained"))), Preempted)
+
+
+class Clock:
+    """Time, and what processes told, by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        self.told: dict[str, list[str] | None] = {}
+        monkeypatch.setattr(lifeline.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(lifeline, "_told", lambda study, what, name: self.told[name])
+
+
+def stuck_after(watch: ProgressWatch, clock: Clock, seconds: float, step: float) -> list[str]:
+    found = []
+    for _ in range(round(seconds / step)):
+        clock.now += step
+        found = watch.stuck([*clock.told])
+    return found
+
+
+def test_a_process_whose_progress_does_not_change_is_stuck(monkeypatch):
+    clock = Clock(monkeypatch)
+    watch = ProgressWatch("study", hang_seconds=20)
+    clock.told = {"silent": [], "still": ["7 1"], "moving": ["8 1"]}
+    assert stuck_after(watch, clock, 24, 0.5) == []
+    clock.told["moving"] = ["8 2"]
+    assert stuck_after(watch, clock, 10, 5) == ["silent", "still"]
+
+
+@pytest.mark.parametrize("away", ["driver", "head"])
+def test_a_driver_that_sees_nothing_blames_nobody(monkeypatch, away):
+    clock = Clock(monkeypatch)
+    watch = ProgressWatch("study", hang_seconds=20)
+    clock.told = {"still": ["7 1"]}
+    stuck_after(watch, clock, 10, 5)
+    if away == "head":
+        clock.told = {"still": None}
+        assert stuck_after(watch, clock, 3600, 5) == []
+        clock.told = {"still": ["7 1"]}
+    else:
+        clock.now += 3600
+    assert watch.stuck(["still"]) == []
+    assert stuck_after(watch, clock, 10, 5) == []
+
+
+def test_files_of_the_guard_are_gone_when_it_ends(tmp_path: Path):
+    guard = lifeline.Lifeline("study", hang_seconds=60)
+    with guard.guarding(tmp_path / "00000"):
+        assert [path.name for path in (tmp_path / "00000").iterdir()] == ["hang-0.txt"]
+        guard.progressed()
+    assert not [*(tmp_path / "00000").iterdir()]
