@@ -67,8 +67,13 @@ def ray_session(*, with_dashboard: bool = False) -> Iterator[Capacity]:
             _check_address(address)
             ray.init(address, runtime_env={"env_vars": worker_environment()}, **quiet)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        ray.shutdown()  # of what it had begun
         raise EnvironmentProblem(_unreachable(address, error)) from None
     try:
+        if not is_local:
+            from drtune_ray.search.reaper import remove_leftovers
+
+            remove_leftovers()
         # Ray takes SIGTERM for itself when it starts.
         with signals_as_interrupt():
             yield read_capacity(is_local=is_local)
