@@ -197,7 +197,8 @@ def test_references_and_first_proposals_repeat_with_the_seed(finished, tmp_path,
 def test_a_trial_too_large_for_the_machine_is_refused_with_the_numbers(tmp_path, weights_file):
     resources = {"cpus_per_worker": 4096}
     values = study_values(tmp_path, weights_file, resources=resources)
-    with pytest.raises(EnvironmentProblem, match=r"a trial takes 1 x \{CPU: 4096\}.* but there are"):
+    message = r"a trial takes 1 x \{CPU: 4096\}.* but there are"
+    with pytest.raises(EnvironmentProblem, match=message):
         run_study(StudyConfig.from_mapping(values))
 
 
