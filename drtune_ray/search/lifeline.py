@@ -85,6 +85,9 @@ class Lifeline:
         self._stacks: IO[str] | None = None
         self._trial_name, self._rank = "", 0
         self._num_progress, self._last_progress = 0, 0.0
+        # Asked for once: Ray joins a cluster anew when it is asked after it was left.
+        is_in_cluster = ray.is_initialized()
+        self._node_id = ray.get_runtime_context().get_node_id() if is_in_cluster else None
         threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
 
     @contextlib.contextmanager
@@ -158,7 +161,7 @@ class Lifeline:
             if self._num_progress != num_told:
                 num_told = self._num_progress
                 _write(self._key(PROGRESS), f"{os.getpid()} {num_told}")
-            if not _told_to_leave.is_set() and _node_is_drained():
+            if not _told_to_leave.is_set() and _is_drained(self._node_id):
                 _told_to_leave.set()
 
 
@@ -272,12 +275,12 @@ def _write(key: str, value: str) -> None:
             internal_kv._internal_kv_put(key, value, namespace=NAMESPACE)
 
 
-def _node_is_drained() -> bool:
-    if not ray.is_initialized():
+def _is_drained(node_id: str | None) -> bool:
+    if node_id is None or not ray.is_initialized():
         return False
     try:
         # The same source as Ray Train's own watcher; there is no public one outside of it.
         draining = ray._private.state.state.get_draining_nodes()
     except Exception:  # as above
         return False
-    return ray.get_runtime_context().get_node_id() in draining
+    return node_id in draining
