@@ -117,7 +117,7 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
     """Ray Tune's class trainable; one step is one epoch."""
 
     def setup(self, config: dict[str, Any], workplace: Workplace) -> None:
-        """Open what the trials share, then begin the first of them."""
+        """Open what the trials share."""
         self._epochs: Iterator[EpochReport | SavePoint] = iter(())
         self._last: dict[str, Any] | None = None
         self._lifeline = Lifeline(workplace.study_id, workplace.hang_seconds)
@@ -160,4 +160,11 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
         trial = TrialConfig.from_mapping(json.loads(config[CONFIG_TRIAL]))
         self._folder = self._workshop.workplace.folder(config[CONFIG_NUMBER])
         self._last = None
-        self._epochs = self._workshop.epochs(trial, self._folder, self._lifeline)
+        self._epochs = self._first_step_begins(trial, self._folder)
+
+    def _first_step_begins(
+        self, trial: TrialConfig, folder: TrialFolder
+    ) -> Iterator[EpochReport | SavePoint]:
+        # Tune may have given the trial of an actor that takes long to start to one that is free
+        # meanwhile. Only the one that is told to step may touch its folder.
+        yield from self._workshop.epochs(trial, folder, self._lifeline)

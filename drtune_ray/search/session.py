@@ -145,6 +145,8 @@ def _unreachable(address: str, error: Exception) -> str:
     reason = " ".join(str(error).split())
     if address == "local":
         return f"Ray cannot be started: {reason}"
+    if reason.startswith("Failed to connect"):  # though something answered
+        reason += " (if it asks for a token: set RAY_AUTH_MODE=token, and copy ~/.ray/auth_token)"
     return f"the Ray cluster of RAY_ADDRESS={address} cannot be joined: {reason}"
 
 

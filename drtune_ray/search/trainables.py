@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ray import tune
+from ray.tune.execution import class_cache
 
 from drtune_ray.config import StudyConfig
 from drtune_ray.search.actor import TrialActor, Workplace
@@ -14,6 +15,10 @@ from drtune_ray.search.workers import drive_trial
 
 def tune_trainable(config: StudyConfig, workplace: Workplace, capacity: Capacity) -> Any:
     """A trainable with its resources."""
+    # Tune would write the driver's keys into each actor's description, for all users of the
+    # cluster to read. A node has its own.
+    passed_on = class_cache.ENV_VARS_TO_PROPAGATE
+    passed_on.difference_update({name for name in passed_on if name.startswith("AWS_")})
     if config.trial.training.max_workers == 1:
         bound = tune.with_parameters(TrialActor, workplace=workplace)
         return tune.with_resources(

@@ -57,6 +57,21 @@ def workplace(tmp_path: Path, weights_file) -> tuple[Workplace, dict[str, Any]]:
     return place, values
 
 
+def test_an_actor_that_is_not_told_to_step_leaves_the_trial_alone(workplace):
+    """Tune gives the trial of an actor that starts slowly to another one."""
+    place, values = workplace
+    folder = place.folder(0).path
+    folder.mkdir(parents=True)
+    (folder / ".epoch-00001-step-0000000.ckpt.0a.tmp").write_bytes(b"being written by the other")
+    made = actor(place, 0, small_trial(values))
+    assert made.reset_config(task(1, small_trial(values)))
+    run_to_end(made)
+    assert [path.name[-7:] for path in folder.iterdir()] == [".0a.tmp"]
+    assert made.reset_config(task(0, small_trial(values)))
+    made.step()
+    assert not list(folder.glob("*.tmp"))
+
+
 def test_third_trial_equals_the_same_trial_in_a_fresh_process(workplace, tmp_path):
     """After a diverged trial and one of another K: the same losses and weights, bit for bit."""
     place, values = workplace
