@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 import random
+import signal
 import threading
 import time
 from collections import Counter
@@ -145,6 +146,16 @@ def test_a_process_of_a_trial_is_killed(tmp_path, weights_file, title, seed):
     output = study.finish(driver)
     assert output.count("goes on from its last save") == 1
     study.check(num_lost=1)
+
+
+def test_sigterm_to_a_worker_saves_at_the_next_step_and_goes_on(tmp_path, weights_file):
+    study = nested_study(tmp_path, weights_file)
+    driver = study.start()
+    study.wait_for(lambda: study.num_trained("step") > 3, "training", 90)
+    kill(titled(study, WORKER)[1], signal.SIGTERM)
+    study.finish(driver)
+    assert set(study.trained("step").values()) == {1}  # not one step is lost
+    study.check(num_lost=0)
 
 
 def test_a_point_that_exhausts_a_gpu_is_a_result(tmp_path, weights_file):
