@@ -43,12 +43,16 @@ EXAMPLE = "postgresql+psycopg://USER:$PASSWORD@HOST/DATABASE"
 def open_storage(folder: Path, url: str | None) -> BaseStorage:
     """Optuna's storage: the database that was named, else a file in the study's folder.
 
+    The study's driver opens it, which holds the lease: nobody else writes into that file.
+
     Raises:
         ConfigError: If the URL is not one.
         EnvironmentProblem: If the database cannot be reached.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if url is None:
+        # Of a driver that was killed as it wrote; Optuna would wait for it for half a minute.
+        (folder / f"{JOURNAL_NAME}.lock").unlink(missing_ok=True)
         with (folder / JOURNAL_NAME).open("a+b") as journal:
             drop_torn_end(journal)  # Optuna would write on behind it, and never read the file again
         return JournalStorage(JournalFileBackend(str(folder / JOURNAL_NAME)))

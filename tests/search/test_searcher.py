@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import math
 from functools import partial
 from pathlib import Path
@@ -263,3 +264,18 @@ def test_the_sampler_avoids_what_diverged(base, tmp_path):
             search.on_trial_complete(str(index), told)
         later += [trial.params["optim.backbone_lr"] for trial in study.get_trials()[20:]]
     assert sum(rate > 1e-2 for rate in later) < len(later) / 10
+
+
+def test_a_journal_that_a_killed_driver_left_locked_and_torn_is_mended(make_search, tmp_path):
+    search = make_search()
+    search.suggest("a")
+    journal = tmp_path / "optuna.journal"
+    with journal.open("a") as file:
+        file.write('{"op_code":8,"worker')
+    journal.with_name("optuna.journal.lock").symlink_to(journal)
+    started = time.monotonic()
+    again = make_search()
+    assert again.suggest("a")["number"] == 0
+    again.on_trial_complete("a", result([0.5], COMPLETED))
+    assert time.monotonic() - started < 5
+    assert [trial.value for trial in trials(tmp_path)] == [0.5]

@@ -109,10 +109,11 @@ def test_sigterm_to_an_actor_saves_at_the_next_step_and_goes_on(killed):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_driver_has_its_trials_save_and_says_how_to_go_on(killed, how):
     study = killed(trials=2)
+    study.values["trial"]["training"] |= {"batch_size": 2, "epochs": 2}  # of fifteen steps each
+    study.file.write_text(to_yaml(study.values))
     study.environment["SABOTAGE_STEP_SECONDS"] = "0.2"
     driver = study.start()
-    study.wait_for(lambda: study.num_trained("step") > 3, "training")
-    time.sleep(0.5)
+    study.wait_for(lambda: [step for _, _, step in study.trained("step")].count(3) == 2, "training")
     started = time.monotonic()
     kill(driver.pid, how)
     study.wait_for(lambda: not study.actors(), "the actors gone", 10)
