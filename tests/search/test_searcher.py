@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
 import math
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
