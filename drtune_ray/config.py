@@ -23,7 +23,7 @@ from drtune_ray.addresses import ServerUri
 from drtune_ray.errors import ConfigError
 from drtune_ray.presets import PRESETS, PresetName
 from drtune_ray.section import Section, unknown_name, validated
-from drtune_ray.values import deep_merge, nested
+from drtune_ray.values import deep_merge, digest, flattened, nested
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -207,11 +207,29 @@ class TrialConfig(Section):
         """Nested plain values, as they stand in YAML."""
         return self.model_dump(mode="json")
 
+    @property
+    def tables_key(self) -> str:
+        """Trials of one key read the same prepared tables."""
+        values = flattened(self.to_mapping())
+        return digest([values[path] for path in TABLES_PATHS])
+
     def with_values(self, values: Mapping[str, Any]) -> Self:
         """A copy with dotted paths replaced, validated as a whole."""
         return validated(type(self), deep_merge(self.to_mapping(), nested(values)))
 
 
+# Settings of a trial that decide the tables it reads: images in views, and frozen features.
+TABLES_PATHS = (
+    "backbone.name",
+    "backbone.weights",
+    "data.image_size",
+    "data.views",
+    "data.view_seed",
+    "data.crop_scale_min",
+    "data.horizontal_flip",
+    "data.crop_fraction",
+    "data.evaluation_resize",
+)
 # Settings of a trial that change where and how fast it runs, not what comes out but for rounding.
 TRIAL_NOT_DECIDING = (
     "data.train",
@@ -236,6 +254,30 @@ class SchedulerConfig(Section):
     name: Literal["asha", "none"] = "asha"
     min_epochs: PositiveInt = 2
     reduction_factor: Annotated[float, Field(gt=1.0)] = 3.0
+
+
+class BudgetConfig(Section):
+    """When a search ends, beside its number of trials: whichever comes first (None: never).
+
+    `max_epochs` of all trials together; `max_seconds` of searching, over all runs of the study;
+    `target_accuracy` on the validation images; `patience_trials` in a row that were no better.
+    """
+
+    max_epochs: PositiveInt | None = None
+    max_seconds: PositiveFloat | None = None
+    target_accuracy: Probability | None = None
+    patience_trials: PositiveInt | None = None
+
+
+class FinalistsConfig(Section):
+    """What follows the search: its best configurations, and CE-tuning, again on new seeds.
+
+    The winner is the one with the best mean over the `num_seeds` seeds; with 0 it is the maximum
+    of the search, which flatters, and is said to be.
+    """
+
+    num_configurations: PositiveInt = 2
+    num_seeds: Annotated[int, Field(ge=0)] = 2
 
 
 class ResourcesConfig(Section):
@@ -303,6 +345,8 @@ class StudyConfig(Section):
     reference_trials: tuple[ReferenceName, ...] = ("default", "ce_tuning", "authors")
     sampler: SamplerConfig = SamplerConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    budget: BudgetConfig = BudgetConfig()
+    finalists: FinalistsConfig = FinalistsConfig()
     resources: ResourcesConfig = ResourcesConfig()
     tracking: TrackingConfig = TrackingConfig()
 

@@ -50,6 +50,7 @@ def demo_config(storage: Path, seed: int = 0) -> StudyConfig:
             "storage": str(storage),
             "trials": 12,
             "seed": seed,
+            "finalists": {"num_seeds": 0},
             "space": read_space("quick"),
             "trial": {
                 "seed": seed,

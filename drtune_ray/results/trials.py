@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,12 @@ from optuna.trial import FrozenTrial, TrialState
 from drtune_ray.errors import NoTrialCompleted
 from drtune_ray.values import flattened
 
-# User attributes of an Optuna trial.
-CONFIG, REFERENCE, OUTCOME = "config", "reference", "outcome"
+# User attributes of an Optuna trial. What it is beside a sampled one:
+REFERENCE, FINALIST, START_POINT = "reference", "finalist", "start_point"
+# Why it was never run; and the trial of another study whose result it is.
+NOT_TRAINED, WARM_START = "not_trained", "warm_start"
+CONFIG, OUTCOME = "config", "outcome"
+RESULT_STATES = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class TrialSummary:
         state: Optuna's word: RUNNING, COMPLETE, PRUNED, FAIL.
         outcome: Why it ended.
         reference: Name of the reference trial it is, or None.
+        finalist: Which finalist it repeats on another seed, or None.
         best_val_accuracy: Best of its epochs so far, 0 to 1; None before the first.
         num_epochs: Epochs it finished.
         seconds: From its start to its end.
@@ -38,6 +44,7 @@ class TrialSummary:
     state: str
     outcome: str
     reference: str | None
+    finalist: str | None
     best_val_accuracy: float | None
     num_epochs: int
     seconds: float | None
@@ -46,7 +53,8 @@ class TrialSummary:
     @property
     def label(self) -> str:
         """Short name for people."""
-        return f"{self.number}" + (f" ({self.reference})" if self.reference else "")
+        what = self.reference or self.finalist
+        return f"{self.number}" + (f" ({what})" if what else "")
 
 
 def write_trials(trials: list[TrialSummary], path: Path) -> None:
@@ -61,6 +69,7 @@ def write_trials(trials: list[TrialSummary], path: Path) -> None:
             ("state", pa.string()),
             ("outcome", pa.string()),
             ("reference", pa.string()),
+            ("finalist", pa.string()),
             ("best_val_accuracy", pa.float64()),
             ("num_epochs", pa.int64()),
             ("seconds", pa.float64()),
@@ -75,11 +84,12 @@ def write_trials(trials: list[TrialSummary], path: Path) -> None:
 
 
 def best_trial(trials: Sequence[TrialSummary]) -> TrialSummary:
-    """The completed trial with the best validation accuracy; of equals the first.
+    """The completed trial of the search with the best validation accuracy; of equals the first.
 
     Raises:
         NoTrialCompleted: If there is none.
     """
+    trials = [trial for trial in trials if trial.finalist is None]
     completed = [trial for trial in trials if trial.state == TrialState.COMPLETE.name]
     if not completed:
         outcomes = sorted({trial.outcome for trial in trials})
@@ -96,17 +106,43 @@ def best_trial(trials: Sequence[TrialSummary]) -> TrialSummary:
     return max(completed, key=lambda t: (t.best_val_accuracy or 0.0, -t.number))
 
 
+def is_trained(trial: FrozenTrial) -> bool:
+    """Whether a trial of Optuna's is one that this study runs, ran, or will run."""
+    attributes = trial.user_attrs
+    return CONFIG in attributes and not {NOT_TRAINED, WARM_START} & attributes.keys()
+
+
+def is_searched(trial: FrozenTrial) -> bool:
+    """Whether it is such a trial of the search, and no repetition of a finalist."""
+    return is_trained(trial) and FINALIST not in trial.user_attrs
+
+
+def best_value(trial: FrozenTrial) -> float:
+    """Best validation accuracy so far, 0 to 1; minus infinity before the first epoch."""
+    return max(trial.intermediate_values.values(), default=-math.inf)
+
+
+def num_epochs(trial: FrozenTrial) -> int:
+    """Epochs that were finished."""
+    return max(trial.intermediate_values, default=0)
+
+
+def summaries(trials: Iterable[FrozenTrial]) -> tuple[TrialSummary, ...]:
+    """The trials that this study runs or ran, by number."""
+    return tuple(summary(trial) for trial in trials if is_trained(trial))
+
+
 def summary(trial: FrozenTrial) -> TrialSummary:
     """A row of the results from what Optuna holds."""
     duration = trial.duration.total_seconds() if trial.duration else None
-    values = trial.intermediate_values.values()
     return TrialSummary(
         trial.number,
         trial.state.name,
         trial.user_attrs.get(OUTCOME, ""),
         trial.user_attrs.get(REFERENCE),
-        max(values) if values else None,
-        max(trial.intermediate_values, default=0),
+        trial.user_attrs.get(FINALIST),
+        best_value(trial) if trial.intermediate_values else None,
+        num_epochs(trial),
         duration,
         json.loads(trial.user_attrs.get(CONFIG, "{}")),
     )

@@ -29,7 +29,7 @@ from drtune_ray.search.protocol import (
     trial_result,
 )
 from drtune_ray.search.shared import check_token
-from drtune_ray.training.backbones import read_backbone
+from drtune_ray.training.backbones import Backbone, read_backbone
 from drtune_ray.training.checkpoint import TrialFolder, trial_folder, trial_identity
 from drtune_ray.training.loop import train_epochs
 from drtune_ray.training.records import EpochReport, SavePoint
@@ -40,7 +40,7 @@ class Workplace:
     """What all trials of a study share; sent to every actor once.
 
     Attributes:
-        tables: Plain values of `Tables`.
+        tables: Plain values of `Tables`, by `TrialConfig.tables_key`.
         trials_folder: Holds one folder a trial, named by its number.
         num_threads: torch's threads a worker.
         device: ``cpu`` or ``cuda``.
@@ -51,7 +51,7 @@ class Workplace:
         token: What a node must find in the shared storage; None: nothing needs to be shared.
     """
 
-    tables: dict[str, Any]
+    tables: dict[str, dict[str, Any]]
     trials_folder: Path
     num_threads: int
     device: str
@@ -67,7 +67,7 @@ class Workplace:
 
 
 class Workshop:
-    """Opens the shared tables once and starts trials over them.
+    """Opens the shared tables and starts trials over them.
 
     Args:
         workplace: Where everything lies.
@@ -78,11 +78,7 @@ class Workshop:
         check_token(workplace.trials_folder.parent, workplace.token)
         self.workplace = workplace
         self._device = device or torch.device(workplace.device)
-        self._tables = Tables.from_mapping(workplace.tables)
-        if workplace.shelf is not None:
-            fetch_tables(self._tables, workplace.shelf)
-        self._backbone = read_backbone(self._tables.backbone)
-        self._data: tuple[DataConfig, TrainingData] | None = None
+        self._opened: _Opened | None = None
 
     def epochs(
         self, config: TrialConfig, folder: TrialFolder, lifeline: Lifeline
@@ -94,11 +90,12 @@ class Workshop:
             folder: Its checkpoints.
             lifeline: Asked for saves and told of progress.
         """
-        content = (self._tables.images.name, self._tables.backbone.name)
+        opened = self._open(config)
+        content = (opened.tables.images.name, opened.tables.backbone.name)
         return train_epochs(
             config,
-            self._training_data(config.data),
-            self._backbone,
+            opened.data,
+            opened.backbone,
             resume=folder.begin(trial_identity(config, folder.path.name, *content)),
             device=self._device,
             num_threads=self.workplace.num_threads,
@@ -106,11 +103,27 @@ class Workshop:
             on_progress=lifeline.progressed,
         )
 
-    def _training_data(self, config: DataConfig) -> TrainingData:
-        if self._data is None or self._data[0] != config:
-            interpolation = self._backbone.normalization.interpolation
-            self._data = config, TrainingData(self._tables, config, interpolation)
-        return self._data[1]
+    def _open(self, config: TrialConfig) -> _Opened:
+        """The tables of a trial; those of the trial before where they are the same."""
+        last, wanted = self._opened, (config.tables_key, config.data)
+        if last is not None and last.wanted == wanted:
+            return last
+        tables = Tables.from_mapping(self.workplace.tables[config.tables_key])
+        if self.workplace.shelf is not None:
+            fetch_tables(tables, self.workplace.shelf)
+        is_kept = last is not None and last.tables.backbone == tables.backbone
+        backbone = last.backbone if last and is_kept else read_backbone(tables.backbone)
+        data = TrainingData(tables, config.data, backbone.normalization.interpolation)
+        self._opened = _Opened(wanted, tables, backbone, data)
+        return self._opened
+
+
+@dataclass(frozen=True)
+class _Opened:
+    wanted: tuple[str, DataConfig]
+    tables: Tables
+    backbone: Backbone
+    data: TrainingData
 
 
 class TrialActor(tune.Trainable):  # type: ignore[misc]

@@ -13,7 +13,7 @@ import ray
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune import Callback
 
-from drtune_ray.results.trials import OUTCOME, REFERENCE
+from drtune_ray.results.trials import FINALIST, OUTCOME, REFERENCE, START_POINT
 from drtune_ray.search.failures import FULL_DISK, HUNG, Failure, failure_of
 from drtune_ray.search.lifeline import ProgressWatch
 from drtune_ray.search.protocol import CONFIG_NUMBER, CONFIG_TRIAL, result_history
@@ -26,6 +26,7 @@ from drtune_ray.values import flattened
 logger = logging.getLogger(__name__)
 
 ERROR_TAG = "drtune.error"
+MARKS = (REFERENCE, FINALIST, START_POINT)
 
 
 class StudyCallback(Callback):  # type: ignore[misc]
@@ -131,9 +132,10 @@ class StudyCallback(Callback):  # type: ignore[misc]
 
 def run_started(trial: FrozenTrial, config: dict[str, Any]) -> RunStarted:
     """The start of a trial."""
-    reference = trial.user_attrs.get(REFERENCE)
-    name = f"trial-{trial.number:04d}" + (f"-{reference}" if reference else "")
-    tags = {"drtune.reference": reference} if reference else {}
+    marks = {key: str(trial.user_attrs[key]) for key in MARKS if key in trial.user_attrs}
+    name = f"trial-{trial.number:04d}" + (f"-{marks[REFERENCE]}" if REFERENCE in marks else "")
+    name += "-finalist" if FINALIST in marks else ""
+    tags = {f"drtune.{key}": value for key, value in marks.items()}
     return RunStarted(trial.number, name, flattened(config), tags)
 
 

@@ -5,56 +5,52 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from drtune_ray.config import StudyConfig, TrialConfig
 from drtune_ray.data.dataset import Tables
 from drtune_ray.data.store import TableStore
 from drtune_ray.errors import ConfigError, NoTrialCompleted
-from drtune_ray.results.trials import CONFIG, TrialSummary, best_trial, summary, write_trials
-from drtune_ray.results.winner import write_winner
-from drtune_ray.search.actor import Workplace
-from drtune_ray.search.callback import StudyCallback, run_finished, run_started
-from drtune_ray.search.failures import (
-    clear_stacks,
-    lost_processes_are_failures,
+from drtune_ray.results.trials import (
+    CONFIG,
+    RESULT_STATES,
+    TrialSummary,
+    best_trial,
+    is_searched,
+    is_trained,
+    summaries,
+    write_trials,
 )
+from drtune_ray.results.winner import write_winner
+from drtune_ray.search.budget import Budget
+from drtune_ray.search.callback import run_finished, run_started
+from drtune_ray.search.done import is_done, write_done
+from drtune_ray.search.failures import clear_stacks
+from drtune_ray.search.finalists import Finalist, best_finalist, finalists, repetitions
 from drtune_ray.search.identity import (
     DONE_NAME,
     RECORD_FILE,
-    SCRATCH_NAME,
     SPOOL_NAME,
     TRIALS_FOLDER,
     TRIALS_NAME,
     WINNER_NAME,
 )
-from drtune_ray.search.interruption import saving_when_interrupted
-from drtune_ray.search.lifeline import ProgressWatch
-from drtune_ray.search.nodes import trial_demand, trials_that_fit
-from drtune_ray.search.prepare import (
-    Checked,
-    manifest_path,
-    prepare,
-    preparing_device,
-)
-from drtune_ray.search.reaper import Reaper
-from drtune_ray.search.scheduler import StudyASHA
-from drtune_ray.search.searcher import RESULT_STATES, Reference, StudySearch, build_sampler
-from drtune_ray.search.servers import (
-    StudyArtifacts,
-    as_problem,
-)
-from drtune_ray.search.session import scratch_folder
+from drtune_ray.search.prepare import Checked, manifest_path, prepare_all, preparing_device
+from drtune_ray.search.proposals import FinalistProposals, FixedTrial, Proposals, SearchProposals
+from drtune_ray.search.samplers import build_sampler
+from drtune_ray.search.scheduler import build_scheduler
+from drtune_ray.search.searcher import StudySearch
+from drtune_ray.search.servers import StudyArtifacts, as_problem
 from drtune_ray.search.shared import Cluster
 from drtune_ray.search.space import SearchSpace
-from drtune_ray.search.trainables import tune_trainable
-from drtune_ray.search.waiting import ResourceWait, WaitCallback, giving_up
+from drtune_ray.search.tuning import TuneRun
 from drtune_ray.tracking.events import Event, FilesReady, RunFinished, RunStarted, Sink
 from drtune_ray.tracking.mlflow_recorder import build_recorder
 from drtune_ray.tracking.spool import BackgroundWriter, Spool
@@ -63,7 +59,7 @@ from drtune_ray.values import flattened
 
 logger = logging.getLogger(__name__)
 
-MAX_MACHINE_FAILURES = 2
+SEARCH, FINALISTS = "search", "finalists"
 
 
 @dataclass(frozen=True)
@@ -73,9 +69,12 @@ class StudyResult:
     Attributes:
         folder: Where it lies.
         study_id: Marks its runs in MLflow.
-        trials: All of them, by number.
-        winner: The completed trial with the best validation accuracy: a maximum over the
-            completed trials, each trained on one seed.
+        trials: All that were run, by number, repetitions of the finalists included.
+        finalists: What the search's best reached on new seeds; empty where none were asked for.
+        winner: The trial of the search that won: by its mean over new seeds, or without
+            finalists as the maximum over the completed trials, each trained on one seed.
+        shipped: The trial whose weights are handed back: the winner's best seed.
+        end: Why the search ended; None where an earlier run ended it.
         num_unsent: Events that the tracking server has not taken yet.
         was_done: Whether there was nothing left to run.
         searched: Paths that the search space varies.
@@ -85,11 +84,19 @@ class StudyResult:
     folder: Path
     study_id: str
     trials: tuple[TrialSummary, ...]
+    finalists: tuple[Finalist, ...]
     winner: TrialSummary
+    shipped: TrialSummary
+    end: str | None
     num_unsent: int
     was_done: bool
     searched: tuple[str, ...]
     seconds: float
+
+    @property
+    def searched_trials(self) -> tuple[TrialSummary, ...]:
+        """Without the repetitions of the finalists."""
+        return tuple(trial for trial in self.trials if trial.finalist is None)
 
     @property
     def references(self) -> tuple[TrialSummary, ...]:
@@ -99,13 +106,25 @@ class StudyResult:
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """Told to the observer before the first trial starts."""
+    """Told to the observer before the first trial of each part of the study.
+
+    Attributes:
+        config: The study.
+        part: `SEARCH` or `FINALISTS`.
+        num_trials: Of the part.
+        num_done: Those of them that earlier runs finished.
+        trials_at_a_time: How many run side by side.
+        searched: Paths that the search space varies.
+        notes: Sentences about it.
+    """
 
     config: StudyConfig
+    part: str
+    num_trials: int
     num_done: int
     trials_at_a_time: int
     searched: tuple[str, ...]
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 class StudyDriver:
@@ -129,7 +148,7 @@ class StudyDriver:
         artifacts: StudyArtifacts,
         checked: Checked,
         space: SearchSpace,
-        references: tuple[Reference, ...],
+        references: tuple[FixedTrial, ...],
         notes: tuple[str, ...],
         cluster: Cluster | None,
     ) -> None:
@@ -139,6 +158,7 @@ class StudyDriver:
         self.checked, self.space, self.references = checked, space, references
         self.notes, self.started = notes, time.monotonic()
         self._is_interruption_told = False
+        self._end: str | None = None
         self.storage = Path(config.storage).expanduser().resolve()
         self.base = config.trial.with_values(
             {"method.bank_size": min(config.trial.method.bank_size, checked.num_train)}
@@ -150,14 +170,14 @@ class StudyDriver:
         on_plan: Callable[[StudyPlan], None],
         is_restored: bool,
     ) -> StudyResult:
-        """Prepare, search and finish; nothing of it where the study is done.
+        """Search, train the finalists and finish; nothing of it where the study is done.
 
         Args:
             observer: Takes the events of the run as they happen.
-            on_plan: Called before the first trial.
+            on_plan: Called before the first trial of the search and of the finalists.
             is_restored: Whether the study was brought back from artifacts.
         """
-        if self._is_done():
+        if is_done(self.config, self._num_ended()):
             return self._result(Spool(self.folder / SPOOL_NAME).num_unsent(), was_done=True)
         spool = Spool(self.folder / SPOOL_NAME)
         recorder = build_recorder(self.config.tracking, self.storage, self.study_id)
@@ -167,15 +187,13 @@ class StudyDriver:
             BackgroundWriter(spool, recorder) as writer,
             TableStore(self.storage, limit, self.artifacts.shelf) as store,
         ):
-            self._writer = writer
+            self._writer, self._store = writer, store
             self._emit = _fan_out(writer.emit, observer, self._free_disk)
             self._tell_start(is_restored)
             try:
-                tables = self._prepare(store)
-                self.artifacts.keep_shared(manifest_path(self.config.trial.data, self.storage))
-                if len(self._finished()) < self.config.trials:
-                    self._search(tables, on_plan)
-                result = self._finish(tables)
+                self._search(on_plan)
+                self._run_finalists(on_plan)
+                result = self._finish()
             except NoTrialCompleted:
                 raise  # said already
             except BaseException:  # whatever it was, no run may stay RUNNING
@@ -183,104 +201,85 @@ class StudyDriver:
                 raise
         return replace(result, num_unsent=spool.num_unsent())
 
-    def _is_done(self) -> bool:
-        """Whether an earlier run came to its very end with as many trials."""
-        done, num_finished = self.folder / DONE_NAME, len(self._finished())
-        return (
-            num_finished >= self.config.trials
-            and done.exists()
-            and done.read_text() == str(num_finished)
-        )
-
-    def _prepare(self, store: TableStore) -> Tables:
-        device = "cpu"
-        if self.cluster is not None:
-            device, notes = preparing_device(self.config.resources, self.cluster.capacity)
-            self.notes += notes
-        return prepare(self.checked, self.config.trial, store, device)
-
-    def _search(self, tables: Tables, on_plan: Callable[[StudyPlan], None]) -> None:
-        if self.cluster is None:
-            raise ConfigError(
-                f"{self.folder / DONE_NAME} says that the study is done, but it holds only "
-                f"{len(self._finished())} of {self.config.trials} trials: remove that file"
-            )
-        resources, training = self.config.resources, self.config.trial.training
-        demand = trial_demand(training, resources)
-        at_a_time = trials_that_fit(demand, resources, self.cluster.capacity)
-        num_done = len(self._finished())
-        on_plan(StudyPlan(self.config, num_done, at_a_time, self._searched(), self.notes))
-        wait = ResourceWait(demand, resources.wait_seconds, self.cluster.on_notice)
-        self._tune(tables, at_a_time, self.cluster, wait)
-
-    def _tune(self, tables: Tables, at_a_time: int, cluster: Cluster, wait: ResourceWait) -> None:
-        from ray import tune
-
-        search = StudySearch(
+    def _search(self, on_plan: Callable[[StudyPlan], None]) -> None:
+        """Run trials until the budget ends the search."""
+        budget = Budget(self.config.trials, self.config.budget, self.study)
+        proposals = SearchProposals(
             self.study,
             self.space,
             self.base,
             self.references,
-            self.config.trials,
+            budget,
             partial(build_sampler, self.config.sampler, self.config.seed),
         )
-        workplace = Workplace(
-            tables.to_mapping(),
-            self.folder / TRIALS_FOLDER,
-            self.config.resources.cpus_per_worker,
-            "cuda" if self.config.resources.worker_gpus(1) else "cpu",
-            self.artifacts.trials,
-            self.artifacts.shelf,
-            token=cluster.token,
-            study_id=self.study_id,
-            hang_seconds=self.config.resources.hang_seconds,
+        if not proposals.has_next():
+            return
+        tables = self._prepare([self.base, *(r.config for r in self.references)])
+        known = [t for t in self.study.get_trials(deepcopy=False) if is_searched(t)]
+        num_done = sum(trial.state in RESULT_STATES for trial in known)
+        tune_run = self._tune_run(proposals)
+        self._plan(on_plan, SEARCH, self.config.trials, num_done, tune_run)
+        scheduler = build_scheduler(
+            self.config.scheduler, self.base.training.epochs, proposals.reference_numbers
         )
-        scheduler = None
-        if self.config.scheduler.name == "asha":
-            scheduler = StudyASHA(
-                self.config.scheduler, self.base.training.epochs, search.reference_numbers
+        if scheduler is not None:
+            scheduler.refill(known)
+        try:
+            tune_run.run(StudySearch(proposals, budget), tables, scheduler=scheduler, stop=budget)
+        finally:
+            budget.keep_time()
+        self._end = proposals.end
+
+    def _run_finalists(self, on_plan: Callable[[StudyPlan], None]) -> None:
+        """Train the finalists on their new seeds, where that is still to be done."""
+        chosen = self._finalists(self._summaries())
+        wanted = repetitions(chosen)
+        proposals = FinalistProposals(self.study, wanted)
+        if not proposals.has_next():
+            return
+        tables = self._prepare([repetition.config for repetition in wanted])
+        tune_run = self._tune_run(proposals)
+        num_done = sum(len(finalist.runs) for finalist in chosen)
+        self._plan(on_plan, FINALISTS, len(wanted), num_done, tune_run)
+        tune_run.run(StudySearch(proposals), tables)
+
+    def _plan(
+        self,
+        on_plan: Callable[[StudyPlan], None],
+        part: str,
+        num_trials: int,
+        num_done: int,
+        tune_run: TuneRun,
+    ) -> None:
+        notes = self.notes if part == SEARCH else ()
+        at_a_time, searched = tune_run.trials_at_a_time, self._searched()
+        on_plan(StudyPlan(self.config, part, num_trials, num_done, at_a_time, searched, notes))
+
+    def _tune_run(self, proposals: Proposals) -> TuneRun:
+        if self.cluster is None:
+            raise ConfigError(
+                f"{self.folder / DONE_NAME} says that the study is done, but trials are left to "
+                "run: remove that file"
             )
-            scheduler.refill(self.study.get_trials(deepcopy=False))
-        watch = None
-        if self.config.trial.training.max_workers == 1:
-            watch = ProgressWatch(self.study_id, workplace.hang_seconds)
-        callback = StudyCallback(
-            search, self._emit, workplace.trials_folder, watch, lambda: self._writer.disk_error
+        return TuneRun(
+            self.config,
+            self.study_id,
+            self.artifacts,
+            self.cluster,
+            self._emit,
+            lambda: self._writer.disk_error,
+            self._tell_interruption,
         )
-        callbacks = [callback, WaitCallback(wait)]
-        if watch is None:
-            callbacks.append(Reaper(lambda number: self._trial_folder(number).drop_resumable()))
-        # Our callback tells a trial's error in one line, and Tune's own files are not needed.
-        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-        # Tune's own folder is disposable: Optuna's storage and ours hold everything.
-        with scratch_folder(self.folder / SCRATCH_NAME) as scratch:
-            tuner = tune.Tuner(
-                tune_trainable(self.config, workplace, cluster.capacity),
-                tune_config=tune.TuneConfig(
-                    search_alg=search,
-                    scheduler=scheduler,
-                    num_samples=-1,
-                    max_concurrent_trials=at_a_time,
-                    reuse_actors=self.config.trial.training.max_workers == 1,
-                ),
-                run_config=tune.RunConfig(
-                    name="tune",
-                    storage_path=str(scratch),
-                    callbacks=callbacks,
-                    failure_config=tune.FailureConfig(max_failures=MAX_MACHINE_FAILURES),
-                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                    verbose=0,
-                ),
-            )
-            with (
-                giving_up(),
-                lost_processes_are_failures(),
-                saving_when_interrupted(
-                    self.study_id, lambda: callback.running, self._tell_interruption
-                ),
-            ):
-                tuner.fit()
-                search.check_storage()
+
+    def _prepare(self, configs: Iterable[TrialConfig]) -> dict[str, Tables]:
+        """The tables that trials of these configurations read, by `TrialConfig.tables_key`."""
+        device = "cpu"
+        if self.cluster is not None:
+            device, notes = preparing_device(self.config.resources, self.cluster.capacity)
+            self.notes += tuple(note for note in notes if note not in self.notes)
+        tables = prepare_all(self.checked, configs, self._store, device)
+        self.artifacts.keep_shared(manifest_path(self.config.trial.data, self.storage))
+        return tables
 
     def _tell_start(self, is_restored: bool) -> None:
         # Its trials carry their own settings; the base and the space stand in study.yaml.
@@ -289,7 +288,7 @@ class StudyDriver:
         self._emit(RunStarted(None, self.config.name, params, tags))
         self._emit(FilesReady(None, str(self.folder / RECORD_FILE), "study"))
         for trial in self.study.get_trials(deepcopy=False):
-            if not trial.state.is_finished():
+            if not trial.state.is_finished() or not is_trained(trial):
                 continue
             if is_restored:  # what the lost spool held
                 trial_config = json.loads(trial.user_attrs.get(CONFIG, "{}"))
@@ -306,48 +305,69 @@ class StudyDriver:
                 self._emit(RunFinished(trial.number, "INTERRUPTED", "interrupted", {}, {}))
         self._emit(RunFinished(None, "INTERRUPTED", "interrupted", {}, {}))
 
-    def _finish(self, tables: Tables) -> StudyResult:
+    def _finish(self) -> StudyResult:
+        """Name the winner, write it, and say that the study is done."""
         trials = self._summaries()
         write_trials(list(trials), self.folder / TRIALS_NAME)
         self.artifacts.keep(TRIALS_NAME)
         self._emit(FilesReady(None, str(self.folder / TRIALS_NAME), "trials"))
         try:
-            winner = best_trial(trials)
+            result = self._result(0, was_done=False)
         except NoTrialCompleted:
             self._emit(RunFinished(None, "FAIL", "no trial completed", {}, {}))
             raise
-        self._write_winner(winner, tables)
+        about = self._about(result)
+        self._write_winner(result, about)
         self._emit(FilesReady(None, str(self.folder / WINNER_NAME), WINNER_NAME))
         self._keep_top_checkpoints(trials)
-        assert winner.best_val_accuracy is not None
-        self._emit(
-            RunFinished(
-                None,
-                "COMPLETE",
-                "completed",
-                {"best_val_accuracy": winner.best_val_accuracy},
-                {"drtune.winner": str(winner.number)},
-            )
-        )
+        named = ("best_val_accuracy", "mean_val_accuracy")
+        metrics: dict[str, float] = {key: about[key] for key in named if key in about}
+        tags = {
+            "drtune.winner": str(result.winner.number),
+            "drtune.shipped": str(result.shipped.number),
+            "drtune.chosen": str(about["chosen"]),
+        }
+        self._emit(RunFinished(None, "COMPLETE", "completed", metrics, tags))
         self.artifacts.keep(WINNER_NAME)
-        (self.folder / DONE_NAME).write_text(str(len(self._finished())))
+        write_done(self.config, self._num_ended())
         self.artifacts.keep(DONE_NAME)
-        return self._result(0, was_done=False)
+        return result
 
-    def _write_winner(self, winner: TrialSummary, tables: Tables) -> None:
+    def _about(self, result: StudyResult) -> dict[str, Any]:
+        """What was measured of the winner, and how it was chosen."""
+        winner, shipped = result.winner, result.shipped
+        about = {
+            "study": self.config.name,
+            "study_id": self.study_id,
+            "trial": winner.number,
+            "shipped_trial": shipped.number,
+            "val_accuracy": shipped.best_val_accuracy,
+            "best_val_accuracy": winner.best_val_accuracy,
+        }
+        finalist = best_finalist(result.finalists)
+        if finalist is None:
+            chosen = "maximum validation accuracy over the completed trials, one seed each"
+            if result.finalists:
+                chosen += "; no finalist completed on every new seed"
+            return about | {"chosen": chosen}
+        return about | {
+            "mean_val_accuracy": finalist.mean,
+            "spread_val_accuracy": finalist.spread,
+            "seeds": [run.config["seed"] for run in finalist.runs],
+            "chosen": f"best mean validation accuracy of {len(result.finalists)} finalists over "
+            f"{finalist.num_seeds} new seeds; its best seed is shipped",
+        }
+
+    def _write_winner(self, result: StudyResult, about: dict[str, Any]) -> None:
+        config = TrialConfig.from_mapping(result.shipped.config)
+        tables = self._prepare([config])[config.tables_key]
         write_winner(
             self.folder / WINNER_NAME,
-            self._best_weights(winner.number),
+            self._best_weights(result.shipped.number),
             tables.backbone,
             tables.classes,
-            TrialConfig.from_mapping(winner.config),
-            {
-                "study": self.config.name,
-                "study_id": self.study_id,
-                "trial": winner.number,
-                "val_accuracy": winner.best_val_accuracy,
-                "chosen": "maximum validation accuracy over the completed trials, one seed each",
-            },
+            config,
+            about,
         )
 
     def _keep_top_checkpoints(self, trials: Sequence[TrialSummary]) -> None:
@@ -375,19 +395,30 @@ class StudyDriver:
     def _trial_folder(self, number: int) -> TrialFolder:
         return trial_folder(self.folder / TRIALS_FOLDER, number, self.artifacts.trials)
 
-    def _finished(self) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False, states=RESULT_STATES)
+    def _num_ended(self) -> int:
+        """Trials that came to a result, the finalists' included."""
+        trials = self.study.get_trials(deepcopy=False, states=RESULT_STATES)
+        return sum(map(is_trained, trials))
 
     def _summaries(self) -> tuple[TrialSummary, ...]:
-        return tuple(summary(trial) for trial in self.study.get_trials(deepcopy=False))
+        return summaries(self.study.get_trials(deepcopy=False))
+
+    def _finalists(self, trials: Sequence[TrialSummary]) -> tuple[Finalist, ...]:
+        return finalists(trials, self.config.finalists)
 
     def _result(self, num_unsent: int, *, was_done: bool) -> StudyResult:
         trials = self._summaries()
+        chosen = self._finalists(trials)
+        best = best_finalist(chosen)
+        winner = best.source if best else best_trial(trials)
         return StudyResult(
             self.folder,
             self.study_id,
             trials,
-            best_trial(trials),
+            chosen,
+            winner,
+            best.best_run if best else winner,
+            self._end,
             num_unsent,
             was_done,
             self._searched(),

@@ -22,7 +22,7 @@ RECORD_FILE = "study.yaml"
 # What else lies in the folder of a study or training.
 JOURNAL_NAME, SPLITS_NAME, TRIALS_NAME = "optuna.journal", "splits.parquet", "trials.parquet"
 WINNER_NAME, SPOOL_NAME, TRIALS_FOLDER = "winner", "spool", "trials"
-DONE_NAME = "done"  # written last: how many trials the winner was chosen from
+DONE_NAME = "done"  # written last
 SCRATCH_NAME = ".tune"  # Ray's own folders; nothing in them is needed again
 STUDY, TRAINING = "study", "training"
 # Raised when a change of the package changes the numbers that a trial gives.
@@ -34,6 +34,8 @@ NOT_DECIDING = (
     "optuna_storage",
     "artifacts",
     "trials",
+    "budget",
+    "finalists",
     "resources",
     "tracking",
     *TRIAL_NOT_DECIDING,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,25 @@ class Checked:
 
     Attributes:
         splits: The images and their splits.
-        backbone: The pretrained encoder.
+        backbone: The pretrained encoder of the trial, or of the base of a study.
         key_report: How its weights fitted.
+        more: Encoders of other trials of the study, by `_encoder_key`.
     """
 
     splits: Splits
     backbone: Backbone
     key_report: KeyReport
+    more: Mapping[str, Backbone] = field(default_factory=dict)
+
+    @property
+    def weights_digest(self) -> str:
+        """Hash of the weights of all encoders."""
+        others = {key: backbone.digest for key, backbone in self.more.items()}
+        return digest(self.backbone.digest, others) if others else self.backbone.digest
+
+    def encoder_of(self, config: TrialConfig) -> Backbone:
+        """The pretrained encoder of a trial."""
+        return self.more.get(_encoder_key(config), self.backbone)
 
     @property
     def num_train(self) -> int:
@@ -92,19 +104,40 @@ def check_inputs(config: TrialConfig, storage: Path, others: Sequence[Any] = ())
     return Checked(splits, backbone, report)
 
 
+def check_encoders(checked: Checked, configs: Iterable[TrialConfig]) -> Checked:
+    """Load the pretrained weights of further trials.
+
+    Raises:
+        ConfigError: Naming every problem that was found.
+        EnvironmentProblem: If weights cannot be fetched.
+    """
+    more: dict[str, Backbone] = {}
+    problems: list[str] = []
+    for config in configs:
+        key = _encoder_key(config)
+        try:
+            if key not in more:
+                more[key] = load_backbone(config.backbone, config.data.image_size)[0]
+        except ConfigError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise ConfigError(problems)
+    return replace(checked, more=more)
+
+
 def prepare(checked: Checked, config: TrialConfig, store: TableStore, device: str) -> Tables:
-    """Write what all trials share: manifest, images, weights, views and frozen features.
+    """Write what trials share: manifest, images, weights, views and frozen features.
 
     Args:
         checked: What :func:`check_inputs` found.
-        config: The trial, or the base of a study.
+        config: One of the trials that read these tables.
         store: Of the storage; what is there already and sound is used.
         device: Where the frozen encoder runs.
     """
     manifest = manifest_path(config.data, store.storage)
     manifest.parent.mkdir(parents=True, exist_ok=True)
     write_manifest(checked.splits, manifest)
-    root, backbone = data_root(config.data), checked.backbone
+    root, backbone = data_root(config.data), checked.encoder_of(config)
     images = store.table(
         table_name("images", checked.splits.content_digest()),
         lambda path: write_images(checked.splits, root, path),
@@ -118,6 +151,14 @@ def prepare(checked: Checked, config: TrialConfig, store: TableStore, device: st
     )
     store.keep_limit()
     return tables
+
+
+def prepare_all(
+    checked: Checked, configs: Iterable[TrialConfig], store: TableStore, device: str
+) -> dict[str, Tables]:
+    """As :func:`prepare`, for trials of several kinds: their tables by `TrialConfig.tables_key`."""
+    by_key = {config.tables_key: config for config in configs}
+    return {key: prepare(checked, config, store, device) for key, config in by_key.items()}
 
 
 def preparing_device(resources: ResourcesConfig, capacity: Capacity) -> tuple[str, tuple[str, ...]]:
@@ -137,6 +178,10 @@ def preparing_device(resources: ResourcesConfig, capacity: Capacity) -> tuple[st
         )
     note = "this machine has no GPU and computes the frozen features on its CPUs, once"
     return "cpu", (note,)
+
+
+def _encoder_key(config: TrialConfig) -> str:
+    return digest(config.backbone.name, config.backbone.weights, config.data.image_size)
 
 
 def data_root(config: DataConfig) -> Path:

@@ -13,6 +13,21 @@ from drtune_ray.config import SchedulerConfig
 from drtune_ray.search.protocol import CONFIG_NUMBER, EPOCH, OBJECTIVE
 
 
+def build_scheduler(
+    config: SchedulerConfig, max_epochs: int, reference_numbers: Collection[int]
+) -> StudyASHA | None:
+    """The scheduler of a search; None where every trial runs to its end.
+
+    Args:
+        config: Which one, and its settings.
+        max_epochs: Of a trial.
+        reference_numbers: Numbers of the reference trials, which it never stops; may grow later.
+    """
+    if config.name == "none":
+        return None
+    return StudyASHA(config, max_epochs, reference_numbers)
+
+
 class StudyASHA(AsyncHyperBandScheduler):  # type: ignore[misc]
     """Ray Tune's ASHA with two additions.
 

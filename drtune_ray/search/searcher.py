@@ -3,8 +3,9 @@
 A trial is known by its Optuna number. Ray's own OptunaSearch tells the sampler that a trial
 stopped early is a finished one and leaves diverged ones RUNNING; this one tells what happened:
 
-    finished, or stopped by its own patience      COMPLETE  with its best value
-    stopped by the scheduler                      PRUNED    with its best values by epoch
+    finished, or stopped by its own patience,     COMPLETE  with its best value
+    or at the study's target
+    stopped by the scheduler or the budget        PRUNED    with its best values by epoch
     diverged or out of memory, because of the     PRUNED    with a violated constraint, so that
     point                                                   the sampler avoids it
     the machine's fault                           FAIL      with what the machine did
@@ -13,20 +14,16 @@ stopped early is a finished one and leaves diverged ones RUNNING; this one tells
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import warnings
-from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
-import optuna
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import Trial, TrialState
 from ray.tune.search import Searcher
 
-from drtune_ray.config import SamplerConfig, TrialConfig
 from drtune_ray.results import trials
+from drtune_ray.search.budget import REACHED_TARGET, STOPPED_BY_BUDGET, Budget
+from drtune_ray.search.proposals import Proposals
 from drtune_ray.search.protocol import (
     CONFIG_NUMBER,
     CONFIG_TRIAL,
@@ -36,71 +33,35 @@ from drtune_ray.search.protocol import (
     OUTCOME,
     result_history,
 )
-from drtune_ray.search.space import SearchSpace
-from drtune_ray.training.model import derived_seed
 from drtune_ray.training.records import COMPLETED, DIVERGED, PATIENCE
 
 STOPPED_BY_SCHEDULER = "stopped by the scheduler"
 CONSTRAINT = "trains"
-RESULT_STATES = (TrialState.COMPLETE, TrialState.PRUNED)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A trial that every study runs first: its name and configuration."""
-
-    name: str
-    config: TrialConfig
 
 
 class StudySearch(Searcher):  # type: ignore[misc]
-    """Proposes unfinished trials first, then the references, then what Optuna samples.
+    """Hands Tune one trial after another and tells Optuna what became of each.
 
     Args:
-        study: The Optuna study; its storage outlives this object.
-        space: What to search.
-        base: The configuration that the space varies.
-        references: Trials to run first, in this order.
-        num_trials: How many trials the study shall hold, references included. One that the
-            machine failed takes its place in this run and is made good by the next.
-        sampler_for: Optuna's sampler for the trial of a number. One for each, so that a resumed
-            study proposes what the unbroken one would from the same history.
+        proposals: Which trial is next.
+        budget: Asked why a trial was stopped; None where nothing but its own end stops one.
     """
 
-    def __init__(
-        self,
-        study: optuna.Study,
-        space: SearchSpace,
-        base: TrialConfig,
-        references: tuple[Reference, ...],
-        num_trials: int,
-        sampler_for: Callable[[int], optuna.samplers.BaseSampler],
-    ) -> None:
+    def __init__(self, proposals: Proposals, budget: Budget | None = None) -> None:
         super().__init__(metric=OBJECTIVE, mode="max")
-        self._sampler_for = sampler_for
-        self.study, self._space, self._base = study, space, base
-        self._num_left = 0
+        self.study, self.proposals, self._budget = proposals.study, proposals, budget
         self._end: Exception | None = None
-        known = study.get_trials(deepcopy=False)
-        # What the machine failed, and what never got its configuration, is run again.
-        sound = [t for t in known if t.state != TrialState.FAIL and trials.CONFIG in t.user_attrs]
-        begun = {trial.user_attrs.get(trials.REFERENCE) for trial in sound}
-        self._references = deque(r for r in references if r.name not in begun)
-        self.reference_numbers = {t.number for t in known if t.user_attrs.get(trials.REFERENCE)}
-        self._unfinished = deque(self._adopt(known))
-        self._num_left = num_trials - len(sound)
         self._active: dict[str, Trial] = {}
-        self._reported: dict[int, set[int]] = {t.number: set(t.intermediate_values) for t in known}
+        self._reported: dict[int, set[int]] = {
+            trial.number: set(trial.intermediate_values)
+            for trial in self.study.get_trials(deepcopy=False)
+        }
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """The next trial as Tune's config, or FINISHED."""
-        if self._unfinished:
-            trial = self._unfinished.popleft()
-        elif self._num_left <= 0:
+        trial = self.proposals.next()
+        if trial is None:
             return str(Searcher.FINISHED)
-        else:
-            trial = self._new_trial()
-            self._num_left -= 1
         self._active[trial_id] = trial
         return {CONFIG_NUMBER: trial.number, CONFIG_TRIAL: trial.user_attrs[trials.CONFIG]}
 
@@ -157,47 +118,6 @@ class StudySearch(Searcher):  # type: ignore[misc]
     def restore(self, checkpoint_path: str) -> None:
         """Nothing to restore."""
 
-    def _adopt(self, known: list[FrozenTrial]) -> list[Trial]:
-        """Trials that a former driver left RUNNING, those apart that it had not yet described."""
-        running = [t for t in known if t.state == TrialState.RUNNING]
-        self._undescribed = deque(t for t in running if trials.CONFIG not in t.user_attrs)
-        described = (t for t in running if trials.CONFIG in t.user_attrs)
-        return [Trial(self.study, frozen._trial_id) for frozen in described]
-
-    def _ask(self) -> Trial:
-        """A trial without a configuration: one that was cut off as it was proposed, or a new one.
-
-        Either is proposed by the sampler of its number, and so comes out the same.
-        """
-        if not self._undescribed:
-            number = len(self.study.get_trials(deepcopy=False))
-            self.study.sampler = self._sampler_for(number)
-            return self.study.ask()
-        frozen = self._undescribed.popleft()
-        self.study.sampler = self._sampler_for(frozen.number)
-        return Trial(self.study, frozen._trial_id)
-
-    def _new_trial(self) -> Trial:
-        if not self._references:
-            trial = self._ask()
-            self._describe(trial, self._space.suggest(trial, self._base))
-            return trial
-        reference = self._references.popleft()
-        values = self._space.locate(reference.config, self._base)
-        if values is not None:
-            self.study.enqueue_trial(values, skip_if_exists=True)
-        trial = self._ask()
-        if values is not None:
-            self._space.suggest(trial, self._base)  # enters the parameters
-        trial.set_user_attr(trials.REFERENCE, reference.name)
-        self.reference_numbers.add(trial.number)
-        self._describe(trial, reference.config)
-        return trial
-
-    @staticmethod
-    def _describe(trial: Trial, config: TrialConfig) -> None:
-        trial.set_user_attr(trials.CONFIG, json.dumps(config.to_mapping()))
-
     def _report(self, trial: Trial, result: dict[str, Any]) -> None:
         reported = self._reported.setdefault(trial.number, set())
         for record in result_history(result):
@@ -206,15 +126,23 @@ class StudySearch(Searcher):  # type: ignore[misc]
                 reported.add(record.epoch)
 
     def _tell_outcome(self, trial: Trial, result: dict[str, Any]) -> None:
-        outcome = result[OUTCOME] or STOPPED_BY_SCHEDULER
+        outcome = result[OUTCOME] or self._why_stopped(result)
         value = float(result[OBJECTIVE])
         trial.set_user_attr(NUM_THREADS, result[NUM_THREADS])
         if outcome in (DIVERGED, OUT_OF_MEMORY):
             self._tell(trial, TrialState.PRUNED, outcome, violation=1.0)
-        elif outcome in (COMPLETED, PATIENCE) and math.isfinite(value):
+        elif outcome in (COMPLETED, PATIENCE, REACHED_TARGET) and math.isfinite(value):
             self._tell(trial, TrialState.COMPLETE, outcome, value=value)
         else:
             self._tell(trial, TrialState.PRUNED, outcome)
+
+    def _why_stopped(self, result: dict[str, Any]) -> str:
+        """Why Tune stopped a trial that did not end by itself."""
+        if self._budget is not None and self._budget.has_reached_target(result):
+            return REACHED_TARGET
+        if self._budget is not None and self._budget.hard_end() is not None:
+            return STOPPED_BY_BUDGET
+        return STOPPED_BY_SCHEDULER
 
     def _tell(
         self,
@@ -230,20 +158,3 @@ class StudySearch(Searcher):  # type: ignore[misc]
         if state != TrialState.FAIL and CONSTRAINT not in trial.constraints:
             trial.set_constraint(CONSTRAINT, violation)
         self.study.tell(trial, value, state=state)
-
-
-def build_sampler(config: SamplerConfig, seed: int, number: int) -> optuna.samplers.BaseSampler:
-    """Optuna's sampler for one trial, seeded by the study's seed and the trial's number."""
-    seed = derived_seed(seed, "proposal", number) % 2**32
-    if config.name == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    with warnings.catch_warnings():
-        # Conditional parameters are modelled together with what they depend on: `group`.
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.TPESampler(
-            seed=seed,
-            n_startup_trials=config.num_startup_trials,
-            multivariate=True,
-            group=True,
-            constant_liar=True,  # several trials run at a time
-        )

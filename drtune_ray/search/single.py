@@ -117,7 +117,7 @@ def run_training(
     checked = check_inputs(config, storage)
     config = config.with_values({"data.train": str(data_root(config.data))})
     values = config.to_mapping()
-    deciding = deciding_values(values, checked.splits.content_digest(), checked.backbone.digest)
+    deciding = deciding_values(values, checked.splits.content_digest(), checked.weights_digest)
     folder = storage / name
     joining = ready_cluster(config.training, resources, with_dashboard=True)
     with (
@@ -211,7 +211,7 @@ def _train(
         tables = prepare(checked, config, store, device)
         kept.keep_shared(manifest_path(config.data, store.storage))
         workplace = Workplace(
-            tables.to_mapping(),
+            {config.tables_key: tables.to_mapping()},
             checkpoints.path.parent,
             resources.cpus_per_worker,
             "cuda" if demand.num_gpus else "cpu",

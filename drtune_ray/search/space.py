@@ -150,6 +150,12 @@ class SearchSpace:
                 values[parameter.path] = config[parameter.path] = parameter.suggest(trial)
         return base.with_values(values)
 
+    def optuna_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(values)
+
+    def violations(self, config: TrialConfig, facts: Mapping[str, float]) -> dict[str, float]:
+        return {}
+
     def locate(self, config: TrialConfig, base: TrialConfig) -> dict[str, Any] | None:
         """The parameter values with which `base` becomes `config`; None if it lies outside."""
         wanted, found = flattened(config.to_mapping()), flattened(base.to_mapping())

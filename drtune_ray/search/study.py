@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from drtune_ray.config import StudyConfig, reference_config
+from drtune_ray.search.done import is_done
 from drtune_ray.search.driver import StudyDriver, StudyPlan, StudyResult
 from drtune_ray.search.failures import (
     full_disk_is_told,
 )
 from drtune_ray.search.identity import (
-    DONE_NAME,
     RECORD_FILE,
     SPLITS_NAME,
     STUDY,
@@ -31,7 +31,7 @@ from drtune_ray.search.prepare import (
     manifest_path,
     write_manifest,
 )
-from drtune_ray.search.searcher import Reference
+from drtune_ray.search.proposals import FixedTrial
 from drtune_ray.search.servers import (
     StudyArtifacts,
     check_storage_of,
@@ -79,7 +79,7 @@ def run_study(
     trial = config.trial.with_values({"data.train": str(data_root(config.trial.data))})
     config = config.model_copy(update={"space": _space_content(config), "trial": trial})
     values = config.to_mapping()
-    deciding = deciding_values(values, checked.splits.content_digest(), checked.backbone.digest)
+    deciding = deciding_values(values, checked.splits.content_digest(), checked.weights_digest)
     with (
         full_disk_is_told(config.folder),
         _cluster(config) as capacity,
@@ -106,7 +106,7 @@ def run_study(
 
 def _check(
     config: StudyConfig,
-) -> tuple[Checked, SearchSpace, tuple[Reference, ...], tuple[str, ...]]:
+) -> tuple[Checked, SearchSpace, tuple[FixedTrial, ...], tuple[str, ...]]:
     found: list[SearchSpace] = []
     checked = check_inputs(
         config.trial,
@@ -119,14 +119,13 @@ def _check(
     for name in config.reference_trials:
         trial = reference_config(config.trial, name)
         size = min(trial.method.bank_size, highest)
-        references.append(Reference(name, trial.with_values({"method.bank_size": size})))
+        references.append(FixedTrial(name, trial.with_values({"method.bank_size": size})))
     return checked, space, tuple(references), (checked.summary(), *notes)
 
 
 def _cluster(config: StudyConfig) -> AbstractContextManager[Capacity | None]:
     """The cluster for the search; none is joined to show a study that is done."""
-    done = config.folder / DONE_NAME
-    if done.exists() and int(done.read_text()) >= config.trials:
+    if is_done(config):
         return nullcontext()
     training = config.trial.training
     return ready_cluster(training, config.resources, with_dashboard=training.max_workers > 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,13 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from drtune_ray.config import SamplerConfig, TrialConfig, reference_config
+from drtune_ray.config import TrialConfig
 from drtune_ray.results.trials import best_trial, summary
+from drtune_ray.search.proposals import SearchProposals
 from drtune_ray.search.protocol import HISTORY, OBJECTIVE, OUT_OF_MEMORY, failed_by_point
-from drtune_ray.search.searcher import Reference, StudySearch, build_sampler
-from drtune_ray.search.servers import open_storage, open_study
-from drtune_ray.search.space import SearchSpace
+from drtune_ray.search.searcher import StudySearch
 from drtune_ray.training.records import COMPLETED, DIVERGED, PATIENCE
-
-SPACE = {
-    "parameters": {
-        "optim.backbone_lr": {"float": [1e-4, 1.0], "log": True},
-        "method.bank_size": {"int": [8, 64], "log": True},
-    }
-}
+from tests.search.searches import opened, result, searching
 
 
 @pytest.fixture
@@ -37,45 +29,13 @@ def base(make_trial) -> TrialConfig:
 @pytest.fixture
 def make_search(tmp_path: Path, base: TrialConfig) -> Any:
     def make(num_trials: int = 50, references: tuple[str, ...] = (), seed: int = 0) -> StudySearch:
-        return StudySearch(
-            opened(tmp_path),
-            SearchSpace.from_mapping(SPACE, base),
-            base,
-            tuple(Reference(name, reference_config(base, name)) for name in references),
-            num_trials,
-            partial(build_sampler, SamplerConfig(), seed),
-        )
+        return searching(opened(tmp_path), base, num_trials, references, seed)
 
     return make
 
 
-def opened(folder: Path) -> optuna.Study:
-    return open_study(open_storage(folder, None), "a-study")
-
-
 def trials(tmp_path: Path) -> list[optuna.trial.FrozenTrial]:
     return opened(tmp_path).get_trials()
-
-
-def result(values: list[float], outcome: str = "") -> dict[str, Any]:
-    best = [max(values[: i + 1]) for i in range(len(values))]
-    history = [
-        {
-            "epoch": i + 1,
-            "time_ms": i,
-            "metrics": {OBJECTIVE: value, "best_epoch": float(values.index(value) + 1)},
-            "steps": [],
-        }
-        for i, value in enumerate(best)
-    ]
-    return {
-        OBJECTIVE: best[-1] if best else float("nan"),
-        "epoch": len(values),
-        "outcome": outcome,
-        HISTORY: json.dumps(history),
-        "num_threads": 1,
-        "done": bool(outcome),
-    }
 
 
 OUTCOMES = {
@@ -154,7 +114,7 @@ def test_references_come_first_and_enter_the_sampler_only_from_within(make_searc
     # The default preset lies in the space; the others differ in settings that it does not vary.
     assert names[0].params == {"optim.backbone_lr": 0.001, "method.bank_size": 32}
     assert names[1].params == names[2].params == {}
-    assert search.reference_numbers == {0, 1, 2}
+    assert search.proposals.reference_numbers == {0, 1, 2}
     methods = [json.loads(t.user_attrs["config"])["method"] for t in names]
     assert [m["name"] for m in methods] == ["dr_tune", "ce_tuning", "dr_tune", "dr_tune"]
     assert methods[2]["reduction"] == "mean"
@@ -163,14 +123,7 @@ def test_references_come_first_and_enter_the_sampler_only_from_within(make_searc
 def test_same_seed_same_first_proposals(make_search, tmp_path, base):
     def proposals(folder: Path, seed: int) -> list[dict[str, Any]]:
         folder.mkdir()
-        search = StudySearch(
-            opened(folder),
-            SearchSpace.from_mapping(SPACE, base),
-            base,
-            (),
-            50,
-            partial(build_sampler, SamplerConfig(), seed),
-        )
+        search = searching(opened(folder), base, 50, seed=seed)
         return [search.suggest(str(i)) for i in range(5)]
 
     assert proposals(tmp_path / "1", 0) == proposals(tmp_path / "2", 0)
@@ -186,7 +139,7 @@ def test_a_new_driver_resumes_the_unfinished_first_then_goes_on(make_search, tmp
 
     search = make_search(num_trials=5, references=("default",))
     assert [search.suggest("x"), search.suggest("y")] == [first[0], first[2]]
-    assert search.reference_numbers == {0}
+    assert search.proposals.reference_numbers == {0}
     new = [search.suggest("z")["number"], search.suggest("w")["number"]]
     assert new == [3, 4]
     assert search.suggest("v") == "FINISHED"
@@ -226,7 +179,7 @@ def test_a_proposal_that_was_cut_off_comes_out_the_same(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(StudySearch, "_describe", cut_off)
+        patch.setattr(SearchProposals, "_described", cut_off)
         killed.suggest("cut off")
     resumed = make_search(num_trials=4, references=references)
     assert [resumed.suggest(str(i)) for i in range(num_before)] == found
@@ -253,9 +206,7 @@ def test_the_sampler_avoids_what_diverged(base, tmp_path):
     for seed in range(2):
         (tmp_path / str(seed)).mkdir()
         study = opened(tmp_path / str(seed))
-        space = SearchSpace.from_mapping(SPACE, base)
-        sampler_for = partial(build_sampler, SamplerConfig(), seed)
-        search = StudySearch(study, space, base, (), 70, sampler_for)
+        search = searching(study, base, 70, seed=seed)
         for index in range(70):
             config = json.loads(search.suggest(str(index))["trial"])
             rate = config["optim"]["backbone_lr"]

@@ -1,0 +1,104 @@
+"""When a search has had enough: trials, epochs, time, a target, or no progress."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from ray.tune import Stopper
+
+from drtune_ray.config import BudgetConfig
+from drtune_ray.results import trials
+from drtune_ray.search.protocol import OBJECTIVE
+
+SECONDS = "seconds"  # user attribute of the Optuna study: what its searches took so far
+STOPPED_BY_BUDGET, REACHED_TARGET = "stopped by the budget", "reached the target accuracy"
+
+
+class Budget(Stopper):  # type: ignore[misc]
+    """Ends the search at whichever limit is met first.
+
+    The number of trials and `patience_trials` only keep new ones from starting; the other limits
+    end those that run at the end of their epoch too. All is read from the Optuna study, so that a
+    search that was interrupted goes on with what it has left.
+
+    Args:
+        num_trials: Trials of the study, the references included.
+        config: The other limits.
+        study: The Optuna study.
+        clock: Seconds, from any moment on.
+    """
+
+    def __init__(
+        self,
+        num_trials: int,
+        config: BudgetConfig,
+        study: optuna.Study,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._num_trials, self._config, self._study = num_trials, config, study
+        self._clock, self._started = clock, clock()
+        self._seconds_before = float(study.user_attrs.get(SECONDS, 0.0))
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Whether Tune shall stop a trial at this epoch."""
+        return self.has_reached_target(result) or self.hard_end() is not None
+
+    def stop_all(self) -> bool:
+        """Each trial is asked for at the end of its own epoch."""
+        return False
+
+    def end(self, num_begun: int) -> str | None:
+        """Why no further trial starts, given how many were begun; None while one may."""
+        self.keep_time()
+        if num_begun >= self._num_trials:
+            return f"all {self._num_trials} trials were begun"
+        return self.hard_end() or self._without_progress()
+
+    def hard_end(self) -> str | None:
+        """Why even the trials that run are stopped; None while they go on."""
+        config = self._config
+        if config.max_seconds is not None and self.seconds >= config.max_seconds:
+            return f"budget.max_seconds={config.max_seconds:g} are over"
+        if config.max_epochs is None and config.target_accuracy is None:
+            return None
+        searched = self._searched()
+        num_epochs = sum(trials.num_epochs(trial) for trial in searched)
+        if config.max_epochs is not None and num_epochs >= config.max_epochs:
+            return f"budget.max_epochs={config.max_epochs} were trained"
+        best = max((trials.best_value(trial) for trial in searched), default=-1.0)
+        if config.target_accuracy is not None and best >= config.target_accuracy:
+            return f"budget.target_accuracy={config.target_accuracy:g} was reached"
+        return None
+
+    def has_reached_target(self, result: dict[str, Any]) -> bool:
+        """Whether a trial came to the target by this result."""
+        target = self._config.target_accuracy
+        return target is not None and float(result[OBJECTIVE]) >= target
+
+    @property
+    def seconds(self) -> float:
+        """What the search took so far, earlier runs included."""
+        return self._seconds_before + self._clock() - self._started
+
+    def keep_time(self) -> None:
+        """Write down what the search took; a killed driver loses what came after."""
+        self._study.set_user_attr(SECONDS, self.seconds)
+
+    def _without_progress(self) -> str | None:
+        patience = self._config.patience_trials
+        if patience is None:
+            return None
+        ended = [trial for trial in self._searched() if trial.state in trials.RESULT_STATES]
+        ended.sort(key=lambda trial: (trial.datetime_complete, trial.number))
+        values = [trials.best_value(trial) for trial in ended]
+        if len(values) - values.index(max(values)) - 1 < patience if values else True:
+            return None
+        return f"budget.patience_trials={patience} trials in a row were no better than the best"
+
+    def _searched(self) -> list[FrozenTrial]:
+        known = self._study.get_trials(deepcopy=False)
+        return [t for t in known if trials.is_searched(t) and t.state != TrialState.FAIL]

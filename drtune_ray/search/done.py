@@ -1,0 +1,40 @@
+"""Whether a study has come to its very end, and with which limits."""
+
+from __future__ import annotations
+
+import json
+
+from drtune_ray.config import StudyConfig
+from drtune_ray.search.identity import DONE_NAME
+
+
+def write_done(config: StudyConfig, num_trials: int) -> None:
+    """Say that a study with these limits is done; written last.
+
+    Args:
+        config: The study.
+        num_trials: Trials that came to a result.
+    """
+    content = json.dumps(_limits(config) | {"num_trials": num_trials}, indent=1)
+    (config.folder / DONE_NAME).write_text(content)
+
+
+def is_done(config: StudyConfig, num_trials: int | None = None) -> bool:
+    """Whether a run with the same limits came to its end.
+
+    Args:
+        config: The study.
+        num_trials: Trials that have a result now; None: not known yet.
+    """
+    try:
+        done = json.loads((config.folder / DONE_NAME).read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    wanted = _limits(config) | {"num_trials": done["num_trials"]}
+    return done == wanted and num_trials in (None, done["num_trials"])
+
+
+def _limits(config: StudyConfig) -> dict[str, object]:
+    """What may be changed to make a study that is done go on."""
+    limits = ("trials", "budget", "finalists")
+    return {key: value for key, value in config.to_mapping().items() if key in limits}

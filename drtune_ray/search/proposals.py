@@ -1,0 +1,265 @@
+"""Which trial of a study is next, in each of its two parts: the search, then the finalists."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from drtune_ray.config import TRIAL_NOT_DECIDING, TrialConfig
+from drtune_ray.results import trials
+from drtune_ray.search.budget import Budget
+from drtune_ray.search.space import SearchSpace
+from drtune_ray.values import digest, flattened_without
+
+# Infeasible or duplicate points that are proposed in a row before the space is taken for empty.
+MAX_UNTRAINED_IN_A_ROW = 100
+INFEASIBLE, DUPLICATE = "infeasible", "duplicate of trial"
+CUT_OFF = "cut off as it was proposed"
+SamplerFor = Callable[[int], optuna.samplers.BaseSampler]
+
+
+@dataclass(frozen=True)
+class FixedTrial:
+    """A trial whose configuration is given: a reference trial, or one of a finalist.
+
+    Attributes:
+        name: What it is, once in a study.
+        config: Its configuration.
+    """
+
+    name: str
+    config: TrialConfig
+
+
+class Proposals(ABC):
+    """The trials of one part of a study that are still to be run, in their order.
+
+    Trials that a former driver left unfinished come first.
+
+    Args:
+        study: The Optuna study.
+        known: All of its trials.
+    """
+
+    def __init__(self, study: optuna.Study, known: Iterable[FrozenTrial]) -> None:
+        self.study = study
+        running = [trial for trial in known if trial.state == TrialState.RUNNING]
+        # Cut off before it was described: its number is taken, and nothing else is known of it.
+        self._undescribed = deque(t for t in running if trials.CONFIG not in t.user_attrs)
+        described = (t for t in running if trials.CONFIG in t.user_attrs)
+        self._unfinished = deque(
+            Trial(study, trial._trial_id) for trial in described if self.is_ours(trial)
+        )
+
+    def next(self) -> Trial | None:
+        """The next trial, described by its configuration; None where none is left."""
+        if self._unfinished:
+            return self._unfinished.popleft()
+        return self._new_trial()
+
+    @abstractmethod
+    def has_next(self) -> bool:
+        """Whether a trial is left to run."""
+
+    @abstractmethod
+    def is_ours(self, trial: FrozenTrial) -> bool:
+        """Whether a trial belongs to this part of the study."""
+
+    @abstractmethod
+    def _new_trial(self) -> Trial | None:
+        """A trial that nobody has begun."""
+
+    def _ask(self, sampler_for: SamplerFor, **marks: Any) -> Trial:
+        """A trial without a configuration: one that was cut off as it was proposed, or a new one.
+
+        Either is proposed by the sampler of its number, and so comes out the same.
+
+        Args:
+            sampler_for: See `SearchProposals`.
+            marks: User attributes that the trial gets.
+        """
+        trial = self._cut_off(sampler_for, marks)
+        if trial is None:
+            number = len(self.study.get_trials(deepcopy=False))
+            self.study.sampler = sampler_for(number)
+            trial = self.study.ask()
+        for name, value in marks.items():
+            trial.set_user_attr(name, value)
+        return trial
+
+    def _cut_off(self, sampler_for: SamplerFor, marks: Mapping[str, Any]) -> Trial | None:
+        while self._undescribed:
+            frozen = self._undescribed.popleft()
+            trial = Trial(self.study, frozen._trial_id)
+            if all(marks.get(name) == value for name, value in frozen.user_attrs.items()):
+                self.study.sampler = sampler_for(frozen.number)
+                return trial
+            # It was to become something else, which is proposed in its own turn.
+            trial.set_user_attr(trials.NOT_TRAINED, CUT_OFF)
+            self.study.tell(trial, state=TrialState.FAIL)
+        return None
+
+
+class SearchProposals(Proposals):
+    """The user's own points, the reference trials, then what Optuna samples.
+
+    A sampled point that breaks a constraint of the space, or repeats one, is told to Optuna as
+    what it is and not trained.
+
+    Args:
+        study: The Optuna study; its storage outlives this object.
+        space: What to search.
+        base: The configuration that the space varies.
+        references: Trials to run before what is sampled, in this order.
+        budget: Ends the search.
+        sampler_for: Optuna's sampler for the trial of a number. One for each, so that a resumed
+            study proposes what the unbroken one would from the same history.
+        start_with: Points of the space to run first of all: values by path; what a point leaves
+            open is sampled.
+        facts: Numbers of the data for constraints.
+    """
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        space: SearchSpace,
+        base: TrialConfig,
+        references: tuple[FixedTrial, ...],
+        budget: Budget,
+        sampler_for: SamplerFor,
+        *,
+        start_with: tuple[Mapping[str, Any], ...] = (),
+        facts: Mapping[str, float] | None = None,
+    ) -> None:
+        known = study.get_trials(deepcopy=False)
+        super().__init__(study, known)
+        self._space, self._base, self._budget = space, base, budget
+        self._sampler_for, self._facts = sampler_for, facts or {}
+        # What the machine failed, and what never got its configuration, is run again.
+        sound = [t for t in known if trials.is_trained(t) and t.state != TrialState.FAIL]
+        begun = {trial.user_attrs.get(trials.REFERENCE) for trial in sound}
+        self._references = deque(r for r in references if r.name not in begun)
+        started = {trial.user_attrs.get(trials.START_POINT) for trial in sound}
+        points = enumerate(start_with, 1)
+        self._points = deque((n, dict(point)) for n, point in points if n not in started)
+        self.reference_numbers = {t.number for t in known if t.user_attrs.get(trials.REFERENCE)}
+        self._seen = {_content(t.user_attrs[trials.CONFIG]): t.number for t in sound}
+        self._num_begun = sum(self.is_ours(trial) for trial in sound)
+        self.end: str | None = None
+
+    def has_next(self) -> bool:
+        """Whether a trial is left unfinished, or the budget allows a new one."""
+        return bool(self._unfinished) or self._budget.end(self._num_begun) is None
+
+    def is_ours(self, trial: FrozenTrial) -> bool:
+        """Whether a trial was proposed for the search, and not for the finalists."""
+        return trials.FINALIST not in trial.user_attrs and trials.is_trained(trial)
+
+    def _new_trial(self) -> Trial | None:
+        self.end = self._budget.end(self._num_begun)
+        if self.end is not None:
+            return None
+        trial: Trial | None
+        if self._points:
+            trial = self._start_point(*self._points.popleft())
+        elif self._references:
+            trial = self._reference(self._references.popleft())
+        else:
+            trial = self._sampled_until_new()
+        self._num_begun += trial is not None
+        return trial
+
+    def _start_point(self, number: int, values: dict[str, Any]) -> Trial:
+        self.study.enqueue_trial(self._space.optuna_values(values), skip_if_exists=True)
+        trial = self._ask(self._sampler_for, **{trials.START_POINT: number})
+        return self._described(trial, self._space.suggest(trial, self._base))
+
+    def _reference(self, reference: FixedTrial) -> Trial:
+        values = self._space.locate(reference.config, self._base)
+        if values is not None:
+            self.study.enqueue_trial(self._space.optuna_values(values), skip_if_exists=True)
+        trial = self._ask(self._sampler_for, **{trials.REFERENCE: reference.name})
+        if values is not None:
+            self._space.suggest(trial, self._base)  # enters the parameters
+        self.reference_numbers.add(trial.number)
+        return self._described(trial, reference.config)
+
+    def _sampled_until_new(self) -> Trial | None:
+        for _ in range(MAX_UNTRAINED_IN_A_ROW):
+            trial = self._ask(self._sampler_for)
+            config = self._space.suggest(trial, self._base)
+            violated = self._space.violations(config, self._facts)
+            former = self._seen.get(_content(json.dumps(config.to_mapping())))
+            if violated:
+                self._tell_infeasible(trial, violated)
+            elif former is not None:
+                trial.set_user_attr(trials.NOT_TRAINED, f"{DUPLICATE} {former}")
+                # Nothing new is known of the point: samplers pass over what failed.
+                self.study.tell(trial, state=TrialState.FAIL)
+            else:
+                return self._described(trial, config)
+        self.end = (
+            f"{MAX_UNTRAINED_IN_A_ROW} points in a row broke a constraint or had been trained: "
+            "the search space holds no more"
+        )
+        return None
+
+    def _tell_infeasible(self, trial: Trial, violated: Mapping[str, float]) -> None:
+        trial.set_user_attr(trials.NOT_TRAINED, f"{INFEASIBLE}: {', '.join(violated)}")
+        for constraint, violation in violated.items():
+            trial.set_constraint(constraint, violation)
+        self.study.tell(trial, state=TrialState.PRUNED)
+
+    def _described(self, trial: Trial, config: TrialConfig) -> Trial:
+        text = json.dumps(config.to_mapping())
+        self._seen.setdefault(_content(text), trial.number)
+        trial.set_user_attr(trials.CONFIG, text)
+        return trial
+
+
+class FinalistProposals(Proposals):
+    """Repetitions of the finalists, each on a seed of its own; nothing is sampled.
+
+    Args:
+        study: The Optuna study.
+        repetitions: What to run. One that a former run completed is not run again.
+    """
+
+    def __init__(self, study: optuna.Study, repetitions: tuple[FixedTrial, ...]) -> None:
+        known = study.get_trials(deepcopy=False)
+        names = {repetition.name for repetition in repetitions}
+        self._names = names
+        super().__init__(study, known)
+        sound = [t for t in known if trials.is_trained(t) and t.state != TrialState.FAIL]
+        begun = {trial.user_attrs.get(trials.FINALIST) for trial in sound}
+        self._left = deque(r for r in repetitions if r.name not in begun)
+        self.reference_numbers: set[int] = set()
+
+    def has_next(self) -> bool:
+        """Whether a repetition is left."""
+        return bool(self._unfinished or self._left)
+
+    def is_ours(self, trial: FrozenTrial) -> bool:
+        """Whether a trial is one of the repetitions."""
+        return trial.user_attrs.get(trials.FINALIST) in self._names
+
+    def _new_trial(self) -> Trial | None:
+        if not self._left:
+            return None
+        repetition = self._left.popleft()
+        mark = {trials.FINALIST: repetition.name}
+        trial = self._ask(lambda number: optuna.samplers.RandomSampler(seed=number), **mark)
+        trial.set_user_attr(trials.CONFIG, json.dumps(repetition.config.to_mapping()))
+        return trial
+
+
+def _content(config: str) -> str:
+    """What decides a trial's result, from its JSON; two of the same content are duplicates."""
+    return digest(flattened_without(json.loads(config), TRIAL_NOT_DECIDING))

@@ -1,0 +1,145 @@
+"""One part of a study through Ray Tune: the search, or its finalists."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray.tune import Stopper
+from ray.tune.schedulers import TrialScheduler
+
+from drtune_ray.config import StudyConfig
+from drtune_ray.data.dataset import Tables
+from drtune_ray.search.actor import Workplace
+from drtune_ray.search.callback import StudyCallback
+from drtune_ray.search.failures import lost_processes_are_failures
+from drtune_ray.search.identity import SCRATCH_NAME, TRIALS_FOLDER
+from drtune_ray.search.interruption import saving_when_interrupted
+from drtune_ray.search.lifeline import ProgressWatch
+from drtune_ray.search.nodes import Demand, trial_demand, trials_that_fit
+from drtune_ray.search.reaper import Reaper
+from drtune_ray.search.searcher import StudySearch
+from drtune_ray.search.servers import StudyArtifacts
+from drtune_ray.search.session import scratch_folder
+from drtune_ray.search.shared import Cluster
+from drtune_ray.search.trainables import tune_trainable
+from drtune_ray.search.waiting import ResourceWait, WaitCallback, giving_up
+from drtune_ray.tracking.events import Sink
+from drtune_ray.training.checkpoint import trial_folder
+
+MAX_MACHINE_FAILURES = 2
+
+
+@dataclass(frozen=True)
+class TuneRun:
+    """What all parts of a study have in common when Tune runs them.
+
+    Attributes:
+        config: The study.
+        study_id: Its id.
+        artifacts: What outlives this machine's disk.
+        cluster: Where the trials run.
+        emit: Takes the events.
+        disk_error: Why an event was lost, if one was.
+        on_interrupt: Called when the study is interrupted.
+    """
+
+    config: StudyConfig
+    study_id: str
+    artifacts: StudyArtifacts
+    cluster: Cluster
+    emit: Sink
+    disk_error: Callable[[], OSError | None]
+    on_interrupt: Callable[[], None]
+
+    @property
+    def trials_at_a_time(self) -> int:
+        """How many trials run side by side."""
+        return trials_that_fit(self._demand, self.config.resources, self.cluster.capacity)
+
+    def run(
+        self,
+        search: StudySearch,
+        tables: Mapping[str, Tables],
+        *,
+        scheduler: TrialScheduler | None = None,
+        stop: Stopper | None = None,
+    ) -> None:
+        """Run the trials that a searcher proposes until it has no more.
+
+        Args:
+            search: Proposes trials and takes what became of them.
+            tables: By `TrialConfig.tables_key`.
+            scheduler: Stops trials early; None: each runs to its end.
+            stop: Stops trials for the sake of the whole study.
+        """
+        from ray import tune
+
+        workplace, watch = self._workplace(tables), self._watch()
+        wait = ResourceWait(
+            self._demand, self.config.resources.wait_seconds, self.cluster.on_notice
+        )
+        callback = StudyCallback(search, self.emit, workplace.trials_folder, watch, self.disk_error)
+        callbacks = [callback, WaitCallback(wait)]
+        if watch is None:
+            callbacks.append(Reaper(self._drop_resumable))
+        # Our callback tells a trial's error in one line, and Tune's own files are not needed.
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+        # Tune's own folder is disposable: Optuna's storage and ours hold everything.
+        with scratch_folder(self.config.folder / SCRATCH_NAME) as scratch:
+            tuner = tune.Tuner(
+                tune_trainable(self.config, workplace, self.cluster.capacity),
+                tune_config=tune.TuneConfig(
+                    search_alg=search,
+                    scheduler=scheduler,
+                    num_samples=-1,
+                    max_concurrent_trials=self.trials_at_a_time,
+                    reuse_actors=watch is not None,
+                ),
+                run_config=tune.RunConfig(
+                    name="tune",
+                    storage_path=str(scratch),
+                    stop=stop,
+                    callbacks=callbacks,
+                    failure_config=tune.FailureConfig(max_failures=MAX_MACHINE_FAILURES),
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                    verbose=0,
+                ),
+            )
+            with (
+                giving_up(),
+                lost_processes_are_failures(),
+                saving_when_interrupted(self.study_id, lambda: callback.running, self.on_interrupt),
+            ):
+                tuner.fit()
+                search.check_storage()
+
+    @property
+    def _demand(self) -> Demand:
+        return trial_demand(self.config.trial.training, self.config.resources)
+
+    def _workplace(self, tables: Mapping[str, Tables]) -> Workplace:
+        resources = self.config.resources
+        return Workplace(
+            {key: found.to_mapping() for key, found in tables.items()},
+            self.config.folder / TRIALS_FOLDER,
+            resources.cpus_per_worker,
+            "cuda" if resources.worker_gpus(1) else "cpu",
+            self.artifacts.trials,
+            self.artifacts.shelf,
+            token=self.cluster.token,
+            study_id=self.study_id,
+            hang_seconds=resources.hang_seconds,
+        )
+
+    def _watch(self) -> ProgressWatch | None:
+        """Sees that resident actors run; workers of Ray Train have a guard of their own."""
+        if self.config.trial.training.max_workers > 1:
+            return None
+        return ProgressWatch(self.study_id, self.config.resources.hang_seconds)
+
+    def _drop_resumable(self, number: int) -> None:
+        folder: Path = self.config.folder / TRIALS_FOLDER
+        trial_folder(folder, number, self.artifacts.trials).drop_resumable()
