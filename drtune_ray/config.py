@@ -242,18 +242,45 @@ TRIAL_NOT_DECIDING = (
 
 
 class SamplerConfig(Section):
-    """Optuna's sampler."""
+    """Optuna's sampler, and options of its own under the names that Optuna gives them.
 
-    name: Literal["tpe", "random"] = "tpe"
+    `num_startup_trials` are drawn at random first, by samplers that learn.
+    """
+
+    name: Literal["tpe", "gp", "cma_es", "qmc", "random", "nsga2", "nsga3"] = "tpe"
     num_startup_trials: PositiveInt = 6
+    options: dict[str, Any] = {}
+
+
+REFUSED_SCHEDULERS = {
+    "pbt": "population-based training changes settings within a trial: no search algorithm can "
+    "propose them",
+    "pb2": "PB2 changes settings within a trial: no search algorithm can propose them",
+    "hyperband": "it pauses trials, and a paused trial would be restarted at every rung",
+    "bohb": "it pauses trials and brings a sampler of its own beside Optuna's",
+}
+
+
+def _scheduler(value: Any) -> Any:
+    if isinstance(value, str) and value.lower() in REFUSED_SCHEDULERS:
+        raise ValueError(
+            f"scheduler.name={value!r} cannot work: {REFUSED_SCHEDULERS[value.lower()]}; "
+            "take asha, median or none"
+        )
+    return value
 
 
 class SchedulerConfig(Section):
-    """Early stopping: ASHA with its r (`min_epochs`) and eta (`reduction_factor`)."""
+    """Early stopping.
 
-    name: Literal["asha", "none"] = "asha"
+    ``asha`` with its r (`min_epochs`) and eta (`reduction_factor`); ``median`` stops after
+    `min_epochs` what is below the median of at least `min_trials` others; ``none``.
+    """
+
+    name: Annotated[Literal["asha", "median", "none"], BeforeValidator(_scheduler)] = "asha"
     min_epochs: PositiveInt = 2
     reduction_factor: Annotated[float, Field(gt=1.0)] = 3.0
+    min_trials: PositiveInt = 4
 
 
 class BudgetConfig(Section):

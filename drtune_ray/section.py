@@ -20,24 +20,31 @@ class Section(BaseModel):
 S = TypeVar("S", bound=Section)
 
 
-def validated(section: type[S], values: Mapping[str, Any]) -> S:
-    """Build a section, turning pydantic's errors into one `ConfigError`."""
+def validated(section: type[S], values: Mapping[str, Any], prefix: str = "") -> S:
+    """Build a section, turning pydantic's errors into one `ConfigError`.
+
+    Args:
+        section: Its class.
+        values: Nested plain values.
+        prefix: Goes before each path in the messages.
+    """
     try:
         return section.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError(_sentence(section, problem) for problem in error.errors()) from None
+        problems = error.errors()
+        raise ConfigError(_sentence(section, problem, prefix) for problem in problems) from None
 
 
-def _sentence(section: type[Section], problem: Any) -> str:
+def _sentence(section: type[Section], problem: Any, prefix: str) -> str:
     # Union members and validators appear in the location; only real keys are shown.
     known = set(known_paths(section))
     keys: list[str] = []
     for part in problem["loc"]:
         if problem["type"] == "extra_forbidden" or ".".join([*keys, str(part)]) in known:
             keys.append(str(part))
-    path = ".".join(keys)
+    path = prefix + ".".join(keys)
     if problem["type"] == "extra_forbidden":
-        return unknown_name("key", path, sorted(known))
+        return unknown_name("key", path, [prefix + name for name in sorted(known)])
     if problem["type"] == "missing":
         return f"{path} is missing: give it a value"
     if problem["type"] == "value_error":

@@ -12,6 +12,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from drtune_ray.errors import ConfigError
+from drtune_ray.search.machine import Machine
 from drtune_ray.search.request import study_request, trial_request
 from drtune_ray.values import read_yaml, to_yaml
 from tests.small import BACKBONE, write_coloured
@@ -194,6 +196,30 @@ def test_presets_reach_a_training(images):
     assert config.method.reduction == "mean"
     assert config.optim.schedule == "cosine_per_epoch"
     assert config.optim.nesterov is False
+
+
+def test_resources_reach_a_training(images, tmp_path):
+    flags = {"data_folder": str(images)}
+    _, resources, _ = trial_request(None, ["resources.gpus_per_worker=0.5"], flags)
+    assert (resources.gpus_per_worker, resources.cpus_per_worker) == (0.5, 1)
+    file = tmp_path / "trial.yaml"
+    file.write_text("resources: {wait_seconds: 5, cpus_per_worker: 2}\noptim: {nesterov: true}\n")
+    config, resources, _ = trial_request(file, ["resources.cpus_per_worker=3"], flags)
+    assert (resources.wait_seconds, resources.cpus_per_worker) == (5.0, 3)
+    assert config.optim.nesterov
+    with pytest.raises(ConfigError, match="'resources.wait_second'; did you mean 'resources.wait"):
+        trial_request(None, ["resources.wait_second=5"], flags)
+
+
+def test_a_share_of_a_gpu_takes_the_place_of_the_default(images, monkeypatch):
+    monkeypatch.setattr("drtune_ray.search.request.this_machine", lambda: Machine(8, 2))
+    flags, share = {"data_folder": str(images)}, ["resources.gpus_per_trial=0.25"]
+    for resources in (
+        study_request(None, share, flags)[0].resources,
+        trial_request(None, share, flags)[1],
+    ):
+        assert (resources.gpus_per_trial, resources.gpus_per_worker) == (0.25, 0.0)
+    assert study_request(None, [], flags)[0].resources.gpus_per_worker == 1.0
 
 
 @pytest.mark.ray

@@ -119,7 +119,11 @@ class StudyCallback(Callback):  # type: ignore[misc]
         self._running.pop(folder_name(number), None)
         if number in self._ended:
             return self._ended.pop(number)
-        return failure_of(trial, self._trials_folder / folder_name(number))
+        failure = failure_of(trial, self._trials_folder / folder_name(number))
+        if failure.problem is not None:
+            # Such a node is free at once, and would take and fail one trial after another.
+            self._search.end_with(failure.problem)
+        return failure
 
     def _finish(self, number: int, tags: dict[str, str] | None = None) -> None:
         frozen = self._frozen(number)

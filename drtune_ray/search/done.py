@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from drtune_ray.config import StudyConfig
+from drtune_ray.data.artifacts import LocalFolder
 from drtune_ray.search.identity import DONE_NAME
 
 
@@ -16,7 +17,7 @@ def write_done(config: StudyConfig, num_trials: int) -> None:
         num_trials: Trials that came to a result.
     """
     content = json.dumps(_limits(config) | {"num_trials": num_trials}, indent=1)
-    (config.folder / DONE_NAME).write_text(content)
+    LocalFolder(config.folder).write(DONE_NAME, content.encode())
 
 
 def is_done(config: StudyConfig, num_trials: int | None = None) -> bool:

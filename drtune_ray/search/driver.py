@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -51,13 +50,18 @@ from drtune_ray.search.servers import StudyArtifacts, as_problem
 from drtune_ray.search.shared import Cluster
 from drtune_ray.search.space import SearchSpace
 from drtune_ray.search.tuning import TuneRun
-from drtune_ray.tracking.events import Event, FilesReady, RunFinished, RunStarted, Sink
+from drtune_ray.tracking.events import (
+    Event,
+    FilesReady,
+    RunFinished,
+    RunStarted,
+    Sink,
+    fan_out,
+)
 from drtune_ray.tracking.mlflow_recorder import build_recorder
 from drtune_ray.tracking.spool import BackgroundWriter, Spool
 from drtune_ray.training.checkpoint import TrialFolder, trial_folder
 from drtune_ray.values import flattened
-
-logger = logging.getLogger(__name__)
 
 SEARCH, FINALISTS = "search", "finalists"
 
@@ -188,7 +192,7 @@ class StudyDriver:
             TableStore(self.storage, limit, self.artifacts.shelf) as store,
         ):
             self._writer, self._store = writer, store
-            self._emit = _fan_out(writer.emit, observer, self._free_disk)
+            self._emit = fan_out(writer.emit, observer, self._free_disk)
             self._tell_start(is_restored)
             try:
                 self._search(on_plan)
@@ -300,10 +304,11 @@ class StudyDriver:
         if self._is_interruption_told:
             return
         self._is_interruption_told = True
+        # The study first: a database that is away must not keep it RUNNING.
+        self._emit(RunFinished(None, "INTERRUPTED", "interrupted", {}, {}))
         for trial in self.study.get_trials(deepcopy=False):
             if trial.state == TrialState.RUNNING:
                 self._emit(RunFinished(trial.number, "INTERRUPTED", "interrupted", {}, {}))
-        self._emit(RunFinished(None, "INTERRUPTED", "interrupted", {}, {}))
 
     def _finish(self) -> StudyResult:
         """Name the winner, write it, and say that the study is done."""
@@ -427,18 +432,3 @@ class StudyDriver:
 
     def _searched(self) -> tuple[str, ...]:
         return tuple(parameter.path for parameter in self.space.parameters)
-
-
-def _fan_out(*sinks: Sink | None) -> Sink:
-    """Every observer gets every event; one that fails does not stop the study."""
-
-    def emit(event: Event) -> None:
-        for sink in sinks:
-            if sink is None:
-                continue
-            try:
-                sink(event)
-            except Exception:  # observers never steer a run
-                logger.warning("an observer failed on %s", event.kind, exc_info=True)
-
-    return emit

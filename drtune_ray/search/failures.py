@@ -29,17 +29,26 @@ NODE_LOST = "node lost"
 PROCESS_KILLED = "process killed"
 HUNG = "hung"  # for so many seconds
 HUNG_STACKS = "hung.txt"
+UNFIT_NODE = "a node that is not fit"
 MACHINE_FAILURE = "machine failure"
 
+PROBLEM = re.compile(rf"{EnvironmentProblem.__name__}: (.+)")
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What the machine did: the name of the outcome, and one line that says more."""
+    """What the machine did.
+
+    Attributes:
+        outcome: Its name.
+        error: One line that says more.
+        problem: What is wrong with a node, for the user to mend; None of everything else.
+    """
 
     outcome: str
     error: str
+    problem: EnvironmentProblem | None = None
 
 
 def failure_of(trial: Any, trial_folder: Path) -> Failure:
@@ -56,6 +65,8 @@ def failure_from(error: BaseException | None, trial_folder: Path) -> Failure:
         return hung
     if error is None:
         return Failure(MACHINE_FAILURE, "unknown error")
+    if problem := _node_problem(error):
+        return Failure(UNFIT_NODE, str(problem), problem)
     return Failure(outcome_of(error), described(error))
 
 
@@ -78,6 +89,17 @@ def outcome_of(error: BaseException) -> str:
         if isinstance(cause, RayActorError) and not isinstance(cause, RayTaskError):
             return PROCESS_KILLED
     return MACHINE_FAILURE
+
+
+def _node_problem(error: BaseException) -> EnvironmentProblem | None:
+    """What a process found wrong with its node when it started."""
+    for cause in causes(error):
+        if isinstance(cause, EnvironmentProblem):
+            return EnvironmentProblem(str(cause))
+        # Of an actor that could not be made Ray hands on the text alone.
+        if isinstance(cause, RayActorError) and (found := PROBLEM.search(str(cause))):
+            return EnvironmentProblem(found[1])
+    return None
 
 
 def described(error: BaseException) -> str:
@@ -106,11 +128,15 @@ def _of_ray_train(error: BaseException) -> BaseException | None:
     """
     failures: list[BaseException] = [*getattr(error, "worker_failures", {}).values()]
     if failures:
-        return max(failures, key=lambda failure: outcome_of(failure) != MACHINE_FAILURE)
+        return max(failures, key=_tells_more)
     for name in ("controller_failure", "health_check_failure"):
         if isinstance(found := getattr(error, name, None), BaseException):
             return found
     return None
+
+
+def _tells_more(failure: BaseException) -> bool:
+    return _node_problem(failure) is not None or outcome_of(failure) != MACHINE_FAILURE
 
 
 def _error_of(trial: Any) -> BaseException | None:

@@ -17,18 +17,21 @@ from typing import Any
 import ray
 from ray import ActorID, PlacementGroupID
 from ray.core.generated import gcs_pb2
+from ray.experimental import internal_kv
 from ray.tune import Callback
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.state import list_nodes
 
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.search.group import own_cluster
+from drtune_ray.search.lifeline import NAMESPACE
 from drtune_ray.search.protocol import CONFIG_NUMBER
 
 LOOK_SECONDS = 1.0
 END_SECONDS = 15.0
 STATE_API_SECONDS = 10
 WORKER_CLASS = "RayTrainWorker"
+BY_DRIVER = (b"", ActorID.nil().binary())  # the creator of what a driver itself asked for
 
 
 class Reaper(Callback):  # type: ignore[misc]
@@ -78,20 +81,33 @@ def remove_orphans() -> int:
     return len(orphans)
 
 
+def register_job() -> None:
+    """Write down at Ray's head that this job is ours, for `remove_leftovers` of later ones."""
+    internal_kv._internal_kv_put(_job_key(_own_job()), b"1", namespace=NAMESPACE)
+
+
 def remove_leftovers() -> int:
-    """Remove the placement groups of jobs that have ended; returns their number.
+    """Remove the placement groups of our jobs that have ended; returns their number.
 
     One that was asked for while its job was ending comes behind Ray's own cleaning and stays for
-    ever (2.60): it waits for resources and takes them when they are free.
+    ever (2.60): it waits for resources and takes them when they are free. Other users' jobs are
+    not looked at: theirs may live on in a detached actor that made the group.
     """
     ended = {job["JobID"] for job in ray._private.state.jobs() if job["IsDead"]}
+    registered = internal_kv._internal_kv_list(_job_key(""), namespace=NAMESPACE)
+    ours = {job for job in ended if _job_key(job) in registered}
     leftovers = [
         PlacementGroup(PlacementGroupID(group.placement_group_id))
         for group in _groups()
-        if group.creator_job_id.hex() in ended and not group.is_detached
+        if group.creator_job_id.hex() in ours
+        and not group.is_detached
+        and _has_no_living_creator(group)
     ]
     for left in leftovers:
         remove_placement_group(left)
+    if not leftovers:
+        for job in ours:
+            internal_kv._internal_kv_del(_job_key(job), namespace=NAMESPACE)
     return len(leftovers)
 
 
@@ -109,20 +125,34 @@ def check_state_api() -> None:
             "trainings of several workers need the dashboard of the Ray cluster, which does not "
             "answer: without it each one that is stopped early leaves a process on the head node. "
             "Install ray[default] there and start it with --include-dashboard=true "
-            f"({str(error).strip().splitlines()[0]})"
+            f"({(str(error).strip().splitlines() or [type(error).__name__])[0]})"
         ) from None
 
 
 def _orphans() -> Iterator[PlacementGroup]:
-    job = ray.get_runtime_context().get_job_id()
-    nobody = ActorID.nil().binary()  # made by the driver itself
     for group in _groups():
         if (
-            group.creator_job_id.hex() == job
-            and group.creator_actor_id not in (b"", nobody)
+            group.creator_job_id.hex() == _own_job()
+            and group.creator_actor_id not in BY_DRIVER
             and group.creator_actor_dead
+            and not group.is_detached
         ):
             yield PlacementGroup(PlacementGroupID(group.placement_group_id))
+
+
+def _has_no_living_creator(group: Any) -> bool:
+    if group.creator_actor_id in BY_DRIVER:
+        return True
+    creator = ray._private.state.actors(actor_id=group.creator_actor_id.hex())
+    return not creator or creator.get("State") == "DEAD"
+
+
+def _own_job() -> str:
+    return str(ray.get_runtime_context().get_job_id())
+
+
+def _job_key(job: str) -> bytes:
+    return f"jobs/{job}".encode()
 
 
 def _groups() -> Iterator[Any]:
@@ -135,6 +165,6 @@ def _groups() -> Iterator[Any]:
 
 
 def _num_workers() -> int:
-    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    job = ray.JobID.from_hex(_own_job())
     actors = ray._private.state.actors(job_id=job, actor_state_name="ALIVE").values()
     return sum(actor["ActorClassName"].startswith(WORKER_CLASS) for actor in actors)

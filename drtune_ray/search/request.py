@@ -14,6 +14,7 @@ from drtune_ray.config import DataConfig, ResourcesConfig, StudyConfig, TrialCon
 from drtune_ray.data.sources import IMAGE_SUFFIXES
 from drtune_ray.errors import ConfigError
 from drtune_ray.search.machine import fitting_defaults, this_machine
+from drtune_ray.section import validated
 from drtune_ray.training.backbones import DEMO_BACKBONE
 from drtune_ray.values import deep_merge, flattened, nested, parse_assignments, read_yaml
 
@@ -63,6 +64,7 @@ def study_request(
     folder = _data_folder(trial)
     asked.setdefault("name", _name_of(folder))
     defaults = _fitted(fitting_defaults(this_machine()), trial, folder)
+    defaults["resources"] = _fitting_resources(defaults, _mapping(asked, "resources"))
     config = StudyConfig.from_mapping(deep_merge(defaults, asked))
     return config, _say(defaults, asked)
 
@@ -70,16 +72,23 @@ def study_request(
 def trial_request(
     trial_file: Path | None, assignments: Iterable[str], flags: Mapping[str, Any]
 ) -> tuple[TrialConfig, ResourcesConfig, list[str]]:
-    """As :func:`study_request`, for a single training: its configuration and a worker's share."""
+    """As :func:`study_request`, for a single training: its configuration and a worker's share.
+
+    The file may hold ``resources`` beside the settings of the trial, as a study's does.
+    """
     trial = read_yaml(trial_file) if trial_file else {}
     trial = deep_merge(trial, nested(_trial_values(flags)))
     trial = deep_merge(trial, nested(parse_assignments(assignments)))
+    asked = _mapping(trial, "resources")
+    trial.pop("resources", None)
     folder = _data_folder(trial)
     defaults = _fitted(fitting_defaults(this_machine()), trial, folder)
     preset = trial.pop("preset", None)
     config = TrialConfig.from_mapping(deep_merge(defaults["trial"], trial), preset=preset)
-    resources = ResourcesConfig(**defaults["resources"])
-    return config, resources, _say({"trial": defaults["trial"]}, {"trial": trial})
+    fitting = _fitting_resources(defaults, asked)
+    resources = validated(ResourcesConfig, fitting | dict(asked), "resources.")
+    said = _say({"trial": defaults["trial"]}, {"trial": trial})
+    return config, resources, said
 
 
 def _given(names: Mapping[str, str], flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,6 +147,12 @@ def _fitted(defaults: dict[str, Any], trial: Mapping[str, Any], folder: Path) ->
         size //= 2
     chosen["trial.training.batch_size"] = size
     return deep_merge(defaults, nested(chosen))
+
+
+def _fitting_resources(defaults: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Default resources that do not say otherwise what was asked for."""
+    replaced = "gpus_per_worker" if "gpus_per_trial" in asked else None
+    return {key: value for key, value in defaults["resources"].items() if key != replaced}
 
 
 def _num_train_at_least(folder: Path, data: Mapping[str, Any]) -> int:

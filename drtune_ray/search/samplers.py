@@ -1,27 +1,93 @@
-"""Optuna's samplers by name."""
+"""Optuna's samplers by name, with their own options."""
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import warnings
+from typing import Any
 
 import optuna
 
 from drtune_ray.config import SamplerConfig
+from drtune_ray.errors import ConfigError
+from drtune_ray.section import unknown_name
 from drtune_ray.training.model import derived_seed
+
+SAMPLERS: dict[str, Any] = {
+    "tpe": optuna.samplers.TPESampler,
+    "gp": optuna.samplers.GPSampler,
+    "cma_es": optuna.samplers.CmaEsSampler,
+    "qmc": optuna.samplers.QMCSampler,
+    "random": optuna.samplers.RandomSampler,
+    "nsga2": optuna.samplers.NSGAIISampler,
+    "nsga3": optuna.samplers.NSGAIIISampler,
+}
+# Conditional parameters are modelled together with what they depend on (`group`), and what other
+# workers are trying is not tried again (`constant_liar`).
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "tpe": {"multivariate": True, "group": True, "constant_liar": True},
+    "cma_es": {"warn_independent_sampling": False},
+    "gp": {"warn_independent_sampling": False},
+    "qmc": {"scramble": True, "warn_independent_sampling": False},
+}
+PLAIN = (bool, int, float, str)
+# A point of a sequence depends on all before it: the seed of the sequence must stay.
+SEQUENCES = ("qmc",)
+RANDOM_START = "n_startup_trials"
+
+
+def check_sampler(config: SamplerConfig) -> None:
+    """Build the sampler once.
+
+    Raises:
+        ConfigError: For an option that the sampler does not have or does not take.
+    """
+    valid = _options(config.name)
+    problems = [
+        unknown_name(f"option of the sampler {config.name}", name, valid)
+        for name in config.options
+        if name not in valid
+    ]
+    if config.name == "cma_es" and importlib.util.find_spec("cmaes") is None:
+        problems.append("sampler.name=cma_es needs a package: pip install cmaes")
+    if not problems:
+        try:
+            build_sampler(config, 0, 0)
+        except (TypeError, ValueError) as error:
+            problems.append(f"sampler.options={config.options!r} are not valid: {error}")
+    if problems:
+        raise ConfigError(problems)
 
 
 def build_sampler(config: SamplerConfig, seed: int, number: int) -> optuna.samplers.BaseSampler:
-    """Optuna's sampler for one trial, seeded by the study's seed and the trial's number."""
-    seed = derived_seed(seed, "proposal", number) % 2**32
-    if config.name == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
+    """Optuna's sampler for one trial, seeded by the study's seed and the trial's number.
+
+    Args:
+        config: Which one, and its options.
+        seed: Of the study.
+        number: Of the trial.
+    """
+    parts = ("proposals",) if config.name in SEQUENCES else ("proposal", number)
+    options = DEFAULTS.get(config.name, {}) | config.options
+    if RANDOM_START in _options(config.name):
+        options = {RANDOM_START: config.num_startup_trials} | options
     with warnings.catch_warnings():
-        # Conditional parameters are modelled together with what they depend on: `group`.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.TPESampler(
-            seed=seed,
-            n_startup_trials=config.num_startup_trials,
-            multivariate=True,
-            group=True,
-            constant_liar=True,  # several trials run at a time
+        sampler: optuna.samplers.BaseSampler = SAMPLERS[config.name](
+            seed=derived_seed(seed, *parts) % 2**32, **options
         )
+    return sampler
+
+
+def _options(name: str) -> list[str]:
+    """Options that a file can hold; the seed is the study's."""
+    parameters = inspect.signature(SAMPLERS[name]).parameters
+    plain = [
+        option
+        for option, parameter in parameters.items()
+        if option != "seed"
+        and "Callable" not in str(parameter.annotation)
+        and any(kind.__name__ in str(parameter.annotation) for kind in PLAIN)
+    ]
+    return plain

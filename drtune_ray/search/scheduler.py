@@ -1,39 +1,59 @@
-"""ASHA by epochs, over trials that are known by their Optuna number."""
+"""Ray Tune's early stopping by epochs, over trials that are known by their Optuna number.
+
+Of Tune's schedulers two need nothing but to stop a trial, and those are offered. The others are
+refused in `config.py` with the reason.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from types import SimpleNamespace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from optuna.trial import FrozenTrial
-from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
 
 from drtune_ray.config import SchedulerConfig
 from drtune_ray.search.protocol import CONFIG_NUMBER, EPOCH, OBJECTIVE
 
 
+class StudyScheduler(Protocol):
+    """One of Tune's schedulers that knows the trials of earlier drivers.
+
+    Reference trials run to their last epoch and leave no trace in it. Tune's trial ids change
+    between drivers: it knows Optuna's numbers.
+    """
+
+    def refill(self, trials: Iterable[FrozenTrial]) -> None:
+        """Enter the recorded values of earlier trials: it decides as one that saw them would."""
+
+
 def build_scheduler(
     config: SchedulerConfig, max_epochs: int, reference_numbers: Collection[int]
-) -> StudyASHA | None:
+) -> StudyASHA | StudyMedian | None:
     """The scheduler of a search; None where every trial runs to its end.
 
     Args:
         config: Which one, and its settings.
-        max_epochs: Of a trial.
+        max_epochs: R, of a trial.
         reference_numbers: Numbers of the reference trials, which it never stops; may grow later.
     """
-    if config.name == "none":
-        return None
-    return StudyASHA(config, max_epochs, reference_numbers)
+    if config.name == "asha":
+        return StudyASHA(config, max_epochs, reference_numbers)
+    if config.name == "median":
+        return StudyMedian(config, max_epochs, reference_numbers)
+    return None
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A trial as a scheduler sees it."""
+
+    trial_id: str
 
 
 class StudyASHA(AsyncHyperBandScheduler):  # type: ignore[misc]
-    """Ray Tune's ASHA with two additions.
-
-    Reference trials run to their last epoch and leave no trace in the rungs; and the rungs can be
-    filled again from the values that Optuna recorded, so that a resumed study decides as the
-    unbroken one would. Tune's trial ids change between drivers: rungs know Optuna's numbers.
+    """Ray Tune's ASHA as a `StudyScheduler`.
 
     Args:
         config: `min_epochs` (r) and `reduction_factor` (eta).
@@ -56,29 +76,26 @@ class StudyASHA(AsyncHyperBandScheduler):  # type: ignore[misc]
 
     def refill(self, trials: Iterable[FrozenTrial]) -> None:
         """Enter the recorded intermediate values of earlier trials into the rungs."""
-        for trial in trials:
-            if trial.number in self._reference_numbers or not trial.intermediate_values:
-                continue
-            known = SimpleNamespace(trial_id=str(trial.number))
+        for known, results in _recorded(trials, self._reference_numbers):
             super().on_trial_add(None, known)
-            for epoch, value in sorted(trial.intermediate_values.items()):
-                super().on_trial_result(None, known, {EPOCH: epoch, OBJECTIVE: value})
+            for result in results:
+                super().on_trial_result(None, known, result)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """A trial joins the rungs under its number."""
-        if self._is_ranked(trial):
-            super().on_trial_add(tune_controller, _numbered(trial))
+        if _number(trial) not in self._reference_numbers:
+            super().on_trial_add(tune_controller, _known(trial))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Stop a trial that its rung has left behind."""
-        if not self._is_ranked(trial):
+        if _number(trial) in self._reference_numbers:
             return str(TrialScheduler.CONTINUE)
-        return str(super().on_trial_result(tune_controller, _numbered(trial), result))
+        return str(super().on_trial_result(tune_controller, _known(trial), result))
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """Enter the last value, which Tune does not show to `on_trial_result`."""
-        if self._is_ranked(trial) and result.get(EPOCH):
-            super().on_trial_result(tune_controller, _numbered(trial), result)
+        if _number(trial) not in self._reference_numbers and result.get(EPOCH):
+            super().on_trial_result(tune_controller, _known(trial), result)
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
         """Forget a trial that never ran."""
@@ -86,9 +103,71 @@ class StudyASHA(AsyncHyperBandScheduler):  # type: ignore[misc]
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """A failed trial keeps its rungs: its values were true."""
 
-    def _is_ranked(self, trial: Any) -> bool:
-        return trial.config[CONFIG_NUMBER] not in self._reference_numbers
+
+class StudyMedian(MedianStoppingRule):  # type: ignore[misc]
+    """Ray Tune's median stopping rule (Golovin et al., Vizier, KDD 2017) as a `StudyScheduler`.
+
+    A trial is stopped when its best accuracy so far is below the median of the others' mean over
+    their epochs up to this one.
+
+    Args:
+        config: `min_epochs` and `min_trials`, before which it stops nothing.
+        max_epochs: R.
+        reference_numbers: Numbers of the reference trials; may grow later.
+    """
+
+    def __init__(
+        self, config: SchedulerConfig, max_epochs: int, reference_numbers: Collection[int]
+    ) -> None:
+        super().__init__(
+            time_attr=EPOCH,
+            metric=OBJECTIVE,
+            mode="max",
+            grace_period=min(config.min_epochs, max_epochs),
+            min_samples_required=config.min_trials,
+        )
+        self._reference_numbers = reference_numbers
+
+    def refill(self, trials: Iterable[FrozenTrial]) -> None:
+        """Enter the recorded intermediate values of earlier trials."""
+        for known, results in _recorded(trials, self._reference_numbers):
+            self._results[known].extend(results)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Stop a trial that is worse than the median."""
+        if _number(trial) in self._reference_numbers:
+            return str(TrialScheduler.CONTINUE)
+        return str(super().on_trial_result(tune_controller, _known(trial), result))
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Enter the last value, which Tune does not show to `on_trial_result`."""
+        if _number(trial) not in self._reference_numbers and result.get(EPOCH):
+            super().on_trial_complete(tune_controller, _known(trial), result)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        """Forget a trial that never ran."""
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """A failed trial's values were true."""
+
+    def _on_insufficient_samples(self, tune_controller: Any, trial: Any, time: float) -> str:
+        # Tune's own would pause the trial, to let others run that are not there.
+        return str(TrialScheduler.CONTINUE)
 
 
-def _numbered(trial: Any) -> SimpleNamespace:
-    return SimpleNamespace(trial_id=str(trial.config[CONFIG_NUMBER]))
+def _recorded(
+    trials: Iterable[FrozenTrial], reference_numbers: Collection[int]
+) -> Iterable[tuple[_Known, list[dict[str, Any]]]]:
+    for trial in trials:
+        if trial.number not in reference_numbers and trial.intermediate_values:
+            values = sorted(trial.intermediate_values.items())
+            results = [{EPOCH: epoch, OBJECTIVE: value} for epoch, value in values]
+            yield _Known(str(trial.number)), results
+
+
+def _number(trial: Any) -> int:
+    return int(trial.config[CONFIG_NUMBER])
+
+
+def _known(trial: Any) -> _Known:
+    return _Known(str(_number(trial)))

@@ -86,7 +86,12 @@ class StudySearch(Searcher):  # type: ignore[misc]
             del self._active[trial_id]
 
     def fail(self, trial_id: str, outcome: str) -> None:
-        """Tell Optuna that the machine failed a trial for the last time, and how."""
+        """Tell Optuna that the machine failed a trial for the last time, and how.
+
+        After `end_with` it stays unfinished.
+        """
+        if self._end is not None:
+            return
         if trial := self._active.pop(trial_id, None):
             with self._error_kept():
                 self._tell(trial, TrialState.FAIL, outcome)

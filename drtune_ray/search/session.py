@@ -71,9 +71,10 @@ def ray_session(*, with_dashboard: bool = False) -> Iterator[Capacity]:
         raise EnvironmentProblem(_unreachable(address, error)) from None
     try:
         if not is_local:
-            from drtune_ray.search.reaper import remove_leftovers
+            from drtune_ray.search.reaper import register_job, remove_leftovers
 
             remove_leftovers()
+            register_job()
         # Ray takes SIGTERM for itself when it starts.
         with signals_as_interrupt():
             yield read_capacity(is_local=is_local)

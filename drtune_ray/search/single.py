@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from drtune_ray.config import NAME_PATTERN, ResourcesConfig, TrackingConfig, TrialConfig
+from drtune_ray.data.artifacts import LocalFolder
+from drtune_ray.data.dataset import Tables
 from drtune_ray.data.store import TableStore
 from drtune_ray.errors import ConfigError, DrtuneError, EnvironmentProblem
 from drtune_ray.results.winner import read_winner, write_winner
 from drtune_ray.search.actor import Workplace
+from drtune_ray.search.failures import FULL_DISK, full_disk_is_told
 from drtune_ray.search.identity import (
     DONE_NAME,
     RECORD_FILE,
@@ -26,8 +30,8 @@ from drtune_ray.search.identity import (
     deciding_values,
     driver_lease,
     open_record,
-    read_record,
 )
+from drtune_ray.search.interruption import saving_when_interrupted
 from drtune_ray.search.nodes import trial_demand
 from drtune_ray.search.prepare import (
     Checked,
@@ -39,23 +43,23 @@ from drtune_ray.search.prepare import (
     write_manifest,
 )
 from drtune_ray.search.protocol import OBJECTIVE, OUT_OF_MEMORY, OUTCOME
-from drtune_ray.search.servers import StudyArtifacts
+from drtune_ray.search.servers import StudyArtifacts, as_problem
 from drtune_ray.search.session import ready_cluster, scratch_folder, signals_as_interrupt
 from drtune_ray.search.shared import Cluster, shared_folder
 from drtune_ray.search.waiting import Notify, ResourceWait
-from drtune_ray.search.workers import train_on_workers
+from drtune_ray.search.workers import controllers_ended, train_on_workers
 from drtune_ray.tracking.events import (
-    Event,
     FilesReady,
     MetricsRecorded,
     RunFinished,
     RunStarted,
     Sink,
     StepsRecorded,
+    fan_out,
 )
 from drtune_ray.tracking.mlflow_recorder import build_recorder
 from drtune_ray.tracking.spool import BackgroundWriter, Spool
-from drtune_ray.training.checkpoint import trial_folder
+from drtune_ray.training.checkpoint import TrialFolder, trial_folder
 from drtune_ray.training.records import COMPLETED, PATIENCE, EpochRecord
 from drtune_ray.values import flattened
 
@@ -121,6 +125,7 @@ def run_training(
     folder = storage / name
     joining = ready_cluster(config.training, resources, with_dashboard=True)
     with (
+        full_disk_is_told(folder),
         nullcontext() if (folder / DONE_NAME).exists() else joining as capacity,
         driver_lease(folder),
         kept.lease(),
@@ -138,115 +143,135 @@ def run_training(
             kept.keep(RECORD_FILE, SPLITS_NAME)
             recorder = build_recorder(tracking, storage, record.study_id)
             with kept.unsent_kept(spool), BackgroundWriter(spool, recorder) as writer:
-                emit = _both(writer.emit, observer)
-                emit(RunStarted(None, name, flattened(values), {"drtune.kind": TRAINING}))
-                _train_and_tell(config, checked, folder, resources, emit, kept, cluster)
+                _Training(
+                    config,
+                    checked,
+                    folder,
+                    record.study_id,
+                    resources,
+                    kept,
+                    cluster,
+                    fan_out(writer.emit, observer),
+                    lambda: writer.disk_error,
+                ).run()
         about = read_winner(folder / WINNER_NAME).about
         return TrainingResult(
             folder, about["val_accuracy"], about["outcome"], spool.num_unsent(), was_done
         )
 
 
-def _both(first: Sink, second: Sink | None) -> Sink:
-    def emit(event: Event) -> None:
-        first(event)
-        if second:
-            second(event)
+@dataclass(frozen=True)
+class _Training:
+    """One run of a training in this process."""
 
-    return emit
+    config: TrialConfig
+    checked: Checked
+    folder: Path
+    study_id: str
+    resources: ResourcesConfig
+    kept: StudyArtifacts
+    cluster: Cluster
+    emit: Sink
+    disk_error: Callable[[], OSError | None]
 
+    def run(self) -> None:
+        """Train, keep the model, and end the run in MLflow whatever happens."""
+        params = flattened(self.config.to_mapping())
+        self.emit(RunStarted(None, self.folder.name, params, {"drtune.kind": TRAINING}))
+        try:
+            outcome = self._train_and_write()
+        except (KeyboardInterrupt, EnvironmentProblem):
+            self._tell_interruption()
+            raise
+        except BaseException as error:  # whatever it was, the run may not stay RUNNING
+            first_line = (str(error) or type(error).__name__).splitlines()[0]
+            self.emit(RunFinished(None, "FAIL", first_line, {}, {}))
+            raise
+        self.kept.keep(WINNER_NAME)
+        self.emit(FilesReady(None, str(self.folder / WINNER_NAME), WINNER_NAME))
+        self.emit(RunFinished(None, "COMPLETE", outcome, {}, {}))
+        LocalFolder(self.folder).write(DONE_NAME, outcome.encode())
+        self.kept.keep(DONE_NAME)
+        # Last: who is killed before finds the end of the training in its checkpoint.
+        self._checkpoints.drop_resumable()
 
-def _train_and_tell(
-    config: TrialConfig,
-    checked: Checked,
-    folder: Path,
-    resources: ResourcesConfig,
-    emit: Sink,
-    kept: StudyArtifacts,
-    cluster: Cluster,
-) -> None:
-    """Train, keep the model, and end the run in MLflow whatever happens."""
-    try:
-        result = _train(config, checked, folder, resources, emit, kept, cluster)
-    except (KeyboardInterrupt, EnvironmentProblem):  # the same command goes on
-        emit(RunFinished(None, "INTERRUPTED", "interrupted", {}, {}))
-        raise
-    except BaseException as error:  # whatever it was, the run may not stay RUNNING
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
-        emit(RunFinished(None, "FAIL", first_line, {}, {}))
-        raise
-    kept.keep(WINNER_NAME)
-    emit(FilesReady(None, str(folder / WINNER_NAME), WINNER_NAME))
-    emit(RunFinished(None, "COMPLETE", result[OUTCOME], {}, {}))
-    (folder / DONE_NAME).write_text(result[OUTCOME])
-    kept.keep(DONE_NAME)
-    # Last: who is killed before finds the end of the training in its checkpoint.
-    trial_folder(folder / TRIALS_FOLDER, 0, kept.trials).drop_resumable()
+    @property
+    def _checkpoints(self) -> TrialFolder:
+        return trial_folder(self.folder / TRIALS_FOLDER, 0, self.kept.trials)
 
+    def _train_and_write(self) -> str:
+        """Train on Ray Train and write the winner; returns the outcome.
 
-def _train(
-    config: TrialConfig,
-    checked: Checked,
-    folder: Path,
-    resources: ResourcesConfig,
-    emit: Sink,
-    kept: StudyArtifacts,
-    cluster: Cluster,
-) -> dict[str, Any]:
-    """Train on Ray Train and write the winner; returns the last result.
-
-    Raises:
-        DrtuneError: If the loss diverged or the workers failed.
-    """
-    device, notes = preparing_device(resources, cluster.capacity)
-    for note in notes:
-        cluster.on_notice(note)
-    demand = trial_demand(config.training, resources)
-    wait = ResourceWait(demand, resources.wait_seconds, cluster.on_notice)
-    checkpoints = trial_folder(folder / TRIALS_FOLDER, 0, kept.trials)
-    with (
-        scratch_folder(folder / SCRATCH_NAME) as scratch,
-        TableStore(folder.parent, config.data.cache_limit_gib, kept.shelf) as store,
-    ):
-        tables = prepare(checked, config, store, device)
-        kept.keep_shared(manifest_path(config.data, store.storage))
-        workplace = Workplace(
-            {config.tables_key: tables.to_mapping()},
-            checkpoints.path.parent,
-            resources.cpus_per_worker,
-            "cuda" if demand.num_gpus else "cpu",
-            kept.trials,
-            kept.shelf,
-            token=cluster.token,
-            study_id=read_record(folder).study_id,
-            hang_seconds=resources.hang_seconds,
+        Raises:
+            DrtuneError: If the loss diverged or the workers failed.
+        """
+        device, notes = preparing_device(self.resources, self.cluster.capacity)
+        for note in notes:
+            self.cluster.on_notice(note)
+        limit = self.config.data.cache_limit_gib
+        with TableStore(self.folder.parent, limit, self.kept.shelf) as store:
+            tables = prepare(self.checked, self.config, store, device)
+            self.kept.keep_shared(manifest_path(self.config.data, store.storage))
+            result = self._train(tables)
+        if result[OUTCOME] not in (COMPLETED, PATIENCE):
+            raise DrtuneError(_advice(result[OUTCOME], self.config))
+        about = {
+            "study": self.folder.name,
+            "val_accuracy": result[OBJECTIVE],
+            "outcome": result[OUTCOME],
+            "chosen": "best epoch of one training, by validation accuracy",
+        }
+        with as_problem(self.kept.uri):
+            best = self._checkpoints.fetch_best()
+        write_winner(
+            self.folder / WINNER_NAME, best, tables.backbone, tables.classes, self.config, about
         )
-        result = train_on_workers(
-            config,
-            workplace,
-            resources,
-            checkpoints,
-            scratch,
-            lambda record: _tell_epoch(record, emit),
-            wait.check,
+        return str(result[OUTCOME])
+
+    def _train(self, tables: Tables) -> dict[str, Any]:
+        """The last result."""
+        demand = trial_demand(self.config.training, self.resources)
+        wait = ResourceWait(demand, self.resources.wait_seconds, self.cluster.on_notice)
+        folder = self._checkpoints
+
+        def on_turn() -> None:
+            wait.check()
+            if (error := self.disk_error()) is not None and error.errno in FULL_DISK:
+                raise error
+
+        with (
+            scratch_folder(self.folder / SCRATCH_NAME) as scratch,
+            controllers_ended(),
+            saving_when_interrupted(
+                self.study_id, lambda: [folder.path.name], self._tell_interruption
+            ),
+        ):
+            return train_on_workers(
+                self.config,
+                self._workplace(tables, "cuda" if demand.num_gpus else "cpu"),
+                self.resources,
+                folder,
+                scratch,
+                lambda record: _tell_epoch(record, self.emit),
+                on_turn,
+            )
+
+    def _workplace(self, tables: Tables, device: str) -> Workplace:
+        return Workplace(
+            {self.config.tables_key: tables.to_mapping()},
+            self.folder / TRIALS_FOLDER,
+            self.resources.cpus_per_worker,
+            device,
+            self.kept.trials,
+            self.kept.shelf,
+            token=self.cluster.token,
+            study_id=self.study_id,
+            hang_seconds=self.resources.hang_seconds,
         )
-    if result[OUTCOME] not in (COMPLETED, PATIENCE):
-        raise DrtuneError(_advice(result[OUTCOME], config))
-    about = {
-        "study": folder.name,
-        "val_accuracy": result[OBJECTIVE],
-        "outcome": result[OUTCOME],
-        "chosen": "best epoch of one training, by validation accuracy",
-    }
-    write_winner(
-        folder / WINNER_NAME,
-        checkpoints.fetch_best(),
-        tables.backbone,
-        tables.classes,
-        config,
-        about,
-    )
-    return result
+
+    def _tell_interruption(self) -> None:
+        """The same command goes on."""
+        self.emit(RunFinished(None, "INTERRUPTED", "interrupted", {}, {}))
 
 
 def _advice(outcome: str, config: TrialConfig) -> str:

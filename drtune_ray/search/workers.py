@@ -8,17 +8,19 @@ for a trial of a study, or `train_on_workers`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
+from ray.exceptions import RayActorError
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from drtune_ray.config import ResourcesConfig, TrialConfig
@@ -35,6 +37,7 @@ from drtune_ray.search.protocol import (
     failed_by_point,
     trial_result,
 )
+from drtune_ray.search.reaper import remove_orphans
 from drtune_ray.training.checkpoint import TrialFolder
 from drtune_ray.training.records import EpochRecord, EpochReport
 
@@ -48,6 +51,9 @@ MAX_CONTROLLER_FAILURES = 3
 COLLECTIVE_GRACE_SECONDS = 60
 # How often Ray Train looks whether it could have more workers.
 RESIZE_SECONDS = 60.0
+# Ray Train's class, and how long it may take to end one.
+CONTROLLER_CLASS = "TrainController"
+CONTROLLER_END_SECONDS = 1.0
 # How long a trial's driver waits for Tune to end it, once Tune was told the last result.
 END_SECONDS = 600.0
 
@@ -260,7 +266,7 @@ def _fit_until_it_ends(
         try:
             result: dict[str, Any] = _fit_in_thread(start(), on_turn).return_value
             return result
-        except ray.train.TrainingFailedError as error:
+        except (ray.train.TrainingFailedError, RayActorError) as error:  # the latter: controller
             if point := _point_failed(error):
                 return point.result()
             num_failures = num_failures + 1 if epochs.num_told == num_told else 1
@@ -273,6 +279,7 @@ def _fit_until_it_ends(
                     "same command goes on"
                 ) from error
             logger.warning("training goes on from its last save: %s", failure.error)
+            remove_orphans()  # they would compete with the next workers
 
 
 def _point_failed(error: BaseException) -> PointFailed | None:
@@ -323,3 +330,35 @@ def _fit_in_thread(trainer: TorchTrainer, on_turn: Callable[[], None]) -> Any:
     if isinstance(outcome[0], BaseException):
         raise outcome[0]
     return outcome[0]
+
+
+def _controllers() -> set[str]:
+    """Ids of the living controllers of Ray Train that belong to this job."""
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    actors = ray._private.state.actors(job_id=job).values()
+    return {
+        actor["ActorID"]
+        for actor in actors
+        if actor["ActorClassName"] == CONTROLLER_CLASS and actor["State"] != "DEAD"
+    }
+
+
+@contextlib.contextmanager
+def controllers_ended() -> Iterator[None]:
+    """Around a training that may be given up: where Ray runs on, it would train on for nobody."""
+    former = _controllers()
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):  # a cluster whose head is gone ends them itself
+            _end(_controllers() - former)
+        raise
+
+
+def _end(controllers: set[str]) -> None:
+    for controller in controllers:
+        core_worker = ray._private.worker.global_worker.core_worker
+        core_worker.kill_actor(ray.ActorID.from_hex(controller), True)
+    deadline = time.monotonic() + CONTROLLER_END_SECONDS
+    while time.monotonic() < deadline and (_controllers() & controllers or remove_orphans()):
+        time.sleep(0.1)

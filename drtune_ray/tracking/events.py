@@ -5,10 +5,13 @@ A run is the study (or a single training) itself, `number` None, or one of its t
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
+
+logger = logging.getLogger(__name__)
 
 Plain = dict[str, Any]
 
@@ -76,6 +79,21 @@ _KINDS: dict[str, Any] = {
     event.kind: event
     for event in (RunStarted, MetricsRecorded, StepsRecorded, RunFinished, FilesReady)
 }
+
+
+def fan_out(*sinks: Sink | None) -> Sink:
+    """Every observer gets every event; one that fails does not stop the run."""
+
+    def emit(event: Event) -> None:
+        for sink in sinks:
+            if sink is None:
+                continue
+            try:
+                sink(event)
+            except Exception:  # observers never steer a run
+                logger.warning("an observer failed on %s", event.kind, exc_info=True)
+
+    return emit
 
 
 def to_plain(event: Event) -> Plain:

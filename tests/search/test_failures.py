@@ -9,14 +9,17 @@ from types import SimpleNamespace
 
 import pytest
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError
+from ray.train import WorkerGroupError
 
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.search import lifeline
 from drtune_ray.search.failures import (
     HUNG_STACKS,
+    UNFIT_NODE,
     ProcessLost,
     clear_stacks,
     described,
+    failure_from,
     failure_of,
     full_disk_is_told,
     outcome_of,
@@ -66,6 +69,32 @@ def test_failures_have_names(error, outcome, line, is_raised_in_a_task):
         error = pickle.loads(pickle.dumps(error)).as_instanceof_cause()
     assert outcome_of(error) == outcome
     assert line is None or described(error) == line
+
+
+NOT_SHARED = "the storage /data is not shared with node 10.0.0.7: put --storage on a file system"
+IN_CREATION = f"""The actor died because of an error raised in its creation task, ray::TrialActor
+  File "/x/actor.py", line 1, in setup
+drtune_ray.errors.EnvironmentProblem: {NOT_SHARED}"""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        EnvironmentProblem(NOT_SHARED),
+        RayActorError(error_msg=IN_CREATION),
+        WorkerGroupError("failed", {0: RuntimeError("lost"), 1: EnvironmentProblem(NOT_SHARED)}),
+    ],
+    ids=["raised", "as an actor was made", "in one of several workers"],
+)
+def test_what_is_wrong_with_a_node_is_the_users_to_mend(tmp_path, error):
+    failure = failure_from(error, tmp_path)
+    assert failure.outcome == UNFIT_NODE
+    assert failure.error == str(failure.problem) == NOT_SHARED
+    assert isinstance(failure.problem, EnvironmentProblem)
+
+
+def test_other_failures_are_nobodys_to_mend(tmp_path):
+    assert failure_from(RayActorError(error_msg=DIED), tmp_path).problem is None
 
 
 def test_a_process_that_hung_left_its_stacks(tmp_path):

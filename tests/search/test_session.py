@@ -34,9 +34,28 @@ class Asking:
             time.sleep(0.002)
 
 ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
+if sys.argv[2] == "ours":
+    from drtune_ray.search.reaper import register_job
+    register_job()
 asking = Asking.remote()
 ray.get(asking.start.remote())
 time.sleep(1)
+"""
+# Another user's: its job ends, and the actor that made the group lives on.
+LIVES_ON = """
+import sys
+import ray
+from ray.util import placement_group
+
+@ray.remote(num_cpus=0)
+class Service:
+    def start(self):
+        self.group = placement_group([{"CPU": 0.01}])
+        ray.get(self.group.ready())
+
+ray.init(sys.argv[1], namespace="other", log_to_driver=False, logging_level="ERROR")
+service = Service.options(name="service", lifetime="detached").remote()
+ray.get(service.start.remote())
 """
 
 
@@ -141,17 +160,25 @@ def test_ray_session__frees_what_a_job_asked_for_while_it_was_ending(monkeypatch
     import ray
     from ray.util import placement_group_table
 
-    def waiting() -> list[Any]:
+    def groups() -> list[Any]:
         return [g for g in placement_group_table().values() if g["state"] != "REMOVED"]
 
+    def run(script: str, *arguments: str) -> None:
+        subprocess.run([sys.executable, "-c", script, cluster.address, *arguments], check=True)
+
     with cluster_of([1, 1]) as cluster:
-        subprocess.run([sys.executable, "-c", LEAVES_A_GROUP, cluster.address], check=True)
+        run(LIVES_ON)
+        run(LEAVES_A_GROUP, "ours")
         ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
         try:
-            assert waiting(), "Ray has learned to clean this: remove_leftovers may go"
+            num_before = len(groups())
+            assert num_before > 1, "Ray has learned to clean this: remove_leftovers may go"
         finally:
             ray.shutdown()
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)
         with ray_session():
-            assert waiting() == []
+            assert [g["state"] for g in groups()] == ["CREATED"]  # the service's
             assert remove_leftovers() == 0
+        run(LEAVES_A_GROUP, "of another program")
+        with ray_session():
+            assert len(groups()) > 1

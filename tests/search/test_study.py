@@ -52,6 +52,7 @@ def study_values(folder: Path, weights_file: Any, **changes: Any) -> dict[str, A
         "trial": nested(trial),
         "scheduler": {"name": "asha", "min_epochs": 1, "reduction_factor": 2},
         "resources": {"trials_at_a_time": 2},
+        "finalists": {"num_seeds": 0},
     }
     return values | changes
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -157,6 +159,21 @@ def test_a_study_waits_visibly_gives_up_and_goes_on(busy, tmp_path, weights_file
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_training_waits_visibly_and_gives_up(busy, tmp_path, weights_file):
+    """In a session of the caller's own, which goes on: nothing may train in it later."""
+    import ray
+
+    address = os.environ["RAY_ADDRESS"]
+    with contextlib.ExitStack() as stack:
+        ray.init(address, log_to_driver=False, logging_level="ERROR")
+        stack.callback(ray.shutdown)
+        _wait_and_give_up(tmp_path, weights_file)
+        job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+        actors = ray._private.state.actors(job_id=job, actor_state_name="ALIVE").values()
+        assert not [a for a in actors if a["ActorClassName"].startswith(("TrainC", "RayTrainW"))]
+        busy()
+
+
+def _wait_and_give_up(tmp_path, weights_file):
     config = two_trials(tmp_path, weights_file, 2, 10).trial
     lines: list[str] = []
     events: list[Any] = []

@@ -28,7 +28,7 @@ from ray.util.placement_group import placement_group
 
 from drtune_ray.config import ResourcesConfig, StudyConfig, TrainingConfig
 from drtune_ray.errors import EnvironmentProblem
-from drtune_ray.search import driver as driver_module
+from drtune_ray.search import scheduler as scheduler_module
 from drtune_ray.search.actor import Workplace
 from drtune_ray.search.failures import outcome_of
 from drtune_ray.search.group import train_environment
@@ -42,7 +42,7 @@ from drtune_ray.tracking.events import RunFinished
 from drtune_ray.values import to_yaml
 from tests.search import leftovers
 from tests.search.leftovers import free_port
-from tests.search.survival import Killed, kill
+from tests.search.survival import COMMAND, Killed, kill
 from tests.search.test_study import study_values
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -107,7 +107,7 @@ def test_stopped_trials_give_everything_back(tmp_path, weights_file, monkeypatch
         def on_trial_result(self, tune_controller: Any, trial: Any, result: Any) -> str:
             return "STOP" if trial.config["number"] < num_stops else "CONTINUE"
 
-    monkeypatch.setattr(driver_module, "StudyASHA", StopFirst)
+    monkeypatch.setattr(scheduler_module, "StudyASHA", StopFirst)
     values = study_values(
         tmp_path,
         weights_file,
@@ -156,6 +156,40 @@ def test_sigterm_to_a_worker_saves_at_the_next_step_and_goes_on(tmp_path, weight
     study.finish(driver)
     assert set(study.trained("step").values()) == {1}  # not one step is lost
     study.check(num_lost=0)
+
+
+@pytest.fixture
+def training(tmp_path, weights_file) -> Killed:
+    """`drtune-ray train` on two workers, in processes of its own."""
+    study = nested_study(tmp_path, weights_file)
+    study.file.write_text(to_yaml(study.values["trial"]))
+    study.folder = tmp_path / "studies" / "single"
+    places = ["--storage", str(tmp_path / "studies"), "--name", "single"]
+    study.command = [COMMAND, "train", str(study.file), *places]
+    return study
+
+
+def test_the_controller_of_a_training_is_killed(training):
+    driver = training.start()
+    training.wait_for(lambda: training.num_trained() > 2, "training", 90)
+    (controller,) = titled(training, CONTROLLER)
+    kill(controller)
+    output = training.finish(driver)
+    assert output.count("goes on from its last save") == 1
+    assert "Traceback" not in output
+    assert training.num_trained() <= 8 + 1  # an epoch was trained twice at most
+    training.wait_for(lambda: not training.left(), "all processes gone", 20)
+
+
+def test_ctrl_c_saves_a_training_at_its_next_step(training):
+    driver = training.start()
+    training.wait_for(lambda: training.num_trained("step") > 5, "training", 90)
+    driver.send_signal(signal.SIGINT)
+    output = training.finish(driver, expected=130)
+    assert "The same command goes on" in output
+    training.run()
+    assert set(training.trained("step").values()) == {1}  # not one step is lost
+    training.wait_for(lambda: not training.left(), "all processes gone", 20)
 
 
 def test_a_point_that_exhausts_a_gpu_is_a_result(tmp_path, weights_file):
