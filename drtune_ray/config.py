@@ -348,6 +348,14 @@ class TrackingConfig(Section):
 
 
 ReferenceName = Literal["default", "ce_tuning", "authors", "paper"]
+ObjectiveName = Literal[
+    "val_accuracy",
+    "worst_class_accuracy",
+    "calibration_error",
+    "latency_ms",
+    "num_parameters",
+    "flops",
+]
 
 
 class StudyConfig(Section):
@@ -359,6 +367,11 @@ class StudyConfig(Section):
     `optuna_storage` is the URL of a database that holds the search (None: a file in the study's
     folder), `artifacts` the URI of a folder or object store for all that the next driver needs and
     nodes without a common file system hand each other (None: everything lies under `storage`).
+
+    Of several `objectives` validation accuracy is the first: early stopping, the finalists and the
+    winner go by it, and the others are weighed against it in the Pareto front.
+
+    `start_with` are points of the space to run first; what one leaves open is sampled.
     """
 
     name: StudyName
@@ -367,7 +380,9 @@ class StudyConfig(Section):
     artifacts: ServerUri | None = None
     trial: TrialConfig
     space: str | dict[str, Any] = "quick"
+    objectives: tuple[ObjectiveName, ...] = ("val_accuracy",)
     trials: PositiveInt = 20
+    start_with: tuple[dict[str, Any], ...] = ()
     seed: int = 0
     reference_trials: tuple[ReferenceName, ...] = ("default", "ce_tuning", "authors")
     sampler: SamplerConfig = SamplerConfig()
@@ -381,11 +396,29 @@ class StudyConfig(Section):
     def _references_fit(self) -> Self:
         if len(set(self.reference_trials)) != len(self.reference_trials):
             raise ValueError(f"reference_trials must differ, but got {list(self.reference_trials)}")
-        if len(self.reference_trials) > self.trials:
+        num_given = len(self.reference_trials) + len(self.start_with)
+        if num_given > self.trials:
             raise ValueError(
-                "trials >= number of reference_trials must hold, but got "
-                f"trials={self.trials} with {len(self.reference_trials)} reference trials; set "
-                f"trials to at least {len(self.reference_trials)} or shorten reference_trials"
+                "trials >= number of reference_trials and start_with must hold, but got "
+                f"trials={self.trials} with {len(self.reference_trials)} reference trials and "
+                f"{len(self.start_with)} points to start with; set trials to at least {num_given} "
+                "or shorten them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _accuracy_comes_first(self) -> Self:
+        if self.objectives[:1] != ("val_accuracy",):
+            raise ValueError(
+                f"objectives must begin with val_accuracy, but got {list(self.objectives)}: early "
+                "stopping, the finalists and the winner go by it"
+            )
+        if len(set(self.objectives)) != len(self.objectives):
+            raise ValueError(f"objectives must differ, but got {list(self.objectives)}")
+        if len(self.objectives) > 1 and self.sampler.name == "cma_es":
+            raise ValueError(
+                "sampler.name=cma_es takes one objective, but got "
+                f"{list(self.objectives)}: take tpe, gp, nsga2 or nsga3"
             )
         return self
 

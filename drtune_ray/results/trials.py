@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from drtune_ray.errors import NoTrialCompleted
 from drtune_ray.values import flattened
@@ -20,7 +20,8 @@ from drtune_ray.values import flattened
 REFERENCE, FINALIST, START_POINT = "reference", "finalist", "start_point"
 # Why it was never run; and the trial of another study whose result it is.
 NOT_TRAINED, WARM_START = "not_trained", "warm_start"
-CONFIG, OUTCOME = "config", "outcome"
+CONFIG, OUTCOME, OBJECTIVES = "config", "outcome", "objectives"
+EPOCH_PREFIX = "epoch:"
 RESULT_STATES = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -38,6 +39,7 @@ class TrialSummary:
         num_epochs: Epochs it finished.
         seconds: From its start to its end.
         config: The resolved trial configuration.
+        objectives: Values at its best epoch by name, where the study has several.
     """
 
     number: int
@@ -49,6 +51,7 @@ class TrialSummary:
     num_epochs: int
     seconds: float | None
     config: dict[str, Any]
+    objectives: dict[str, float] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -62,7 +65,8 @@ def write_trials(trials: list[TrialSummary], path: Path) -> None:
     rows = []
     for trial in trials:
         values = {key: json.dumps(value) for key, value in flattened(trial.config).items()}
-        rows.append({**vars(trial), "config": json.dumps(trial.config)} | values)
+        texts = {"config": json.dumps(trial.config), "objectives": json.dumps(trial.objectives)}
+        rows.append(vars(trial) | texts | values)
     schema = pa.schema(
         [
             ("number", pa.int64()),
@@ -117,14 +121,34 @@ def is_searched(trial: FrozenTrial) -> bool:
     return is_trained(trial) and FINALIST not in trial.user_attrs
 
 
+def record_value(trial: Trial, epoch: int, value: float) -> None:
+    """Record the best validation accuracy so far, by epoch.
+
+    Of a study with several objectives Optuna takes no intermediate values: a user attribute does.
+    """
+    if len(trial.study.directions) == 1:
+        trial.report(value, epoch)
+    else:
+        trial.set_user_attr(f"{EPOCH_PREFIX}{epoch}", value)
+
+
+def values_by_epoch(trial: FrozenTrial) -> dict[int, float]:
+    """Best validation accuracy so far, 0 to 1, after each epoch from 1."""
+    attributes = trial.user_attrs.items()
+    recorded = {key: value for key, value in attributes if key.startswith(EPOCH_PREFIX)}
+    return trial.intermediate_values | {
+        int(key.removeprefix(EPOCH_PREFIX)): float(value) for key, value in recorded.items()
+    }
+
+
 def best_value(trial: FrozenTrial) -> float:
     """Best validation accuracy so far, 0 to 1; minus infinity before the first epoch."""
-    return max(trial.intermediate_values.values(), default=-math.inf)
+    return max(values_by_epoch(trial).values(), default=-math.inf)
 
 
 def num_epochs(trial: FrozenTrial) -> int:
     """Epochs that were finished."""
-    return max(trial.intermediate_values, default=0)
+    return max(values_by_epoch(trial), default=0)
 
 
 def summaries(trials: Iterable[FrozenTrial]) -> tuple[TrialSummary, ...]:
@@ -135,14 +159,16 @@ def summaries(trials: Iterable[FrozenTrial]) -> tuple[TrialSummary, ...]:
 def summary(trial: FrozenTrial) -> TrialSummary:
     """A row of the results from what Optuna holds."""
     duration = trial.duration.total_seconds() if trial.duration else None
+    best = best_value(trial)
     return TrialSummary(
         trial.number,
         trial.state.name,
         trial.user_attrs.get(OUTCOME, ""),
         trial.user_attrs.get(REFERENCE),
         trial.user_attrs.get(FINALIST),
-        best_value(trial) if trial.intermediate_values else None,
+        best if math.isfinite(best) else None,
         num_epochs(trial),
         duration,
         json.loads(trial.user_attrs.get(CONFIG, "{}")),
+        dict(trial.user_attrs.get(OBJECTIVES, {})),
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import optuna
+import torch
 from optuna.trial import TrialState
 
 from drtune_ray.config import StudyConfig, TrialConfig
@@ -41,6 +42,7 @@ from drtune_ray.search.identity import (
     TRIALS_NAME,
     WINNER_NAME,
 )
+from drtune_ray.search.objectives import OF_CLASSIFIERS
 from drtune_ray.search.prepare import Checked, manifest_path, prepare_all, preparing_device
 from drtune_ray.search.proposals import FinalistProposals, FixedTrial, Proposals, SearchProposals
 from drtune_ray.search.samplers import build_sampler
@@ -60,7 +62,9 @@ from drtune_ray.tracking.events import (
 )
 from drtune_ray.tracking.mlflow_recorder import build_recorder
 from drtune_ray.tracking.spool import BackgroundWriter, Spool
+from drtune_ray.training.backbones import read_backbone
 from drtune_ray.training.checkpoint import TrialFolder, trial_folder
+from drtune_ray.training.complexity import complexity
 from drtune_ray.values import flattened
 
 SEARCH, FINALISTS = "search", "finalists"
@@ -215,6 +219,8 @@ class StudyDriver:
             self.references,
             budget,
             partial(build_sampler, self.config.sampler, self.config.seed),
+            start_with=self.config.start_with,
+            facts=self.checked.facts,
         )
         if not proposals.has_next():
             return
@@ -229,7 +235,8 @@ class StudyDriver:
         if scheduler is not None:
             scheduler.refill(known)
         try:
-            tune_run.run(StudySearch(proposals, budget), tables, scheduler=scheduler, stop=budget)
+            search = StudySearch(proposals, budget, self.config.objectives, self._costs(tables))
+            tune_run.run(search, tables, scheduler=scheduler, stop=budget)
         finally:
             budget.keep_time()
         self._end = proposals.end
@@ -245,7 +252,20 @@ class StudyDriver:
         tune_run = self._tune_run(proposals)
         num_done = sum(len(finalist.runs) for finalist in chosen)
         self._plan(on_plan, FINALISTS, len(wanted), num_done, tune_run)
-        tune_run.run(StudySearch(proposals), tables)
+        search = StudySearch(
+            proposals, objectives=self.config.objectives, costs=self._costs(tables)
+        )
+        tune_run.run(search, tables)
+
+    def _costs(self, tables: Mapping[str, Tables]) -> dict[str, dict[str, float]]:
+        """Of the classifiers of the tables' backbones, where an objective asks for them."""
+        if not OF_CLASSIFIERS.keys() & set(self.config.objectives):
+            return {}
+        num_classes, cpu = len(self.checked.splits.classes), torch.device("cpu")
+        return {
+            key: complexity(read_backbone(found.backbone), num_classes, cpu)
+            for key, found in tables.items()
+        }
 
     def _plan(
         self,

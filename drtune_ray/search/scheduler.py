@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial
 from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
 
 from drtune_ray.config import SchedulerConfig
+from drtune_ray.results.trials import values_by_epoch
 from drtune_ray.search.protocol import CONFIG_NUMBER, EPOCH, OBJECTIVE
 
 
@@ -159,8 +160,8 @@ def _recorded(
     trials: Iterable[FrozenTrial], reference_numbers: Collection[int]
 ) -> Iterable[tuple[_Known, list[dict[str, Any]]]]:
     for trial in trials:
-        if trial.number not in reference_numbers and trial.intermediate_values:
-            values = sorted(trial.intermediate_values.items())
+        values = sorted(values_by_epoch(trial).items())
+        if values and trial.number not in reference_numbers:
             results = [{EPOCH: epoch, OBJECTIVE: value} for epoch, value in values]
             yield _Known(str(trial.number)), results
 

@@ -14,15 +14,18 @@ stopped early is a finished one and leaves diverged ones RUNNING; this one tells
 from __future__ import annotations
 
 import contextlib
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from optuna.trial import Trial, TrialState
 from ray.tune.search import Searcher
 
+from drtune_ray.config import TrialConfig
 from drtune_ray.results import trials
 from drtune_ray.search.budget import REACHED_TARGET, STOPPED_BY_BUDGET, Budget
+from drtune_ray.search.objectives import final_values
 from drtune_ray.search.proposals import Proposals
 from drtune_ray.search.protocol import (
     CONFIG_NUMBER,
@@ -45,15 +48,24 @@ class StudySearch(Searcher):  # type: ignore[misc]
     Args:
         proposals: Which trial is next.
         budget: Asked why a trial was stopped; None where nothing but its own end stops one.
+        objectives: What is optimised; the first is the validation accuracy.
+        costs: Of the classifiers, by `TrialConfig.tables_key`; see `training.complexity`.
     """
 
-    def __init__(self, proposals: Proposals, budget: Budget | None = None) -> None:
+    def __init__(
+        self,
+        proposals: Proposals,
+        budget: Budget | None = None,
+        objectives: tuple[str, ...] = ("val_accuracy",),
+        costs: Mapping[str, Mapping[str, float]] | None = None,
+    ) -> None:
         super().__init__(metric=OBJECTIVE, mode="max")
         self.study, self.proposals, self._budget = proposals.study, proposals, budget
+        self._objectives, self._costs = objectives, costs or {}
         self._end: Exception | None = None
         self._active: dict[str, Trial] = {}
         self._reported: dict[int, set[int]] = {
-            trial.number: set(trial.intermediate_values)
+            trial.number: set(trials.values_by_epoch(trial))
             for trial in self.study.get_trials(deepcopy=False)
         }
 
@@ -127,7 +139,7 @@ class StudySearch(Searcher):  # type: ignore[misc]
         reported = self._reported.setdefault(trial.number, set())
         for record in result_history(result):
             if record.epoch not in reported:
-                trial.report(record.metrics[OBJECTIVE], record.epoch)
+                trials.record_value(trial, record.epoch, record.metrics[OBJECTIVE])
                 reported.add(record.epoch)
 
     def _tell_outcome(self, trial: Trial, result: dict[str, Any]) -> None:
@@ -137,7 +149,7 @@ class StudySearch(Searcher):  # type: ignore[misc]
         if outcome in (DIVERGED, OUT_OF_MEMORY):
             self._tell(trial, TrialState.PRUNED, outcome, violation=1.0)
         elif outcome in (COMPLETED, PATIENCE, REACHED_TARGET) and math.isfinite(value):
-            self._tell(trial, TrialState.COMPLETE, outcome, value=value)
+            self._tell(trial, TrialState.COMPLETE, outcome, values=self._values(trial, result))
         else:
             self._tell(trial, TrialState.PRUNED, outcome)
 
@@ -155,11 +167,21 @@ class StudySearch(Searcher):  # type: ignore[misc]
         state: TrialState,
         outcome: str,
         *,
-        value: float | None = None,
+        values: list[float] | None = None,
         violation: float = 0.0,
     ) -> None:
         trial.set_user_attr(trials.OUTCOME, outcome)
         # It may be there already: from a driver that was cut off behind it.
         if state != TrialState.FAIL and CONSTRAINT not in trial.constraints:
             trial.set_constraint(CONSTRAINT, violation)
-        self.study.tell(trial, value, state=state)
+        self.study.tell(trial, values, state=state)
+
+    def _values(self, trial: Trial, result: dict[str, Any]) -> list[float]:
+        """Of each objective, at the best epoch."""
+        if len(self._objectives) == 1:
+            return [float(result[OBJECTIVE])]
+        config = TrialConfig.from_mapping(json.loads(trial.user_attrs[trials.CONFIG]))
+        values = final_values(self._objectives, result, self._costs.get(config.tables_key, {}))
+        named = dict(zip(self._objectives, values, strict=True))
+        trial.set_user_attr(trials.OBJECTIVES, named)
+        return values

@@ -7,7 +7,7 @@ driver brings back what it needs and goes on. Nodes need no file system in commo
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from drtune_ray.search.identity import (
     read_record,
 )
 from drtune_ray.search.lease import BEAT_SECONDS, LEASE_NAME, artifacts_lease, repeated
+from drtune_ray.search.objectives import Direction
 from drtune_ray.tracking.spool import Spool, drop_torn_end
 
 logger = logging.getLogger(__name__)
@@ -75,12 +76,14 @@ def open_storage(folder: Path, url: str | None) -> BaseStorage:
         ) from None
 
 
-def open_study(storage: BaseStorage, study_id: str) -> optuna.Study:
+def open_study(
+    storage: BaseStorage, study_id: str, directions: Sequence[Direction] = ("maximize",)
+) -> optuna.Study:
     """The Optuna study of an identity, made if there is none."""
     return optuna.create_study(
         storage=storage,
         study_name=study_id,
-        direction="maximize",
+        directions=list(directions),
         pruner=optuna.pruners.NopPruner(),
         load_if_exists=True,
     )

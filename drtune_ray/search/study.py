@@ -24,6 +24,7 @@ from drtune_ray.search.identity import (
     read_record,
 )
 from drtune_ray.search.nodes import Capacity
+from drtune_ray.search.objectives import direction
 from drtune_ray.search.prepare import (
     Checked,
     check_inputs,
@@ -98,7 +99,8 @@ def run_study(
         )
         write_manifest(checked.splits, config.folder / SPLITS_NAME)
         artifacts.keep(RECORD_FILE, SPLITS_NAME)
-        study = open_study(storage, record.study_id)
+        directions = [direction(objective) for objective in config.objectives]
+        study = open_study(storage, record.study_id, directions)
         cluster = Cluster(capacity, token, on_notice) if capacity else None
         driver = StudyDriver(config, study, artifacts, checked, space, references, notes, cluster)
         return driver.run(observer, on_plan, is_restored)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from drtune_ray.config import TrialConfig
 from drtune_ray.data.dataset import TrainingData
@@ -35,6 +34,7 @@ from drtune_ray.training.model import (
 )
 from drtune_ray.training.optim import build_optimizer, build_schedule, learning_rates
 from drtune_ray.training.records import COMPLETED, DIVERGED, PATIENCE, EpochRecord, EpochReport
+from drtune_ray.training.validation import ValidationTotals
 from drtune_ray.training.watch import StepSignals
 
 EVALUATION_ROWS = 64
@@ -319,22 +319,18 @@ class Trial:
 
     @torch.inference_mode()
     def _validate(self) -> dict[str, float]:
-        """Accuracy and cross-entropy over the validation images, each counted once."""
+        """Measures over the validation images, each counted once."""
         self.method.eval()
         rows = list(range(len(self.data.validation)))[self.group.rank :: self.group.world_size]
         batches = [rows[at : at + EVALUATION_ROWS] for at in range(0, len(rows), EVALUATION_ROWS)]
-        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
+        totals = ValidationTotals(len(self.data.classes), self.device)
         for pixels, labels in self.data.validation_batches(batches):
             self._on_progress()
             images = self._images(pixels)
-            labels = labels.to(self.device)
             with self._autocast():
                 logits = self.method.head(self.method.downstream_encoder(images))
-            loss = F.cross_entropy(logits.double(), labels, reduction="sum")
-            correct = (logits.argmax(1) == labels).sum()
-            totals += torch.stack([correct.double(), loss.double(), totals.new_tensor(len(labels))])
-        correct_sum, loss_sum, count = self.group.sum(totals).tolist()
-        return {"val_accuracy": correct_sum / count, "val_loss": loss_sum / count}
+            totals.add(logits, labels.to(self.device))
+        return totals.measures(self.group.sum(totals.sums))
 
 
 def _shares(num_rows: int, world_size: int) -> list[int]:
