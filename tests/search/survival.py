@@ -69,6 +69,10 @@ class Killed:
         for order in orders:
             (self.orders / order).touch()
 
+    def hurry(self) -> None:
+        """From now on steps take no longer than they must."""
+        (self.orders / "hurry").touch()
+
     def start(self) -> subprocess.Popen[bytes]:
         """The command, in a session of its own."""
         with self.log.open("a") as sink:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,11 +17,10 @@ from drtune_ray.errors import ConfigError, EnvironmentProblem, NoTrialCompleted
 from drtune_ray.results.evaluate import measure
 from drtune_ray.results.winner import read_winner
 from drtune_ray.search.driver import StudyResult
-from drtune_ray.search.identity import find_study
 from drtune_ray.search.outcome import evaluate_study, sync_study, tracking_of
 from drtune_ray.search.study import run_study
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished
-from drtune_ray.values import nested, to_yaml
+from drtune_ray.values import nested
 from tests.small import small_values, write_coloured
 
 pytestmark = pytest.mark.ray
@@ -234,43 +230,6 @@ def test_a_dead_tracking_server_costs_only_delay(tmp_path, weights_file):
     assert sync_study("small", config.storage) == 0
     _, _, children = mlflow_runs(tmp_path / "studies" / "small")
     assert sorted(run.info.status for run in children) == ["FINISHED", "FINISHED"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_driver_that_was_ended_is_resumed_by_the_same_command(tmp_path, weights_file, how):
-    values = study_values(tmp_path, weights_file)
-    values["trial"]["training"]["epochs"] = 30
-    values["scheduler"] = {"name": "none"}
-    file = tmp_path / "study.yaml"
-    file.write_text(to_yaml(values))
-    script = Path(sys.executable).with_name("drtune-ray")
-    command = [str(script), "tune", str(file)]
-    folder = tmp_path / "studies" / "small"
-    log = tmp_path / "log"
-    with log.open("w") as sink:
-        driver = subprocess.Popen(command, stdout=sink, stderr=sink, start_new_session=True)
-        _wait_for(lambda: (folder / "trials" / "00002" / "best.ckpt").exists(), driver)
-        os.kill(driver.pid, how)
-        code = driver.wait(timeout=60)
-    if how != signal.SIGKILL:
-        assert code == 130, log.read_text()
-        assert "The same command goes on where it stopped" in log.read_text()
-        assert "Traceback" not in log.read_text()
-        _, (parent,), children = mlflow_runs(folder)
-        assert {run.info.status for run in [parent, *children]} <= {"KILLED", "FINISHED"}
-
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "Best of 6 trials" in done.stdout
-    client, (parent,), children = mlflow_runs(folder)
-    assert parent.info.status == "FINISHED"
-    assert sorted(int(run.data.tags["drtune.trial"]) for run in children) == list(range(6))
-    assert {run.info.status for run in children} == {"FINISHED"}
-    for run in children:
-        history = client.get_metric_history(run.info.run_id, "val_accuracy")
-        assert sorted(metric.step for metric in history) == list(range(1, 31))
-    assert find_study("small", str(tmp_path / "studies")) == folder
 
 
 def _wait_for(condition: Any, process: subprocess.Popen[bytes], seconds: float = 120.0) -> None:

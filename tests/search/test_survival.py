@@ -8,36 +8,20 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from drtune_ray.values import to_yaml
 from tests.search.survival import Killed, kill
+from tests.search.test_study import mlflow_runs
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-MORE_SEEDS = [pytest.param(seed, marks=pytest.mark.chaos) for seed in range(2, 12)]
+MORE_SEEDS = [pytest.param(seed, marks=pytest.mark.chaos) for seed in range(1, 12)]
 
 
-@pytest.fixture
-def killed(tmp_path: Path, weights_file: Any) -> Iterator[Any]:
-    """Makes studies; whatever happens, their processes are gone afterwards."""
-    made: list[Killed] = []
-
-    def make(**changes: Any) -> Killed:
-        made.append(Killed(tmp_path, weights_file, **changes))
-        return made[-1]
-
-    yield make
-    for study in made:
-        for pid in study.processes():
-            kill(pid)
-
-
-@pytest.mark.parametrize("seed", [0, 1, *MORE_SEEDS])
+@pytest.mark.parametrize("seed", [0, *MORE_SEEDS])
 def test_a_resident_actor_is_killed_at_random_moments(killed, seed):
     moments, study = random.Random(seed), killed()
     driver = study.start()
@@ -46,11 +30,13 @@ def test_a_resident_actor_is_killed_at_random_moments(killed, seed):
         time.sleep(moments.uniform(0, 0.4))
         kill(moments.choice(study.wait_for(study.actors, "an actor")))
     output = study.finish(driver)
-    assert output.count("goes on from its last save: The actor is dead because its worker") == 2
+    # One that was between two trials when it was hit lost nothing.
+    told = output.count("goes on from its last save: The actor is dead because its worker")
+    assert 1 <= told <= 2
     study.check(num_lost=2)
 
 
-@pytest.mark.parametrize("seed", [0, 1, *MORE_SEEDS])
+@pytest.mark.parametrize("seed", [0, *MORE_SEEDS])
 def test_the_driver_is_killed_at_random_moments(killed, seed):
     moments, study = random.Random(seed), killed()
     # Twice within the first seconds of training; whatever it was doing, the next one goes on.
@@ -118,13 +104,16 @@ def test_an_interrupted_driver_has_its_trials_save_and_says_how_to_go_on(killed,
     kill(driver.pid, how)
     study.wait_for(lambda: not study.actors(), "the actors gone", 10)
     seconds = time.monotonic() - started
+    # A job that Ray stops is killed after three; here other tests may hold the CPUs meanwhile.
+    assert seconds < 10
     output = study.finish(driver, expected=130)
     assert "The same command goes on where it stopped" in output
     assert "Traceback" not in output
+    _, (parent,), children = mlflow_runs(study.folder)
+    assert {run.info.status for run in [parent, *children]} == {"KILLED"}  # none stays RUNNING
     for number in (0, 1):
         names = {path.name for path in (study.folder / "trials" / f"{number:05d}").iterdir()}
         assert any(re.fullmatch(r"epoch-\d+-step-0*[1-9]\d*\.ckpt", name) for name in names), names
-    assert seconds < 3  # a job that Ray stops is killed then
     study.run()
     # A few steps may have been trained after the save, until the process ended.
     repeated = [count for count in study.trained("step").values() if count > 1]
@@ -249,16 +238,17 @@ def run_twice(
     return [int(code) for code in re.findall(r"codes (\d+) (\d+)", output)[-1]], output
 
 
-def test_decisions_of_the_scheduler_are_the_same_after_kills(killed, tmp_path, weights_file):
+def test_decisions_of_the_scheduler_are_the_same_after_kills(killed, tmp_path):
     changes = {
         "trials": 6,
         "resources": {"trials_at_a_time": 1},
         "scheduler": {"name": "asha", "min_epochs": 1, "reduction_factor": 2},
     }
     whole = killed(**changes)
+    whole.hurry()
     whole.run()
     (tmp_path / "again").mkdir()
-    broken = Killed(tmp_path / "again", weights_file, **changes)
+    broken = killed(tmp_path / "again", **changes)
     broken.values["trial"]["data"]["train"] = whole.values["trial"]["data"]["train"]
     broken.file.write_text(to_yaml(broken.values))
     for _ in range(2):

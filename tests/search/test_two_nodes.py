@@ -58,10 +58,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         made.shutdown()
 
 
-def joined_study(
-    folder: Path, weights_file: Any, num_workers: int, *, trials: int = 1, num_epochs: int = 8
-) -> Joined:
-    study = Joined(folder, weights_file, trials=trials)
+def joined_study(killed: Any, num_workers: int, *, trials: int = 1, num_epochs: int = 8) -> Joined:
+    study: Joined = killed(kind=Joined, trials=trials)
     study.values["trial"]["training"] |= {
         "workers": num_workers,
         "epochs": num_epochs,
@@ -79,10 +77,10 @@ def drain(address: str, node: Any) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_a_node_is_lost(cluster, tmp_path, weights_file, num_workers):
+def test_a_node_is_lost(cluster, killed, num_workers):
     """One resident trial on each of two nodes, or one trial of two workers on both."""
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    study = joined_study(tmp_path, weights_file, num_workers, trials=3 - num_workers)
+    study = joined_study(killed, num_workers, trials=3 - num_workers)
     driver = study.start()
     study.wait_for(lambda: study.num_trained() > 1, "training", 90)
     lost = time.monotonic()
@@ -99,16 +97,19 @@ def test_a_node_is_lost(cluster, tmp_path, weights_file, num_workers):
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_a_drained_node_is_left_after_a_save(cluster, tmp_path, weights_file, num_workers):
+def test_a_drained_node_is_left_after_a_save(cluster, killed, num_workers):
     """It is no failure: more drains than failures are forgiven."""
     nodes = [cluster.add_node(num_cpus=1) for _ in range(num_workers)]
-    study = joined_study(tmp_path, weights_file, num_workers, num_epochs=40)
+    study = joined_study(killed, num_workers, num_epochs=40)
     driver = study.start()
     for _ in range(MAX_MACHINE_FAILURES + 1 if num_workers == 1 else 1):
         before = study.num_trained()
         study.wait_for(lambda n=before: study.num_trained() > n + 1, "training", 90)
         drain(cluster.address, nodes[-1])
         nodes.append(cluster.add_node(num_cpus=1))
+    before = study.num_trained()
+    study.wait_for(lambda: study.num_trained() > before, "training on", 90)
+    study.hurry()
     output = study.finish(driver)
     steps = study.trained("step")
     print("steps trained twice:", sum(steps.values()) - len(steps))
@@ -120,13 +121,14 @@ def test_a_drained_node_is_left_after_a_save(cluster, tmp_path, weights_file, nu
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.chaos) for n in (1, 2))])
-def test_the_driver_of_a_study_of_several_workers_is_killed(cluster, tmp_path, weights_file, seed):
+def test_the_driver_of_a_study_of_several_workers_is_killed(cluster, killed, seed):
     """The study goes on with another number of workers: that of its configuration now."""
     moments = random.Random(seed)
     cluster.add_node(num_cpus=3)
-    study = joined_study(tmp_path, weights_file, 2)
+    study = joined_study(killed, 2)
     driver = study.start()
-    study.wait_for(lambda: study.num_trained() > moments.randrange(4), "training", 90)
+    num_epochs = moments.randrange(4)
+    study.wait_for(lambda: study.num_trained() > num_epochs, "training", 90)
     time.sleep(moments.uniform(0, 0.5))
     kill(driver.pid)
     assert driver.wait() == -signal.SIGKILL
@@ -196,6 +198,7 @@ def test_a_training_grows_when_a_node_joins(cluster, tmp_path, weights_file, mon
         monkeypatch.setenv("PYTHONPATH", str(Path(__file__).with_name("sabotage")))
         cluster.add_node(num_cpus=1)
         elastic.study.wait_for(lambda: elastic.seen[-1] == 2, "growing", 120)
+        elastic.study.hurry()
 
     result = elastic.run(join)
     print("workers:", elastic.seen, "steps trained twice:", elastic.num_repeated)

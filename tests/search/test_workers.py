@@ -10,7 +10,6 @@ import signal
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,13 +54,11 @@ WORKER, CONTROLLER, TRIAL_DRIVER = (
 )
 
 
-def nested_study(folder: Path, weights_file: Any, num_trials: int = 1, **changes: Any) -> Killed:
+def nested_study(killed: Any, num_trials: int = 1, **changes: Any) -> Killed:
     """Two workers a trial, one trial at a time, in processes of their own."""
     resources = {"trials_at_a_time": 1} | changes.pop("resources", {})
     environment = {"SABOTAGE_STEP_SECONDS": "0.1"}
-    study = Killed(
-        folder,
-        weights_file,
+    study: Killed = killed(
         environment=environment,
         trials=num_trials,
         resources=resources,
@@ -84,15 +81,21 @@ class Meter:
         self.seconds: dict[int, float] = {}
         self.alive: list[Counter[str]] = []
         self.memory: list[dict[str, int]] = []
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Look no more."""
+        self._is_over.set()
+        self._thread.join()
 
     def __call__(self, event: Any) -> None:
         if isinstance(event, RunFinished) and event.number is not None:
             self.ended[event.number] = time.monotonic()
 
     def _watch(self) -> None:
-        while True:
-            time.sleep(0.05)
+        while not self._is_over.wait(0.05):
             for number in self.ended.keys() - self.seconds.keys():
                 if ray.is_initialized() and ray.available_resources().get("CPU") == 2.0:
                     self.seconds[number] = time.monotonic() - self.ended[number]
@@ -117,7 +120,10 @@ def test_stopped_trials_give_everything_back(tmp_path, weights_file, monkeypatch
     )
     values["trial"]["training"] |= {"workers": 2, "epochs": 20, "batch_norm": "frozen"}
     meter = Meter()
-    result = run_study(StudyConfig.from_mapping(values), observer=meter)
+    try:
+        result = run_study(StudyConfig.from_mapping(values), observer=meter)
+    finally:
+        meter.end()
     print("seconds until the CPUs were free:", [round(s, 1) for s in meter.seconds.values()])
     print("alive then:", *map(dict, meter.alive), sep="\n  ")
     print("MiB after the first and last stop:", meter.memory[0], meter.memory[num_stops - 1])
@@ -136,11 +142,12 @@ def test_stopped_trials_give_everything_back(tmp_path, weights_file, monkeypatch
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.chaos) for n in (1, 2))])
 @pytest.mark.parametrize("title", [WORKER, CONTROLLER, TRIAL_DRIVER])
-def test_a_process_of_a_trial_is_killed(tmp_path, weights_file, title, seed):
+def test_a_process_of_a_trial_is_killed(killed, title, seed):
     moments = random.Random(seed)
-    study = nested_study(tmp_path, weights_file)
+    study = nested_study(killed)
     driver = study.start()
-    study.wait_for(lambda: study.num_trained() > moments.randrange(1, 6), "training")
+    num_epochs = moments.randrange(1, 6)
+    study.wait_for(lambda: study.num_trained() > num_epochs, "training", 90)
     time.sleep(moments.uniform(0, 0.5))
     kill(moments.choice(titled(study, title)))
     output = study.finish(driver)
@@ -148,8 +155,8 @@ def test_a_process_of_a_trial_is_killed(tmp_path, weights_file, title, seed):
     study.check(num_lost=1)
 
 
-def test_sigterm_to_a_worker_saves_at_the_next_step_and_goes_on(tmp_path, weights_file):
-    study = nested_study(tmp_path, weights_file)
+def test_sigterm_to_a_worker_saves_at_the_next_step_and_goes_on(killed):
+    study = nested_study(killed)
     driver = study.start()
     study.wait_for(lambda: study.num_trained("step") > 3, "training", 90)
     kill(titled(study, WORKER)[1], signal.SIGTERM)
@@ -159,9 +166,9 @@ def test_sigterm_to_a_worker_saves_at_the_next_step_and_goes_on(tmp_path, weight
 
 
 @pytest.fixture
-def training(tmp_path, weights_file) -> Killed:
+def training(tmp_path, killed) -> Killed:
     """`drtune-ray train` on two workers, in processes of its own."""
-    study = nested_study(tmp_path, weights_file)
+    study = nested_study(killed)
     study.file.write_text(to_yaml(study.values["trial"]))
     study.folder = tmp_path / "studies" / "single"
     places = ["--storage", str(tmp_path / "studies"), "--name", "single"]
@@ -192,8 +199,8 @@ def test_ctrl_c_saves_a_training_at_its_next_step(training):
     training.wait_for(lambda: not training.left(), "all processes gone", 20)
 
 
-def test_a_point_that_exhausts_a_gpu_is_a_result(tmp_path, weights_file):
-    study = nested_study(tmp_path, weights_file, 2)
+def test_a_point_that_exhausts_a_gpu_is_a_result(killed):
+    study = nested_study(killed, 2)
     study.order("exhaust@2")
     output = study.run()
     assert "goes on from its last save" not in output
@@ -205,8 +212,8 @@ def test_a_point_that_exhausts_a_gpu_is_a_result(tmp_path, weights_file):
 
 
 @pytest.mark.parametrize("how", ["hang", "stop"])
-def test_a_worker_that_hangs_or_does_not_run(tmp_path, weights_file, how):
-    study = nested_study(tmp_path, weights_file, resources={"hang_seconds": 6})
+def test_a_worker_that_hangs_or_does_not_run(killed, how):
+    study = nested_study(killed, resources={"hang_seconds": 6})
     study.order(f"{how}@2")
     output = study.run()
     assert "hung for 6 s" in output

@@ -2,7 +2,7 @@
 
 ``SABOTAGE`` names a folder. A file ``hang@2`` in it makes the first process that trains a step of
 its third epoch hang; who takes an order removes the file. Every step and epoch that is trained is
-written into ``trained`` in that folder, after ``SABOTAGE_STEP_SECONDS``.
+written into ``trained`` in that folder, after ``SABOTAGE_STEP_SECONDS`` unless it holds ``hurry``.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def _sabotage(module: Any) -> None:
 
     def slow_update(self: Any, loss: Any) -> None:
         _act(self.progress.epochs_done)
-        time.sleep(float(os.environ.get("SABOTAGE_STEP_SECONDS", "0.03")))
+        if not os.path.exists(os.path.join(os.environ["SABOTAGE"], "hurry")):
+            time.sleep(float(os.environ.get("SABOTAGE_STEP_SECONDS", "0.03")))
         update(self, loss)
         _record(self, "step")
 
