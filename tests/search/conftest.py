@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.search.survival import Killed, kill
+from tests.search.survival import Killed
 
 
 @pytest.fixture
@@ -22,5 +22,4 @@ def killed(tmp_path: Path, weights_file: Any) -> Iterator[Any]:
 
     yield make
     for study in made:
-        for pid in study.processes():
-            kill(pid)
+        study.end()

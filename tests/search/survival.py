@@ -56,6 +56,7 @@ class Killed:
         self.orders = folder / "orders"
         self.orders.mkdir()
         self.log = folder / "log"
+        self.drivers: list[subprocess.Popen[bytes]] = []
         self.command = [COMMAND, "tune", str(self.file)]
         self.environment = {
             **os.environ,
@@ -76,13 +77,23 @@ class Killed:
     def start(self) -> subprocess.Popen[bytes]:
         """The command, in a session of its own."""
         with self.log.open("a") as sink:
-            return subprocess.Popen(
+            driver = subprocess.Popen(
                 self.command,
                 stdout=sink,
                 stderr=sink,
                 env=self.environment,
                 start_new_session=True,
             )
+        self.drivers.append(driver)
+        return driver
+
+    def end(self) -> None:
+        """Kill what is left, of a test that failed."""
+        for driver in self.drivers:
+            driver.kill()
+            driver.wait()
+        for pid in self.processes():
+            kill(pid)
 
     def run(self, expected: int = 0, seconds: float = 120.0) -> str:
         """The command to its end; returns all that it and former ones printed."""
