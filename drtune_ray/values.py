@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -34,14 +34,66 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     return values
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+class LinedDict(dict[str, Any]):
+    """A mapping of a YAML file that knows where its keys stand.
+
+    Attributes:
+        source: The file, as it was given.
+        lines: Line of each key, from 1.
+    """
+
+    source = ""
+    lines: Mapping[str, int] = {}
+
+
+class LinedList(list[Any]):
+    """A list of a YAML file that knows where its items stand.
+
+    Attributes:
+        source: The file, as it was given.
+        lines: Line of each item, from 1.
+    """
+
+    source = ""
+    lines: Sequence[int] = ()
+
+
+class _LinedLoader(yaml.SafeLoader):
+    """Gives `LinedDict` and `LinedList` for mappings and lists."""
+
+
+def _lined_dict(loader: _LinedLoader, node: yaml.MappingNode) -> Iterator[LinedDict]:
+    content = LinedDict()
+    yield content  # filled afterwards, so that an alias to it may stand below it
+    content.update(cast(dict[str, Any], loader.construct_mapping(node)))
+    content.source = str(loader.name)
+    content.lines = {loader.construct_object(key): key.start_mark.line + 1 for key, _ in node.value}
+
+
+def _lined_list(loader: _LinedLoader, node: yaml.SequenceNode) -> Iterator[LinedList]:
+    content = LinedList()
+    yield content
+    content.extend(loader.construct_sequence(node))
+    content.source = str(loader.name)
+    content.lines = [item.start_mark.line + 1 for item in node.value]
+
+
+_LinedLoader.add_constructor("tag:yaml.org,2002:map", _lined_dict)
+_LinedLoader.add_constructor("tag:yaml.org,2002:seq", _lined_list)
+
+
+def read_yaml(path: Path, *, with_lines: bool = False) -> dict[str, Any]:
     """A YAML file that holds a mapping.
 
+    Args:
+        path: The file.
+        with_lines: Give `LinedDict` and `LinedList`, for messages that name a line.
+
     Raises:
-        ConfigError: If it is missing, not YAML, or not a mapping.
+        ConfigError: If it is missing, not YAML, not a mapping, or repeats a key.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = _loaded(path, _LinedLoader if with_lines else yaml.SafeLoader)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -49,6 +101,43 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a mapping of keys to values")
     return content
+
+
+def _loaded(path: Path, kind: type[yaml.SafeLoader]) -> Any:
+    loader = kind(path.read_text())
+    loader.name = str(path)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if problems := list(_repeated_keys(node, path, set())):
+            raise ConfigError(problems)
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _repeated_keys(node: yaml.Node, path: Path, seen: set[int]) -> Iterator[str]:
+    """A sentence for each key that a mapping has twice: YAML would drop the first silently."""
+    if id(node) in seen:  # an alias
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _repeated_keys(item, path, seen)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    first: dict[Any, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if isinstance(key, yaml.ScalarNode) and key.value in first:
+            yield (
+                f"{path}:{line}: {key.value} stands here and on line {first[key.value]}: remove "
+                "one of them"
+            )
+        elif isinstance(key, yaml.ScalarNode):
+            first[key.value] = line
+        yield from _repeated_keys(value, path, seen)
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:

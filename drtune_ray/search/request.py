@@ -52,7 +52,7 @@ def study_request(
     Raises:
         ConfigError: Naming every problem.
     """
-    asked = read_yaml(study_file) if study_file else {}
+    asked = read_yaml(study_file, with_lines=True) if study_file else {}
     asked = deep_merge(asked, nested(_given(STUDY_FLAGS, flags)))
     trial = deep_merge(_mapping(asked, "trial"), nested(_trial_values(flags)))
     for path, value in parse_assignments(assignments).items():

@@ -1,0 +1,228 @@
+"""Expressions between settings: ``0.5 * method.bank_size / training.batch_size``.
+
+Written in Python's arithmetic and comparisons over the paths of `TrialConfig` and the facts of
+`FACTS`; simpleeval computes them, after `expression_problems` has let nothing else through.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import simpleeval
+
+from drtune_ray.errors import ConfigError
+from drtune_ray.search.expression_trees import (
+    MONOTONE,
+    ORDERS,
+    comparisons,
+    names_in,
+    settings_in,
+    tree_of,
+)
+from drtune_ray.search.settings import FACTS
+from drtune_ray.search.space_problems import Place
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "min": min,
+    "max": max,
+    "round": round,
+    "ceil": math.ceil,
+    "floor": math.floor,
+    "sqrt": math.sqrt,
+    "log": math.log,
+}
+MAX_EXPONENT = 100
+# The least violation of a constraint: a < b with a = b differs by nothing but does not hold.
+LEAST_VIOLATION = 1e-6
+
+
+class ExpressionError(ConfigError):
+    """An expression that cannot be computed for some values."""
+
+
+class UnknownFact(ConfigError):
+    """A fact about the images that is not known yet."""
+
+
+class _Inactive(Exception):
+    """A setting that is not searched in this trial."""
+
+
+@dataclass(frozen=True)
+class Expression:
+    """An expression that passed :func:`expression_problems`.
+
+    Attributes:
+        text: As the user wrote it.
+        place: Where.
+    """
+
+    text: str
+    place: Place = field(default=Place(), compare=False, repr=False)
+
+    def reads(self) -> frozenset[str]:
+        """Paths of the settings in it."""
+        return settings_in(tree_of(self.text))
+
+    def facts(self) -> frozenset[str]:
+        """The facts in it."""
+        return names_in(tree_of(self.text)) & FACTS.keys()
+
+    def evaluate(self, values: Mapping[str, Any]) -> Any:
+        """Its value.
+
+        Args:
+            values: Every setting by its path, and facts.
+
+        Raises:
+            ExpressionError: If it has no value, as at a division by zero.
+            UnknownFact: If it uses a fact that `values` lack.
+        """
+        return self._computed(tree_of(self.text), values, frozenset())
+
+    def holds(self, values: Mapping[str, Any], inactive: Collection[str] = ()) -> bool:
+        """Whether it is true; what depends on an inactive setting is not.
+
+        In three values: ``a or b`` holds where one of both does, even if the other is inactive.
+
+        Raises:
+            ExpressionError: If it is neither true nor false.
+            UnknownFact: If it uses a fact that `values` lack.
+        """
+        try:
+            value = self._computed(tree_of(self.text), values, inactive)
+        except _Inactive:
+            return False
+        if not isinstance(value, bool):
+            raise ExpressionError(f"{self.text!r} gives {value!r}, neither true nor false")
+        return value
+
+    def violation(self, values: Mapping[str, Any]) -> float:
+        """How far it is from holding: 0.0 where it holds, else above 0.
+
+        Comparisons of numbers by <, <=, >, >= give their largest difference divided by the larger
+        magnitude of both sides, anything else 1.0.
+
+        Raises:
+            ExpressionError: If it is neither true nor false.
+            UnknownFact: If it uses a fact that `values` lack.
+        """
+        if self.holds(values):
+            return 0.0
+        tree = tree_of(self.text)
+        if not isinstance(tree, ast.Compare) or not all(isinstance(op, ORDERS) for op in tree.ops):
+            return 1.0
+        sides = [
+            self._computed(side, values, frozenset()) for side in (tree.left, *tree.comparators)
+        ]
+        if not all(isinstance(side, int | float) for side in sides):
+            return 1.0
+        excesses = [
+            _excess(op, left, right)
+            for op, left, right in zip(tree.ops, sides, sides[1:], strict=False)
+        ]
+        return max(LEAST_VIOLATION, *excesses)
+
+    def thresholds(self, facts: Mapping[str, Any]) -> dict[str, set[float] | None]:
+        """The numbers that each setting is compared with; None where it is used otherwise."""
+        tree = tree_of(self.text)
+        found: dict[str, set[float] | None] = {path: set() for path in self.reads()}
+        compared: list[str] = []
+        for path, operand in comparisons(tree):
+            compared.append(path)
+            try:
+                given = self._computed(operand, facts, frozenset())
+            except ConfigError:  # a fact that is not known yet
+                found[path] = None
+            if (numbers := found[path]) is not None:
+                items = given if isinstance(given, list | tuple) else [given]
+                numbers.update(float(item) for item in items if isinstance(item, int | float))
+        used = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
+        return {
+            path: numbers if compared.count(path) == used.count(path) else None
+            for path, numbers in found.items()
+        }
+
+    def is_monotone(self) -> bool:
+        """Whether it is one comparison whose sides rise or fall steadily with each setting."""
+        tree = tree_of(self.text)
+        if not isinstance(tree, ast.Compare) or len(tree.ops) != 1:
+            return False
+        nodes = list(ast.walk(tree))
+        settings = [n.id for n in nodes if isinstance(n, ast.Name) and n.id in self.reads()]
+        return len(settings) == len(set(settings)) and all(
+            isinstance(node, MONOTONE) for node in nodes
+        )
+
+    def _computed(
+        self, node: ast.expr, values: Mapping[str, Any], inactive: Collection[str]
+    ) -> Any:
+        evaluator = _Evaluator(_Names(values, inactive))
+        try:
+            value = evaluator.eval(self.text, previously_parsed=node)
+        except (ArithmeticError, ValueError, TypeError, simpleeval.InvalidExpression) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ExpressionError(f"{self.text!r} cannot be computed: {error}") from None
+        if isinstance(value, complex) or (isinstance(value, float) and not math.isfinite(value)):
+            raise ExpressionError(f"{self.text!r} cannot be computed: it gives {value}")
+        return value
+
+
+def _excess(op: ast.cmpop, left: float, right: float) -> float:
+    difference = left - right if isinstance(op, ast.Lt | ast.LtE) else right - left
+    return difference / (max(abs(left), abs(right)) or 1.0)
+
+
+class _Names:
+    """The values of names, as simpleeval asks for them."""
+
+    def __init__(self, values: Mapping[str, Any], inactive: Collection[str]) -> None:
+        self._values, self._inactive = values, inactive
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._inactive:
+            raise _Inactive(name)
+        if name not in self._values and name in FACTS:
+            raise UnknownFact(f"{name} is not known before the images were read")
+        return self._values[name]
+
+
+class _Evaluator(simpleeval.EvalWithCompoundTypes):  # type: ignore[misc]
+    """simpleeval with our functions, a lower limit of powers, and three-valued and/or."""
+
+    def __init__(self, names: _Names) -> None:
+        super().__init__(names=names)
+        self.functions = dict(FUNCTIONS)
+        self.operators |= {ast.Pow: _power, ast.Mod: _remainder}
+
+    def _eval_boolop(self, node: ast.BoolOp) -> Any:
+        deciding = isinstance(node.op, ast.Or)
+        inactive, value = None, None
+        for part in node.values:
+            try:
+                value = self._eval(part)
+            except _Inactive as error:
+                inactive = error
+                continue
+            if bool(value) is deciding:
+                return value
+        if inactive:
+            raise inactive
+        return value
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    if abs(exponent) > MAX_EXPONENT:  # simpleeval's own limit lets seconds of work through
+        raise simpleeval.NumberTooHigh(f"the exponent {exponent} is above {MAX_EXPONENT}")
+    return simpleeval.safe_power(base, exponent)
+
+
+def _remainder(left: Any, right: Any) -> Any:
+    if isinstance(left, str):  # would format a text, of any size
+        raise TypeError("% takes numbers")
+    return left % right

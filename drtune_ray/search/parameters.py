@@ -1,0 +1,220 @@
+"""The parameters of a search space: what each may be, when it applies, how Optuna draws it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from drtune_ray.search.expressions import Expression
+from drtune_ray.search.space_problems import Place
+
+if TYPE_CHECKING:
+    import optuna
+
+Kind = Literal["float", "int", "choice", "ordered", "constant", "expression"]
+RANGES: tuple[Kind, ...] = ("float", "int")
+CATEGORIES: tuple[Kind, ...] = ("choice", "ordered")
+SAMPLED: tuple[Kind, ...] = (*RANGES, *CATEGORIES)
+KINDS: tuple[Kind, ...] = (*SAMPLED, "constant", "expression")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """When a parameter applies; without any content, always.
+
+    Attributes:
+        values: Paths, each with the values of which it must have one; all must hold.
+        expression: Instead of `values`.
+    """
+
+    values: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    expression: Expression | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.values) or self.expression is not None
+
+    def __str__(self) -> str:
+        if self.expression is not None:
+            return repr(self.expression.text)
+        return " and ".join(
+            f"{path} = {' or '.join(map(repr, values))}" for path, values in self.values
+        )
+
+    def reads(self) -> frozenset[str]:
+        """Paths of the settings that it depends on."""
+        if self.expression is not None:
+            return self.expression.reads()
+        return frozenset(path for path, _ in self.values)
+
+    def holds(self, values: Mapping[str, Any], inactive: Collection[str] = ()) -> bool:
+        """Whether it holds; a condition on an inactive parameter does not.
+
+        Raises:
+            ExpressionError: If its expression cannot be computed.
+            UnknownFact: If its expression uses a fact that `values` lack.
+        """
+        if self.expression is not None:
+            return self.expression.holds(values, inactive)
+        return all(
+            path not in inactive and values[path] in allowed for path, allowed in self.values
+        )
+
+    def to_plain(self) -> Any:
+        """As it stands in YAML."""
+        if self.expression is not None:
+            return self.expression.text
+        return {path: v[0] if len(v) == 1 else list(v) for path, v in self.values}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One path of `TrialConfig` in a space.
+
+    Attributes:
+        path: Dotted.
+        kind: One of `KINDS`.
+        bounds: Lowest and highest value of ``float`` and ``int``.
+        values: Of ``choice``, of ``ordered`` from first to last, the one of ``constant``.
+        log: Whether steps are taken in the logarithm.
+        step: Distance of neighbouring values, from the lowest on.
+        when: Where it applies; elsewhere the setting keeps its value of the base.
+        expression: Gives the value of ``expression``.
+        place: Where it is declared.
+    """
+
+    path: str
+    kind: Kind
+    bounds: tuple[float, float] = (0.0, 0.0)
+    values: tuple[Any, ...] = ()
+    log: bool = False
+    step: float | None = None
+    when: Condition = Condition()
+    expression: Expression | None = None
+    place: Place = field(default=Place(), compare=False, repr=False)
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether Optuna draws it; constants and expressions follow from the rest."""
+        return self.kind in SAMPLED
+
+    @property
+    def name(self) -> str:
+        """Its name in the Optuna study: the path; of ``ordered`` with the values too.
+
+        Optuna has no ordered categories, so their place, from 0, is drawn as an int: the sampler
+        sees which values are neighbours, and the name says what each number means.
+        """
+        if self.kind == "ordered":
+            return f"{self.path} [{', '.join(map(str, self.values))}]"
+        return self.path
+
+    def ends(self) -> tuple[Any, ...]:
+        """The values that must make a valid trial: both ends, or every value."""
+        if self.kind in RANGES:
+            return tuple(int(end) if self.kind == "int" else end for end in self.bounds)
+        return self.values
+
+    def reads(self) -> frozenset[str]:
+        """Paths of the settings that it depends on."""
+        own = self.expression.reads() if self.expression else frozenset()
+        return self.when.reads() | own
+
+    def suggest(self, trial: optuna.Trial) -> Any:
+        """Ask Optuna for a value."""
+        low, high = self.bounds
+        if self.kind == "ordered":
+            return self.values[trial.suggest_int(self.name, 0, len(self.values) - 1)]
+        if self.kind == "choice":
+            return trial.suggest_categorical(self.name, self.values)
+        if self.kind == "int":
+            return trial.suggest_int(
+                self.name, int(low), int(high), log=self.log, step=int(self.step or 1)
+            )
+        return trial.suggest_float(self.name, low, high, log=self.log, step=self.step)
+
+    def stored(self, value: Any) -> Any:
+        """A value as the Optuna study holds it."""
+        return self.values.index(value) if self.kind == "ordered" else value
+
+    def derived(self, values: Mapping[str, Any]) -> Any:
+        """The value of a ``constant`` or ``expression``.
+
+        Args:
+            values: Every setting by its path, and facts.
+
+        Raises:
+            ExpressionError: If the expression cannot be computed.
+            UnknownFact: If it uses a fact that `values` lack.
+        """
+        return self.expression.evaluate(values) if self.expression else self.values[0]
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value lies in the range; of ``expression`` none does by itself."""
+        if self.kind not in RANGES:
+            return value in self.values
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        if not self.bounds[0] <= value <= self.bounds[1]:
+            return False
+        distance = (value - self.bounds[0]) / (self.step or 1)
+        is_on_step = abs(distance - round(distance)) < 1e-9
+        return is_on_step if self.step or self.kind == "int" else True
+
+    def to_plain(self) -> dict[str, Any]:
+        """As it stands in YAML below its path."""
+        content: Any = list(self.ends())
+        if self.kind == "constant":
+            content = self.values[0]
+        if self.expression is not None:
+            content = self.expression.text
+        plain: dict[str, Any] = {self.kind: content}
+        if self.log:
+            plain["log"] = True
+        if self.step is not None:
+            plain["step"] = int(self.step) if self.kind == "int" else self.step
+        if self.when:
+            plain["when"] = self.when.to_plain()
+        return plain
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A point of a space.
+
+    Attributes:
+        values: Every setting, and the facts.
+        taken: Value of each active parameter, by path.
+        inactive: Paths of the others.
+    """
+
+    values: Mapping[str, Any]
+    taken: Mapping[str, Any]
+    inactive: frozenset[str]
+
+
+def resolve(
+    parameters: Iterable[Parameter],
+    values: Mapping[str, Any],
+    sampled: Callable[[Parameter], Any],
+) -> Resolved:
+    """Walk parameters in order of dependency, giving each active one its value.
+
+    Args:
+        parameters: In an order in which each reads earlier ones only.
+        values: Every setting of the base, and facts.
+        sampled: Gives the value of a sampled parameter.
+
+    Raises:
+        ExpressionError: If an expression cannot be computed.
+        UnknownFact: If it uses a fact that `values` lack.
+    """
+    all_values, taken = dict(values), {}
+    inactive: set[str] = set()
+    for parameter in parameters:
+        if not parameter.when.holds(all_values, inactive):
+            inactive.add(parameter.path)
+            continue
+        value = sampled(parameter) if parameter.is_sampled else parameter.derived(all_values)
+        all_values[parameter.path] = taken[parameter.path] = value
+    return Resolved(all_values, taken, frozenset(inactive))

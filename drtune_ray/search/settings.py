@@ -1,0 +1,113 @@
+"""The settings and facts that a search space may name, and the values that a setting takes."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from drtune_ray.config import TrialConfig
+from drtune_ray.section import known_paths
+
+NUM_TRAIN, NUM_CLASSES = "data.num_train", "data.num_classes"
+# What is known of the images once they were read; expressions may use these.
+FACTS = {NUM_TRAIN: "number of training images", NUM_CLASSES: "number of classes"}
+
+BY_CATEGORY = ("choice", "ordered", "constant")
+
+
+@dataclass(frozen=True)
+class Restriction:
+    """How a setting may stand in a space.
+
+    Attributes:
+        kinds: Of parameter; none where the setting is refused.
+        reason: What to say otherwise.
+    """
+
+    kinds: tuple[str, ...]
+    reason: str
+
+
+PREPARED_ONCE = Restriction(
+    (),
+    "is shared by all trials of a study, which prepares it once: set it in the trial and run one "
+    "study for each value",
+)
+# Each value needs prepared tables of its own, so there must be few.
+IN_TABLES = Restriction(
+    BY_CATEGORY,
+    "changes the prepared images and features, of which each value needs its own: search it as "
+    "choice, ordered or constant",
+)
+# Settings not named here, alone or by their group, take every kind. The settings marked below
+# become searchable by naming IN_TABLES in their line.
+RESTRICTIONS = {
+    "data": PREPARED_ONCE,
+    "data.crop_scale_min": PREPARED_ONCE,  # may become IN_TABLES
+    "data.horizontal_flip": PREPARED_ONCE,  # may become IN_TABLES
+    "data.views": PREPARED_ONCE,  # may become IN_TABLES
+    "data.image_size": PREPARED_ONCE,  # may become IN_TABLES
+    "backbone": PREPARED_ONCE,
+    "backbone.name": PREPARED_ONCE,  # may become IN_TABLES
+    "backbone.weights": PREPARED_ONCE,  # may become IN_TABLES
+    "seed": PREPARED_ONCE,
+    "training.epochs": PREPARED_ONCE,
+    "training.workers": PREPARED_ONCE,
+}
+
+
+def restriction_of(path: str) -> Restriction | None:
+    """The restriction of a setting: its own, or that of its group."""
+    return RESTRICTIONS.get(path) or RESTRICTIONS.get(path.split(".")[0])
+
+
+@functools.cache
+def setting_paths() -> tuple[str, ...]:
+    """Every dotted path of `TrialConfig` that holds a value."""
+    paths = tuple(known_paths(TrialConfig))
+    return tuple(p for p in paths if not any(other.startswith(f"{p}.") for other in paths))
+
+
+def group_of(path: str) -> str:
+    """The group of settings that a setting belongs to; settings of a group are checked together."""
+    return path.rpartition(".")[0]
+
+
+def normal_value(path: str, value: Any) -> tuple[Any, str | None]:
+    """A value as the configuration holds it, with a sentence if the setting cannot take it.
+
+    Looks at the setting alone: ``optim.nesterov`` takes true whatever the momentum is.
+    """
+    adapter = _adapter(path)
+    try:
+        return adapter.dump_python(adapter.validate_python(value), mode="json"), None
+    except ValidationError as error:
+        reasons = dict.fromkeys(_reason(problem) for problem in error.errors())
+        return value, f"{path}={value!r} is not valid: {' or '.join(reasons)}"
+
+
+def _reason(problem: Any) -> str:
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    message = str(problem["msg"])
+    return message[:1].lower() + message[1:]
+
+
+@functools.cache
+def _adapter(path: str) -> TypeAdapter[Any]:
+    annotation = _field(path).rebuild_annotation()
+    return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
+
+
+def _field(path: str) -> FieldInfo:
+    *groups, leaf = path.split(".")
+    section: Any = TrialConfig
+    for group in groups:
+        section = section.model_fields[group].annotation
+        assert issubclass(section, BaseModel)
+    field: FieldInfo = section.model_fields[leaf]
+    return field

@@ -1,0 +1,116 @@
+"""Reading YAML: repeated keys, and lines."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+
+from drtune_ray.errors import ConfigError
+from drtune_ray.values import LinedDict, LinedList, read_yaml
+
+CONTENT = """\
+# a comment
+first: 1
+second: &second
+  inner: {a: 1,
+          b: 2}
+  list:
+    - x
+
+    - {y: 1}
+third:
+  <<: *second
+  inner: 3
+fourth: *second
+"""
+
+
+def written(folder: Path, content: str) -> Path:
+    path = folder / "file.yaml"
+    path.write_text(content)
+    return path
+
+
+def test_read_yaml__with_lines(tmp_path: Path) -> None:
+    path = written(tmp_path, CONTENT)
+    content = read_yaml(path, with_lines=True)
+    assert isinstance(content, LinedDict)
+    assert content.source == str(path)
+    assert content.lines == {"first": 2, "second": 3, "third": 10, "fourth": 13}
+    second = content["second"]
+    assert second.lines == {"inner": 4, "list": 6}
+    assert second["inner"].lines == {"a": 4, "b": 5}
+    assert isinstance(second["list"], LinedList)
+    assert second["list"].lines == [7, 9]
+    assert second["list"].source == str(path)
+    assert content["third"].lines == {"inner": 12, "list": 6}  # merged: where it stands
+    assert content["fourth"] is second
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_read_yaml__lines_survive_a_copy(tmp_path: Path, again: object) -> None:
+    content = read_yaml(written(tmp_path, CONTENT), with_lines=True)
+    copied = again(content)  # type: ignore[operator]
+    assert copied == content
+    assert copied.lines == content.lines
+    assert copied["second"]["list"].lines == [7, 9]
+
+
+def test_read_yaml__plain_without_lines(tmp_path: Path) -> None:
+    path = written(tmp_path, CONTENT)
+    content = read_yaml(path)
+    assert type(content) is dict
+    assert type(content["second"]["list"]) is list
+    assert content == read_yaml(path, with_lines=True)
+    assert content["third"] == {"inner": 3, "list": ["x", {"y": 1}]}
+
+
+@pytest.mark.parametrize("with_lines", [False, True])
+def test_read_yaml__repeated_keys(tmp_path: Path, with_lines: bool) -> None:
+    path = written(
+        tmp_path,
+        "trials: 1\nspace:\n  a: {x: 1, x: 2}\n"
+        "  b:\n    - y: 1\n      z: 1\n      y: 2\ntrials: 2\n",
+    )
+    with pytest.raises(ConfigError) as caught:
+        read_yaml(path, with_lines=with_lines)
+    assert caught.value.problems == (
+        f"{path}:3: x stands here and on line 3: remove one of them",
+        f"{path}:7: y stands here and on line 5: remove one of them",
+        f"{path}:8: trials stands here and on line 1: remove one of them",
+    )
+
+
+def test_read_yaml__a_space_that_repeats_a_parameter(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        "parameters:\n  optim.momentum: {float: [0.1, 0.9]}\n  optim.momentum: {constant: 0.9}\n",
+    )
+    sentence = f"{path}:3: optim.momentum stands here and on line 2: remove one of them"
+    with pytest.raises(ConfigError, match=f"^{re.escape(sentence)}$"):
+        read_yaml(path, with_lines=True)
+
+
+@pytest.mark.parametrize("content", ["a: &a [*a]\n", "a: &a {b: *a}\n"])
+def test_read_yaml__an_alias_to_what_holds_it(tmp_path: Path, content: str) -> None:
+    found = read_yaml(written(tmp_path, content), with_lines=True)["a"]
+    assert found[0 if isinstance(found, list) else "b"] is found
+
+
+@pytest.mark.parametrize("content", ["", "# nothing\n", "- 1\n", "word\n"])
+def test_read_yaml__no_mapping(tmp_path: Path, content: str) -> None:
+    path = written(tmp_path, content)
+    sentence = f"{path} must hold a mapping of keys to values"
+    with pytest.raises(ConfigError, match=f"^{re.escape(sentence)}$"):
+        read_yaml(path, with_lines=True)
+
+
+@pytest.mark.parametrize("content", ["a: [1\n", "a: 1\n---\nb: 2\n", "a: !tag 1\n", "? [1]\n: 2\n"])
+def test_read_yaml__no_yaml(tmp_path: Path, content: str) -> None:
+    path = written(tmp_path, content)
+    with pytest.raises(ConfigError, match=f"^{re.escape(f'{path} is not valid YAML: ')}"):
+        read_yaml(path, with_lines=True)
