@@ -372,6 +372,7 @@ class StudyConfig(Section):
     winner go by it, and the others are weighed against it in the Pareto front.
 
     `start_with` are points of the space to run first; what one leaves open is sampled.
+    `warm_start` names studies of comparable trials for the sampler to learn from.
     """
 
     name: StudyName
@@ -383,6 +384,7 @@ class StudyConfig(Section):
     objectives: tuple[ObjectiveName, ...] = ("val_accuracy",)
     trials: PositiveInt = 20
     start_with: tuple[dict[str, Any], ...] = ()
+    warm_start: tuple[str, ...] = ()
     seed: int = 0
     reference_trials: tuple[ReferenceName, ...] = ("default", "ce_tuning", "authors")
     sampler: SamplerConfig = SamplerConfig()

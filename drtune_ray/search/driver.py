@@ -43,6 +43,7 @@ from drtune_ray.search.identity import (
     WINNER_NAME,
 )
 from drtune_ray.search.objectives import OF_CLASSIFIERS
+from drtune_ray.search.points import start_points
 from drtune_ray.search.prepare import Checked, manifest_path, prepare_all, preparing_device
 from drtune_ray.search.proposals import FinalistProposals, FixedTrial, Proposals, SearchProposals
 from drtune_ray.search.samplers import build_sampler
@@ -52,6 +53,7 @@ from drtune_ray.search.servers import StudyArtifacts, as_problem
 from drtune_ray.search.shared import Cluster
 from drtune_ray.search.space import SearchSpace
 from drtune_ray.search.tuning import TuneRun
+from drtune_ray.search.variants import table_variants
 from drtune_ray.tracking.events import (
     Event,
     FilesReady,
@@ -219,12 +221,12 @@ class StudyDriver:
             self.references,
             budget,
             partial(build_sampler, self.config.sampler, self.config.seed),
-            start_with=self.config.start_with,
-            facts=self.checked.facts,
+            start_with=start_points(self.space, self.config.start_with),
         )
         if not proposals.has_next():
             return
-        tables = self._prepare([self.base, *(r.config for r in self.references)])
+        variants = table_variants(self.space, self.base)
+        tables = self._prepare([*variants, *(r.config for r in self.references)])
         known = [t for t in self.study.get_trials(deepcopy=False) if is_searched(t)]
         num_done = sum(trial.state in RESULT_STATES for trial in known)
         tune_run = self._tune_run(proposals)

@@ -41,6 +41,9 @@ NOT_DECIDING = (
     *TRIAL_NOT_DECIDING,
     *(f"trial.{path}" for path in TRIAL_NOT_DECIDING),
 )
+DATA_DIGEST = "content of the images and splits"
+WEIGHTS_DIGEST = "content of the pretrained weights"
+NUMERICS = "numeric version of drtune-ray"
 SEVERAL_WORKERS = "several workers a trial"
 ADVICE = {
     SEVERAL_WORKERS: " (training.workers may change, but not between 1 and more than 1)",
@@ -132,9 +135,9 @@ def deciding_values(
         # code does; of several, each would see a part of the batch (`reference_config`).
         kept[SEVERAL_WORKERS] = config["trial"]["training"]["workers"] != 1
     return kept | {
-        "content of the images and splits": data_digest,
-        "content of the pretrained weights": weights_digest,
-        "numeric version of drtune-ray": NUMERIC_VERSION,
+        DATA_DIGEST: data_digest,
+        WEIGHTS_DIGEST: weights_digest,
+        NUMERICS: NUMERIC_VERSION,
     }
 
 

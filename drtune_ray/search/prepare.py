@@ -56,11 +56,6 @@ class Checked:
         """Number of training images."""
         return self.splits.count(TRAIN)
 
-    @property
-    def facts(self) -> dict[str, float]:
-        """Numbers of the data that a search space may refer to."""
-        return {"data.num_train": self.num_train, "data.num_classes": len(self.splits.classes)}
-
     def summary(self) -> str:
         """One line about the images and the weights."""
         counts = f"{self.num_train} to train, {self.splits.count(VALIDATION)} to validate"

@@ -13,6 +13,7 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from drtune_ray.config import TRIAL_NOT_DECIDING, TrialConfig
+from drtune_ray.errors import ConfigError
 from drtune_ray.results import trials
 from drtune_ray.search.budget import Budget
 from drtune_ray.search.space import SearchSpace
@@ -121,9 +122,8 @@ class SearchProposals(Proposals):
         budget: Ends the search.
         sampler_for: Optuna's sampler for the trial of a number. One for each, so that a resumed
             study proposes what the unbroken one would from the same history.
-        start_with: Points of the space to run first of all: values by path; what a point leaves
-            open is sampled.
-        facts: Numbers of the data for constraints.
+        start_with: Points of the space to run first of all, as `start_points` gives them; what a
+            point leaves open is sampled.
     """
 
     def __init__(
@@ -136,12 +136,11 @@ class SearchProposals(Proposals):
         sampler_for: SamplerFor,
         *,
         start_with: tuple[Mapping[str, Any], ...] = (),
-        facts: Mapping[str, float] | None = None,
     ) -> None:
         known = study.get_trials(deepcopy=False)
         super().__init__(study, known)
         self._space, self._base, self._budget = space, base, budget
-        self._sampler_for, self._facts = sampler_for, facts or {}
+        self._sampler_for = sampler_for
         # What the machine failed, and what never got its configuration, is run again.
         sound = [t for t in known if trials.is_trained(t) and t.state != TrialState.FAIL]
         begun = {trial.user_attrs.get(trials.REFERENCE) for trial in sound}
@@ -177,14 +176,14 @@ class SearchProposals(Proposals):
         return trial
 
     def _start_point(self, number: int, values: dict[str, Any]) -> Trial:
-        self.study.enqueue_trial(self._space.optuna_values(values), skip_if_exists=True)
+        self.study.enqueue_trial(values, skip_if_exists=True)
         trial = self._ask(self._sampler_for, **{trials.START_POINT: number})
         return self._described(trial, self._space.suggest(trial, self._base))
 
     def _reference(self, reference: FixedTrial) -> Trial:
         values = self._space.locate(reference.config, self._base)
         if values is not None:
-            self.study.enqueue_trial(self._space.optuna_values(values), skip_if_exists=True)
+            self.study.enqueue_trial(values, skip_if_exists=True)
         trial = self._ask(self._sampler_for, **{trials.REFERENCE: reference.name})
         if values is not None:
             self._space.suggest(trial, self._base)  # enters the parameters
@@ -194,12 +193,12 @@ class SearchProposals(Proposals):
     def _sampled_until_new(self) -> Trial | None:
         for _ in range(MAX_UNTRAINED_IN_A_ROW):
             trial = self._ask(self._sampler_for)
-            config = self._space.suggest(trial, self._base)
-            violated = self._space.violations(config, self._facts)
-            former = self._seen.get(_content(json.dumps(config.to_mapping())))
-            if violated:
+            config, violated = self._suggested(trial)
+            if config is None or any(violated.values()):
                 self._tell_infeasible(trial, violated)
-            elif former is not None:
+                continue
+            former = self._seen.get(_content(json.dumps(config.to_mapping())))
+            if former is not None:
                 trial.set_user_attr(trials.NOT_TRAINED, f"{DUPLICATE} {former}")
                 # Nothing new is known of the point: samplers pass over what failed.
                 self.study.tell(trial, state=TrialState.FAIL)
@@ -211,10 +210,19 @@ class SearchProposals(Proposals):
         )
         return None
 
+    def _suggested(self, trial: Trial) -> tuple[TrialConfig | None, dict[str, float]]:
+        """A configuration and how far it breaks each constraint; none where it is not valid."""
+        try:
+            config = self._space.suggest(trial, self._base)
+        except ConfigError as error:
+            return None, {str(error): 1.0}
+        return config, self._space.violations(config)
+
     def _tell_infeasible(self, trial: Trial, violated: Mapping[str, float]) -> None:
-        trial.set_user_attr(trials.NOT_TRAINED, f"{INFEASIBLE}: {', '.join(violated)}")
-        for constraint, violation in violated.items():
-            trial.set_constraint(constraint, violation)
+        broken = {text: violation for text, violation in violated.items() if violation > 0}
+        trial.set_user_attr(trials.NOT_TRAINED, f"{INFEASIBLE}: {', '.join(broken)}")
+        for text, violation in broken.items():
+            trial.set_constraint(text, violation)
         self.study.tell(trial, state=TrialState.PRUNED)
 
     def _described(self, trial: Trial, config: TrialConfig) -> Trial:

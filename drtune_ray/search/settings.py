@@ -43,17 +43,16 @@ IN_TABLES = Restriction(
     "changes the prepared images and features, of which each value needs its own: search it as "
     "choice, ordered or constant",
 )
-# Settings not named here, alone or by their group, take every kind. The settings marked below
-# become searchable by naming IN_TABLES in their line.
+# Settings not named here, alone or by their group, take every kind.
 RESTRICTIONS = {
     "data": PREPARED_ONCE,
-    "data.crop_scale_min": PREPARED_ONCE,  # may become IN_TABLES
-    "data.horizontal_flip": PREPARED_ONCE,  # may become IN_TABLES
-    "data.views": PREPARED_ONCE,  # may become IN_TABLES
-    "data.image_size": PREPARED_ONCE,  # may become IN_TABLES
+    "data.crop_scale_min": IN_TABLES,
+    "data.horizontal_flip": IN_TABLES,
+    "data.views": IN_TABLES,
+    "data.image_size": IN_TABLES,
     "backbone": PREPARED_ONCE,
-    "backbone.name": PREPARED_ONCE,  # may become IN_TABLES
-    "backbone.weights": PREPARED_ONCE,  # may become IN_TABLES
+    "backbone.name": IN_TABLES,
+    "backbone.weights": IN_TABLES,
     "seed": PREPARED_ONCE,
     "training.epochs": PREPARED_ONCE,
     "training.workers": PREPARED_ONCE,

@@ -121,12 +121,6 @@ class SearchSpace:
         resolved = resolve(self.parameters, self._values(base), lambda p: p.suggest(trial))
         return base.with_values(resolved.taken)
 
-    def optuna_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(values)
-
-    def violations(self, config: TrialConfig, facts: Mapping[str, float]) -> dict[str, float]:
-        return {}
-
     def locate(self, config: TrialConfig, base: TrialConfig) -> dict[str, Any] | None:
         """The values in Optuna by which `base` becomes `config`; None if it lies outside.
 

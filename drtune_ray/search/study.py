@@ -25,14 +25,17 @@ from drtune_ray.search.identity import (
 )
 from drtune_ray.search.nodes import Capacity
 from drtune_ray.search.objectives import direction
+from drtune_ray.search.points import start_points
 from drtune_ray.search.prepare import (
     Checked,
+    check_encoders,
     check_inputs,
     data_root,
     manifest_path,
     write_manifest,
 )
 from drtune_ray.search.proposals import FixedTrial
+from drtune_ray.search.samplers import check_sampler
 from drtune_ray.search.servers import (
     StudyArtifacts,
     check_storage_of,
@@ -43,6 +46,7 @@ from drtune_ray.search.servers import (
 from drtune_ray.search.session import ready_cluster, signals_as_interrupt
 from drtune_ray.search.shared import Cluster, shared_folder
 from drtune_ray.search.space import SearchSpace, read_space
+from drtune_ray.search.variants import table_variants
 from drtune_ray.search.waiting import Notify
 from drtune_ray.tracking.events import Sink
 
@@ -115,8 +119,11 @@ def _check(
         Path(config.storage).expanduser().resolve(),
         [lambda: found.append(SearchSpace.from_mapping(_space_content(config), config.trial))],
     )
-    space, notes = found[0].clamped(checked.num_train)
     highest = checked.num_train
+    space, notes = found[0].clamped(highest, len(checked.splits.classes))
+    check_sampler(config.sampler)
+    start_points(space, config.start_with)
+    checked = check_encoders(checked, table_variants(space, config.trial)[1:])
     references = []
     for name in config.reference_trials:
         trial = reference_config(config.trial, name)
