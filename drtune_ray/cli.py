@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -18,7 +19,8 @@ from drtune_ray.errors import ConfigError, DrtuneError
 
 if TYPE_CHECKING:
     from drtune_ray.config import StudyConfig
-    from drtune_ray.search.driver import StudyPlan, StudyResult
+    from drtune_ray.display.output import Quiet
+    from drtune_ray.search.driver import StudyPlan
 
 DEFAULT_STORAGE = "./drtune-studies"
 INTERRUPTED = 130
@@ -49,6 +51,12 @@ _artifacts = click.option(
     "--artifacts",
     help="s3://, gs:// or file:// URI for what the next driver and other nodes need.",
 )
+_quiet = click.option(
+    "--quiet", is_flag=True, help="The result and warnings only; with --json: the result only."
+)
+_json = click.option(
+    "--json", "as_json", is_flag=True, help="JSON lines on stdout, one an event (docs/json.md)."
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -60,11 +68,16 @@ def cli() -> None:
 @cli.command()
 @_storage
 @click.option("--seed", type=int, default=0, show_default=True, help="Of everything drawn.")
-def demo(storage: str, seed: int) -> None:
-    """Run a small real study, start to end."""
+@_quiet
+@_json
+def demo(storage: str, seed: int, quiet: bool, as_json: bool) -> None:
+    """Run a small real study, start to end.
+
+    Ctrl-C and going on: see tune.
+    """
     from drtune_ray.demo import demo_config
 
-    _run_study(demo_config(_resolved(storage), seed))
+    _run_study(lambda: (demo_config(_resolved(storage), seed), []), quiet, as_json)
 
 
 @cli.command()
@@ -84,14 +97,24 @@ def demo(storage: str, seed: int) -> None:
 @click.option("--optuna-storage", help="URL of a database; by default a file in the study.")
 @_artifacts
 @_set
-def tune(study_file: Path | None, assignments: tuple[str, ...], **flags: Any) -> None:
-    """Search; the same command resumes, or shows the result."""
+@_quiet
+@_json
+def tune(
+    study_file: Path | None,
+    assignments: tuple[str, ...],
+    quiet: bool,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Search; the same command resumes, or shows the result.
+
+    Ctrl-C (or SIGTERM) has the running trials save at their next step and ends with code 130;
+    the same command goes on there. A second Ctrl-C does not wait: the same command goes on from
+    the saves that there are, of the last epoch or of training.save_every_seconds.
+    """
     from drtune_ray.search.request import study_request
 
-    config, notes = study_request(study_file, assignments, flags)
-    for note in notes:
-        click.echo(note)
-    _run_study(config)
+    _run_study(lambda: study_request(study_file, assignments, flags), quiet, as_json)
 
 
 @cli.command()
@@ -109,6 +132,8 @@ def tune(study_file: Path | None, assignments: tuple[str, ...], **flags: Any) ->
 @_tracking_uri
 @_artifacts
 @_set
+@_quiet
+@_json
 def train(
     trial_file: Path | None,
     assignments: tuple[str, ...],
@@ -116,47 +141,47 @@ def train(
     name: str | None,
     tracking_uri: str | None,
     artifacts: str | None,
+    quiet: bool,
+    as_json: bool,
     **flags: Any,
 ) -> None:
     """Train one configuration on Ray Train; the same command resumes, or shows the result."""
     from drtune_ray.config import TrackingConfig
-    from drtune_ray.display import percent
+    from drtune_ray.display.outcome import training_facts, training_lines
+    from drtune_ray.display.output import TrainingLines, json_stdout, write_json
     from drtune_ray.search.request import default_name, trial_request
     from drtune_ray.search.single import run_training
+    from drtune_ray.search.status import write_command
     from drtune_ray.section import validated
-    from drtune_ray.tracking.events import Event, MetricsRecorded
+    from drtune_ray.tracking.events import Event, RunStarted
 
-    config, resources, notes = trial_request(trial_file, assignments, flags)
-    for note in notes:
-        click.echo(note)
-    name = name or f"{default_name(config)}-train"
+    with json_stdout(is_wanted=as_json) as stream:
+        config, resources, notes = trial_request(trial_file, assignments, flags)
+        output = _output(stream, quiet, as_json, TrainingLines(config.training.epochs))
+        for note in notes:
+            output.say(note)
+        name = name or f"{default_name(config)}-train"
+        folder = _resolved(storage) / name
 
-    def show(event: Event) -> None:
-        if isinstance(event, MetricsRecorded):
-            metrics = event.metrics
-            parts = "  ".join(
-                f"{key} {metrics[key]:.4f}"
-                for key in ("loss", "cross_entropy", "distribution_regularization")
-                if key in metrics
-            )
-            click.echo(
-                f"epoch {event.step}/{config.training.epochs}  {parts}  "
-                f"validation {percent(metrics['val_accuracy'])}  {metrics['seconds']:.1f} s"
-            )
+        def observe(event: Event) -> None:
+            if isinstance(event, RunStarted):
+                write_command(folder)
+            output.take(event)
 
-    result = run_training(
-        config,
-        name,
-        Path(storage),
-        resources=resources,
-        tracking=validated(TrackingConfig, {"uri": tracking_uri}),
-        artifacts=artifacts,
-        observer=show,
-        on_notice=click.echo,
-    )
-    click.echo("This training was done before." if result.was_done else "Done.")
-    click.echo(f"Best validation accuracy {percent(result.val_accuracy)} ({result.outcome})")
-    _show_ways_on(result.folder, result.num_unsent)
+        result = run_training(
+            config,
+            name,
+            Path(storage),
+            resources=resources,
+            tracking=validated(TrackingConfig, {"uri": tracking_uri}),
+            artifacts=artifacts,
+            observer=observe,
+            on_notice=output.notice,
+        )
+        if as_json:
+            write_json(stream, "result", training_facts(result))
+        else:
+            _echo(training_lines(result, _program()))
 
 
 @cli.command()
@@ -215,91 +240,83 @@ def sync(study: str, storage: str) -> None:
     click.echo(f"{sync_study(study, storage)} events sent")
 
 
-def _run_study(config: StudyConfig) -> None:
+@cli.command()
+@click.argument("study")
+@_storage
+@click.option("--json", "as_json", is_flag=True, help="One JSON object (docs/json.md).")
+def status(study: str, storage: str, as_json: bool) -> None:
+    """Say how a study or training stands, while it runs or after; changes nothing."""
+    from drtune_ray.search.status import facts, read_status
+
+    found = read_status(study, storage)
+    if as_json:
+        from drtune_ray.display.output import write_json
+
+        write_json(sys.stdout, "status", facts(found))
+        return
+    from drtune_ray.display.standing import status_lines
+
+    _echo(status_lines(found, _program()))
+
+
+def _output(stream: TextIO, quiet: bool, as_json: bool, people: Quiet) -> Quiet:
+    """The output that the options ask for."""
+    from drtune_ray.display.output import JsonLines, Quiet
+
+    if quiet:
+        return Quiet()
+    return JsonLines(stream) if as_json else people
+
+
+def _run_study(
+    request: Callable[[], tuple[StudyConfig, list[str]]], quiet: bool, as_json: bool
+) -> None:
     from rich.console import Console
 
-    from drtune_ray.display import StudyDisplay, duration
+    from drtune_ray.display.outcome import plan_facts, plan_lines, result_facts, result_lines
+    from drtune_ray.display.output import People, is_live, json_stdout, write_json
+    from drtune_ray.display.progress import StudyProgress
+    from drtune_ray.search.status import read_trials, write_command
     from drtune_ray.search.study import run_study
 
     console = Console(highlight=False)
-    display: list[StudyDisplay] = []
 
     def announce(plan: StudyPlan) -> None:
-        _show_plan(plan)
-        searched = tuple(plan.searched)
-        epochs = plan.config.trial.training.epochs
-        display.append(StudyDisplay(console, plan.config.trials, plan.num_done, epochs, searched))
-        display[0].__enter__()
-
-    try:
-        result = run_study(
-            config,
-            observer=lambda e: display[0](e) if display else None,
-            on_plan=announce,
-            on_notice=lambda text: display[0].notice(text) if display else click.echo(text),
+        folder = plan.config.folder
+        write_command(folder)
+        if not (quiet or as_json):
+            _echo(plan_lines(plan))
+        epochs, searched = plan.config.trial.training.epochs, plan.searched
+        earlier = read_trials(folder)
+        output.plan(
+            StudyProgress(plan.config.trials, plan.num_done, epochs, searched, earlier),
+            plan_facts(plan),
         )
-    except KeyboardInterrupt:
-        click.echo("\nInterrupted. The same command goes on where it stopped.", err=True)
-        raise
-    finally:
-        for shown in display:
-            shown.__exit__()
-    _show_result(result)
-    if not result.was_done:
-        click.echo(f"Took {duration(result.seconds)}.")
+
+    with json_stdout(is_wanted=as_json) as stream:
+        people = People(console, is_live=is_live(console, os.environ))
+        output = _output(stream, quiet, as_json, people)
+        config, notes = request()
+        for note in notes:
+            output.say(note)
+        try:
+            result = run_study(
+                config, observer=output.take, on_plan=announce, on_notice=output.notice
+            )
+        except KeyboardInterrupt:
+            click.echo("\nInterrupted. The same command goes on where it stopped.", err=True)
+            raise
+        finally:
+            output.close()
+        if as_json:
+            write_json(stream, "result", result_facts(result))
+        else:
+            _echo(result_lines(result, _program()))
 
 
-def _show_plan(plan: StudyPlan) -> None:
-    config = plan.config
-    trial = config.trial
-    click.echo(f"Study {config.name!r}: {config.folder}")
-    for note in plan.notes:
-        click.echo(f"  {note}")
-    click.echo(
-        f"  {config.trials} trials ({len(config.reference_trials)} reference trials first), "
-        f"{plan.trials_at_a_time} at a time, {config.resources.cpus_per_worker} CPU(s) a worker; "
-        f"up to {trial.training.epochs} epochs, {config.scheduler.name} early stopping, "
-        f"{config.sampler.name} sampler, seed {config.seed}"
-    )
-    if plan.num_done:
-        click.echo(f"  {plan.num_done} trials were finished before: going on")
-
-
-def _show_result(result: StudyResult) -> None:
-    from drtune_ray.display import percent
-    from drtune_ray.values import flattened
-
-    if result.was_done:
-        click.echo("This study is done; nothing was left to run.")
-    winner = result.winner
-    num_completed = sum(trial.state == "COMPLETE" for trial in result.trials)
-    click.echo(f"\nBest of {len(result.trials)} trials: trial {winner.label}")
-    values = flattened(winner.config)
-    for path in result.searched:
-        if winner.reference is None or path in values:
-            click.echo(f"  {path} = {values[path]}")
-    click.echo(
-        f"\nValidation accuracy (the winner's is the maximum of {num_completed} completed trials, "
-        "one seed each:\nit flatters; the test split does not)"
-    )
-    click.echo(f"  {'best trial ' + winner.label:<32} {percent(winner.best_val_accuracy):>9}")
-    for trial in result.references:
-        name = f"reference trial {trial.label}"
-        outcome = "" if trial.state == "COMPLETE" else f"  {trial.outcome}"
-        click.echo(f"  {name:<32} {percent(trial.best_val_accuracy):>9}{outcome}")
-    click.echo()
-    _show_ways_on(result.folder, result.num_unsent)
-
-
-def _show_ways_on(folder: Path, num_unsent: int) -> None:
-    if num_unsent:
-        click.echo(
-            f"{num_unsent} events have not reached MLflow; send them with\n"
-            f"  {_program()} sync {folder}"
-        )
-    click.echo(f"Everything lies in        {folder}")
-    click.echo(f"Open the MLflow UI:       {_program()} ui {folder}")
-    click.echo(f"Test the winner:          {_program()} evaluate {folder}")
+def _echo(lines: Iterable[str]) -> None:
+    for line in lines:
+        click.echo(line)
 
 
 def _program() -> str:

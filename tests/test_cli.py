@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -146,12 +147,29 @@ def test_a_space_with_an_unknown_key_and_other_faults_are_told_together(images, 
         refused(done, message, storage)
 
 
-@pytest.mark.parametrize("command", ["evaluate", "ui", "sync"])
+@pytest.mark.parametrize("command", ["evaluate", "ui", "sync", "status"])
 def test_a_study_that_does_not_exist(tmp_path, command):
     done = run(command, "nothing", "--storage", str(tmp_path))
     assert done.returncode == 2
     assert "there is no study 'nothing' under" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["tune", "train"])
+@pytest.mark.parametrize("modes", [["--json"], ["--quiet", "--json"], ["--quiet"]])
+def test_an_error_is_one_message_on_stderr_whatever_the_mode(tmp_path, command, modes):
+    storage = tmp_path / "studies"
+    given = ["--data", str(tmp_path / "nowhere"), "--storage", str(storage)]
+    done = run(command, *given, *modes)
+    message = "nowhere' is not a folder: give a folder of class folders"
+    refused(done, message, storage)
+    assert done.stderr.count("\n") == 1
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    if "--json" in modes:
+        assert (lines[-1]["kind"], lines[-1]["exit_code"]) == ("result", 2)
+        assert message in lines[-1]["reason"]
+    notices = [line for line in lines if line["kind"] == "notice"]
+    assert len(notices) == (modes == ["--json"])
 
 
 def test_precedence_is_set_over_flag_over_file_over_machine(images, tmp_path):

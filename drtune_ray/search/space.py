@@ -105,7 +105,10 @@ class SearchSpace:
                     "larger bank would hold images twice"
                 )
             parameters.append(clamped)
-        space = replace(self, parameters=tuple(parameters), facts=facts)
+        base = self.base and self.base.with_values(
+            {BANK_SIZE: min(self.base.method.bank_size, num_train)}
+        )
+        space = replace(self, parameters=tuple(parameters), base=base, facts=facts)
         problems = space._problems()
         # With other images it may apply: no reason to refuse the space.
         unused = [problem for problem in problems if problem.rule == "never-applies"]

@@ -412,6 +412,18 @@ def test_locate__unset_value(base: TrialConfig) -> None:
     assert searched.locate(base, base) is None
 
 
+def test_locate__a_point_that_is_enqueued_comes_out(base: TrialConfig) -> None:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    searched = space(EVERY_KIND, base)
+    for trial in asked(20, seed=3):
+        config = searched.suggest(trial, base)
+        study = optuna.create_study()
+        study.enqueue_trial(searched.locate(config, base) or {})
+        again = study.ask()
+        assert searched.suggest(again, base) == config
+        assert again.params == trial.params
+
+
 def test_locate__an_expression_that_fails_there(base: TrialConfig) -> None:
     parameters = {
         "method.bank_size": {"int": [3, 300]},
@@ -541,6 +553,18 @@ def test_clamped__expressions_get_the_facts(base: TrialConfig) -> None:
     assert (config.method.bank_size, config.optim.momentum) == (75, 0.5)
     assert config.method.calibration.rotation_rank == 24
     assert searched.locate(config, base) == trial.params
+
+
+def test_clamped__a_bank_that_is_not_searched_is_cut_too(base: TrialConfig) -> None:
+    # The study cuts its base; here only the constraint looks at it.
+    content = {
+        "parameters": {"optim.momentum": {"float": [0.1, 0.9]}},
+        "constraints": ["method.bank_size <= data.num_train"],
+    }
+    assert base.method.bank_size == 512
+    searched, notes = SearchSpace.from_mapping(content, base).clamped(100)
+    assert notes == []
+    assert searched.violations(base) == {"method.bank_size <= data.num_train": 412 / 512}
 
 
 def test_clamped__what_these_images_leave_unused_is_said(base: TrialConfig) -> None:

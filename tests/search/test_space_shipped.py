@@ -15,7 +15,9 @@ import yaml
 from optuna.trial import FixedTrial
 
 from drtune_ray.config import TrialConfig, reference_config
-from drtune_ray.search.parameters import Parameter
+from drtune_ray.search.expressions import FUNCTIONS
+from drtune_ray.search.parameters import KINDS, Parameter
+from drtune_ray.search.settings import FACTS
 from drtune_ray.search.space import SearchSpace, read_space, shipped_spaces
 from drtune_ray.search.space_schema import schema_text, space_schema
 from drtune_ray.values import flattened
@@ -24,6 +26,7 @@ from tests.conftest import MakeTrial
 SHIPPED = sorted(shipped_spaces())
 FOLDER = Path(__file__).parents[2] / "search_spaces"
 FIRST_LINE = "# yaml-language-server: $schema=schema.json"
+DOCS = FOLDER.parent / "docs" / "search-space.md"
 BAD_SPACES = Path(__file__).parent / "bad_spaces"
 
 
@@ -181,6 +184,37 @@ def test_dr_tune__is_conditional(base: TrialConfig) -> None:
         "proper_rotation",
         "recenter",
     }
+
+
+# ---- docs/search-space.md
+
+BLOCKS = re.findall(r"```(yaml|python)\n(.*?)```", DOCS.read_text(), flags=re.DOTALL)
+DOCUMENTED = [block for language, block in BLOCKS if language == "yaml"]
+
+
+@pytest.mark.parametrize("block", DOCUMENTED)
+def test_docs__spaces_are_valid(base: TrialConfig, block: str) -> None:
+    space, _ = SearchSpace.from_mapping(yaml.safe_load(block), base).clamped(5000, 10)
+    for trial in drawn(20):
+        config = space.suggest(trial, base)
+        assert space.locate(config, base) == trial.params
+    assert complaints(yaml.safe_load(block)) == []
+
+
+def test_docs__python(base: TrialConfig) -> None:
+    (code,) = [block for language, block in BLOCKS if language == "python"]
+    *lines, last = code.splitlines()
+    names: dict[str, Any] = {"trial": base, "optuna_trial": drawn(1)[0]}
+    exec("\n".join(lines), names)
+    assert eval(last, names) is True
+    assert names["config"].method.bank_size <= 180
+    assert len(DOCUMENTED) == 3
+
+
+def test_docs__name_every_space_function_and_fact() -> None:
+    text = DOCS.read_text()
+    for name in (*SHIPPED, *FUNCTIONS, *FACTS, *KINDS):
+        assert f"`{name}" in text, name
 
 
 # ---- the schema

@@ -1,0 +1,7 @@
+"""What a person, or a program, reads while a study or training runs, and at its end."""
+
+from __future__ import annotations
+
+from drtune_ray.display.text import duration, percent
+
+__all__ = ["duration", "percent"]

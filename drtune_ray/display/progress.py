@@ -1,0 +1,203 @@
+"""How a study stands, from its events alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from drtune_ray.display.text import duration, percent, short_names
+from drtune_ray.results.trials import TrialSummary
+from drtune_ray.tracking.events import Event, MetricsRecorded, RunFinished, RunStarted
+from drtune_ray.values import flattened
+
+RUNNING, WAITING, INTERRUPTED = "RUNNING", "WAITING", "INTERRUPTED"
+METHOD, CE_TUNING = "method.name", "ce_tuning"
+# Of the worth of one trial; what is known from less says nothing about the time left.
+LEAST_WORK = 0.5
+
+
+@dataclass
+class TrialRow:
+    """What is known of a trial.
+
+    Attributes:
+        number: Optuna's.
+        label: Short name for people.
+        settings: By dotted path.
+        state: Optuna's word; `WAITING` where an earlier run left it, INTERRUPTED where this did.
+        outcome: Why it ended.
+        epoch: The last that was finished.
+        num_before: Epochs of earlier runs.
+        accuracy: Validation accuracy of the last epoch, 0 to 1.
+        best: Of its epochs so far.
+        epoch_seconds: How long the last epoch took.
+    """
+
+    number: int
+    label: str
+    settings: dict[str, Any]
+    state: str = RUNNING
+    outcome: str = ""
+    epoch: int = 0
+    num_before: int = 0
+    accuracy: float | None = None
+    best: float | None = None
+    epoch_seconds: float | None = None
+
+    def setting(self, path: str) -> Any:
+        """The value of a setting; None where the trial has or reads none."""
+        is_read = self.settings.get(METHOD) != CE_TUNING or not path.startswith("method.")
+        return self.settings.get(path) if is_read or path == METHOD else None
+
+    @property
+    def may_win(self) -> bool:
+        """Whether its best epoch counts: only completed trials win."""
+        return self.best is not None and self.state in ("COMPLETE", RUNNING, WAITING, INTERRUPTED)
+
+
+class StudyProgress:
+    """The rows of a study, kept up to date by its events.
+
+    Args:
+        num_trials: Of the whole study.
+        num_done: Trials that earlier runs finished.
+        num_epochs: Of a trial that is not stopped early.
+        searched: Paths that the search space varies.
+        earlier: Trials of earlier runs, the unfinished ones too.
+        clock: Seconds.
+    """
+
+    def __init__(
+        self,
+        num_trials: int,
+        num_done: int,
+        num_epochs: int,
+        searched: Sequence[str],
+        earlier: Sequence[TrialSummary] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.num_epochs, self._searched = num_epochs, tuple(searched)
+        self._names = short_names(self._searched)
+        self._num_trials, self._num_before = num_trials, num_done
+        self._rows = {trial.number: _earlier_row(trial) for trial in earlier}
+        self._finished: set[int] = set()  # in this run
+        self._clock, self._started = clock, clock()
+
+    def take(self, event: Event) -> TrialRow | None:
+        """Learn from an event; returns the trial that it is about."""
+        if event.number is None:
+            return None
+        if isinstance(event, RunStarted):
+            self._start(event.number, event)
+        row = self._rows.get(event.number)
+        if row is None:
+            return None
+        if isinstance(event, MetricsRecorded):
+            row.epoch = event.step
+            row.accuracy = event.metrics.get("val_accuracy")
+            row.best = event.metrics.get("best_val_accuracy")
+            row.epoch_seconds = event.metrics.get("seconds")
+        elif isinstance(event, RunFinished):
+            row.state, row.outcome = event.state, event.outcome
+            if event.state != INTERRUPTED:
+                self._finished.add(event.number)
+        return row
+
+    @property
+    def num_done(self) -> int:
+        """Trials that ended, in this run or before."""
+        return self._num_before + len(self._finished)
+
+    @property
+    def num_trials(self) -> int:
+        """Trials that the study is to have."""
+        return max(self._num_trials, self.num_done)
+
+    @property
+    def running(self) -> list[TrialRow]:
+        """The trials that train now."""
+        return [row for row in self.rows() if row.state == RUNNING]
+
+    @property
+    def best(self) -> TrialRow | None:
+        """The best trial that may still win; of equals the first."""
+        rows = [row for row in self.rows() if row.may_win]
+        return max(rows, key=lambda row: (row.best or 0.0, -row.number), default=None)
+
+    @property
+    def epochs_per_minute(self) -> float | None:
+        """Of all running trials together, each by its last epoch; None before the first."""
+        seconds = [row.epoch_seconds for row in self.running if row.epoch_seconds]
+        return sum(60 / each for each in seconds) if seconds else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """From the speed of this run; trials under way count by their share of epochs."""
+        rows = self.rows()
+        begun = sum(row.epoch for row in rows if self._is_under_way(row)) / self.num_epochs
+        resumed = [r for r in rows if self._is_under_way(r) or r.number in self._finished]
+        before = sum(row.num_before for row in resumed) / self.num_epochs
+        worked = len(self._finished) + begun - before
+        if worked < LEAST_WORK:
+            return None
+        left = max(0.0, self.num_trials - self.num_done - begun)
+        return (self._clock() - self._started) / worked * left
+
+    def rows(self) -> list[TrialRow]:
+        """All trials, by number."""
+        # A copy at once: the table is drawn by a thread of its own.
+        return sorted(list(self._rows.values()), key=lambda row: row.number)
+
+    def shown(self, num_rows: int) -> list[TrialRow]:
+        """The best trial, those that run, and the latest others, by number."""
+        best = self.best
+        rank = {RUNNING: 1, INTERRUPTED: 1}
+        ordered = sorted(
+            self.rows(),
+            key=lambda row: (0 if row is best else rank.get(row.state, 2), -row.number),
+        )
+        return sorted(ordered[:num_rows], key=lambda row: row.number)
+
+    def telling(self, rows: Sequence[TrialRow]) -> dict[str, str]:
+        """Searched paths in which the rows differ, with short names."""
+        found = {}
+        for path in self._searched:
+            values = {repr(row.setting(path)) for row in rows if row.setting(path) is not None}
+            if len(values) > 1:
+                found[path] = self._names[path]
+        return found
+
+    def standing(self) -> list[str]:
+        """How it stands, as short pieces of text."""
+        best, speed, left = self.best, self.epochs_per_minute, self.seconds_left
+        texts = [f"best so far {percent(best.best)}, trial {best.label}" if best else ""]
+        texts += [f"{speed:.3g} epochs/min" if speed else ""]
+        texts += ["time left not known yet" if left is None else f"about {duration(left)} left"]
+        return [text for text in texts if text]
+
+    def _start(self, number: int, event: RunStarted) -> None:
+        reference = event.tags.get("drtune.reference")
+        label = f"{number}" + (f" ({reference})" if reference else "")
+        row = self._rows.setdefault(number, TrialRow(number, label, event.params))
+        row.state = RUNNING
+        self._finished.discard(number)
+
+    def _is_under_way(self, row: TrialRow) -> bool:
+        return row.state in (RUNNING, WAITING, INTERRUPTED)
+
+
+def _earlier_row(trial: TrialSummary) -> TrialRow:
+    state = WAITING if trial.state == RUNNING else trial.state
+    return TrialRow(
+        trial.number,
+        trial.label,
+        flattened(trial.config),
+        state,
+        trial.outcome,
+        trial.num_epochs,
+        trial.num_epochs,
+        None,
+        trial.best_val_accuracy,
+    )

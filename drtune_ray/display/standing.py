@@ -1,0 +1,112 @@
+"""How a study stands, as text: what `drtune-ray status` prints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from drtune_ray.display.text import duration, percent, short, size
+from drtune_ray.results.trials import TrialSummary
+from drtune_ray.search.status import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    NOT_SEEN,
+    RUNNING,
+    Status,
+    best_settings,
+)
+
+LABEL_WIDTH = 18
+
+
+def status_lines(status: Status, program: str, now: float | None = None) -> Iterator[str]:
+    """The lines of a status.
+
+    Args:
+        status: The status.
+        program: How this program is called from here.
+        now: Seconds since 1970; None: the present.
+    """
+    now = time.time() if now is None else now
+    yield f"{status.kind.capitalize()} {status.folder.name!r}: {status.folder}"
+    yield _field("state", _state(status, now))
+    yield from _trials(status) if status.kind == "study" else _training(status)
+    if status.num_unsent:
+        sent = f"{status.num_unsent} events not sent yet"
+        later = "" if status.state == RUNNING else f"; send them: {program} sync {status.folder}"
+        yield _field("MLflow", sent + later)
+    yield _field("disk", size(status.num_bytes))
+    for note in status.notes:
+        yield _field("not seen", note)
+    yield from _ways_on(status, program)
+
+
+def _state(status: Status, now: float) -> str:
+    driver = status.driver or "a process that is not known"
+    ago = f"last sign of life {duration(now - status.last_sign)} ago"
+    if status.state == RUNNING:
+        return f"running: {driver}; {ago}"
+    if status.state == NOT_SEEN:
+        return f"{driver} runs it or was killed, which cannot be seen from here; {ago}"
+    if status.state == DONE:
+        return "done"
+    if status.state == FAILED:
+        return "ended without a result"
+    return f"interrupted; {ago}"
+
+
+def _trials(status: Status) -> Iterator[str]:
+    ways = ", ".join(f"{number} {outcome}" for outcome, number in status.outcomes.items())
+    done = f"{status.num_done} of {status.num_trials} done"
+    yield _field("trials", f"{done}: {ways}" if ways else done)
+    if best := status.best:
+        still = ", still unfinished" if best in status.unfinished else ""
+        text = f"{percent(best.best_val_accuracy)}, trial {best.label}{still}"
+        yield _field("best so far" if status.state != DONE else "best", text)
+        for path, value in best_settings(status).items():
+            yield _field("", f"{path} = {short(value)}")
+    heading = "reference trials"
+    for trial in status.references:
+        yield _field(heading, f"{_figures(trial, status)}  {trial.outcome or _now(status)}")
+        heading = ""
+    heading = "running" if status.state in (RUNNING, NOT_SEEN) else "to go on"
+    for trial in status.unfinished:
+        yield _field(heading, _figures(trial, status))
+        heading = ""
+
+
+def _training(status: Status) -> Iterator[str]:
+    (trial,) = status.trials
+    outcome = f", {trial.outcome}" if trial.outcome else ""
+    yield _field("epochs", f"{trial.num_epochs} of {status.num_epochs}{outcome}")
+    if trial.best_val_accuracy is not None:
+        yield _field("best", percent(trial.best_val_accuracy))
+
+
+def _figures(trial: TrialSummary, status: Status) -> str:
+    epochs = f"epoch {trial.num_epochs}/{status.num_epochs}"
+    return f"{trial.label:<14} {percent(trial.best_val_accuracy):>9}  {epochs}"
+
+
+def _now(status: Status) -> str:
+    return "running" if status.state in (RUNNING, NOT_SEEN) else "unfinished"
+
+
+def _ways_on(status: Status, program: str) -> Iterator[str]:
+    if status.state == DONE:
+        yield _field("test the winner", f"{program} evaluate {status.folder}")
+    elif status.state == RUNNING:
+        yield _field("if it is stopped", _command(status))
+    elif status.state in (INTERRUPTED, NOT_SEEN):
+        yield _field("goes on with", _command(status))
+
+
+def _command(status: Status) -> str:
+    if status.command is not None:
+        return status.command
+    return "what it was started with goes on; its settings are in study.yaml, under config"
+
+
+def _field(name: str, text: str) -> str:
+    return f"  {name:<{LABEL_WIDTH}}{text}".rstrip()

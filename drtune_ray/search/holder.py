@@ -1,0 +1,91 @@
+"""Who drives a study, seen from outside: it reads, and neither takes nor waits for anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+from drtune_ray.data.artifacts import open_folder
+from drtune_ray.search.identity import Record
+from drtune_ray.search.lease import LEASE_NAME
+
+LOCK_NAME, HOLDER_NAME = "driver.lock", "driver.txt"  # as `identity.driver_lease` writes them
+LOCKS_FILE = Path("/proc/locks")
+
+
+def driver_of(record: Record, notes: list[str]) -> tuple[str | None, bool | None]:
+    """Who drives a study or training, or did last, and whether that one is alive.
+
+    Args:
+        record: The study or training.
+        notes: Receives what could not be seen.
+
+    Returns:
+        Process and host, None where nothing says so; alive or not, None where it is, or was, on
+        another host.
+    """
+    text = _text(record.folder / HOLDER_NAME)
+    pid, host = _process_and_host(text)
+    is_elsewhere = host not in (None, socket.gethostname())
+    if host and not is_elsewhere and _holds(pid, record.folder / LOCK_NAME):
+        return text, True
+    local = text or None, None if is_elsewhere else False
+    return _driver_in_artifacts(record, notes, local) if record.artifacts else local
+
+
+def _driver_in_artifacts(
+    record: Record, notes: list[str], local: tuple[str | None, bool | None]
+) -> tuple[str | None, bool | None]:
+    """The holder of the lease in artifacts; who ends without being killed removes it."""
+    try:
+        lease = open_folder(str(record.artifacts)).below(record.folder.name).read(LEASE_NAME)
+        holder = json.loads(lease)
+    except FileNotFoundError:
+        return local[0], False
+    except (OSError, ValueError) as error:
+        notes.append(f"artifacts={record.artifacts!r} cannot be read: {error}")
+        return local
+    pid, host = int(holder["pid"]), holder["host"]
+    return f"process {pid} on {host}", _lives(pid) if host == socket.gethostname() else None
+
+
+def _process_and_host(text: str) -> tuple[int, str | None]:
+    """The parts of "process 12 on host-a"."""
+    words = text.split()
+    is_known = len(words) == 4 and words[1].isdigit()
+    return (int(words[1]), words[3]) if is_known else (0, None)
+
+
+def _holds(pid: int, lock: Path) -> bool:
+    """Whether a process of this machine holds the lock, without touching it.
+
+    A process of this number may be another one by now; the kernel's list knows.
+    """
+    if not LOCKS_FILE.exists():
+        return _lives(pid)
+    try:
+        inode = str(lock.stat().st_ino)
+    except OSError:
+        return False
+    # "1: FLOCK  ADVISORY  WRITE 11276 fe:00:2187738 0 EOF"
+    held = (line.split() for line in LOCKS_FILE.read_text().splitlines())
+    return any(words[4] == str(pid) and words[5].split(":")[-1] == inode for words in held)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,333 @@
+"""How a study or training stands, seen from any process: it reads, and changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from drtune_ray.addresses import with_secrets
+from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.results.trials import TrialSummary, summary
+from drtune_ray.search.holder import HOLDER_NAME, driver_of
+from drtune_ray.search.identity import (
+    DONE_NAME,
+    JOURNAL_NAME,
+    SPOOL_NAME,
+    STUDY,
+    TRIALS_FOLDER,
+    Record,
+    find_study,
+    read_record,
+)
+from drtune_ray.tracking.events import MetricsRecorded, RunFinished, RunStarted
+from drtune_ray.tracking.spool import EVENTS_NAME, Spool
+from drtune_ray.values import flattened
+
+COMMAND_NAME = "command.json"
+# Of a study or training; NOT_SEEN: its driver is on another host, or was.
+RUNNING, NOT_SEEN, INTERRUPTED, DONE, FAILED = (
+    "running",
+    "not seen from here",
+    "interrupted",
+    "done",
+    "failed",
+)
+RESULT_STATES = ("COMPLETE", "PRUNED")
+COMPLETE, UNFINISHED = "COMPLETE", "RUNNING"
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a study or training stands.
+
+    Attributes:
+        folder: Where it lies.
+        kind: ``study`` or ``training``.
+        state: RUNNING, NOT_SEEN, INTERRUPTED, DONE or FAILED.
+        driver: Process and host that drive it, or did last; None where nothing says so.
+        last_sign: Seconds since 1970 of its last sign of life: an epoch, a save, a start.
+        num_trials: That the study is to have.
+        num_epochs: Of a trial that is not stopped early.
+        trials: All of them, by number; a training is one.
+        searched: Paths that the search has varied so far.
+        num_unsent: Events that MLflow has not taken.
+        num_bytes: Disk that the folder takes; tables that studies share lie beside it.
+        command: What goes on with it; None where it was not started from a command line.
+        notes: What could not be seen.
+    """
+
+    folder: Path
+    kind: str
+    state: str
+    driver: str | None
+    last_sign: float
+    num_trials: int
+    num_epochs: int
+    trials: tuple[TrialSummary, ...]
+    searched: tuple[str, ...]
+    num_unsent: int
+    num_bytes: int
+    command: str | None
+    notes: tuple[str, ...]
+
+    @property
+    def num_done(self) -> int:
+        """Trials with a result: those that the machine failed are run again."""
+        return sum(trial.state in RESULT_STATES for trial in self.trials)
+
+    @property
+    def outcomes(self) -> dict[str, int]:
+        """How many trials ended in which way, the most frequent first."""
+        ended = (trial for trial in self.trials if trial.state != UNFINISHED)
+        return dict(Counter(t.outcome or t.state.lower() for t in ended).most_common())
+
+    @property
+    def best(self) -> TrialSummary | None:
+        """The best trial that is complete or may become so; of equals the first."""
+        able = [
+            trial
+            for trial in self.trials
+            if trial.state in (COMPLETE, UNFINISHED) and trial.best_val_accuracy is not None
+        ]
+        return max(able, key=lambda t: (t.best_val_accuracy or 0.0, -t.number), default=None)
+
+    @property
+    def references(self) -> tuple[TrialSummary, ...]:
+        """The reference trials."""
+        return tuple(trial for trial in self.trials if trial.reference)
+
+    @property
+    def unfinished(self) -> tuple[TrialSummary, ...]:
+        """The trials that run, or go on when the command is repeated."""
+        return tuple(trial for trial in self.trials if trial.state == UNFINISHED)
+
+
+def read_status(name_or_folder: str, storage: str) -> Status:
+    """Look at a study or training.
+
+    Args:
+        name_or_folder: Its name under the storage, or its folder.
+        storage: Where studies lie.
+
+    Raises:
+        ConfigError: If there is none, or an environment variable that its database's address
+            names is not set.
+        EnvironmentProblem: If its database does not answer.
+    """
+    record = read_record(find_study(name_or_folder, storage))
+    folder, notes = record.folder, list[str]()
+    is_study = record.kind == STUDY
+    trials, searched = _study_trials(record) if is_study else (_training(record), ())
+    driver, is_alive = driver_of(record, notes)
+    trial = record.config.get("trial", {}) if is_study else record.config
+    num_trials = int(record.config.get("trials", 0)) if is_study else 1
+    spool = folder / SPOOL_NAME
+    return Status(
+        folder=folder,
+        kind=record.kind,
+        state=_state(record, trials, num_trials, is_alive),
+        driver=driver,
+        last_sign=_last_sign(folder, trials),
+        num_trials=num_trials,
+        num_epochs=int(trial.get("training", {}).get("epochs", 0)),
+        trials=trials,
+        searched=searched,
+        num_unsent=Spool(spool).num_unsent() if spool.is_dir() else 0,  # it makes its folder
+        num_bytes=sum(_sizes(folder)),
+        command=_read_command(folder),
+        notes=tuple(notes),
+    )
+
+
+def read_trials(folder: Path) -> tuple[TrialSummary, ...]:
+    """The trials of a study, from its storage, which may be in use.
+
+    Raises:
+        ConfigError: If the folder holds no study.
+        EnvironmentProblem: If its database does not answer.
+    """
+    return _study_trials(read_record(folder))[0]
+
+
+def write_command(folder: Path) -> None:
+    """Remember the command that this process was called with, for `Status.command`."""
+    content = {"arguments": sys.argv[1:], "folder": os.getcwd()}
+    temporary = folder / f".{COMMAND_NAME}.tmp"
+    temporary.write_text(json.dumps(content))
+    temporary.replace(folder / COMMAND_NAME)
+
+
+def _read_command(folder: Path) -> str | None:
+    try:
+        content = json.loads((folder / COMMAND_NAME).read_text())
+    except (OSError, ValueError):
+        return None
+    command = shlex.join(["drtune-ray", *content["arguments"]])
+    there = content["folder"]
+    return command if there == os.getcwd() else f"cd {shlex.quote(there)} && {command}"
+
+
+# ---- trials
+
+
+def _study_trials(record: Record) -> tuple[tuple[TrialSummary, ...], tuple[str, ...]]:
+    """The trials, and the paths that the search has varied so far."""
+    url = record.config.get("optuna_storage")
+    if url is None and not (record.folder / JOURNAL_NAME).exists():
+        return (), ()  # Optuna would make it
+    frozen = _database_trials(url, record) if url else _journal_trials(record)
+    varied = dict.fromkeys(path for trial in frozen for path in trial.distributions)
+    return tuple(summary(trial) for trial in frozen), tuple(varied)
+
+
+def _journal_trials(record: Record) -> list[Any]:
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    storage = JournalStorage(JournalFileBackend(str(record.folder / JOURNAL_NAME)))
+    return _all_trials(storage, record.study_id)
+
+
+def _database_trials(url: str, record: Record) -> list[Any]:
+    from optuna.exceptions import OptunaError
+    from optuna.storages import RDBStorage
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    address = with_secrets(url)
+    try:
+        parts = make_url(address)
+        if parts.get_backend_name() == "sqlite" and not Path(parts.database or "").is_file():
+            raise FileNotFoundError(f"there is no file {parts.database}")  # SQLite would make it
+        storage = RDBStorage(
+            address, engine_kwargs={"pool_pre_ping": True}, skip_table_creation=True
+        )
+        return _all_trials(storage, record.study_id)
+    except (OptunaError, SQLAlchemyError, ImportError, RuntimeError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, OptunaError) else error
+        reason = (str(cause or error).strip().splitlines() or [type(error).__name__])[0]
+        raise EnvironmentProblem(
+            f"optuna_storage={url!r}, which holds the trials, cannot be read: {reason}"
+        ) from None
+
+
+def _all_trials(storage: Any, study_id: str) -> list[Any]:
+    try:
+        number = storage.get_study_id_from_name(study_id)
+    except KeyError:  # it was begun and has no trial yet
+        return []
+    found: list[Any] = storage.get_all_trials(number, deepcopy=False)
+    return found
+
+
+def _training(record: Record) -> tuple[TrialSummary, ...]:
+    """A training as a trial, from its events."""
+    last = _last_events(record.folder / SPOOL_NAME / EVENTS_NAME)
+    epoch, end = last.get(MetricsRecorded.kind, {}), last.get(RunFinished.kind, {})
+    state = end.get("state", UNFINISHED)
+    return (
+        TrialSummary(
+            number=0,
+            state=UNFINISHED if state == "INTERRUPTED" else state,
+            outcome=end.get("outcome", ""),
+            reference=None,
+            best_val_accuracy=epoch.get("metrics", {}).get("best_val_accuracy"),
+            num_epochs=epoch.get("step", 0),
+            seconds=None,
+            config=record.config,
+        ),
+    )
+
+
+def _last_events(path: Path) -> dict[str, dict[str, Any]]:
+    """The last event of some kinds, as plain values; an end that was gone on from is none."""
+    lines: dict[str, bytes] = {}
+    kinds = (RunStarted.kind, MetricsRecorded.kind, RunFinished.kind)
+    starts = {kind: json.dumps({"kind": kind})[:-1].encode() for kind in kinds}
+    if path.exists():
+        with path.open("rb") as file:
+            for line in file:
+                for kind, start in starts.items():
+                    if line.startswith(start) and line.endswith(b"\n"):
+                        lines[kind] = line
+                        if kind == RunStarted.kind:
+                            lines.pop(RunFinished.kind, None)
+    return {kind: json.loads(line) for kind, line in lines.items()}
+
+
+# ---- its state
+
+
+def _state(
+    record: Record, trials: tuple[TrialSummary, ...], num_trials: int, is_alive: bool | None
+) -> str:
+    if is_alive:
+        return RUNNING
+    num_results = sum(trial.state in RESULT_STATES for trial in trials)
+    done = record.folder / DONE_NAME
+    if record.kind == STUDY:
+        is_done = done.exists() and num_results >= num_trials
+        has_failed = num_results >= num_trials and all(t.state != COMPLETE for t in trials)
+    else:
+        is_done, has_failed = done.exists(), any(t.state == "FAIL" for t in trials)
+    if is_done or has_failed:
+        return DONE if is_done else FAILED
+    return NOT_SEEN if is_alive is None else INTERRUPTED
+
+
+def _last_sign(folder: Path, trials: tuple[TrialSummary, ...]) -> float:
+    """When something of it was written last; seconds since 1970."""
+    names = [HOLDER_NAME, JOURNAL_NAME, f"{SPOOL_NAME}/{EVENTS_NAME}", DONE_NAME]
+    names += [f"{TRIALS_FOLDER}/{t.number:05d}" for t in trials if t.state == UNFINISHED]
+    times = []
+    for name in names:
+        try:
+            times.append((folder / name).stat().st_mtime)
+        except OSError:
+            continue
+    return max(times, default=0.0)
+
+
+def _sizes(folder: Path) -> Iterator[int]:
+    """Of the files below; those that vanish meanwhile count nothing."""
+    for path in folder.rglob("*"):
+        try:
+            if path.is_file() and not path.is_symlink():
+                yield path.stat().st_size
+        except OSError:
+            continue
+
+
+def facts(status: Status, now: float | None = None) -> dict[str, Any]:
+    """A status for programs.
+
+    Args:
+        status: The status.
+        now: Seconds since 1970; None: the present.
+    """
+    values = {k: v for k, v in vars(status).items() if k not in ("kind", "trials")}
+    best = status.best
+    return {"of": status.kind} | values | {
+        "seconds_since_last_sign": (time.time() if now is None else now) - status.last_sign,
+        "num_done": status.num_done,
+        "outcomes": status.outcomes,
+        "best": vars(best) if best else None,
+        "references": [vars(trial) for trial in status.references],
+        "unfinished": [vars(trial) for trial in status.unfinished],
+    }
+
+
+def best_settings(status: Status) -> dict[str, Any]:
+    """The settings of the best trial that the search varies."""
+    if status.best is None:
+        return {}
+    values = flattened(status.best.config)
+    return {path: values[path] for path in status.searched if path in values}
