@@ -20,7 +20,7 @@ from drtune_ray.errors import ConfigError, DrtuneError
 if TYPE_CHECKING:
     from drtune_ray.config import StudyConfig
     from drtune_ray.display.output import Quiet
-    from drtune_ray.search.driver import StudyPlan
+    from drtune_ray.search.outlook import StudyPlan
 
 DEFAULT_STORAGE = "./drtune-studies"
 INTERRUPTED = 130
@@ -88,11 +88,20 @@ def demo(storage: str, seed: int, quiet: bool, as_json: bool) -> None:
 @click.option("--trials", type=int, help="How many, the reference trials included.")
 @_epochs
 @_image_size
-@click.option("--space", help="A shipped search space (quick, dr_tune) or a YAML file.")
+@click.option("--space", help="A shipped search space (quick, dr_tune, ...) or a YAML file.")
 @click.option("--storage", help=f"Folder for everything written.  [default: {DEFAULT_STORAGE}]")
 @_name
 @_seed
 @click.option("--workers", type=int, help="Ray Train workers of a trial.")
+@click.option("--sampler", help="tpe, gp, cma_es, qmc, random, nsga2 or nsga3.")
+@click.option("--scheduler", help="Early stopping: asha, median or none.")
+@click.option("--finalist-seeds", type=int, help="New seeds for the finalists; 0: no finals.")
+@click.option(
+    "--warm-start",
+    multiple=True,
+    metavar="STUDY",
+    help="A study whose trials the sampler learns from, by name or folder.",
+)
 @_tracking_uri
 @click.option("--optuna-storage", help="URL of a database; by default a file in the study.")
 @_artifacts
@@ -146,13 +155,13 @@ def train(
     **flags: Any,
 ) -> None:
     """Train one configuration on Ray Train; the same command resumes, or shows the result."""
-    from drtune_ray.config import TrackingConfig
     from drtune_ray.display.outcome import training_facts, training_lines
     from drtune_ray.display.output import TrainingLines, json_stdout, write_json
     from drtune_ray.search.request import default_name, trial_request
     from drtune_ray.search.single import run_training
     from drtune_ray.search.status import write_command
     from drtune_ray.section import validated
+    from drtune_ray.study_sections import TrackingConfig
     from drtune_ray.tracking.events import Event, RunStarted
 
     with json_stdout(is_wanted=as_json) as stream:
@@ -213,6 +222,7 @@ def evaluate(study: str, storage: str, again: bool) -> None:
 @click.option("--port", type=int, default=5000, show_default=True)
 def ui(study: str, storage: str, port: int) -> None:
     """Open MLflow's UI on a study's store."""
+    from drtune_ray.addresses import with_secrets
     from drtune_ray.search.outcome import tracking_of
     from drtune_ray.tracking.mlflow_recorder import runs_page
 
@@ -224,7 +234,9 @@ def ui(study: str, storage: str, port: int) -> None:
     click.echo(f"Open http://127.0.0.1:{port}{page} in half a minute; Ctrl-C ends it")
     # One reader needs one worker and none of the server's job processes.
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-    arguments = ["ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)]
+    # Not as an argument: it may hold a password, and others can read those.
+    os.environ["MLFLOW_BACKEND_STORE_URI"] = with_secrets(uri)
+    arguments = ["ui", "--host", "127.0.0.1", "--port", str(port)]
     command = [sys.executable, "-m", "mlflow", *arguments, "--workers", "1"]
     sys.stdout.flush()
     os.execv(sys.executable, command)
@@ -287,11 +299,10 @@ def _run_study(
         if not (quiet or as_json):
             _echo(plan_lines(plan))
         epochs, searched = plan.config.trial.training.epochs, plan.searched
-        earlier = read_trials(folder)
-        output.plan(
-            StudyProgress(plan.config.trials, plan.num_done, epochs, searched, earlier),
-            plan_facts(plan),
+        progress = StudyProgress(
+            plan.num_trials, plan.num_done, epochs, searched, plan.of_part(read_trials(folder))
         )
+        output.plan(progress, plan_facts(plan))
 
     with json_stdout(is_wanted=as_json) as stream:
         people = People(console, is_live=is_live(console, os.environ))
@@ -303,9 +314,6 @@ def _run_study(
             result = run_study(
                 config, observer=output.take, on_plan=announce, on_notice=output.notice
             )
-        except KeyboardInterrupt:
-            click.echo("\nInterrupted. The same command goes on where it stopped.", err=True)
-            raise
         finally:
             output.close()
         if as_json:
@@ -340,6 +348,7 @@ def main() -> None:
         error.show()
         sys.exit(ConfigError.exit_code)
     except KeyboardInterrupt:
+        click.echo("\nInterrupted. The same command goes on where it stopped.", err=True)
         sys.exit(INTERRUPTED)
     except DrtuneError as error:
         click.echo(f"drtune-ray: {error}", err=True)

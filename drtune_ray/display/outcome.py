@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 from drtune_ray.display.text import duration, percent
 from drtune_ray.values import flattened
 
+FINALISTS = "finalists"
+NAME_WIDTH = 32
+
 if TYPE_CHECKING:
-    from drtune_ray.search.driver import StudyPlan, StudyResult
+    from drtune_ray.search.outlook import StudyPlan, StudyResult
     from drtune_ray.search.single import TrainingResult
 
 
@@ -18,15 +21,24 @@ def plan_lines(plan: StudyPlan) -> Iterator[str]:
     """What is going to be done."""
     config = plan.config
     trial = config.trial
-    yield f"Study {config.name!r}: {config.folder}"
-    for note in plan.notes:
-        yield f"  {note}"
-    yield (
-        f"  {config.trials} trials ({len(config.reference_trials)} reference trials first), "
-        f"{plan.trials_at_a_time} at a time, {config.resources.cpus_per_worker} CPU(s) a worker; "
-        f"up to {trial.training.epochs} epochs, {config.scheduler.name} early stopping, "
-        f"{config.sampler.name} sampler, seed {config.seed}"
-    )
+    if plan.part == FINALISTS:
+        yield (
+            f"Finalists: {plan.num_trials} trainings on {config.finalists.num_seeds} new seed(s) "
+            f"to the last epoch, {plan.trials_at_a_time} at a time"
+        )
+    else:
+        yield f"Study {config.name!r}: {config.folder}"
+        for note in plan.notes:
+            yield f"  {note}"
+        given = f"{len(config.reference_trials)} reference trials"
+        if config.start_with:
+            given = f"{len(config.start_with)} of your own and {given}"
+        yield (
+            f"  {config.trials} trials ({given} first), "
+            f"{plan.trials_at_a_time} at a time, {config.resources.cpus_per_worker} CPU(s) a "
+            f"worker; up to {trial.training.epochs} epochs, {config.scheduler.name} early "
+            f"stopping, {config.sampler.name} sampler, seed {config.seed}"
+        )
     if plan.num_done:
         yield f"  {plan.num_done} trials were finished before: going on"
 
@@ -40,26 +52,77 @@ def result_lines(result: StudyResult, program: str) -> Iterator[str]:
     """
     if result.was_done:
         yield "This study is done; nothing was left to run."
+    if result.end is not None:
+        yield f"The search ended: {result.end}."
     winner = result.winner
-    num_completed = sum(trial.state == "COMPLETE" for trial in result.trials)
-    yield f"\nBest of {len(result.trials)} trials: trial {winner.label}"
+    yield f"\nBest of {len(result.searched_trials)} trials: trial {winner.label}"
     values = flattened(winner.config)
     for path in result.searched:
         if winner.reference is None or path in values:
             yield f"  {path} = {values[path]}"
-    yield (
-        f"\nValidation accuracy (the winner's is the maximum of {num_completed} completed trials, "
-        "one seed each:\nit flatters; the test split does not)"
-    )
-    yield f"  {'best trial ' + winner.label:<32} {percent(winner.best_val_accuracy):>9}"
+    yield ""
+    yield from _finalists(result) if result.finalists else _maximum(result)
     for trial in result.references:
-        name = f"reference trial {trial.label}"
         outcome = "" if trial.state == "COMPLETE" else f"  {trial.outcome}"
-        yield f"  {name:<32} {percent(trial.best_val_accuracy):>9}{outcome}"
+        yield _figure(f"reference trial {trial.label}", trial.best_val_accuracy) + outcome
+    yield from _pareto_front(result)
     yield ""
     yield from _ways_on(result.folder, result.num_unsent, program)
     if not result.was_done:
         yield f"Took {duration(result.seconds)}."
+
+
+def _maximum(result: StudyResult) -> Iterator[str]:
+    trials = result.searched_trials
+    num_completed = sum(trial.state == "COMPLETE" for trial in trials)
+    yield (
+        f"Validation accuracy (the winner's is the maximum of {num_completed} completed trials, "
+        "one seed each:\nit flatters; the test split does not)"
+    )
+    yield _figure(f"best trial {result.winner.label}", result.winner.best_val_accuracy)
+
+
+def _finalists(result: StudyResult) -> Iterator[str]:
+    num_seeds = result.finalists[0].num_seeds
+    yield (
+        f"Validation accuracy of the finalists on {num_seeds} new seed(s), and what the search "
+        "had seen"
+    )
+    for finalist in result.finalists:
+        name = f"trial {finalist.source.label}"
+        seen = f"  (search: {percent(finalist.source.best_val_accuracy)})"
+        if not finalist.is_complete:
+            yield f"  {name:<{NAME_WIDTH}} completed on {len(finalist.runs)} only{seen}"
+            continue
+        spread = "" if finalist.spread is None else f" +- {percent(finalist.spread)}"
+        is_winner = finalist.source.number == result.winner.number
+        mark = "  winner" if is_winner else ""
+        yield f"{_figure(name, finalist.mean)}{spread}{seen}{mark}"
+    shipped = result.shipped
+    if shipped.finalist is None:
+        yield "No finalist completed on every seed: the winner is the search's maximum, which"
+        yield "flatters; the test split does not."
+    else:
+        yield (
+            "The winner is named by its mean, not by the search's maximum over "
+            f"{len(result.searched_trials)} trials;\nthe weights are those of seed "
+            f"{shipped.config['seed']} ({percent(shipped.best_val_accuracy)})."
+        )
+    yield "Of the search, one seed each:"
+
+
+def _pareto_front(result: StudyResult) -> Iterator[str]:
+    if not result.pareto_front:
+        return
+    yield ""
+    yield "Pareto front (no trial is better in everything):"
+    for trial in result.pareto_front:
+        values = "  ".join(f"{name} {value:.4g}" for name, value in trial.objectives.items())
+        yield f"  {'trial ' + trial.label:<{NAME_WIDTH}} {values}"
+
+
+def _figure(name: str, share: float | None) -> str:
+    return f"  {name:<{NAME_WIDTH}} {percent(share):>9}"
 
 
 def training_lines(result: TrainingResult, program: str) -> Iterator[str]:
@@ -85,7 +148,8 @@ def plan_facts(plan: StudyPlan) -> dict[str, Any]:
     return {
         "study": plan.config.name,
         "folder": str(plan.config.folder),
-        "num_trials": plan.config.trials,
+        "part": plan.part,
+        "num_trials": plan.num_trials,
         "num_done": plan.num_done,
         "trials_at_a_time": plan.trials_at_a_time,
         "num_epochs": plan.config.trial.training.epochs,
@@ -102,9 +166,22 @@ def result_facts(result: StudyResult) -> dict[str, Any]:
         "folder": str(result.folder),
         "study_id": result.study_id,
         "winner": vars(result.winner),
+        "shipped": vars(result.shipped),
+        "finalists": [
+            {
+                "trial": finalist.source.number,
+                "accuracies": list(finalist.accuracies),
+                "mean": finalist.mean if finalist.runs else None,
+                "spread": finalist.spread,
+                "is_complete": finalist.is_complete,
+            }
+            for finalist in result.finalists
+        ],
+        "pareto_front": [trial.number for trial in result.pareto_front],
+        "end": result.end,
         "references": [vars(trial) for trial in result.references],
         "searched": list(result.searched),
-        "num_trials": len(result.trials),
+        "num_trials": len(result.searched_trials),
         "num_unsent": result.num_unsent,
         "was_done": result.was_done,
         "seconds": result.seconds,

@@ -87,6 +87,7 @@ class People(Quiet):
 
     def plan(self, progress: StudyProgress, facts: Mapping[str, Any]) -> None:
         """From now on, show the progress."""
+        self.close()  # of the part of the study before
         self._progress, self._told = progress, self._clock()
         if self._is_live:
             self._table = LiveTable(self._console, progress, take_stderr=sys.stderr.isatty())

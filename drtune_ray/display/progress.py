@@ -178,8 +178,8 @@ class StudyProgress:
         return [text for text in texts if text]
 
     def _start(self, number: int, event: RunStarted) -> None:
-        reference = event.tags.get("drtune.reference")
-        label = f"{number}" + (f" ({reference})" if reference else "")
+        what = event.tags.get("drtune.reference") or event.tags.get("drtune.finalist")
+        label = f"{number}" + (f" ({what})" if what else "")
         row = self._rows.setdefault(number, TrialRow(number, label, event.params))
         row.state = RUNNING
         self._finished.discard(number)

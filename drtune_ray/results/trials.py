@@ -34,11 +34,11 @@ class TrialSummary:
         state: Optuna's word: RUNNING, COMPLETE, PRUNED, FAIL.
         outcome: Why it ended.
         reference: Name of the reference trial it is, or None.
-        finalist: Which finalist it repeats on another seed, or None.
         best_val_accuracy: Best of its epochs so far, 0 to 1; None before the first.
         num_epochs: Epochs it finished.
         seconds: From its start to its end.
         config: The resolved trial configuration.
+        finalist: Which finalist it repeats on another seed, or None.
         objectives: Values at its best epoch by name, where the study has several.
     """
 
@@ -46,11 +46,11 @@ class TrialSummary:
     state: str
     outcome: str
     reference: str | None
-    finalist: str | None
     best_val_accuracy: float | None
     num_epochs: int
     seconds: float | None
     config: dict[str, Any]
+    finalist: str | None = None
     objectives: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -165,10 +165,10 @@ def summary(trial: FrozenTrial) -> TrialSummary:
         trial.state.name,
         trial.user_attrs.get(OUTCOME, ""),
         trial.user_attrs.get(REFERENCE),
-        trial.user_attrs.get(FINALIST),
         best if math.isfinite(best) else None,
         num_epochs(trial),
         duration,
         json.loads(trial.user_attrs.get(CONFIG, "{}")),
+        trial.user_attrs.get(FINALIST),
         dict(trial.user_attrs.get(OBJECTIVES, {})),
     )

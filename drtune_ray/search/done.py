@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from drtune_ray.config import StudyConfig
 from drtune_ray.data.artifacts import LocalFolder
@@ -20,19 +21,22 @@ def write_done(config: StudyConfig, num_trials: int) -> None:
     LocalFolder(config.folder).write(DONE_NAME, content.encode())
 
 
-def is_done(config: StudyConfig, num_trials: int | None = None) -> bool:
+def is_done(folder: Path, config: StudyConfig, num_trials: int | None = None) -> bool:
     """Whether a run with the same limits came to its end.
 
     Args:
+        folder: Of the study.
         config: The study.
         num_trials: Trials that have a result now; None: not known yet.
     """
     try:
-        done = json.loads((config.folder / DONE_NAME).read_text())
+        done = json.loads((folder / DONE_NAME).read_text())
     except (FileNotFoundError, ValueError):
         return False
-    wanted = _limits(config) | {"num_trials": done["num_trials"]}
-    return done == wanted and num_trials in (None, done["num_trials"])
+    if not isinstance(done, dict):  # of a former version
+        return False
+    num_then = done.get("num_trials")
+    return done == _limits(config) | {"num_trials": num_then} and num_trials in (None, num_then)
 
 
 def _limits(config: StudyConfig) -> dict[str, object]:

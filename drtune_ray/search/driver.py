@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from drtune_ray.search.identity import (
     WINNER_NAME,
 )
 from drtune_ray.search.objectives import OF_CLASSIFIERS
+from drtune_ray.search.outlook import FINALISTS, SEARCH, StudyPlan, StudyResult
 from drtune_ray.search.points import start_points
 from drtune_ray.search.prepare import Checked, manifest_path, prepare_all, preparing_device
 from drtune_ray.search.proposals import FinalistProposals, FixedTrial, Proposals, SearchProposals
@@ -68,73 +69,6 @@ from drtune_ray.training.backbones import read_backbone
 from drtune_ray.training.checkpoint import TrialFolder, trial_folder
 from drtune_ray.training.complexity import complexity
 from drtune_ray.values import flattened
-
-SEARCH, FINALISTS = "search", "finalists"
-
-
-@dataclass(frozen=True)
-class StudyResult:
-    """What a study came to.
-
-    Attributes:
-        folder: Where it lies.
-        study_id: Marks its runs in MLflow.
-        trials: All that were run, by number, repetitions of the finalists included.
-        finalists: What the search's best reached on new seeds; empty where none were asked for.
-        winner: The trial of the search that won: by its mean over new seeds, or without
-            finalists as the maximum over the completed trials, each trained on one seed.
-        shipped: The trial whose weights are handed back: the winner's best seed.
-        end: Why the search ended; None where an earlier run ended it.
-        num_unsent: Events that the tracking server has not taken yet.
-        was_done: Whether there was nothing left to run.
-        searched: Paths that the search space varies.
-        seconds: How long this run took.
-    """
-
-    folder: Path
-    study_id: str
-    trials: tuple[TrialSummary, ...]
-    finalists: tuple[Finalist, ...]
-    winner: TrialSummary
-    shipped: TrialSummary
-    end: str | None
-    num_unsent: int
-    was_done: bool
-    searched: tuple[str, ...]
-    seconds: float
-
-    @property
-    def searched_trials(self) -> tuple[TrialSummary, ...]:
-        """Without the repetitions of the finalists."""
-        return tuple(trial for trial in self.trials if trial.finalist is None)
-
-    @property
-    def references(self) -> tuple[TrialSummary, ...]:
-        """The reference trials."""
-        return tuple(trial for trial in self.trials if trial.reference)
-
-
-@dataclass(frozen=True)
-class StudyPlan:
-    """Told to the observer before the first trial of each part of the study.
-
-    Attributes:
-        config: The study.
-        part: `SEARCH` or `FINALISTS`.
-        num_trials: Of the part.
-        num_done: Those of them that earlier runs finished.
-        trials_at_a_time: How many run side by side.
-        searched: Paths that the search space varies.
-        notes: Sentences about it.
-    """
-
-    config: StudyConfig
-    part: str
-    num_trials: int
-    num_done: int
-    trials_at_a_time: int
-    searched: tuple[str, ...]
-    notes: tuple[str, ...] = ()
 
 
 class StudyDriver:
@@ -187,7 +121,7 @@ class StudyDriver:
             on_plan: Called before the first trial of the search and of the finalists.
             is_restored: Whether the study was brought back from artifacts.
         """
-        if is_done(self.config, self._num_ended()):
+        if is_done(self.folder, self.config, self._num_ended()):
             return self._result(Spool(self.folder / SPOOL_NAME).num_unsent(), was_done=True)
         spool = Spool(self.folder / SPOOL_NAME)
         recorder = build_recorder(self.config.tracking, self.storage, self.study_id)
@@ -445,12 +379,24 @@ class StudyDriver:
             chosen,
             winner,
             best.best_run if best else winner,
+            self._pareto_front(trials),
             self._end,
             num_unsent,
             was_done,
             self._searched(),
             time.monotonic() - self.started,
         )
+
+    def _pareto_front(self, trials: Sequence[TrialSummary]) -> tuple[TrialSummary, ...]:
+        """Of the completed trials of the search; repetitions of finalists would hide them."""
+        if len(self.config.objectives) == 1:
+            return ()
+        by_number = {trial.number: trial for trial in trials}
+        complete = self.study.get_trials(states=(TrialState.COMPLETE,))
+        searched = [trial for trial in complete if is_searched(trial)]
+        alone = optuna.create_study(directions=self.study.directions)
+        alone.add_trials(searched)
+        return tuple(by_number[searched[trial.number].number] for trial in alone.best_trials)
 
     def _searched(self) -> tuple[str, ...]:
         return tuple(parameter.path for parameter in self.space.parameters)

@@ -14,8 +14,9 @@ from typing import Any
 import filelock
 
 import drtune_ray
-from drtune_ray.config import TRIAL_NOT_DECIDING, TrackingConfig
+from drtune_ray.config import TRIAL_NOT_DECIDING
 from drtune_ray.errors import ConfigError, EnvironmentProblem
+from drtune_ray.study_sections import TrackingConfig
 from drtune_ray.values import flattened_without, read_yaml, to_yaml
 
 RECORD_FILE = "study.yaml"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from drtune_ray.config import StudyConfig, TrackingConfig, TrialConfig
+from drtune_ray.config import StudyConfig, TrialConfig
 from drtune_ray.data.artifacts import open_folder
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.results.evaluate import Evaluation, evaluate
@@ -19,6 +19,7 @@ from drtune_ray.search.identity import (
 )
 from drtune_ray.search.prepare import data_root
 from drtune_ray.search.servers import as_problem
+from drtune_ray.study_sections import TrackingConfig
 from drtune_ray.tracking.events import MetricsRecorded
 from drtune_ray.tracking.mlflow_recorder import build_recorder, default_tracking_uri
 from drtune_ray.tracking.spool import Spool, send_unsent

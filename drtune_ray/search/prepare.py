@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
-from drtune_ray.config import DataConfig, ResourcesConfig, TrialConfig
+from drtune_ray.config import DataConfig, TrialConfig
 from drtune_ray.data.cache import table_name, write_images
 from drtune_ray.data.dataset import Tables
 from drtune_ray.data.sources import scan_class_folders
@@ -19,6 +19,7 @@ from drtune_ray.data.splits import TRAIN, VALIDATION, Splits, make_splits
 from drtune_ray.data.store import TableStore
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.search.nodes import Capacity
+from drtune_ray.study_sections import ResourcesConfig
 from drtune_ray.training.backbones import Backbone, KeyReport, load_backbone
 from drtune_ray.training.frozen import prepare_tables
 from drtune_ray.training.model import check_trial
@@ -66,13 +67,19 @@ class Checked:
         )
 
 
-def check_inputs(config: TrialConfig, storage: Path, others: Sequence[Any] = ()) -> Checked:
+def check_inputs(
+    config: TrialConfig,
+    storage: Path,
+    others: Sequence[Any] = (),
+    resources: ResourcesConfig | None = None,
+) -> Checked:
     """Scan the images, split them and load the pretrained weights.
 
     Args:
         config: The trial, or the base of a study.
         storage: Holds earlier manifests of the same images.
         others: Further checks to call, whose problems are shown together with these.
+        resources: What each worker gets; CPUs alone by default.
 
     Raises:
         ConfigError: Naming every problem that was found.
@@ -91,7 +98,8 @@ def check_inputs(config: TrialConfig, storage: Path, others: Sequence[Any] = ())
     for check in others:
         attempt(check)
     if splits is not None:
-        problems.extend(check_trial(config, splits.count(TRAIN)))
+        gpus = (resources or ResourcesConfig()).worker_gpus(config.training.max_workers)
+        problems.extend(check_trial(config, splits.count(TRAIN), on_gpus=gpus > 0))
     try:
         loaded = attempt(lambda: load_backbone(config.backbone, config.data.image_size))
     except EnvironmentProblem as error:

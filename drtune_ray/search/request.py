@@ -10,11 +10,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from drtune_ray.config import DataConfig, ResourcesConfig, StudyConfig, TrialConfig
+from drtune_ray.config import DataConfig, StudyConfig, TrialConfig
 from drtune_ray.data.sources import IMAGE_SUFFIXES
 from drtune_ray.errors import ConfigError
 from drtune_ray.search.machine import fitting_defaults, this_machine
 from drtune_ray.section import validated
+from drtune_ray.study_sections import ResourcesConfig
 from drtune_ray.training.backbones import DEMO_BACKBONE
 from drtune_ray.values import deep_merge, flattened, nested, parse_assignments, read_yaml
 
@@ -36,6 +37,10 @@ STUDY_FLAGS = {
     "optuna_storage": "optuna_storage",
     "artifacts": "artifacts",
     "seed": "seed",
+    "sampler": "sampler.name",
+    "scheduler": "scheduler.name",
+    "finalist_seeds": "finalists.num_seeds",
+    "warm_start": "warm_start",
 }
 
 
@@ -92,7 +97,7 @@ def trial_request(
 
 
 def _given(names: Mapping[str, str], flags: Mapping[str, Any]) -> dict[str, Any]:
-    return {path: flags[flag] for flag, path in names.items() if flags.get(flag) is not None}
+    return {path: flags[flag] for flag, path in names.items() if flags.get(flag) not in (None, ())}
 
 
 def _trial_values(flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import optuna
 
-from drtune_ray.config import SamplerConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.section import unknown_name
+from drtune_ray.study_sections import SamplerConfig
 from drtune_ray.training.model import derived_seed
 
 SAMPLERS: dict[str, Any] = {

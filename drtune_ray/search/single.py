@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drtune_ray.config import NAME_PATTERN, ResourcesConfig, TrackingConfig, TrialConfig
+from drtune_ray.config import NAME_PATTERN, TrialConfig
 from drtune_ray.data.artifacts import LocalFolder
 from drtune_ray.data.dataset import Tables
 from drtune_ray.data.store import TableStore
@@ -48,6 +48,7 @@ from drtune_ray.search.session import ready_cluster, scratch_folder, signals_as_
 from drtune_ray.search.shared import Cluster, shared_folder
 from drtune_ray.search.waiting import Notify, ResourceWait
 from drtune_ray.search.workers import controllers_ended, train_on_workers
+from drtune_ray.study_sections import ResourcesConfig, TrackingConfig
 from drtune_ray.tracking.events import (
     FilesReady,
     MetricsRecorded,
@@ -118,7 +119,7 @@ def run_training(
     storage, resources = storage.expanduser().resolve(), resources or ResourcesConfig()
     kept = StudyArtifacts(artifacts, storage / name)
     kept.restore_shared(manifest_path(config.data, storage))
-    checked = check_inputs(config, storage)
+    checked = check_inputs(config, storage, resources=resources)
     config = config.with_values({"data.train": str(data_root(config.data))})
     values = config.to_mapping()
     deciding = deciding_values(values, checked.splits.content_digest(), checked.weights_digest)

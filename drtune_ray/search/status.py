@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drtune_ray.addresses import with_secrets
-from drtune_ray.errors import EnvironmentProblem
-from drtune_ray.results.trials import TrialSummary, summary
+from drtune_ray.config import StudyConfig
+from drtune_ray.results.trials import TrialSummary, summaries
+from drtune_ray.search.done import is_done as is_done_with
 from drtune_ray.search.holder import HOLDER_NAME, driver_of
 from drtune_ray.search.identity import (
     DONE_NAME,
@@ -27,6 +27,7 @@ from drtune_ray.search.identity import (
     find_study,
     read_record,
 )
+from drtune_ray.search.stored import stored_trials
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished, RunStarted
 from drtune_ray.tracking.spool import EVENTS_NAME, Spool
 from drtune_ray.values import flattened
@@ -180,52 +181,9 @@ def _read_command(folder: Path) -> str | None:
 
 def _study_trials(record: Record) -> tuple[tuple[TrialSummary, ...], tuple[str, ...]]:
     """The trials, and the paths that the search has varied so far."""
-    url = record.config.get("optuna_storage")
-    if url is None and not (record.folder / JOURNAL_NAME).exists():
-        return (), ()  # Optuna would make it
-    frozen = _database_trials(url, record) if url else _journal_trials(record)
+    frozen = stored_trials(record)
     varied = dict.fromkeys(path for trial in frozen for path in trial.distributions)
-    return tuple(summary(trial) for trial in frozen), tuple(varied)
-
-
-def _journal_trials(record: Record) -> list[Any]:
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
-    storage = JournalStorage(JournalFileBackend(str(record.folder / JOURNAL_NAME)))
-    return _all_trials(storage, record.study_id)
-
-
-def _database_trials(url: str, record: Record) -> list[Any]:
-    from optuna.exceptions import OptunaError
-    from optuna.storages import RDBStorage
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import SQLAlchemyError
-
-    address = with_secrets(url)
-    try:
-        parts = make_url(address)
-        if parts.get_backend_name() == "sqlite" and not Path(parts.database or "").is_file():
-            raise FileNotFoundError(f"there is no file {parts.database}")  # SQLite would make it
-        storage = RDBStorage(
-            address, engine_kwargs={"pool_pre_ping": True}, skip_table_creation=True
-        )
-        return _all_trials(storage, record.study_id)
-    except (OptunaError, SQLAlchemyError, ImportError, RuntimeError, OSError) as error:
-        cause = error.__cause__ if isinstance(error, OptunaError) else error
-        reason = (str(cause or error).strip().splitlines() or [type(error).__name__])[0]
-        raise EnvironmentProblem(
-            f"optuna_storage={url!r}, which holds the trials, cannot be read: {reason}"
-        ) from None
-
-
-def _all_trials(storage: Any, study_id: str) -> list[Any]:
-    try:
-        number = storage.get_study_id_from_name(study_id)
-    except KeyError:  # it was begun and has no trial yet
-        return []
-    found: list[Any] = storage.get_all_trials(number, deepcopy=False)
-    return found
+    return summaries(frozen), tuple(varied)
 
 
 def _training(record: Record) -> tuple[TrialSummary, ...]:
@@ -272,12 +230,12 @@ def _state(
     if is_alive:
         return RUNNING
     num_results = sum(trial.state in RESULT_STATES for trial in trials)
-    done = record.folder / DONE_NAME
     if record.kind == STUDY:
-        is_done = done.exists() and num_results >= num_trials
+        is_done = is_done_with(record.folder, StudyConfig.from_mapping(record.config))
         has_failed = num_results >= num_trials and all(t.state != COMPLETE for t in trials)
     else:
-        is_done, has_failed = done.exists(), any(t.state == "FAIL" for t in trials)
+        is_done = (record.folder / DONE_NAME).exists()
+        has_failed = any(t.state == "FAIL" for t in trials)
     if is_done or has_failed:
         return DONE if is_done else FAILED
     return NOT_SEEN if is_alive is None else INTERRUPTED
@@ -315,14 +273,18 @@ def facts(status: Status, now: float | None = None) -> dict[str, Any]:
     """
     values = {k: v for k, v in vars(status).items() if k not in ("kind", "trials")}
     best = status.best
-    return {"of": status.kind} | values | {
-        "seconds_since_last_sign": (time.time() if now is None else now) - status.last_sign,
-        "num_done": status.num_done,
-        "outcomes": status.outcomes,
-        "best": vars(best) if best else None,
-        "references": [vars(trial) for trial in status.references],
-        "unfinished": [vars(trial) for trial in status.unfinished],
-    }
+    return (
+        {"of": status.kind}
+        | values
+        | {
+            "seconds_since_last_sign": (time.time() if now is None else now) - status.last_sign,
+            "num_done": status.num_done,
+            "outcomes": status.outcomes,
+            "best": vars(best) if best else None,
+            "references": [vars(trial) for trial in status.references],
+            "unfinished": [vars(trial) for trial in status.unfinished],
+        }
+    )
 
 
 def best_settings(status: Status) -> dict[str, Any]:

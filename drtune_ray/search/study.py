@@ -10,7 +10,7 @@ from typing import Any
 
 from drtune_ray.config import StudyConfig, reference_config
 from drtune_ray.search.done import is_done
-from drtune_ray.search.driver import StudyDriver, StudyPlan, StudyResult
+from drtune_ray.search.driver import StudyDriver
 from drtune_ray.search.failures import (
     full_disk_is_told,
 )
@@ -18,13 +18,16 @@ from drtune_ray.search.identity import (
     RECORD_FILE,
     SPLITS_NAME,
     STUDY,
+    Record,
     deciding_values,
     driver_lease,
+    find_study,
     open_record,
     read_record,
 )
 from drtune_ray.search.nodes import Capacity
 from drtune_ray.search.objectives import direction
+from drtune_ray.search.outlook import StudyPlan, StudyResult
 from drtune_ray.search.points import start_points
 from drtune_ray.search.prepare import (
     Checked,
@@ -46,8 +49,10 @@ from drtune_ray.search.servers import (
 from drtune_ray.search.session import ready_cluster, signals_as_interrupt
 from drtune_ray.search.shared import Cluster, shared_folder
 from drtune_ray.search.space import SearchSpace, read_space
+from drtune_ray.search.stored import stored_trials
 from drtune_ray.search.variants import table_variants
 from drtune_ray.search.waiting import Notify
+from drtune_ray.search.warm_start import add_earlier_trials
 from drtune_ray.tracking.events import Sink
 
 logger = logging.getLogger(__name__)
@@ -79,6 +84,7 @@ def run_study(
     """
     artifacts = StudyArtifacts(config.artifacts, config.folder)
     artifacts.restore_shared(_manifest(config))
+    _warm_start(config)  # they are there
     checked, space, references, notes = _check(config)
     # As it must be found again from any working directory.
     trial = config.trial.with_values({"data.train": str(data_root(config.trial.data))})
@@ -105,6 +111,9 @@ def run_study(
         artifacts.keep(RECORD_FILE, SPLITS_NAME)
         directions = [direction(objective) for objective in config.objectives]
         study = open_study(storage, record.study_id, directions)
+        if not is_done(config.folder, config):
+            earlier = [(record, stored_trials(record)) for record in _warm_start(config)]
+            notes += add_earlier_trials(study, earlier, deciding, space, config.trial)
         cluster = Cluster(capacity, token, on_notice) if capacity else None
         driver = StudyDriver(config, study, artifacts, checked, space, references, notes, cluster)
         return driver.run(observer, on_plan, is_restored)
@@ -118,6 +127,7 @@ def _check(
         config.trial,
         Path(config.storage).expanduser().resolve(),
         [lambda: found.append(SearchSpace.from_mapping(_space_content(config), config.trial))],
+        config.resources,
     )
     highest = checked.num_train
     space, notes = found[0].clamped(highest, len(checked.splits.classes))
@@ -132,9 +142,14 @@ def _check(
     return checked, space, tuple(references), (checked.summary(), *notes)
 
 
+def _warm_start(config: StudyConfig) -> tuple[Record, ...]:
+    """The earlier studies that this one learns from."""
+    return tuple(read_record(find_study(name, config.storage)) for name in config.warm_start)
+
+
 def _cluster(config: StudyConfig) -> AbstractContextManager[Capacity | None]:
     """The cluster for the search; none is joined to show a study that is done."""
-    if is_done(config):
+    if is_done(config.folder, config):
         return nullcontext()
     training = config.trial.training
     return ready_cluster(training, config.resources, with_dashboard=training.max_workers > 1)

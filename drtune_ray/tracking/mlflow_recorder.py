@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from drtune_ray.addresses import with_secrets
-from drtune_ray.config import TrackingConfig
+from drtune_ray.study_sections import TrackingConfig
 from drtune_ray.tracking.events import (
     Event,
     FilesReady,

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from drtune_ray.config import FinalistsConfig, TrialConfig
+from drtune_ray.config import TrialConfig
 from drtune_ray.results.trials import TrialSummary
 from drtune_ray.search.finalists import best_finalist, finalists, repetitions
+from drtune_ray.study_sections import FinalistsConfig
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def trial(make_trial: Any) -> Any:
         number: int, accuracy: float, state: str = "COMPLETE", values: dict[str, Any] | None = None
     ) -> TrialSummary:
         config = make_trial({"optim.backbone_lr": 0.001 * (number + 1)} | (values or {}))
-        return TrialSummary(number, state, "", None, None, accuracy, 3, 1.0, config.to_mapping())
+        return TrialSummary(number, state, "", None, accuracy, 3, 1.0, config.to_mapping())
 
     return make
 
@@ -45,11 +46,11 @@ def run(trials: list[TrialSummary], *accuracies: float | None) -> list[TrialSumm
             "PRUNED" if accuracy is None else "COMPLETE",
             "",
             None,
-            repetition.name,
             accuracy,
             3,
             1.0,
             repetition.config.to_mapping(),
+            repetition.name,
         )
         for index, (repetition, accuracy) in enumerate(zip(wanted, accuracies, strict=True))
     ]

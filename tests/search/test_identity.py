@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import drtune_ray
-from drtune_ray.config import StudyConfig, TrackingConfig
+from drtune_ray.config import StudyConfig
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.search.identity import (
     NUMERIC_VERSION,
@@ -27,6 +27,7 @@ from drtune_ray.search.identity import (
     read_record,
 )
 from drtune_ray.search.space import read_space
+from drtune_ray.study_sections import TrackingConfig
 from drtune_ray.values import flattened, nested, read_yaml
 
 DRIVER = """

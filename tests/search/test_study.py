@@ -16,8 +16,8 @@ from drtune_ray.data.splits import VALIDATION
 from drtune_ray.errors import ConfigError, EnvironmentProblem, NoTrialCompleted
 from drtune_ray.results.evaluate import measure
 from drtune_ray.results.winner import read_winner
-from drtune_ray.search.driver import StudyResult
 from drtune_ray.search.outcome import evaluate_study, sync_study, tracking_of
+from drtune_ray.search.outlook import StudyResult
 from drtune_ray.search.study import run_study
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished
 from drtune_ray.values import nested

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from drtune_ray.config import TrackingConfig
+from drtune_ray.study_sections import TrackingConfig
 from drtune_ray.tracking.events import (
     Event,
     FilesReady,

@@ -1,0 +1,85 @@
+"""What is told of a study before it runs and after: its plan and its result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from drtune_ray.config import StudyConfig
+from drtune_ray.results.trials import TrialSummary
+from drtune_ray.search.finalists import Finalist
+
+SEARCH, FINALISTS = "search", "finalists"
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What a study came to.
+
+    Attributes:
+        folder: Where it lies.
+        study_id: Marks its runs in MLflow.
+        trials: All that were run, by number, repetitions of the finalists included.
+        finalists: What the search's best reached on new seeds; empty where none were asked for.
+        winner: The trial of the search that won: by its mean over new seeds, or without
+            finalists as the maximum over the completed trials, each trained on one seed.
+        shipped: The trial whose weights are handed back: the winner's best seed.
+        pareto_front: Of several objectives; else empty.
+        end: Why the search ended; None where an earlier run ended it.
+        num_unsent: Events that the tracking server has not taken yet.
+        was_done: Whether there was nothing left to run.
+        searched: Paths that the search space varies.
+        seconds: How long this run took.
+    """
+
+    folder: Path
+    study_id: str
+    trials: tuple[TrialSummary, ...]
+    finalists: tuple[Finalist, ...]
+    winner: TrialSummary
+    shipped: TrialSummary
+    pareto_front: tuple[TrialSummary, ...]
+    end: str | None
+    num_unsent: int
+    was_done: bool
+    searched: tuple[str, ...]
+    seconds: float
+
+    @property
+    def searched_trials(self) -> tuple[TrialSummary, ...]:
+        """Without the repetitions of the finalists."""
+        return tuple(trial for trial in self.trials if trial.finalist is None)
+
+    @property
+    def references(self) -> tuple[TrialSummary, ...]:
+        """The reference trials."""
+        return tuple(trial for trial in self.trials if trial.reference)
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """Told to the observer before the first trial of each part of the study.
+
+    Attributes:
+        config: The study.
+        part: `SEARCH` or `FINALISTS`.
+        num_trials: Of the part.
+        num_done: Those of them that earlier runs finished.
+        trials_at_a_time: How many run side by side.
+        searched: Paths that the search space varies.
+        notes: Sentences about it.
+    """
+
+    config: StudyConfig
+    part: str
+    num_trials: int
+    num_done: int
+    trials_at_a_time: int
+    searched: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    def of_part(self, trials: Iterable[TrialSummary]) -> tuple[TrialSummary, ...]:
+        """The trials that belong to the part."""
+        is_final = self.part == FINALISTS
+        return tuple(trial for trial in trials if (trial.finalist is not None) == is_final)
