@@ -45,8 +45,14 @@ def method_scale(config: TrialConfig, num_train: int) -> MethodScale:
     )
 
 
-def check_trial(config: TrialConfig, num_train: int) -> list[str]:
-    """Sentences for what cannot work with this many training images."""
+def check_trial(config: TrialConfig, num_train: int, *, on_gpus: bool = False) -> list[str]:
+    """Sentences for what cannot work with this many training images.
+
+    Args:
+        config: The trial.
+        num_train: N, number of training images.
+        on_gpus: Whether its workers have GPUs; this process need not.
+    """
     problems = []
     training = config.training
     if training.batch_size > num_train:
@@ -61,19 +67,25 @@ def check_trial(config: TrialConfig, num_train: int) -> list[str]:
             f"training.workers={training.workers}: set frozen or synchronised"
         )
     if training.max_workers > 1 and training.batch_norm == "synchronised":
-        problems += _synchronised_problems(training, num_train)
+        problems += _synchronised_problems(training, num_train, on_gpus)
     return problems
 
 
-def _synchronised_problems(training: TrainingConfig, num_train: int) -> list[str]:
+def _synchronised_problems(training: TrainingConfig, num_train: int, on_gpus: bool) -> list[str]:
     problems, last = [], num_train % training.batch_size
-    if not torch.cuda.is_available():
+    if not on_gpus:
         problems.append(
-            "training.batch_norm=synchronised needs CUDA devices with several workers: "
-            "set training.batch_norm=frozen"
+            "training.batch_norm=synchronised needs a GPU for each of several workers: set "
+            "resources.gpus_per_worker or training.batch_norm=frozen"
         )
-    if 0 < last < training.max_workers and not training.drop_last:
-        # A worker without a row runs a spare one, which would enter the statistics.
+    # A worker without a row runs a spare one, which would enter the statistics.
+    if training.batch_size < training.max_workers:
+        problems.append(
+            f"training.batch_norm=synchronised needs a row for each of {training.max_workers} "
+            f"workers, but got training.batch_size={training.batch_size}: set it to at least "
+            f"{training.max_workers}"
+        )
+    elif 0 < last < training.max_workers and not training.drop_last:
         problems.append(
             f"training.batch_norm=synchronised needs a row for each of {training.max_workers} "
             f"workers, but the last batch of {num_train} images has {last}: set "
@@ -178,6 +190,6 @@ def generator(seed: int, purpose: str, index: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(derived_seed(seed, purpose, index))
 
 
-def derived_seed(seed: int, purpose: str, index: int = 0) -> int:
-    """A seed of its own for each (seed, purpose, index)."""
-    return int(digest(seed, purpose, index), 16) % 2**63
+def derived_seed(seed: int, purpose: str, index: int = 0, *more: int) -> int:
+    """A seed of its own for each (seed, purpose, index, ...)."""
+    return int(digest(seed, purpose, index, *more), 16) % 2**63

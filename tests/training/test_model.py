@@ -1,0 +1,53 @@
+"""What cannot work is refused before a trial starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from drtune_ray.training.model import check_trial, derived_seed
+from tests.small import small_trial
+
+SYNCHRONISED = {"data.train": "unused", "training.batch_norm": "synchronised"}
+NEEDS_GPUS = (
+    "training.batch_norm=synchronised needs a GPU for each of several workers: set "
+    "resources.gpus_per_worker or training.batch_norm=frozen"
+)
+
+
+def problems(changes: dict[str, Any], **options: Any) -> list[str]:
+    return check_trial(small_trial(SYNCHRONISED | changes), 12, **options)
+
+
+@pytest.mark.parametrize("here", [False, True])
+def test_synchronised_batch_norm_needs_gpus_of_the_workers_not_of_this_process(monkeypatch, here):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: here)
+    two = {"training.batch_size": 6, "training.workers": 2}
+    assert problems(two, on_gpus=True) == []
+    assert problems(two) == problems(two, on_gpus=False) == [NEEDS_GPUS]
+    assert problems(two | {"training.workers": 1}) == []
+
+
+def test_synchronised_batch_norm_needs_a_row_for_each_worker_in_every_batch():
+    changes = {"training.workers": 4, "training.batch_size": 3}
+    message = (
+        "training.batch_norm=synchronised needs a row for each of 4 workers, but got "
+        "training.batch_size=3: set it to at least 4"
+    )
+    assert problems(changes, on_gpus=True) == [message]
+    # Without a short last batch too: all batches are too short.
+    assert problems(changes | {"training.drop_last": True}, on_gpus=True) == [message]
+    assert problems(changes | {"training.batch_size": 4}, on_gpus=True) == []
+    assert problems(changes | {"training.batch_size": 5}, on_gpus=True) == [
+        "training.batch_norm=synchronised needs a row for each of 4 workers, but the last batch "
+        "of 12 images has 2: set training.drop_last=true or another training.batch_size"
+    ]
+
+
+def test_every_index_has_a_seed_of_its_own():
+    seeds = {derived_seed(0, "training", 1), derived_seed(0, "training", 1, 0)}
+    seeds |= {derived_seed(0, "training", 1, *at) for at in ((0, 0), (0, 1), (1, 0))}
+    assert len(seeds) == 5
+    assert derived_seed(3, "head") == derived_seed(3, "head", 0)
