@@ -5,6 +5,7 @@ Every function gives the one-process answer where there is no group.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,13 +39,26 @@ class ProcessGroup:
         if not is_distributed():
             return rows
         longest = max(shares)
-        if min(shares) == longest:
-            return self._gather(rows, self.world_size)
-        # Collectives need equal shapes: pad to the longest share, then cut.
-        padded = rows.new_zeros(longest, *rows.shape[1:])
-        padded[: len(rows)] = rows
-        parts = torch.split(self._gather(padded, self.world_size), longest)
+        if len(rows) < longest:  # collectives need equal shapes: pad to the longest, then cut
+            padded = rows.new_zeros(longest, *rows.shape[1:])
+            padded[: len(rows)] = rows
+            rows = padded
+        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in shares]
+        dist.all_gather(parts, rows.contiguous())
         return torch.cat([part[:share] for part, share in zip(parts, shares, strict=True)])
+
+    def sum_in_order(self, tensor: Tensor) -> Tensor:
+        """Elementwise sum in the order of the ranks: equal bit for bit in a message of any length.
+
+        That of :meth:`sum` may be taken in an order that depends on the length.
+        """
+        if not is_distributed():
+            return tensor
+        parts = self.gather_rows(tensor.unsqueeze(0), [1] * self.world_size)
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """The tensor of rank 0."""
@@ -52,12 +66,6 @@ class ProcessGroup:
             tensor = tensor.clone()
             dist.broadcast(tensor, 0)
         return tensor
-
-    @staticmethod
-    def _gather(tensor: Tensor, world_size: int) -> Tensor:
-        gathered = tensor.new_empty(world_size * len(tensor), *tensor.shape[1:])
-        dist.all_gather_into_tensor(gathered, tensor.contiguous())
-        return gathered
 
 
 def is_distributed() -> bool:
@@ -72,15 +80,49 @@ def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
     """
     if not is_distributed():
         return module
-    return nn.parallel.DistributedDataParallel(
-        module,
+    _ignore_intended()
+    parallel = nn.parallel.DistributedDataParallel(
+        _Settled(module),
         device_ids=[device.index] if device.type == "cuda" else None,
         broadcast_buffers=False,
-        # Otherwise the layout of the messages changes after the first step, and with it the order
-        # in which a sum over more than two processes is taken: a resumed run, whose first step is
-        # another one, would differ by rounding from the unbroken one.
-        find_unused_parameters=dist.get_world_size() > 2,
     )
+    parallel(None).backward()
+    parallel.zero_grad(set_to_none=True)
+    return parallel
+
+
+class _Settled(nn.Module):
+    """A module that can also be called without inputs, for a backward pass of no effect.
+
+    DDP lays out its messages anew after its first backward pass, and with the layout changes the
+    order in which a sum over more than two processes is taken: a resumed run, whose first step is
+    another one, would differ by rounding from the unbroken one. After a pass of no effect the
+    layout is final, and the same in every run: gradients in the reverse order of the parameters.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Any) -> Any:
+        """What the module gives; for None a zero that depends on every trained parameter."""
+        if inputs != (None,):
+            return self.module(*inputs)
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        total = trained[0].sum()
+        for parameter in trained[1:]:
+            total = total + parameter.sum()
+        return 0.0 * total
+
+
+def _ignore_intended() -> None:
+    """Silence what torch says of what is meant, in every worker of every trial."""
+    # Until the torch that is required has `forward_sync_buffers` (2.13): that name means the same
+    # but for one broadcast of the buffers, which are equal, at the start.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+    # Of 1x1 convolutions in channels_last, whose strides can be written in two ways; the gradient
+    # is copied into the message in any case.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from timm.layers import convert_sync_batchnorm  # type: ignore[attr-defined]
+from torch import Tensor
 
 from drtune_ray.config import TrialConfig
 from drtune_ray.data.dataset import TrainingData
@@ -83,7 +84,8 @@ class Trial:
             config, backbone, len(data.classes), len(data.train), not data.has_features
         )
         if config.training.batch_norm == "synchronised" and is_distributed():
-            convert = nn.SyncBatchNorm.convert_sync_batchnorm
+            # timm's, which keeps the activation within a BatchNormAct2d; torch's drops it.
+            convert = convert_sync_batchnorm
             method.downstream_encoder = convert(method.downstream_encoder)  # type: ignore[no-untyped-call]
         self.dtype = torch.float64 if config.training.precision == "float64" else torch.float32
         method = method.to(device=device, dtype=self.dtype)
@@ -216,13 +218,24 @@ class Trial:
         assert set(missing) <= own and not unexpected, (missing, unexpected)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # that of another precision or device has nothing to say
+            self.scaler.load_state_dict(state["scaler"])
         self.progress = _Progress(**state["progress"])
-        random_states = state["random"]
-        random_state = random_states[self.group.rank % len(random_states)]
-        torch.set_rng_state(random_state["cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(random_state["cuda"], self.device)
+        self._load_random_states(state["random"])
+
+    def _load_random_states(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Those of this rank; what the checkpoint's processes had not is seeded anew.
+
+        That is all of a rank that is new, and a CUDA device's after training on CPUs.
+        """
+        rank, progress = self.group.rank, self.progress
+        at = (rank, progress.epochs_done, progress.steps_done)
+        torch.manual_seed(derived_seed(self.config.seed, "training", *at) % 2**32)
+        known = states[rank] if rank < len(states) else {}
+        if "cpu" in known:
+            torch.set_rng_state(known["cpu"])
+        if "cuda" in known and self.device.type == "cuda":
+            torch.cuda.set_rng_state(known["cuda"], self.device)
 
     def _state(self) -> dict[str, Any]:
         random_state = {"cpu": torch.get_rng_state()}
@@ -297,7 +310,8 @@ class Trial:
         """Turn this process's pending steps into global numbers."""
         if not self.pending:
             return
-        values = self.group.sum(torch.stack(self.pending))
+        # How many are pending depends on the save points, which must not change a sum.
+        values = self.group.sum_in_order(torch.stack(self.pending))
         values[:, :-1] /= self.group.world_size
         self.progress.step_values += values.tolist()
         self.pending = []
@@ -343,5 +357,7 @@ def _amp_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     if precision == "auto":
         if device.type != "cuda":
             return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        # Where bfloat16 is emulated (before Ampere) it is slower than no mixed precision at all.
+        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if is_native else torch.float16
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision)
