@@ -12,7 +12,7 @@ from typing import Any
 
 import optuna
 import torch
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from drtune_ray.config import StudyConfig, TrialConfig
 from drtune_ray.data.dataset import Tables
@@ -41,6 +41,7 @@ from drtune_ray.search.identity import (
     TRIALS_FOLDER,
     TRIALS_NAME,
     WINNER_NAME,
+    Record,
 )
 from drtune_ray.search.objectives import OF_CLASSIFIERS
 from drtune_ray.search.outlook import FINALISTS, SEARCH, StudyPlan, StudyResult
@@ -55,6 +56,7 @@ from drtune_ray.search.shared import Cluster
 from drtune_ray.search.space import SearchSpace
 from drtune_ray.search.tuning import TuneRun
 from drtune_ray.search.variants import table_variants
+from drtune_ray.search.warm_start import add_earlier_trials
 from drtune_ray.tracking.events import (
     Event,
     FilesReady,
@@ -107,6 +109,15 @@ class StudyDriver:
         self.base = config.trial.with_values(
             {"method.bank_size": min(config.trial.method.bank_size, checked.num_train)}
         )
+
+    def learn_from(
+        self,
+        earlier: Sequence[tuple[Record, Sequence[FrozenTrial]]],
+        deciding: Mapping[str, Any],
+    ) -> None:
+        """Have the sampler know what earlier studies found; see `add_earlier_trials`."""
+        notes = add_earlier_trials(self.study, earlier, deciding, self.space, self.base)
+        self.notes += notes
 
     def run(
         self,
@@ -277,7 +288,7 @@ class StudyDriver:
         except NoTrialCompleted:
             self._emit(RunFinished(None, "FAIL", "no trial completed", {}, {}))
             raise
-        about = self._about(result)
+        about = result.about()
         self._write_winner(result, about)
         self._emit(FilesReady(None, str(self.folder / WINNER_NAME), WINNER_NAME))
         self._keep_top_checkpoints(trials)
@@ -293,31 +304,6 @@ class StudyDriver:
         write_done(self.config, self._num_ended())
         self.artifacts.keep(DONE_NAME)
         return result
-
-    def _about(self, result: StudyResult) -> dict[str, Any]:
-        """What was measured of the winner, and how it was chosen."""
-        winner, shipped = result.winner, result.shipped
-        about = {
-            "study": self.config.name,
-            "study_id": self.study_id,
-            "trial": winner.number,
-            "shipped_trial": shipped.number,
-            "val_accuracy": shipped.best_val_accuracy,
-            "best_val_accuracy": winner.best_val_accuracy,
-        }
-        finalist = best_finalist(result.finalists)
-        if finalist is None:
-            chosen = "maximum validation accuracy over the completed trials, one seed each"
-            if result.finalists:
-                chosen += "; no finalist completed on every new seed"
-            return about | {"chosen": chosen}
-        return about | {
-            "mean_val_accuracy": finalist.mean,
-            "spread_val_accuracy": finalist.spread,
-            "seeds": [run.config["seed"] for run in finalist.runs],
-            "chosen": f"best mean validation accuracy of {len(result.finalists)} finalists over "
-            f"{finalist.num_seeds} new seeds; its best seed is shipped",
-        }
 
     def _write_winner(self, result: StudyResult, about: dict[str, Any]) -> None:
         config = TrialConfig.from_mapping(result.shipped.config)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from drtune_ray.config import StudyConfig
 from drtune_ray.results.trials import TrialSummary
-from drtune_ray.search.finalists import Finalist
+from drtune_ray.search.finalists import Finalist, best_finalist
 
 SEARCH, FINALISTS = "search", "finalists"
 
@@ -45,6 +46,30 @@ class StudyResult:
     was_done: bool
     searched: tuple[str, ...]
     seconds: float
+
+    def about(self) -> dict[str, Any]:
+        """What was measured of the winner, and how it was chosen: plain values."""
+        about: dict[str, Any] = {
+            "study": self.folder.name,
+            "study_id": self.study_id,
+            "trial": self.winner.number,
+            "shipped_trial": self.shipped.number,
+            "val_accuracy": self.shipped.best_val_accuracy,
+            "best_val_accuracy": self.winner.best_val_accuracy,
+        }
+        finalist = best_finalist(self.finalists)
+        if finalist is None:
+            chosen = "maximum validation accuracy over the completed trials, one seed each"
+            if self.finalists:
+                chosen += "; no finalist completed on every new seed"
+            return about | {"chosen": chosen}
+        return about | {
+            "mean_val_accuracy": finalist.mean,
+            "spread_val_accuracy": finalist.spread,
+            "seeds": [run.config["seed"] for run in finalist.runs],
+            "chosen": f"best mean validation accuracy of {len(self.finalists)} finalists over "
+            f"{finalist.num_seeds} new seeds; its best seed is shipped",
+        }
 
     @property
     def searched_trials(self) -> tuple[TrialSummary, ...]:

@@ -52,7 +52,6 @@ from drtune_ray.search.space import SearchSpace, read_space
 from drtune_ray.search.stored import stored_trials
 from drtune_ray.search.variants import table_variants
 from drtune_ray.search.waiting import Notify
-from drtune_ray.search.warm_start import add_earlier_trials
 from drtune_ray.tracking.events import Sink
 
 logger = logging.getLogger(__name__)
@@ -111,11 +110,10 @@ def run_study(
         artifacts.keep(RECORD_FILE, SPLITS_NAME)
         directions = [direction(objective) for objective in config.objectives]
         study = open_study(storage, record.study_id, directions)
-        if not is_done(config.folder, config):
-            earlier = [(record, stored_trials(record)) for record in _warm_start(config)]
-            notes += add_earlier_trials(study, earlier, deciding, space, config.trial)
         cluster = Cluster(capacity, token, on_notice) if capacity else None
         driver = StudyDriver(config, study, artifacts, checked, space, references, notes, cluster)
+        if cluster is not None:
+            driver.learn_from([(r, stored_trials(r)) for r in _warm_start(config)], deciding)
         return driver.run(observer, on_plan, is_restored)
 
 
