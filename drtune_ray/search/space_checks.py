@@ -115,14 +115,15 @@ class SpaceCheck:
             try:
                 if parameter is None:
                     expression.holds(point.values)
-                elif parameter.when.holds(point.values, point.inactive) and parameter.expression:
-                    parameter.derived(point.values)
+                elif parameter.when.holds(point.values, point.inactive):
+                    if expression is parameter.expression:
+                        parameter.derived(point.values)
             except UnknownFact:
                 return
             except ExpressionError as error:
                 failing.add(expression)
-                at = _at({path: point.values[path] for path in sorted(expression.reads())})
-                yield Problem("expression-fails", expression.place, f"{error}{at}")
+                sentence = f"{error}{_at(_read_by(expression, point))}"
+                yield Problem("expression-fails", expression.place, sentence)
                 return
 
     def _bad_results(self, parameter: Parameter, failing: set[Expression]) -> Iterator[Problem]:
@@ -134,8 +135,7 @@ class SpaceCheck:
             _, problem = normal_value(parameter.path, point.taken[parameter.path])
             if problem:
                 failing.add(parameter.expression)
-                reads = sorted(parameter.expression.reads())
-                at = _at({path: point.values[path] for path in reads})
+                at = _at(_read_by(parameter.expression, point))
                 sentence = f"{parameter.expression.text!r}{at}: {problem}"
                 yield Problem("expression-value", parameter.expression.place, sentence)
                 return
@@ -298,6 +298,11 @@ def _expressions_of(parameters: Sequence[Parameter]) -> list[Expression]:
     found = [parameter.when.expression for parameter in parameters]
     found += [parameter.expression for parameter in parameters]
     return [expression for expression in found if expression is not None]
+
+
+def _read_by(expression: Expression, point: Resolved) -> dict[str, Any]:
+    names = expression.reads() | expression.facts()
+    return {name: point.values[name] for name in sorted(names)}
 
 
 def _at(values: Mapping[str, Any]) -> str:
