@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -304,6 +305,7 @@ def _run_study(
                 config, observer=output.take, on_plan=announce, on_notice=output.notice
             )
         except KeyboardInterrupt:
+            output.close()
             click.echo("\nInterrupted. The same command goes on where it stopped.", err=True)
             raise
         finally:
@@ -334,12 +336,12 @@ def main() -> None:
     """Run the command line; exit codes are in `drtune_ray.errors`."""
     try:
         code = cli(standalone_mode=False)
-    except click.exceptions.Abort:
-        sys.exit(INTERRUPTED)
     except click.ClickException as error:
         error.show()
         sys.exit(ConfigError.exit_code)
-    except KeyboardInterrupt:
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        # One more Ctrl-C must not cut off what Ray ends at exit.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         sys.exit(INTERRUPTED)
     except DrtuneError as error:
         click.echo(f"drtune-ray: {error}", err=True)

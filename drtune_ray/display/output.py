@@ -24,8 +24,8 @@ NUM_NAMED = 8
 LOSSES = ("loss", "cross_entropy", "distribution_regularization")
 INTERRUPTED_CODE = 130
 STOPPING = (
-    "Stopping: running trials save what they have, a few seconds. Ctrl-C again ends at once and "
-    "loses what was trained since their last save."
+    "Stopping: running trials save what they have, a few seconds. Ctrl-C again does not wait for "
+    "them and loses what they trained since their last save."
 )
 
 
