@@ -313,9 +313,10 @@ def facts(status: Status, now: float | None = None) -> dict[str, Any]:
         status: The status.
         now: Seconds since 1970; None: the present.
     """
-    values = {k: v for k, v in vars(status).items() if k not in ("kind", "trials")}
+    kept = {key: value for key, value in vars(status).items() if key not in ("kind", "trials")}
     best = status.best
-    return {"of": status.kind} | values | {
+    return kept | {
+        "of": status.kind,
         "seconds_since_last_sign": (time.time() if now is None else now) - status.last_sign,
         "num_done": status.num_done,
         "outcomes": status.outcomes,
