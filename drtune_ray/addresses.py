@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Annotated
-from urllib.parse import parse_qsl, quote, urlsplit
+from urllib.parse import parse_qsl, quote, quote_plus, unquote, urlsplit
 
 from pydantic import AfterValidator
 
@@ -19,16 +21,25 @@ def without_password(uri: str) -> str:
         ValueError: If it may not.
     """
     parts = urlsplit(uri)
-    secrets = [parts.password or "", *(v for k, v in parse_qsl(parts.query) if "pass" in k.lower())]
-    if any(secret and not _REFERENCE.fullmatch(secret) for secret in secrets):
-        raise ValueError(
-            "the password would be recorded with the study: write $NAME in its place, and put the "
-            "password into the environment variable NAME"
-        )
+    secrets = {"the password": parts.password or ""}
+    secrets |= {f"the value of {k!r}": v for k, v in parse_qsl(parts.query) if _is_secret(k)}
+    for what, secret in secrets.items():
+        if secret and not _REFERENCE.fullmatch(secret):
+            raise ValueError(
+                f"{what} would be recorded with the study: write $NAME in its place, and put "
+                f"{what} into the environment variable NAME"
+            )
     return uri
 
 
 _REFERENCE = re.compile(r"\$(\w+)|\$\{(\w+)\}")
+_SECRET_OPTION = re.compile("secret|token|key|sig|credential|pass|pwd", re.IGNORECASE)
+# Paths of files, by these names in libpq, in PyMySQL and in curl.
+_FILE_OPTIONS = ("sslkey", "ssl_key", "passfile", "sslkeylogfile")
+
+
+def _is_secret(option: str) -> bool:
+    return bool(_SECRET_OPTION.search(option)) and option.lower() not in _FILE_OPTIONS
 
 
 ServerUri = Annotated[str, AfterValidator(without_password)]
@@ -49,3 +60,66 @@ def with_secrets(uri: str) -> str:
         return os.environ[name] if found[0] == uri else quote(os.environ[name], safe="")
 
     return _REFERENCE.sub(value, uri)
+
+
+def without_secrets(text: str, uri: str | None) -> str:
+    """What others say of a server, to be shown: ``$NAME`` where it holds the value.
+
+    Args:
+        text: Such as the message of an error in connecting.
+        uri: The server's, as it was given to :func:`with_secrets`.
+    """
+    names = _names_of_values(uri or "")
+    if not names:
+        return text
+    longest_first = sorted(names, key=len, reverse=True)
+    values = re.compile("|".join(map(re.escape, longest_first)), re.IGNORECASE)
+    return values.sub(lambda found: names.get(found[0].lower(), "$..."), text)
+
+
+def _names_of_values(uri: str) -> dict[str, str]:
+    """``$NAME`` by each form in which its value may be met, in lower case."""
+    names: dict[str, str] = {}
+    for found in _REFERENCE.finditer(uri):
+        name = found[1] or found[2]
+        values = [os.environ.get(name, "")]
+        if found[0] == uri:  # the value is an address with a password in it
+            password = urlsplit(values[0]).password or ""
+            values += [password, unquote(password)]
+        for value in filter(None, values):
+            # As it is, as a part of a URI, and within a literal.
+            forms = (value, quote(value, safe=""), quote(value), quote_plus(value))
+            names |= {form.lower(): f"${name}" for form in (*forms, repr(value)[1:-1])}
+    return names
+
+
+@contextmanager
+def secrets_hidden(uri: str | None) -> Iterator[None]:
+    """What is raised within, and what that came from, says ``$NAME`` and not the value.
+
+    The errors themselves are changed: they go to logs with their tracebacks, to other processes
+    and to the records of trials.
+    """
+    try:
+        yield
+    except Exception as error:
+        _hide(error, uri, set())
+        raise
+
+
+def _hide(error: BaseException | None, uri: str | None, seen: set[int]) -> None:
+    if error is None or id(error) in seen:
+        return
+    seen.add(id(error))
+    for part in (error.__cause__, error.__context__, *error.args):
+        if isinstance(part, BaseException):
+            _hide(part, uri, seen)
+    # An `OSError` shows these and not its `args`; other libraries' keep their message anywhere.
+    for name in ("strerror", "filename", "filename2", *getattr(error, "__dict__", ())):
+        held = getattr(error, name, None)
+        if isinstance(held, str):
+            with suppress(AttributeError):
+                setattr(error, name, without_secrets(held, uri))
+    error.args = tuple(
+        without_secrets(part, uri) if isinstance(part, str) else part for part in error.args
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -342,12 +343,12 @@ def main() -> None:
     """Run the command line; exit codes are in `drtune_ray.errors`."""
     try:
         code = cli(standalone_mode=False)
-    except click.exceptions.Abort:
-        sys.exit(INTERRUPTED)
     except click.ClickException as error:
         error.show()
         sys.exit(ConfigError.exit_code)
-    except KeyboardInterrupt:
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        # One more Ctrl-C must not cut off what Ray ends at exit.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         click.echo("\nInterrupted. The same command goes on where it stopped.", err=True)
         sys.exit(INTERRUPTED)
     except DrtuneError as error:

@@ -17,7 +17,7 @@ import drtune_ray
 PACKAGE = "drtune_ray"
 ROOT = Path(drtune_ray.__file__).parent
 
-FLOOR = {"addresses", "config", "errors", "presets", "section", "values"}
+FLOOR = {"addresses", "config", "errors", "presets", "section", "study_sections", "values"}
 # What the modules of each layer may import of the package, besides their own layer.
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
@@ -25,7 +25,8 @@ LAYERS: dict[str, set[str]] = {
     "addresses": {"errors"},
     "section": {"errors"},
     "presets": set(),
-    "config": {"addresses", "errors", "presets", "section", "values"},
+    "study_sections": {"addresses", "section"},
+    "config": {"addresses", "errors", "presets", "section", "study_sections", "values"},
     "method": set(),
     "data": FLOOR,
     "tracking": FLOOR,

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
-from drtune_ray.addresses import with_secrets, without_password
+from drtune_ray.addresses import secrets_hidden, with_secrets, without_password
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 
 Content = bytes | memoryview
@@ -40,6 +40,9 @@ class Folder(Protocol):
 
     def names(self) -> list[str]:
         """Of the files, sorted; none where there is no such folder."""
+
+    def folders(self) -> list[str]:
+        """Names of the folders in it, sorted; none where there is no such folder."""
 
     def remove(self, name: str) -> None:
         """Remove the file if it is there."""
@@ -94,6 +97,12 @@ class LocalFolder:
             return []
         return sorted(p.name for p in self.path.iterdir() if p.is_file() and p.name[0] != ".")
 
+    def folders(self) -> list[str]:
+        """Names of the folders in it, sorted."""
+        if not self.path.is_dir():
+            return []
+        return sorted(p.name for p in self.path.iterdir() if p.is_dir())
+
     def remove(self, name: str) -> None:
         """Remove the file if it is there."""
         (self.path / name).unlink(missing_ok=True)
@@ -129,15 +138,14 @@ class ObjectFolder:
 
     def write(self, name: str, *parts: Content) -> None:
         """Write an object; it appears when all of it has arrived."""
-        files, root = self._open()
         # In one piece: what fails between two pieces would be published half written.
-        with files.open_output_stream(f"{root}/{name}") as stream:
-            stream.write(parts[0] if len(parts) == 1 else b"".join(parts))
+        with self._store() as (files, root):
+            with files.open_output_stream(f"{root}/{name}") as stream:
+                stream.write(parts[0] if len(parts) == 1 else b"".join(parts))
 
     def read(self, name: str) -> bytes:
         """What the object holds."""
-        files, root = self._open()
-        with files.open_input_stream(f"{root}/{name}") as stream:
+        with self._store() as (files, root), files.open_input_stream(f"{root}/{name}") as stream:
             content: bytes = stream.readall()
         return content
 
@@ -145,43 +153,41 @@ class ObjectFolder:
         """Copy a file of this machine, piece by piece."""
         from pyarrow import fs
 
-        files, root = self._open()
-        fs.copy_files(
-            str(path),
-            f"{root}/{name}",
-            source_filesystem=fs.LocalFileSystem(),
-            destination_filesystem=files,
-        )
+        with self._store() as (files, root):
+            fs.copy_files(
+                str(path),
+                f"{root}/{name}",
+                source_filesystem=fs.LocalFileSystem(),
+                destination_filesystem=files,
+            )
 
     def download(self, name: str, path: Path) -> None:
         """Copy an object to this machine, piece by piece."""
         from pyarrow import fs
 
-        files, root = self._open()
-
         def fill(temporary: Path) -> None:
-            fs.copy_files(
-                f"{root}/{name}",
-                str(temporary),
-                source_filesystem=files,
-                destination_filesystem=fs.LocalFileSystem(),
-            )
+            with self._store() as (files, root):
+                fs.copy_files(
+                    f"{root}/{name}",
+                    str(temporary),
+                    source_filesystem=files,
+                    destination_filesystem=fs.LocalFileSystem(),
+                )
             _sync(temporary)
 
         _put(path, fill)
 
     def names(self) -> list[str]:
         """Of the objects directly below the prefix, sorted."""
-        from pyarrow import fs
+        return sorted(info.base_name for info in self._infos() if info.is_file)
 
-        files, root = self._open()
-        found = files.get_file_info(fs.FileSelector(root, allow_not_found=True))
-        return sorted(info.base_name for info in found if info.is_file)
+    def folders(self) -> list[str]:
+        """Prefixes directly below this one, sorted."""
+        return sorted(info.base_name for info in self._infos() if not info.is_file)
 
     def remove(self, name: str) -> None:
         """Remove the object if it is there."""
-        files, root = self._open()
-        with suppress(FileNotFoundError):
+        with self._store() as (files, root), suppress(FileNotFoundError):
             files.delete_file(f"{root}/{name}")
 
     def remove_leftovers(self) -> None:
@@ -196,13 +202,23 @@ class ObjectFolder:
         """The object's URI."""
         return f"{self._uri.partition('?')[0].rstrip('/')}/{name}"
 
-    def _open(self) -> tuple[Any, str]:
-        if self._opened is None:
-            from pyarrow import fs
+    def _infos(self) -> list[Any]:
+        from pyarrow import fs
 
-            files, root = fs.FileSystem.from_uri(with_secrets(self._uri))
-            self._opened = files, root.rstrip("/")
-        return self._opened
+        with self._store() as (files, root):
+            found: list[Any] = files.get_file_info(fs.FileSelector(root, allow_not_found=True))
+        return found
+
+    @contextmanager
+    def _store(self) -> Iterator[tuple[Any, str]]:
+        """The file system and the prefix in it; no error of theirs holds a password."""
+        with secrets_hidden(self._uri):
+            if self._opened is None:
+                from pyarrow import fs
+
+                files, root = fs.FileSystem.from_uri(with_secrets(self._uri))
+                self._opened = files, root.rstrip("/")
+            yield self._opened
 
 
 def open_folder(uri: str) -> Folder:
@@ -238,12 +254,37 @@ def check_folder(folder: Folder) -> None:
         folder.remove(name)
     except (OSError, ValueError) as error:
         raise EnvironmentProblem(
-            f"artifacts: {folder.address(name)} cannot be written, read and removed ({error}): "
+            f"artifacts: {folder.address(name)} cannot be written, read and removed "
+            f"({first_line(error)}): "
             "check the address, that the bucket or folder exists, and the credentials in the "
             "environment"
         ) from None
     if found != content:
         raise EnvironmentProblem(f"artifacts: {folder.address(name)} reads as something else")
+
+
+@contextmanager
+def as_problem(uri: str | None) -> Iterator[None]:
+    """Turn failures of artifacts into one message; nothing else may fail within.
+
+    Args:
+        uri: What to name; None: there are no artifacts.
+
+    Raises:
+        EnvironmentProblem: Instead of `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"artifacts={uri!r} did not do what it was asked ({first_line(error)}): repeat the "
+            "command when it answers again"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _put(path: Path, fill: Callable[[Path], None]) -> None:

@@ -24,8 +24,8 @@ NUM_NAMED = 8
 LOSSES = ("loss", "cross_entropy", "distribution_regularization")
 INTERRUPTED_CODE = 130
 STOPPING = (
-    "Stopping: running trials save what they have, a few seconds. Ctrl-C again ends at once and "
-    "loses what was trained since their last save."
+    "Stopping: running trials save what they have, a few seconds. Ctrl-C again does not wait for "
+    "them and loses what they trained since their last save."
 )
 
 
@@ -51,10 +51,14 @@ class Quiet:
         is_end = isinstance(event, RunFinished) and event.state == INTERRUPTED
         if is_end and not self._is_stopping:
             self._is_stopping = True
-            click.echo(STOPPING, err=True)
+            self.warn(STOPPING)
 
     def notice(self, text: str) -> None:
         """A line for the user while trials run or wait."""
+        self.warn(text)
+
+    def warn(self, text: str) -> None:
+        """A line that is shown in every mode."""
         click.echo(text, err=True)
 
     def close(self) -> None:
@@ -84,6 +88,13 @@ class People(Quiet):
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     notice = say
+
+    def warn(self, text: str) -> None:
+        """Above the table where there is one: elsewhere it would be drawn over."""
+        if self._table is not None:
+            self.say(text)
+        else:
+            super().warn(text)
 
     def plan(self, progress: StudyProgress, facts: Mapping[str, Any]) -> None:
         """From now on, show the progress."""

@@ -17,7 +17,7 @@ from drtune_ray.search.status import (
     best_settings,
 )
 
-LABEL_WIDTH = 18
+LABEL_WIDTH, NAME_WIDTH = 18, 14
 
 
 def status_lines(status: Status, program: str, now: float | None = None) -> Iterator[str]:
@@ -70,8 +70,14 @@ def _trials(status: Status) -> Iterator[str]:
     for trial in status.references:
         yield _field(heading, f"{_figures(trial, status)}  {trial.outcome or _now(status)}")
         heading = ""
+    heading = "finals"
+    for trial in status.finals:
+        yield _field(heading, f"{_figures(trial, status)}  {trial.outcome or _now(status)}")
+        heading = ""
     heading = "running" if status.state in (RUNNING, NOT_SEEN) else "to go on"
     for trial in status.unfinished:
+        if trial in status.finals:
+            continue
         yield _field(heading, _figures(trial, status))
         heading = ""
 
@@ -86,7 +92,7 @@ def _training(status: Status) -> Iterator[str]:
 
 def _figures(trial: TrialSummary, status: Status) -> str:
     epochs = f"epoch {trial.num_epochs}/{status.num_epochs}"
-    return f"{trial.label:<14} {percent(trial.best_val_accuracy):>9}  {epochs}"
+    return f"{trial.label:<{NAME_WIDTH}} {percent(trial.best_val_accuracy):>9}  {epochs}"
 
 
 def _now(status: Status) -> str:

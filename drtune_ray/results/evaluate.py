@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from drtune_ray.data.artifacts import Folder
+from drtune_ray.data.artifacts import Folder, as_problem
 from drtune_ray.data.sources import decode, read_bytes
 from drtune_ray.data.splits import TEST, VALIDATION
 from drtune_ray.data.views import ViewMaker
-from drtune_ray.errors import ConfigError
+from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.results.winner import Winner, read_winner
 from drtune_ray.tracking.events import now_ms
 from drtune_ray.training.frozen import Normalizer
@@ -88,8 +88,14 @@ def evaluate(
 
     Raises:
         ConfigError: If the split was opened before, or an image is gone or changed.
+        EnvironmentProblem: If the opening cannot be recorded.
     """
     winner = read_winner(winner_folder)
+    if not manifest_path.exists():
+        raise ConfigError(
+            f"{manifest_path} is missing, which says which images are sealed: repeat the command "
+            "that made the model, it writes that file again"
+        )
     manifest = pq.read_table(manifest_path)
     test = _rows(manifest, TEST)
     seal = digest(sorted(row["content_hash"] for row in test))
@@ -119,15 +125,24 @@ def read_openings(storage: Path, artifacts: Folder | None = None) -> list[dict[s
     lines = set(path.read_text().splitlines()) if path.exists() else set()
     if artifacts is not None:
         folder = artifacts.below(OPENINGS_FOLDER)
-        lines |= {folder.read(name).decode() for name in folder.names()}
+        with as_problem(folder.address("")):
+            lines |= {folder.read(name).decode() for name in folder.names()}
     return sorted((json.loads(line) for line in lines), key=lambda entry: entry["time_ms"])
 
 
 def _record_opening(line: str, storage: Path, artifacts: Folder | None) -> None:
     if artifacts is not None:
-        artifacts.below(OPENINGS_FOLDER).write(f"{digest(line)}.json", line.encode())
-    with (storage / OPENINGS_NAME).open("a") as file:
-        file.write(line + "\n")
+        folder = artifacts.below(OPENINGS_FOLDER)
+        with as_problem(folder.address("")):
+            folder.write(f"{digest(line)}.json", line.encode())
+    try:
+        with (storage / OPENINGS_NAME).open("a") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"{storage / OPENINGS_NAME} cannot be written ({error.strerror}), and an opening of "
+            "the test split must be recorded: make the storage writable"
+        ) from error
 
 
 @torch.inference_mode()

@@ -18,7 +18,6 @@ from drtune_ray.search.identity import (
     read_record,
 )
 from drtune_ray.search.prepare import data_root
-from drtune_ray.search.servers import as_problem
 from drtune_ray.study_sections import TrackingConfig
 from drtune_ray.tracking.events import MetricsRecorded
 from drtune_ray.tracking.mlflow_recorder import build_recorder, default_tracking_uri
@@ -34,15 +33,14 @@ def evaluate_study(name_or_folder: str, storage: str, *, again: bool = False) ->
         ConfigError: If there is no such study or winner, or the split was opened before.
     """
     record = read_record(find_study(name_or_folder, storage))
-    with as_problem(record.artifacts):
-        found = evaluate(
-            record.folder / WINNER_NAME,
-            record.folder / SPLITS_NAME,
-            data_root(_trial(record).data),
-            record.folder.parent,
-            artifacts=open_folder(record.artifacts) if record.artifacts else None,
-            again=again,
-        )
+    found = evaluate(
+        record.folder / WINNER_NAME,
+        record.folder / SPLITS_NAME,
+        data_root(_trial(record).data),
+        record.folder.parent,
+        artifacts=open_folder(record.artifacts) if record.artifacts else None,
+        again=again,
+    )
     metrics = {"test_accuracy": found.test.share, "test_openings": float(found.num_openings)}
     Spool(record.folder / SPOOL_NAME).append(MetricsRecorded(None, 0, metrics))
     # A server that is away must not hide the answer: the event waits in the spool.

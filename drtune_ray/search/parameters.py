@@ -67,6 +67,9 @@ class Condition:
         return {path: v[0] if len(v) == 1 else list(v) for path, v in self.values}
 
 
+ALWAYS = Condition()
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One path of `TrialConfig` in a space.
@@ -89,7 +92,7 @@ class Parameter:
     values: tuple[Any, ...] = ()
     log: bool = False
     step: float | None = None
-    when: Condition = Condition()
+    when: Condition = ALWAYS
     expression: Expression | None = None
     place: Place = field(default=Place(), compare=False, repr=False)
 

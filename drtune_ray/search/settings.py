@@ -43,6 +43,8 @@ IN_TABLES = Restriction(
     "changes the prepared images and features, of which each value needs its own: search it as "
     "choice, ordered or constant",
 )
+# A file for each backbone may follow from its name.
+WEIGHTS = Restriction((*BY_CATEGORY, "expression"), IN_TABLES.reason)
 # Settings not named here, alone or by their group, take every kind.
 RESTRICTIONS = {
     "data": PREPARED_ONCE,
@@ -52,7 +54,7 @@ RESTRICTIONS = {
     "data.image_size": IN_TABLES,
     "backbone": PREPARED_ONCE,
     "backbone.name": IN_TABLES,
-    "backbone.weights": IN_TABLES,
+    "backbone.weights": WEIGHTS,
     "seed": PREPARED_ONCE,
     "training.epochs": PREPARED_ONCE,
     "training.workers": PREPARED_ONCE,

@@ -6,14 +6,14 @@ each expression be computed, do the values make valid trials, can each constrain
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations_with_replacement, product
 from typing import Any
 
 from drtune_ray.config import TrialConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.search.expressions import Expression, ExpressionError, UnknownFact
-from drtune_ray.search.parameters import RANGES, Parameter, Resolved, resolve
+from drtune_ray.search.parameters import ALWAYS, RANGES, Condition, Parameter, Resolved, resolve
 from drtune_ray.search.settings import group_of, normal_value
 from drtune_ray.search.space_corners import (
     MAX_POINTS,
@@ -83,10 +83,22 @@ class SpaceCheck:
         needed = paths.union(*(p.reads() | {p.path} for p in needed_for(self._all, paths)))
         return bool(needed & self._broken)
 
-    def _corners(self, paths: frozenset[str], *expressions: Expression) -> Iterator[Resolved]:
-        """Points that differ in what decides some paths; none while that needs unknown facts."""
+    def _corners(
+        self, paths: frozenset[str], *expressions: Expression, condition: Condition = ALWAYS
+    ) -> Iterator[Resolved]:
+        """Points that differ in what decides some paths; none while that needs unknown facts.
+
+        Args:
+            paths: Of settings.
+            expressions: To be judged at the points.
+            condition: The same.
+        """
         needed = needed_for(self._sound, paths)
-        cuts = thresholds_in((*_expressions_of(needed), *expressions), needed, self._facts)
+        cuts = thresholds_in(
+            (*_expressions_of(needed), *expressions, *filter(None, [condition.expression])),
+            (*(parameter.when for parameter in needed), condition),
+            self._facts,
+        )
         try:
             yield from corners(needed, self._values, cuts)
         except UnknownFact:
@@ -103,14 +115,15 @@ class SpaceCheck:
             try:
                 if parameter is None:
                     expression.holds(point.values)
-                elif parameter.when.holds(point.values, point.inactive) and parameter.expression:
-                    parameter.derived(point.values)
+                elif parameter.when.holds(point.values, point.inactive):
+                    if expression is parameter.expression:
+                        parameter.derived(point.values)
             except UnknownFact:
                 return
             except ExpressionError as error:
                 failing.add(expression)
-                at = _at({path: point.values[path] for path in sorted(expression.reads())})
-                yield Problem("expression-fails", expression.place, f"{error}{at}")
+                sentence = f"{error}{_at(_read_by(expression, point))}"
+                yield Problem("expression-fails", expression.place, sentence)
                 return
 
     def _bad_results(self, parameter: Parameter, failing: set[Expression]) -> Iterator[Problem]:
@@ -122,8 +135,7 @@ class SpaceCheck:
             _, problem = normal_value(parameter.path, point.taken[parameter.path])
             if problem:
                 failing.add(parameter.expression)
-                reads = sorted(parameter.expression.reads())
-                at = _at({path: point.values[path] for path in reads})
+                at = _at(_read_by(parameter.expression, point))
                 sentence = f"{parameter.expression.text!r}{at}: {problem}"
                 yield Problem("expression-value", parameter.expression.place, sentence)
                 return
@@ -131,28 +143,28 @@ class SpaceCheck:
     # ---- what can never be
 
     def _never_applies(self, parameter: Parameter) -> Iterator[Problem]:
-        condition = parameter.when
-        extra = [condition.expression] if condition.expression is not None else []
+        condition, reads = parameter.when, parameter.when.reads()
         if self._somewhere(parameter) is not None:
             return
-        needed = needed_for(self._sound, condition.reads())
-        others = _expressions_of(needed)
-        if self._are_all(condition.reads(), *extra) and corners_decide(
-            condition.expression, others, needed, self._facts
+        needed = needed_for(self._sound, reads)
+        points = self._corners(reads, condition=condition)
+        if _are_all(points, lambda point: condition.holds(point.values, point.inactive)) and (
+            corners_decide(condition.expression, _expressions_of(needed), needed, self._facts)
         ):
+            own = [condition.expression] if condition.expression is not None else []
             sentence = (
                 f"{parameter.path} never applies: nothing that is searched or set makes "
-                f"{condition} true ({self._described(condition.reads(), extra)})"
+                f"{condition} true ({self._described(reads, own)})"
             )
-            place = condition.expression.place if condition.expression else parameter.place
-            yield Problem("never-applies", place, sentence)
+            yield Problem("never-applies", own[0].place if own else parameter.place, sentence)
 
     def _never_holds(self, constraint: Expression) -> Iterator[Problem]:
         paths = constraint.reads()
         if any(_keeps(constraint, point) for point in self._corners(paths, constraint)):
             return
         needed = needed_for(self._sound, paths)
-        if self._are_all(paths, constraint) and corners_decide(
+        points = self._corners(paths, constraint)
+        if _are_all(points, lambda point: constraint.holds(point.values)) and corners_decide(
             constraint, _expressions_of(needed), needed, self._facts
         ):
             sentence = f"no trial can keep the constraint {constraint.text!r}"
@@ -165,23 +177,10 @@ class SpaceCheck:
     def _somewhere(self, parameter: Parameter) -> Resolved | None:
         """A corner at which a parameter applies."""
         if parameter.path not in self._found:
-            extra = [parameter.when.expression] if parameter.when.expression is not None else []
-            points = self._corners(parameter.when.reads(), *extra)
+            points = self._corners(parameter.when.reads(), condition=parameter.when)
             found = next((point for point in points if _applies(parameter, point)), None)
             self._found[parameter.path] = found
         return self._found[parameter.path]
-
-    def _are_all(self, paths: frozenset[str], *expressions: Expression) -> bool:
-        """Whether all corners were tried, and each gave an answer."""
-        count = 0
-        for point in self._corners(paths, *expressions):
-            count += 1
-            try:
-                for expression in expressions:
-                    expression.holds(point.values, point.inactive)
-            except ConfigError:
-                return False
-        return 0 < count <= MAX_POINTS
 
     def _described(self, paths: frozenset[str], expressions: Sequence[Expression]) -> str:
         """What settings, and the facts in some expressions, can be."""
@@ -269,6 +268,18 @@ def cycle_problem(cycle: Sequence[Parameter]) -> Problem:
     return Problem("cycle", first.place, sentence)
 
 
+def _are_all(points: Iterable[Resolved], judge: Callable[[Resolved], bool]) -> bool:
+    """Whether these are all corners, and each gives an answer."""
+    count = 0
+    for point in points:
+        count += 1
+        try:
+            judge(point)
+        except (ExpressionError, UnknownFact):
+            return False
+    return 0 < count <= MAX_POINTS
+
+
 def _applies(parameter: Parameter, point: Resolved) -> bool:
     try:
         return parameter.when.holds(point.values, point.inactive)
@@ -287,6 +298,11 @@ def _expressions_of(parameters: Sequence[Parameter]) -> list[Expression]:
     found = [parameter.when.expression for parameter in parameters]
     found += [parameter.expression for parameter in parameters]
     return [expression for expression in found if expression is not None]
+
+
+def _read_by(expression: Expression, point: Resolved) -> dict[str, Any]:
+    names = expression.reads() | expression.facts()
+    return {name: point.values[name] for name in sorted(names)}
 
 
 def _at(values: Mapping[str, Any]) -> str:

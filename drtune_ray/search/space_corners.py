@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice, pairwise
 from typing import Any
 
 from drtune_ray.search.expressions import Expression, ExpressionError
-from drtune_ray.search.parameters import RANGES, Parameter, Resolved
+from drtune_ray.search.parameters import RANGES, Condition, Parameter, Resolved
 
 MAX_POINTS = 4000
 Thresholds = Mapping[str, Collection[float]]
@@ -128,17 +129,16 @@ def tried_values(parameter: Parameter, thresholds: Collection[float] = ()) -> tu
 
 
 def thresholds_in(
-    expressions: Iterable[Expression], parameters: Sequence[Parameter], facts: Mapping[str, Any]
+    expressions: Iterable[Expression], conditions: Iterable[Condition], facts: Mapping[str, Any]
 ) -> dict[str, set[float]]:
-    """The numbers that parameters are compared with in expressions and conditions."""
-    found: dict[str, set[float]] = {parameter.path: set() for parameter in parameters}
+    """The numbers that settings are compared with in expressions and plain conditions."""
+    found: dict[str, set[float]] = defaultdict(set)
     for expression in expressions:
         for path, numbers in expression.thresholds(facts).items():
-            found.setdefault(path, set()).update(numbers or ())
-    for parameter in parameters:
-        for path, allowed in parameter.when.values:
-            numbers = {float(v) for v in allowed if isinstance(v, int | float)}
-            found.setdefault(path, set()).update(numbers)
+            found[path].update(numbers or ())
+    for condition in conditions:
+        for path, allowed in condition.values:
+            found[path].update(float(v) for v in allowed if isinstance(v, int | float))
     return found
 
 
@@ -167,7 +167,6 @@ def corners_decide(
     if all(only_compares(each) for each in others):
         if expression is None or only_compares(expression):
             return True
-        conditions = [path for parameter in parameters for path, _ in parameter.when.values]
-        is_cut = any(each.reads() & ranges for each in others) or ranges & set(conditions)
+        is_cut = any(each.reads() & ranges for each in others)
         return expression.is_monotone() and not is_cut
     return False

@@ -9,7 +9,15 @@ from typing import Any, get_args
 
 from drtune_ray.search.expression_problems import expression_problems
 from drtune_ray.search.expressions import Expression
-from drtune_ray.search.parameters import CATEGORIES, KINDS, RANGES, Condition, Kind, Parameter
+from drtune_ray.search.parameters import (
+    ALWAYS,
+    CATEGORIES,
+    KINDS,
+    RANGES,
+    Condition,
+    Kind,
+    Parameter,
+)
 from drtune_ray.search.settings import normal_value, restriction_of, setting_paths
 from drtune_ray.search.space_problems import Place, Problem, place_below
 from drtune_ray.section import unknown_name
@@ -241,7 +249,7 @@ def _read_values(
 
 def _read_condition(path: str, given: Any, place: Place) -> tuple[Condition, list[Problem]]:
     if given is None:
-        return Condition(), []
+        return ALWAYS, []
     if isinstance(given, str):
         problems = list(expression_problems(given, place))
         return Condition(expression=None if problems else Expression(given, place)), problems
@@ -250,7 +258,7 @@ def _read_condition(path: str, given: Any, place: Place) -> tuple[Condition, lis
             f"{path} needs when: {{PATH: VALUE}}, when: {{PATH: [VALUE, ...]}} or an expression in "
             f"quotes, but got when={given!r}"
         )
-        return Condition(), [Problem("condition", place, sentence)]
+        return ALWAYS, [Problem("condition", place, sentence)]
     values, problems = [], []
     for key, value in given.items():
         here = place_below(given, key, place)

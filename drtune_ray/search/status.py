@@ -81,21 +81,31 @@ class Status:
 
     @property
     def num_done(self) -> int:
-        """Trials with a result: those that the machine failed are run again."""
-        return sum(trial.state in RESULT_STATES for trial in self.trials)
+        """Trials of the search with a result: those that the machine failed are run again."""
+        return sum(trial.state in RESULT_STATES for trial in self.of_search)
+
+    @property
+    def of_search(self) -> tuple[TrialSummary, ...]:
+        """The trials without the repetitions of finalists."""
+        return tuple(trial for trial in self.trials if trial.finalist is None)
+
+    @property
+    def finals(self) -> tuple[TrialSummary, ...]:
+        """The repetitions of finalists on new seeds."""
+        return tuple(trial for trial in self.trials if trial.finalist is not None)
 
     @property
     def outcomes(self) -> dict[str, int]:
         """How many trials ended in which way, the most frequent first."""
-        ended = (trial for trial in self.trials if trial.state != UNFINISHED)
+        ended = (trial for trial in self.of_search if trial.state != UNFINISHED)
         return dict(Counter(t.outcome or t.state.lower() for t in ended).most_common())
 
     @property
     def best(self) -> TrialSummary | None:
-        """The best trial that is complete or may become so; of equals the first."""
+        """The best trial of the search that is complete or may become so; of equals the first."""
         able = [
             trial
-            for trial in self.trials
+            for trial in self.of_search
             if trial.state in (COMPLETE, UNFINISHED) and trial.best_val_accuracy is not None
         ]
         return max(able, key=lambda t: (t.best_val_accuracy or 0.0, -t.number), default=None)
@@ -229,7 +239,7 @@ def _state(
 ) -> str:
     if is_alive:
         return RUNNING
-    num_results = sum(trial.state in RESULT_STATES for trial in trials)
+    num_results = sum(t.state in RESULT_STATES for t in trials if t.finalist is None)
     if record.kind == STUDY:
         is_done = is_done_with(record.folder, StudyConfig.from_mapping(record.config))
         has_failed = num_results >= num_trials and all(t.state != COMPLETE for t in trials)
@@ -271,20 +281,18 @@ def facts(status: Status, now: float | None = None) -> dict[str, Any]:
         status: The status.
         now: Seconds since 1970; None: the present.
     """
-    values = {k: v for k, v in vars(status).items() if k not in ("kind", "trials")}
+    kept = {key: value for key, value in vars(status).items() if key not in ("kind", "trials")}
     best = status.best
-    return (
-        {"of": status.kind}
-        | values
-        | {
-            "seconds_since_last_sign": (time.time() if now is None else now) - status.last_sign,
-            "num_done": status.num_done,
-            "outcomes": status.outcomes,
-            "best": vars(best) if best else None,
-            "references": [vars(trial) for trial in status.references],
-            "unfinished": [vars(trial) for trial in status.unfinished],
-        }
-    )
+    return kept | {
+        "of": status.kind,
+        "seconds_since_last_sign": (time.time() if now is None else now) - status.last_sign,
+        "num_done": status.num_done,
+        "outcomes": status.outcomes,
+        "best": vars(best) if best else None,
+        "references": [vars(trial) for trial in status.references],
+        "finals": [vars(trial) for trial in status.finals],
+        "unfinished": [vars(trial) for trial in status.unfinished],
+    }
 
 
 def best_settings(status: Status) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def table_variants(space: SearchSpace, base: TrialConfig) -> tuple[TrialConfig, 
     found = {base.tables_key: base}
     needed = needed_for(space.parameters, TABLES_PATHS)
     expressions = [e for p in needed for e in (p.expression, p.when.expression) if e is not None]
-    cuts = thresholds_in(expressions, needed, space.facts)
+    cuts = thresholds_in(expressions, [p.when for p in needed], space.facts)
     for point in corners(needed, flattened(base.to_mapping()) | dict(space.facts), cuts):
         config = base.with_values(
             {path: value for path, value in point.taken.items() if path in TABLES_PATHS}

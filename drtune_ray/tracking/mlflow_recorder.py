@@ -7,11 +7,12 @@ event again changes nothing.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
-from drtune_ray.addresses import with_secrets
+from drtune_ray.addresses import secrets_hidden, with_secrets
 from drtune_ray.study_sections import TrackingConfig
 from drtune_ray.tracking.events import (
     Event,
@@ -21,6 +22,8 @@ from drtune_ray.tracking.events import (
     RunStarted,
     StepsRecorded,
 )
+
+logger = logging.getLogger(__name__)
 
 STUDY_TAG, TRIAL_TAG = "drtune.study_id", "drtune.trial"
 STATE_TAG, OUTCOME_TAG = "drtune.state", "drtune.outcome"
@@ -46,6 +49,8 @@ _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    # Would print the server's address, password included, at the end of every run.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     # One outage must not hold the writer for minutes: it tries again by itself.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -86,7 +91,16 @@ class MlflowRecorder:
         self._run_ids: dict[int | None, str] = {}
 
     def record(self, event: Event) -> None:
-        """Send one event."""
+        """Send one event; no error of the client's holds a password."""
+        with secrets_hidden(self._uri):
+            self._record(event)
+
+    def run_id(self, number: int | None) -> str | None:
+        """MLflow's id of a run of this study, if there is one."""
+        with secrets_hidden(self._uri):
+            return self._find(number)
+
+    def _record(self, event: Event) -> None:
         self._connect()
         if isinstance(event, RunStarted):
             self._start(event)
@@ -99,8 +113,7 @@ class MlflowRecorder:
         elif isinstance(event, FilesReady):
             self._copy(event)
 
-    def run_id(self, number: int | None) -> str | None:
-        """MLflow's id of a run of this study, if there is one."""
+    def _find(self, number: int | None) -> str | None:
         self._connect()
         if number in self._run_ids:
             return self._run_ids[number]
@@ -134,7 +147,7 @@ class MlflowRecorder:
     def _start(self, event: RunStarted) -> None:
         from mlflow.entities import Param
 
-        run_id = self.run_id(event.number) or self._create(event)
+        run_id = self._find(event.number) or self._create(event)
         self._client.update_run(run_id, status="RUNNING")
         # MLflow's params never change: a study that goes on with more trials keeps the first.
         known = self._client.get_run(run_id).data.params
@@ -193,10 +206,12 @@ class MlflowRecorder:
             self._client.log_artifacts(run_id, str(path), event.artifact_path)
         elif path.is_file():
             self._client.log_artifact(run_id, str(path), event.artifact_path)
+        else:  # the event waited until it was removed
+            logger.warning("tracking: %s is gone, so MLflow gets no copy of it", path)
 
     def _existing(self, number: int | None) -> str:
         """The run of an event; made bare where its start was never recorded or was deleted."""
-        if (run_id := self.run_id(number)) is not None:
+        if (run_id := self._find(number)) is not None:
             return run_id
         name = self._study_id if number is None else f"trial-{number:04d}"
         return self._create(RunStarted(number, name, {}, {}))
@@ -207,7 +222,8 @@ def runs_page(uri: str, experiment: str) -> str:
     quiet_mlflow()
     import mlflow
 
-    found = mlflow.MlflowClient(with_secrets(uri)).get_experiment_by_name(experiment)
+    with secrets_hidden(uri):
+        found = mlflow.MlflowClient(with_secrets(uri)).get_experiment_by_name(experiment)
     if found is None:
         return "/"
     view = f"workflowType=machine_learning&viewStateShareKey={VIEW_KEY}"

@@ -4,6 +4,7 @@ import logging
 import os
 import pickle
 import re
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,6 +52,8 @@ def test_folder__files_by_name(folder: Folder) -> None:
     assert (folder.read("b"), folder.read("a")) == (b"1234", b"")
     folder.write("b", b"new")
     assert folder.read("b") == b"new"
+    assert (folder.folders(), folder.below("deep").folders()) == (["deep"], [])
+    assert folder.below("none").folders() == []
     folder.remove("b")
     folder.remove("b")  # gone already
     assert folder.names() == ["a"]
@@ -93,6 +96,36 @@ def test_check_folder__a_file_is_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(EnvironmentProblem, match="check the address"):
         check_folder(open_folder((tmp_path / "taken").as_uri()))
+
+
+@pytest.mark.parametrize(
+    ("uri", "told"),
+    [
+        ("s3://a:$PW@bucket/p?region=%zz", "'s3://a:$PW@bucket/p?region=%zz'"),
+        ("s3://bucket/p?region=us-east-1&endpoint_override=$PW.invalid", "host: $PW.invalid"),
+    ],
+)
+def test_object_folder__no_password_in_what_fails(
+    uri: str, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    secret = "open-sesame"  # noqa: S105
+    monkeypatch.setenv("PW", secret)
+    folder = open_folder(uri)
+    actions = (
+        lambda: folder.write("a", b"1"),
+        lambda: folder.read("a"),
+        lambda: folder.upload(Path(__file__), "a"),
+        lambda: folder.download("a", tmp_path / "a"),
+        folder.names,
+    )
+    for act in actions:
+        with pytest.raises((OSError, ValueError)) as caught:
+            act()
+        assert secret not in "".join(traceback.format_exception(caught.value))
+    with pytest.raises(EnvironmentProblem) as refused:
+        check_folder(folder)
+    assert told in str(refused.value)
+    assert secret not in str(refused.value)
 
 
 # ---- its address

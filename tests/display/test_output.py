@@ -82,6 +82,16 @@ def test_people__a_terminal_gets_a_table_that_stays():
     assert stream.getvalue() == text
 
 
+def test_people__an_interruption_is_said_above_the_table(capsys):
+    clock = Clock()
+    output, stream = people(clock, live=True)
+    output.plan(progress_of(clock=clock), {})
+    output.take(RunFinished(3, "INTERRUPTED", "interrupted", {}, {}))
+    output.close()
+    assert STOPPING + "\n" in stream.getvalue()
+    assert capsys.readouterr().err == ""
+
+
 def test_people__what_is_said_is_not_markup():
     output, stream = people(Clock())
     output.say("[red]space[/red]=[1, 2] " + "x" * 200)

@@ -193,6 +193,12 @@ def test_expression_problems__refused(text: str) -> None:
     assert all(str(problem).startswith("space.yaml:3: ") for problem in problems)
 
 
+@pytest.mark.parametrize("text", ["rand()", "int('3')", "list((1, 2))", "optim.name.upper()"])
+def test_evaluate__unchecked_it_is_still_fenced(text: str) -> None:
+    with pytest.raises(ExpressionError, match="not defined"):
+        Expression(text).evaluate(VALUES)
+
+
 def test_expression_problems__everything_at_once() -> None:
     text = "method.bank_sise > sqr(2) and optim.name == 'sdg' and optim.name[0] == 's'"
     rules = [problem.rule for problem in expression_problems(text, Place())]

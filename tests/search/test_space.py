@@ -161,11 +161,8 @@ def test_from_mapping__a_condition_may_look_ahead(base: TrialConfig) -> None:
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        ("data.image_size", {"choice": [32, 64]}),
-        ("data.views", {"ordered": [2, 4]}),
         ("data.view_seed", {"int": [0, 1]}),
         ("data.train_per_class", {"choice": [5, 10]}),
-        ("backbone.name", {"choice": ["test_vit", "test_resnet"]}),
         ("training.epochs", {"expression": "2 * training.batch_size"}),
         ("training.workers", {"constant": 1}),
         ("seed", {"int": [0, 9]}),
@@ -180,10 +177,7 @@ def test_from_mapping__what_all_trials_share_cannot_be_searched(
     )
 
 
-def test_restrictions__a_setting_of_the_tables_opens_in_one_line(
-    base: TrialConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(settings.RESTRICTIONS, "data.image_size", settings.IN_TABLES)
+def test_restrictions__what_changes_the_tables_is_given_by_category(base: TrialConfig) -> None:
     body = {"ordered": [32, 64]}
     assert space({"data.image_size": body}, base).parameters[0].values == (32, 64)
     assert problems_of({"parameters": {"data.image_size": {"int": [32, 64]}}}, base) == (

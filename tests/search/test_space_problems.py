@@ -20,6 +20,8 @@ from drtune_ray.config import TrialConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.search.request import study_request
 from drtune_ray.search.space import SearchSpace, examined, read_space
+from drtune_ray.search.space_corners import MAX_POINTS, corners
+from drtune_ray.values import flattened
 from tests.conftest import MakeTrial
 
 BAD_SPACES = Path(__file__).parent / "bad_spaces"
@@ -164,6 +166,82 @@ def test_from_mapping__what_depends_on_a_broken_parameter_is_not_judged(
         "search space: optim.name='adam'",
         "search space: method.bank_size never applies: nothing that",
     ]
+
+
+RANGES = {
+    "method.bank_size": {"int": [64, 512]},
+    "optim.momentum": {"float": [0.1, 0.9]},
+    "method.calibration.rotation_rank": {"int": [1, 64], "when": "optim.momentum > 0.5"},
+    "method.calibration.normalize": {
+        "choice": [True, False],
+        "when": "method.bank_size % 100 == 37",
+    },
+    "method.reduction": {"choice": ["sum", "mean"], "when": "data.num_train > 100"},
+    "training.batch_size": {"ordered": list(range(1, 21))},
+    "training.patience_epochs": {"ordered": list(range(1, 21))},
+    "method.calibration.rotation_interval": {"ordered": list(range(1, 21))},
+}
+
+
+@pytest.mark.parametrize(
+    "when",
+    [
+        # Between the ends.
+        {"method.bank_size": 100},
+        "method.bank_size == 100",
+        "method.bank_size > 100 and method.bank_size < 102",
+        "method.bank_size in [600, 100]",
+        "100 == method.bank_size",
+        "optim.momentum > 0.5 and optim.momentum < 0.6",
+        # Some of these could be refused, but the corners do not show which.
+        "method.bank_size % 100 == 37",
+        "(method.bank_size - 200) ** 2 < 25",
+        "method.bank_size * method.bank_size - 400 * method.bank_size < 0 - 30000",
+        "90 < method.bank_size < 100",
+        "method.calibration.rotation_rank * (1 - optim.momentum) > 25",
+        {"method.calibration.normalize": True},
+        # The images are not known yet.
+        "data.num_train > 10",
+        {"method.reduction": "mean"},
+        # The last of 8000 corners.
+        "training.batch_size + training.patience_epochs + "
+        "method.calibration.rotation_interval == 60",
+    ],
+)
+def test_never_applies__not_claimed(make_trial: MakeTrial, when: Any) -> None:
+    parameters = RANGES | {"optim.weight_decay": {"float": [0.0, 0.1], "when": when}}
+    assert SearchSpace.from_mapping({"parameters": parameters}, make_trial()).parameters
+
+
+@pytest.mark.parametrize(
+    "when",
+    [
+        {"method.bank_size": 600},
+        {"method.bank_size": [63, 513]},
+        "method.bank_size > 100 and method.bank_size < 101",
+        "method.bank_size in [600, 700]",
+        "optim.momentum < 0.1",
+        "optim.momentum > 0.5 and optim.momentum <= 0.5",
+        "2 * method.bank_size + 1 < 12 / optim.momentum",
+        "min(method.bank_size, training.batch_size) > 20",
+        "method.calibration.rotation_rank > 64 or method.bank_size < 64",
+        "method.calibration.rotation_rank > 0 and optim.momentum < 0.5",  # not active there
+        {"optim.schedule": ["constant", "cosine_per_epoch"]},
+    ],
+)
+def test_never_applies(make_trial: MakeTrial, when: Any) -> None:
+    parameters = RANGES | {"optim.weight_decay": {"float": [0.0, 0.1], "when": when}}
+    (problem,) = problems_of({"parameters": parameters}, make_trial())
+    assert problem.startswith("search space: optim.weight_decay never applies: nothing that is ")
+
+
+def test_corners__are_bounded(make_trial: MakeTrial) -> None:
+    base = make_trial()
+    space = SearchSpace.from_mapping({"parameters": RANGES}, base)
+    needed = [p for p in space.parameters if p.kind == "ordered"]
+    values = flattened(base.to_mapping())
+    assert len(list(corners(needed[:2], values, {}))) == 400
+    assert len(list(corners(needed, values, {}))) == MAX_POINTS + 1
 
 
 def test_from_mapping__lines_of_a_space_in_a_study_file(

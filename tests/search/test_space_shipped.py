@@ -264,7 +264,13 @@ def test_schema__kinds_of_a_setting() -> None:
     assert set(properties["optim.momentum"]["properties"]) == rest | {
         *("float", "int", "log", "step")
     }
-    assert not [path for path in properties if re.match("data|backbone|seed", path)]
+    assert set(properties["data.image_size"]["properties"]) == {
+        *("choice", "ordered"),
+        "constant",
+        "when",
+    }
+    closed = ("data.view_seed", "data.train_per_class", "seed", "training.epochs")
+    assert not properties.keys() & set(closed)
 
 
 def test_parameter__has_no_place_in_comparisons(base: TrialConfig) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,9 @@ from drtune_ray.tracking.mlflow_recorder import (
     build_recorder,
     default_tracking_uri,
     quiet_mlflow,
+    runs_page,
 )
-from drtune_ray.tracking.spool import Spool, send_unsent
+from drtune_ray.tracking.spool import BackgroundWriter, Spool, send_unsent
 
 COUNTER = itertools.count()
 
@@ -365,3 +367,43 @@ def test_module__import_does_not_load_mlflow() -> None:
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert other.stdout == "False\n"
+
+
+# ---- passwords, and files that are gone
+
+
+def test_recorder__a_server_that_is_away_does_not_show_the_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = "open/sesame"  # noqa: S105
+    monkeypatch.setenv("PW", secret)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    uri = "http://user:$PW@127.0.0.1:9"
+    spool = Spool(tmp_path)
+    with caplog.at_level("DEBUG"), BackgroundWriter(spool, MlflowRecorder(uri, "e", "s")) as writer:
+        writer.emit(MetricsRecorded(None, 1, {"loss": 1.0}))
+        assert writer.close(timeout_seconds=1.0) == 1
+    assert "API request to http://user:$PW@127.0.0.1:9/" in caplog.text
+    recorder = MlflowRecorder(uri, "e", "s")
+    for act in (lambda: send_unsent(spool, recorder), lambda: runs_page(uri, "e")):
+        with pytest.raises(Exception, match=r"API request to http://user:\$PW@") as caught:
+            act()
+        shown = "".join(traceback.format_exception(caught.value))
+        assert secret not in shown + caplog.text
+        assert "open%2Fsesame" not in shown + caplog.text
+
+
+def test_quiet_mlflow__prints_no_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow prints the address of a server, as it was connected to, whenever a run ends."""
+    from mlflow.environment_variables import MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT as SUPPRESS
+
+    monkeypatch.delenv(SUPPRESS.name, raising=False)
+    quiet_mlflow()
+    assert SUPPRESS.get()
+
+
+def test_record__files_that_are_gone(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.record([RunStarted(None, "flowers", {}, {}), FilesReady(None, f"{tmp_path}/a", "winner")])
+    assert f"tracking: {tmp_path}/a is gone, so MLflow gets no copy of it" in caplog.text

@@ -1,0 +1,93 @@
+"""Every sampler by name: built from its options, deterministic, and able to propose."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drtune_ray.config import TrialConfig
+from drtune_ray.errors import ConfigError
+from drtune_ray.search.budget import Budget
+from drtune_ray.search.proposals import SearchProposals
+from drtune_ray.search.samplers import SAMPLERS, build_sampler, check_sampler
+from drtune_ray.search.searcher import StudySearch
+from drtune_ray.search.space import SearchSpace
+from drtune_ray.study_sections import BudgetConfig, SamplerConfig
+from drtune_ray.training.records import COMPLETED
+from tests.search.searches import opened, result
+
+SPACE = {
+    "parameters": {
+        "optim.backbone_lr": {"float": [1e-4, 1.0], "log": True},
+        "method.bank_size": {"int": [8, 64], "log": True},
+        "method.reduction": {"choice": ["sum", "mean"]},
+        "method.calibration.rotation": {"choice": [True, False]},
+        "method.calibration.rotation_interval": {
+            "int": [1, 9],
+            "when": {"method.calibration.rotation": True},
+        },
+    }
+}
+
+
+def proposals(folder: Path, base: TrialConfig, config: SamplerConfig) -> list[dict[str, Any]]:
+    """Twelve of them, told as better the higher the rate."""
+    folder.mkdir()
+    study = opened(folder)
+    budget = Budget(12, BudgetConfig(), study)
+    space = SearchSpace.from_mapping(SPACE, base)
+    sampler_for = partial(build_sampler, config, 5)
+    search = StudySearch(SearchProposals(study, space, base, (), budget, sampler_for))
+    found = []
+    for index in range(12):
+        found.append(json.loads(search.suggest(str(index))["trial"]))
+        accuracy = found[-1]["optim"]["backbone_lr"]
+        search.on_trial_complete(str(index), result([min(accuracy, 1.0)], COMPLETED))
+    return found
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_proposals_are_new_and_the_same_again(tmp_path, make_trial, name):
+    if name == "cma_es":
+        pytest.importorskip("cmaes", reason="cma_es needs the package cmaes")
+    base, config = make_trial(), SamplerConfig(name=name, num_startup_trials=4)
+    check_sampler(config)
+    first, again = (proposals(tmp_path / f, base, config) for f in ("first", "again"))
+    assert first == again
+    assert len({json.dumps(proposal) for proposal in first}) == 12
+
+
+def test_qmc_fills_the_space_evenly(tmp_path, make_trial):
+    """Of twelve points of a sequence no half of a range has more than seven."""
+    found = proposals(tmp_path / "qmc", make_trial(), SamplerConfig(name="qmc"))
+    low = sum(proposal["optim"]["backbone_lr"] < 1e-2 for proposal in found)
+    assert 5 <= low <= 7
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        (
+            SamplerConfig(options={"multivarate": True}),
+            "unknown option of the sampler tpe 'multivarate'; did you mean 'multivariate'?",
+        ),
+        (
+            SamplerConfig(name="random", options={"seed": 1}),
+            "unknown option of the sampler random 'seed'; valid are []",
+        ),
+        (
+            SamplerConfig(name="nsga2", options={"population_size": 1}),
+            "sampler.options={'population_size': 1} are not valid: `population_size` must be "
+            "greater than or equal to 2.",
+        ),
+    ],
+)
+def test_options_that_it_does_not_take_are_refused(config, problem):
+    with warnings.catch_warnings(), pytest.raises(ConfigError) as caught:
+        check_sampler(config)
+    assert caught.value.problems == (problem,)
