@@ -20,9 +20,8 @@ traffic, data loading and the overlap of communication with the backward pass ar
 from __future__ import annotations
 
 import argparse
-import os
-import socket
 import statistics
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -38,12 +37,12 @@ from report import describe_machine
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config import CalibrationConfig, TrialConfig
 from drtune_ray.data.views import Normalization
 from drtune_ray.method import DRTune
 from drtune_ray.method.collective import Collective, OneProcess
 from drtune_ray.training.backbones import Backbone
-from drtune_ray.training.distributed import ProcessGroup
+from drtune_ray.training.distributed import ProcessGroup, data_parallel
 from drtune_ray.training.model import build_method, set_training_mode
 from drtune_ray.training.optim import build_optimizer
 
@@ -68,19 +67,30 @@ class Sizes:
     interval: int
 
 
-def floats_per_step(sizes: Sizes, world_size: int) -> dict[str, float]:
+def floats_per_step(
+    sizes: Sizes, world_size: int, calibration: CalibrationConfig | None = None
+) -> dict[str, float]:
     """Floats of each message of a step as a process holds it when the message is complete.
 
     None grows with K beyond min(B, K) rows. Those of R travel in one step of `interval`.
     """
+    asked = calibration or CalibrationConfig()
     share = -(-min(sizes.batch, sizes.bank) // world_size)
+    num_features, rank = sizes.features, min(sizes.rank, sizes.features)
+    weighs = asked.translation and asked.confidence_weighting
+    # Centring the pretrained rows, and again what they are moved to; a translation does both.
+    num_means = 0 if asked.translation or not asked.rotation else 1 + asked.recenter
+    solved = num_features**2 if asked.rotation_solver == "svd" else 2 * num_features * rank + 1
     return {
         "gradients": sizes.parameters,
-        "rows of the bank": world_size * share * (2 * sizes.features + 1),
-        "class translations": sizes.classes * sizes.features,
-        "softmax of the classes": 2 * sizes.classes * world_size,
+        "rows of the bank": world_size * share * (2 * num_features + 1),
+        "class translations": sizes.classes * num_features if asked.translation else 0,
+        "softmax of the classes": 2 * sizes.classes * world_size if weighs else 0,
+        "means of the rows": num_means
+        * (num_features + 1)
+        / (1 if asked.rotation_kept else sizes.interval),
         "norms and flags": 3,
-        "R": (2 * sizes.features * sizes.rank + 1) / sizes.interval,
+        "R": solved / sizes.interval if asked.rotation else 0,
     }
 
 
@@ -130,7 +140,7 @@ class Runner:
         self.optimizer = build_optimizer(method.downstream_encoder, method.head, config.optim, 1.0)
         self.module: nn.Module = self.method
         if not alone:
-            self.module = nn.parallel.DistributedDataParallel(self.method, broadcast_buffers=False)
+            self.module = data_parallel(self.method, torch.device("cpu"))
         self.parts: dict[str, float] = defaultdict(float)
         self._time_parts()
 
@@ -194,11 +204,10 @@ def typical(seconds: list[float], interval: int) -> float:
     return (refreshing + (interval - 1) * others) / interval
 
 
-def measure(rank: int, world_size: int, port: int, banks: Sequence[int]) -> None:
+def measure(rank: int, world_size: int, group: str, banks: Sequence[int]) -> None:
     """In each process of a group: everything that is measured, printed by the first."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", init_method=group, rank=rank, world_size=world_size)
     backbone = random_backbone(BACKBONE, SIDE)
     for bank_size in banks:
         lines = compare(backbone, bank_size, rank)
@@ -352,10 +361,9 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     print(describe_machine("benchmarks/scaling.py") + " a process", flush=True)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = int(listener.getsockname()[1])
-    mp.spawn(measure, (2, port, BANKS[:1] if arguments.quick else BANKS), nprocs=2)
+    banks = BANKS[:1] if arguments.quick else BANKS
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(measure, (2, f"file://{folder}/group", banks), nprocs=2)
 
 
 if __name__ == "__main__":
