@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from drtune_ray.config import ResourcesConfig
+from drtune_ray.errors import ConfigError
+from drtune_ray.search.prepare import check_inputs
 from drtune_ray.training.model import check_trial, derived_seed
-from tests.small import small_trial
+from tests.small import small_trial, small_values, write_coloured
 
 SYNCHRONISED = {"data.train": "unused", "training.batch_norm": "synchronised"}
 NEEDS_GPUS = (
@@ -28,6 +31,18 @@ def test_synchronised_batch_norm_needs_gpus_of_the_workers_not_of_this_process(m
     assert problems(two, on_gpus=True) == []
     assert problems(two) == problems(two, on_gpus=False) == [NEEDS_GPUS]
     assert problems(two | {"training.workers": 1}) == []
+
+
+@pytest.mark.parametrize("gpus", [{"gpus_per_worker": 1.0}, {"gpus_per_trial": 0.5}])
+def test_what_the_workers_get_decides(tmp_path, weights_file, gpus):
+    values = small_values(write_coloured(tmp_path / "images", per_class=4), weights_file)
+    values |= {"training.batch_norm": "synchronised", "training.workers": 2}
+    config = small_trial(values | {"training.batch_size": 2})
+    assert check_inputs(config, tmp_path, resources=ResourcesConfig(**gpus)).num_train
+    for none in (None, ResourcesConfig()):
+        with pytest.raises(ConfigError) as caught:
+            check_inputs(config, tmp_path, resources=none)
+        assert caught.value.problems == (NEEDS_GPUS,)
 
 
 def test_synchronised_batch_norm_needs_a_row_for_each_worker_in_every_batch():
