@@ -125,7 +125,7 @@ def run_training(
         driver_lease(folder),
         kept.lease(),
         signals_as_interrupt(),
-        shared_folder(folder, capacity, artifacts) as token,
+        shared_folder(folder, capacity, kept.trials) as token,
     ):
         tracking = tracking or TrackingConfig()
         kept.restore()
