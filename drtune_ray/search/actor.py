@@ -75,7 +75,7 @@ class Workshop:
     """
 
     def __init__(self, workplace: Workplace, device: torch.device | None = None) -> None:
-        check_token(workplace.trials_folder.parent, workplace.token)
+        check_token(workplace.trials_folder.parent, workplace.token, workplace.artifacts)
         self.workplace = workplace
         self._device = device or torch.device(workplace.device)
         self._opened: _Opened | None = None

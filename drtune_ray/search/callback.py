@@ -13,6 +13,7 @@ import ray
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune import Callback
 
+from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.results.trials import FINALIST, OUTCOME, REFERENCE, START_POINT
 from drtune_ray.search.failures import FULL_DISK, HUNG, Failure, failure_of
 from drtune_ray.search.lifeline import ProgressWatch
@@ -40,6 +41,7 @@ class StudyCallback(Callback):  # type: ignore[misc]
         trials_folder: Holds one folder a trial.
         watch: Sees that the processes of the trials run; None where somebody else does.
         disk_error: Why an event was lost, if one was.
+        check_lease: Objects where another driver has the study.
     """
 
     def __init__(
@@ -49,8 +51,9 @@ class StudyCallback(Callback):  # type: ignore[misc]
         trials_folder: Path,
         watch: ProgressWatch | None,
         disk_error: Callable[[], OSError | None],
+        check_lease: Callable[[], None],
     ) -> None:
-        self._disk_error = disk_error
+        self._disk_error, self._check_lease = disk_error, check_lease
         self._search, self._emit = search, emit
         self._trials_folder, self._watch = trials_folder, watch
         self._running: dict[str, Any] = {}
@@ -68,6 +71,10 @@ class StudyCallback(Callback):  # type: ignore[misc]
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """End the processes that make no progress; Tune starts their trials again."""
+        try:
+            self._check_lease()
+        except EnvironmentProblem as problem:
+            self._search.end_with(problem)
         self._search.check_storage()
         if self._watch is None:
             return

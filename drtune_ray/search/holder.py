@@ -42,12 +42,12 @@ def _driver_in_artifacts(
     try:
         lease = open_folder(str(record.artifacts)).below(record.folder.name).read(LEASE_NAME)
         holder = json.loads(lease)
+        pid, host = int(holder["pid"]), str(holder["host"])
     except FileNotFoundError:
         return local[0], False
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         notes.append(f"artifacts={record.artifacts!r} cannot be read: {error}")
         return local
-    pid, host = int(holder["pid"]), holder["host"]
     return f"process {pid} on {host}", _lives(pid) if host == socket.gethostname() else None
 
 

@@ -1,7 +1,8 @@
 """One driver a study, where drivers have no disk in common: a lease in artifacts.
 
 The holder rewrites it every few seconds. Whoever wants it watches it that long: no clocks are
-compared. A holder that finds another one's lease in its place stops.
+compared. A holder that finds another one's lease in its place stops, and so does one that could
+not rewrite its own for a time, before another may take it for dead.
 """
 
 from __future__ import annotations
@@ -9,56 +10,144 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from drtune_ray.data.artifacts import Folder
+from drtune_ray.data.artifacts import Folder, as_problem, first_line
 from drtune_ray.errors import EnvironmentProblem
 
 logger = logging.getLogger(__name__)
 
 LEASE_NAME = "driver.json"
 BEAT_SECONDS = 10.0
-NUM_MISSED_BEATS = 3
+# A holder gives up before another takes over.
+MAX_SILENT_BEATS, NUM_MISSED_BEATS = 2, 3
+SETTLE_SECONDS = 2.0  # of drivers that start together, all have written by then
+JOIN_SECONDS = 15.0  # for a request that is under way
+PROC = Path("/proc")
+
+_held_here: set[str] = set()
+
+
+class Lease:
+    """The right to drive a study, as long as :meth:`check` does not object.
+
+    Args:
+        folder: The study's, in artifacts.
+        study: Its name, for messages.
+        clock: Seconds.
+    """
+
+    def __init__(
+        self, folder: Folder, study: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._folder, self._study, self._clock = folder, study, clock
+        self._mine: dict[str, Any] = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "machine": _machine(),
+            "token": uuid.uuid4().hex,
+            "beat": 0,
+        }
+        self._renewed_at = clock()
+        self._successor: dict[str, Any] | None = None
+
+    def check(self) -> None:
+        """Object if another driver has taken the study over, or may have.
+
+        Raises:
+            EnvironmentProblem: If so.
+        """
+        if self._successor is not None:
+            raise EnvironmentProblem(
+                f"study {self._study!r} was taken over by {_name(self._successor)}, so this run "
+                "of it stopped"
+            )
+        silent_seconds = self._clock() - self._renewed_at
+        if silent_seconds > MAX_SILENT_BEATS * BEAT_SECONDS:
+            raise EnvironmentProblem(
+                f"the artifacts did not take the lease of study {self._study!r} for "
+                f"{silent_seconds:.0f} s, and another driver may take the study over: the same "
+                "command goes on when they answer again"
+            )
+
+    def take(self) -> None:
+        """Become the holder.
+
+        Raises:
+            EnvironmentProblem: If another driver is, or became it at the same time.
+        """
+        _wait_for_former(self._folder, self._study)
+        self._write()
+        time.sleep(SETTLE_SECONDS)
+        if (holder := _read(self._folder)) is None:  # removed by a holder that just ended
+            self._write()
+        elif not self._is_mine(holder):
+            raise EnvironmentProblem(_is_run_by(self._study, holder))
+        _held_here.add(self._mine["token"])
+
+    def beat(self) -> None:
+        """Show that the holder lives, and see that it is still the holder."""
+        if self._successor is not None:
+            return
+        holder = _read(self._folder)
+        if holder is not None and not self._is_mine(holder):
+            self._successor = holder
+            logger.error(
+                "study %r was taken over by %s: this run stops", self._study, _name(holder)
+            )
+            return
+        self._mine["beat"] += 1
+        self._write()
+
+    def give_back(self) -> None:
+        """Be no holder any more; what keeps it from being removed is only logged."""
+        _held_here.discard(self._mine["token"])
+        try:
+            if self._is_mine(_read(self._folder) or {}):
+                self._folder.remove(LEASE_NAME)
+        except Exception as error:  # whatever ended the study matters more
+            logger.warning(
+                "artifacts: %s stays (%s); the next driver waits for it",
+                self._folder.address(LEASE_NAME),
+                first_line(error),
+            )
+
+    def _is_mine(self, holder: dict[str, Any]) -> bool:
+        return bool(holder.get("token") == self._mine["token"])
+
+    def _write(self) -> None:
+        # From when it began to be written: others may see it from then on.
+        started = self._clock()
+        self._folder.write(LEASE_NAME, json.dumps(self._mine).encode())
+        self._renewed_at = started
 
 
 @contextmanager
-def artifacts_lease(folder: Folder, study: str) -> Iterator[None]:
-    """Be the only driver of a study, wherever others run.
+def artifacts_lease(folder: Folder, study: str) -> Iterator[Lease]:
+    """Be the only driver of a study, wherever others run; to be checked often.
 
     Args:
         folder: The study's, in artifacts.
         study: Its name, for messages.
 
     Raises:
-        EnvironmentProblem: If another driver shows that it is alive.
+        EnvironmentProblem: If another driver shows that it is alive, or artifacts fail.
     """
-    _wait_for_former(folder, study)
-    mine: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "beat": 0}
-    mine["token"] = uuid.uuid4().hex
-    _write(folder, mine)
-
-    def beat() -> None:
-        holder = _read(folder)
-        if holder is not None and holder.get("token") != mine["token"]:
-            logger.error("study %r was taken over by %s: stopping", study, _name(holder))
-            os.kill(os.getpid(), signal.SIGTERM)
-            return
-        mine["beat"] += 1
-        _write(folder, mine)
-
+    lease = Lease(folder, study)
+    with as_problem(folder.address(LEASE_NAME)):
+        lease.take()
     try:
-        with repeated(BEAT_SECONDS, beat):
-            yield
+        with repeated(BEAT_SECONDS, lease.beat):
+            yield lease
     finally:
-        if (_read(folder) or {}).get("token") == mine["token"]:
-            folder.remove(LEASE_NAME)
+        lease.give_back()
 
 
 @contextmanager
@@ -70,8 +159,8 @@ def repeated(seconds: float, action: Callable[[], None]) -> Iterator[None]:
         while not is_over.wait(seconds):
             try:
                 action()
-            except (OSError, EnvironmentProblem) as error:
-                logger.warning("artifacts: %s", error)
+            except Exception as error:  # the next time it may work
+                logger.warning("artifacts: %s", first_line(error))
 
     thread = threading.Thread(target=run, name="artifacts", daemon=True)
     thread.start()
@@ -79,7 +168,7 @@ def repeated(seconds: float, action: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         is_over.set()
-        thread.join()
+        thread.join(JOIN_SECONDS)
 
 
 def _wait_for_former(folder: Folder, study: str) -> None:
@@ -101,17 +190,16 @@ def _wait_for_former(folder: Folder, study: str) -> None:
         if holder is None:
             return
         if holder != former:
-            raise EnvironmentProblem(
-                f"study {study!r} is being run by {_name(holder)}: wait for it or end it first"
-            )
+            raise EnvironmentProblem(_is_run_by(study, holder))
 
 
 def _died_here(holder: dict[str, Any]) -> bool:
     """Whether the holder was a process of this machine that is gone."""
-    if holder.get("host") != socket.gethostname():
+    here = {"host": socket.gethostname(), "machine": _machine()}
+    if any(holder.get(name) != value for name, value in here.items()):
         return False
-    if holder.get("pid") == os.getpid():  # a container's only process has the same number again
-        return True
+    if holder.get("pid") == os.getpid():  # the number may be that of an earlier process
+        return holder.get("token") not in _held_here
     try:
         os.kill(int(holder["pid"]), 0)
     except ProcessLookupError:
@@ -129,8 +217,17 @@ def _read(folder: Folder) -> dict[str, Any] | None:
     return holder if isinstance(holder, dict) else None
 
 
-def _write(folder: Folder, holder: dict[str, Any]) -> None:
-    folder.write(LEASE_NAME, json.dumps(holder).encode())
+def _machine() -> str:
+    """Where process numbers mean the same: containers of one name have each their own."""
+    boot, numbers = PROC / "sys/kernel/random/boot_id", PROC / "self/ns/pid"
+    try:
+        return f"{boot.read_text().strip()} {os.readlink(numbers)}"
+    except OSError:  # not Linux: the host's name must do
+        return ""
+
+
+def _is_run_by(study: str, holder: dict[str, Any]) -> str:
+    return f"study {study!r} is being run by {_name(holder)}: wait for it or end it first"
 
 
 def _name(holder: dict[str, Any]) -> str:

@@ -16,21 +16,24 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from drtune_ray.addresses import with_secrets
-from drtune_ray.data.artifacts import Folder, check_folder, open_folder
+from drtune_ray.addresses import secrets_hidden, with_secrets
+from drtune_ray.data.artifacts import Folder, check_folder, first_line, open_folder
+from drtune_ray.data.artifacts import as_problem as as_problem  # the driver takes it from here
 from drtune_ray.data.shelf import TableShelf
 from drtune_ray.data.store import CACHE_FOLDER
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.search.identity import (
+    DONE_NAME,
     JOURNAL_NAME,
     RECORD_FILE,
     SPOOL_NAME,
     TRIALS_FOLDER,
+    TRIALS_NAME,
     WINNER_NAME,
     Record,
     read_record,
 )
-from drtune_ray.search.lease import BEAT_SECONDS, LEASE_NAME, artifacts_lease, repeated
+from drtune_ray.search.lease import BEAT_SECONDS, LEASE_NAME, Lease, artifacts_lease, repeated
 from drtune_ray.search.objectives import Direction
 from drtune_ray.tracking.spool import Spool, drop_torn_end
 
@@ -57,21 +60,23 @@ def open_storage(folder: Path, url: str | None) -> BaseStorage:
         with (folder / JOURNAL_NAME).open("a+b") as journal:
             drop_torn_end(journal)  # Optuna would write on behind it, and never read the file again
         return JournalStorage(JournalFileBackend(str(folder / JOURNAL_NAME)))
+    address = with_secrets(url)
     try:
-        # A connection that the server dropped while a trial trained is opened anew.
-        return RDBStorage(with_secrets(url), engine_kwargs={"pool_pre_ping": True})
-    except ArgumentError as error:
+        with secrets_hidden(url):
+            # A connection that the server dropped while a trial trained is opened anew.
+            return RDBStorage(address, engine_kwargs={"pool_pre_ping": True})
+    except (ArgumentError, ValueError) as error:  # the second: a port that is no number
         raise ConfigError(
-            f"optuna_storage={url!r} is not valid: {_first_line(error)}; write it like {EXAMPLE}"
+            f"optuna_storage={url!r} is not valid: {first_line(error)}; write it like {EXAMPLE}"
         ) from None
     except ImportError as error:
         raise EnvironmentProblem(
-            f"optuna_storage={url!r} needs a package that is not installed ({_first_line(error)}): "
+            f"optuna_storage={url!r} needs a package that is not installed ({first_line(error)}): "
             "install drtune-ray[servers] for PostgreSQL"
         ) from None
     except (SQLAlchemyError, optuna.exceptions.OptunaError) as error:
         raise EnvironmentProblem(
-            f"optuna_storage={url!r} cannot be used: {_first_line(error)}; check the address, the "
+            f"optuna_storage={url!r} cannot be used: {first_line(error)}; check the address, the "
             f"database and the account in {EXAMPLE}"
         ) from None
 
@@ -97,12 +102,13 @@ def database_as_problem(url: str | None) -> Iterator[None]:
         EnvironmentProblem: Instead of what Optuna and its driver raise.
     """
     try:
-        yield
+        with secrets_hidden(url):
+            yield
     except Exception as error:
         if not (failures := [e for e in _chain(error) if isinstance(e, DATABASE_ERRORS)]):
             raise
         raise EnvironmentProblem(
-            f"optuna_storage={url!r} did not do what it was asked ({_first_line(failures[-1])}): "
+            f"optuna_storage={url!r} did not do what it was asked ({first_line(failures[-1])}): "
             "repeat the command when it answers again"
         ) from error
 
@@ -114,18 +120,38 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def check_storage_of(former: Record, url: str | None, storage: BaseStorage) -> None:
+def check_storage_of(
+    former: Record, url: str | None, storage: BaseStorage, artifacts: StudyArtifacts
+) -> None:
     """Refuse to go on with a study in a storage that does not hold it.
 
+    Args:
+        former: The study, which is there.
+        url: Of the storage.
+        storage: It.
+        artifacts: What else is known of the study's trials.
+
     Raises:
-        ConfigError: With both addresses.
+        ConfigError: With both addresses, or saying what is lost.
     """
     before = former.config.get("optuna_storage")
-    if before == url or former.study_id in optuna.get_all_study_names(storage):
+    if former.study_id in optuna.get_all_study_names(storage):
         return
+    name = former.folder.name
+    if before != url:
+        raise ConfigError(
+            f"study {name!r} keeps its trials in optuna_storage={_place(before)}, and "
+            f"{_place(url)} does not hold them: give the former one, or copy the database there "
+            "first"
+        )
+    if not artifacts.has_trials():  # its first run ended before there was one
+        return
+    lost = f"the file {JOURNAL_NAME}" if url is None else "the database"
     raise ConfigError(
-        f"study {former.folder.name!r} keeps its trials in optuna_storage={_place(before)}, and "
-        f"{_place(url)} does not hold them: give the former one, or copy the database there first"
+        f"study {name!r} has run trials, and optuna_storage={_place(url)} does not hold them: "
+        f"their settings, values and ends are lost with {lost}, and new trials would be mixed up "
+        f"with their checkpoints and MLflow runs. Bring {lost} back from a backup, or give the "
+        "study another --name"
     )
 
 
@@ -149,6 +175,7 @@ class StudyArtifacts:
         self.uri, self._local = uri, folder
         self.root: Folder | None = open_folder(uri) if uri else None
         self._study = self.root.below(folder.name) if self.root else None
+        self._lease: Lease | None = None
         if self.root:
             check_folder(self.root)
 
@@ -203,10 +230,29 @@ class StudyArtifacts:
         logger.warning("study %r was brought back from %s", self._local.name, self.uri)
         return True
 
+    def has_trials(self) -> bool:
+        """Whether anything here or in the artifacts comes from a trial of the study."""
+        ends = {DONE_NAME, TRIALS_NAME}
+        trials = self._local / TRIALS_FOLDER
+        if trials.is_dir() and any(trials.iterdir()):
+            return True
+        if any((self._local / name).exists() for name in ends):
+            return True
+        if self._study is None:
+            return False
+        with as_problem(self.uri):
+            has_ended = not ends.isdisjoint(self._study.names())
+            return has_ended or bool(self._study.below(TRIALS_FOLDER).folders())
+
     def keep(self, *names: str) -> None:
-        """Keep files and folders of the study's folder, in this order."""
+        """Keep files and folders of the study's folder, in this order.
+
+        Raises:
+            EnvironmentProblem: If another driver has taken the study over.
+        """
         if self._study is None:
             return
+        self.check_lease()
         with as_problem(self.uri):
             for name in names:
                 path = self._local / name
@@ -222,8 +268,20 @@ class StudyArtifacts:
         if self._study is None:
             yield
             return
-        with artifacts_lease(self._study, self._local.name):
-            yield
+        with artifacts_lease(self._study, self._local.name) as self._lease:
+            try:
+                yield
+            finally:
+                self._lease = None
+
+    def check_lease(self) -> None:
+        """Object if this is not the study's only driver any more; to be called often.
+
+        Raises:
+            EnvironmentProblem: If another driver has taken it over, or may have.
+        """
+        if self._lease is not None:
+            self._lease.check()
 
     @contextmanager
     def unsent_kept(self, spool: Spool) -> Iterator[None]:
@@ -237,12 +295,18 @@ class StudyArtifacts:
             unsent = spool.unsent()
             if unsent == kept[0]:
                 return
+            self.check_lease()
             with as_problem(self.uri):
                 study.write(UNSENT_NAME, unsent) if unsent else study.remove(UNSENT_NAME)
             kept[0] = unsent
 
-        with repeated(BEAT_SECONDS, keep):
-            yield
+        try:
+            with repeated(BEAT_SECONDS, keep):
+                yield
+        except BaseException:
+            with _only_logged():  # what ended the study matters more
+                keep()
+            raise
         keep()
 
     def _check_same(self, former: Record) -> None:
@@ -266,20 +330,8 @@ def _place(uri: str | None) -> str:
 
 
 @contextmanager
-def as_problem(uri: str | None) -> Iterator[None]:
-    """Turn failures of artifacts into one message.
-
-    Raises:
-        EnvironmentProblem: Instead of `OSError`.
-    """
+def _only_logged() -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        raise EnvironmentProblem(
-            f"artifacts={uri!r} did not do what it was asked ({_first_line(error)}): repeat the "
-            "command when it answers again"
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:
+        logger.warning("artifacts: %s", first_line(error))

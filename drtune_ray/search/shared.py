@@ -1,19 +1,22 @@
-"""A storage that is not the same folder on every node is found out before the first trial.
+"""A place that is not the same for every node is found out before the first trial.
 
-The driver leaves a token in the study's folder. A task on each node must read it there and write
-it back; a node that joins later is asked when its first worker starts.
+The driver leaves a token in the study's folder, or in the artifacts of its trials. A task on each
+node must read it there and write it back; a node that joins later is asked when its first worker
+starts.
 """
 
 from __future__ import annotations
 
 import secrets
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import drtune_ray
+from drtune_ray.data.artifacts import Folder, LocalFolder, as_problem, first_line
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.search.nodes import Capacity
 
@@ -23,6 +26,11 @@ FIX = (
     "put --storage on a file system that every node mounts at the same path (NFS, Lustre, EFS, "
     "a ReadWriteMany volume), and drtune-ray of the same version on every node"
 )
+ARTIFACTS_FIX = (
+    "mount a file:// folder at the same path on every node, give the environment in which Ray "
+    "starts there the credentials of an object store, and have drtune-ray of the same version on "
+    "every node"
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,7 @@ class Cluster:
 
     Attributes:
         capacity: What it holds.
-        token: What its nodes must find in the storage; None: nothing needs to be shared.
+        token: What its nodes must find in the shared place; None: nothing needs to be shared.
         on_notice: Takes a line for the user.
     """
 
@@ -40,90 +48,136 @@ class Cluster:
     on_notice: Callable[[str], None]
 
 
-def needs_shared_storage(capacity: Capacity, artifacts: str | None) -> bool:
-    """Whether a node may run trials that has neither this machine's disks nor `artifacts`."""
-    return not capacity.is_local and artifacts is None
+@dataclass(frozen=True)
+class SharedPlace:
+    """What every node must reach.
+
+    Attributes:
+        folder: The study's, under the storage.
+        artifacts: Of the study's trials, which nodes share instead; None: they share `folder`.
+    """
+
+    folder: Path
+    artifacts: Folder | None
+
+    @property
+    def files(self) -> Folder:
+        """Where token and answers lie."""
+        return self.artifacts or LocalFolder(self.folder)
+
+    @property
+    def address(self) -> str:
+        """Of the files, for people."""
+        return self.files.address("")
+
+    @property
+    def fix(self) -> str:
+        """What to do where a node does not reach it."""
+        return ARTIFACTS_FIX if self.artifacts else FIX
+
+    def __str__(self) -> str:
+        return f"artifacts {self.address}" if self.artifacts else f"storage {self.folder.parent}"
 
 
 @contextmanager
 def shared_folder(
-    folder: Path, capacity: Capacity | None, artifacts: str | None
+    folder: Path, capacity: Capacity | None, artifacts: Folder | None
 ) -> Iterator[str | None]:
-    """Prove that all nodes share a folder; yields the token that later nodes are asked for.
+    """Prove that all nodes share a place; yields the token that later nodes are asked for.
 
     Args:
         folder: The study's.
         capacity: The cluster; None: nothing will run.
-        artifacts: Where the nodes find everything instead, if they do.
+        artifacts: Of the study's trials, where the nodes find everything instead, if they do.
 
     Raises:
         EnvironmentProblem: Naming the nodes that do not, each with its reason.
     """
-    if capacity is None or not needs_shared_storage(capacity, artifacts):
+    if capacity is None or capacity.is_local:
         yield None
         return
-    token = secrets.token_hex(16)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / TOKEN_NAME
-    file.write_text(token)
+    token, place = secrets.token_hex(16), SharedPlace(folder, artifacts)
+    with as_problem(place.address) if artifacts else nullcontext():
+        place.files.write(TOKEN_NAME, token.encode())
     try:
-        if problems := _ask_nodes(folder, token):
+        if problems := _ask_nodes(place, token):
             raise EnvironmentProblem(
-                f"the storage {folder.parent} does not serve every node of the cluster:\n"
+                f"the {place} does not serve every node of the cluster:\n"
                 + "".join(f"  {problem}\n" for problem in problems)
-                + FIX
+                + place.fix
             )
         yield token
     finally:
-        file.unlink(missing_ok=True)
+        _remove(place, TOKEN_NAME)
 
 
-def check_token(folder: Path, token: str | None) -> None:
-    """Refuse to work on a node that has another folder of this name.
+def check_token(folder: Path, token: str | None, artifacts: Folder | None = None) -> None:
+    """Refuse to work on a node that has another folder of this name, or other artifacts.
+
+    Args:
+        folder: The study's.
+        token: What the driver wrote; None: nothing needs to be shared.
+        artifacts: Of the study's trials.
 
     Raises:
         EnvironmentProblem: Naming the node.
     """
     if token is None:
         return
-    if problem := _difference(folder, token):
+    place, name = SharedPlace(folder, artifacts), _answer_name(uuid.uuid4().hex)
+    problem = answer(place, token, name, drtune_ray.__version__)
+    _remove(place, name)
+    if problem:
         from ray.util import get_node_ip_address
 
         raise EnvironmentProblem(
-            f"the storage {folder.parent} is not shared with node {get_node_ip_address()}: "
-            f"{problem}; {FIX}"
+            f"the {place} is not shared with node {get_node_ip_address()}: {problem}; {place.fix}"
         )
 
 
-def answer(folder: str, token: str, name: str, version: str) -> str:
+def answer(place: SharedPlace, token: str, name: str, version: str) -> str:
     """Runs on a node: read the token, write it back under a name; returns the problem, or ""."""
     if drtune_ray.__version__ != version:
         return f"has drtune-ray {drtune_ray.__version__}, the driver {version}"
-    problem = _difference(Path(folder), token)
-    if not problem:
-        try:
-            (Path(folder) / name).write_text(token)
-        except OSError as error:
-            problem = f"cannot write {folder}: {error.strerror}"
-    return problem
-
-
-def _difference(folder: Path, token: str) -> str:
     try:
-        found = (folder / TOKEN_NAME).read_text()
+        found = place.files.read(TOKEN_NAME)
+    except (OSError, ValueError) as error:
+        return f"cannot read what the driver wrote in {place.address}: {_reason(error)}"
+    if found != token.encode():
+        return f"{place.address} holds something else than the driver wrote there"
+    try:
+        place.files.write(name, token.encode())
+    except (OSError, ValueError) as error:
+        return f"cannot write {place.address}: {_reason(error)}"
+    return _disk_problem(place.folder.parent, name) if place.artifacts else ""
+
+
+def _disk_problem(storage: Path, name: str) -> str:
+    """Where nodes share artifacts only, each keeps its own copies under the storage's path."""
+    try:
+        LocalFolder(storage).write(name)
+        LocalFolder(storage).remove(name)
     except OSError as error:
-        return f"cannot read what the driver wrote in {folder}: {error.strerror}"
-    return "" if found == token else f"{folder} holds something else than the driver wrote there"
+        return f"cannot write {storage}, where its copies of the tables go: {_reason(error)}"
+    return ""
 
 
-def _ask_nodes(folder: Path, token: str) -> list[str]:
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or first_line(error)
+
+
+def _ask_nodes(place: SharedPlace, token: str) -> list[str]:
     """What is wrong, a line a node."""
     import ray
 
     asked = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    answers = {key: _ask(folder, token, key) for key in asked}
-    ray.wait(list(answers.values()), num_returns=len(answers), timeout=ANSWER_SECONDS)
-    problems = {key: _problem(folder, token, key, ref) for key, ref in answers.items()}
+    answers = {key: _ask(place, token, key) for key in asked}
+    _, late = ray.wait(list(answers.values()), num_returns=len(asked), timeout=ANSWER_SECONDS)
+    problems = {key: _problem(place, token, key, ref) for key, ref in answers.items()}
+    for ref in late:  # or it would leave its answer when nobody removes it
+        ray.cancel(ref, force=True)
+    for key in asked:
+        _remove(place, _answer_name(key))
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
     return [
         f"node {asked[key]} ({key[:8]}): {problem}"
@@ -132,30 +186,38 @@ def _ask_nodes(folder: Path, token: str) -> list[str]:
     ]
 
 
-def _ask(folder: Path, token: str, node: str) -> Any:
+def _ask(place: SharedPlace, token: str, node: str) -> Any:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     there = NodeAffinitySchedulingStrategy(node, soft=False)
     task = ray.remote(answer).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
-    return task.remote(str(folder), token, _answer_name(node), drtune_ray.__version__)
+    return task.remote(place, token, _answer_name(node), drtune_ray.__version__)
 
 
-def _problem(folder: Path, token: str, node: str, ref: Any) -> str:
+def _problem(place: SharedPlace, token: str, node: str, ref: Any) -> str:
     import ray
 
-    file = folder / _answer_name(node)
     try:
         problem: str = ray.get(ref, timeout=0)
-        if not problem and (not file.exists() or file.read_text() != token):
-            problem = f"what it wrote in {folder} does not reach the driver"
-        return problem
     except ray.exceptions.GetTimeoutError:
         return f"did not answer in {ANSWER_SECONDS:g} s"
     except Exception as error:  # whatever happened there, drtune-ray missing above all
-        return f"cannot run drtune-ray: {str(error).strip().splitlines()[-1]}"
-    finally:
-        file.unlink(missing_ok=True)
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return f"cannot run drtune-ray: {lines[-1].strip()}"
+    if problem:
+        return problem
+    try:
+        is_here = place.files.read(_answer_name(node)) == token.encode()
+    except (OSError, ValueError):
+        is_here = False
+    return "" if is_here else f"what it wrote in {place.address} does not reach the driver"
+
+
+def _remove(place: SharedPlace, name: str) -> None:
+    """Remove it if that can be done; the next run writes over it."""
+    with suppress(OSError, ValueError):
+        place.files.remove(name)
 
 
 def _answer_name(node: str) -> str:

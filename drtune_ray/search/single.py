@@ -131,7 +131,7 @@ def run_training(
         driver_lease(folder),
         kept.lease(),
         signals_as_interrupt(),
-        shared_folder(folder, capacity, artifacts) as token,
+        shared_folder(folder, capacity, kept.trials) as token,
     ):
         tracking = tracking or TrackingConfig()
         kept.restore()
@@ -236,6 +236,7 @@ class _Training:
         folder = self._checkpoints
 
         def on_turn() -> None:
+            self.kept.check_lease()
             wait.check()
             if (error := self.disk_error()) is not None and error.errno in FULL_DISK:
                 raise error

@@ -119,7 +119,7 @@ class SpaceCheck:
                     if expression is parameter.expression:
                         parameter.derived(point.values)
             except UnknownFact:
-                return
+                continue
             except ExpressionError as error:
                 failing.add(expression)
                 sentence = f"{error}{_at(_read_by(expression, point))}"
@@ -208,10 +208,12 @@ class SpaceCheck:
         for first, second in self._pairs():
             for values in product(tried_values(first), tried_values(second)):
                 chosen = {first.path: values[0], second.path: values[1]}
-                reason = self._refusal(first, second, chosen)
-                if reason and reason not in said:
+                point = self._trial_with(first, second, chosen)
+                reason = point and self._refusal(point)
+                if point and reason and reason not in said:
                     said.add(reason)
-                    sentence = f"{reason}{_at(chosen)}: give one of them another range or a `when`"
+                    at = _at({path: point.values[path] for path in chosen})
+                    sentence = f"{reason}{at}: give one of them another range or a `when`"
                     place = max(first.place, second.place, key=lambda place: place.line)
                     yield Problem("invalid-together", place, sentence)
 
@@ -222,13 +224,8 @@ class SpaceCheck:
             if group_of(first.path) == group_of(second.path):
                 yield first, second
 
-    def _refusal(
-        self, first: Parameter, second: Parameter, chosen: Mapping[str, Any]
-    ) -> str | None:
-        """Why a trial with the chosen values is refused; None also where there is no such trial."""
-        point = self._trial_with(first, second, chosen)
-        if point is None:
-            return None
+    def _refusal(self, point: Resolved) -> str | None:
+        """Why a trial is refused."""
         try:
             self._base.with_values(point.taken)
         except ConfigError as error:
@@ -238,26 +235,23 @@ class SpaceCheck:
     def _trial_with(
         self, first: Parameter, second: Parameter, chosen: Mapping[str, Any]
     ) -> Resolved | None:
-        """A trial with the chosen values, if a simple one is found."""
-        start: dict[str, Any] = {}
+        """A trial with the chosen values, as far as both apply at once; None if none is found."""
+        wanted: dict[str, Any] = {}
         for parameter in (first, second):
-            if parameter.when:
-                place = self._somewhere(parameter)
-                if place is None:
-                    return None
-                start |= place.taken
-        wanted = start | dict(chosen)
+            place = self._somewhere(parameter)
+            if place is None:
+                return None
+            wanted |= place.taken
+        wanted |= chosen
 
         def value_of(parameter: Parameter) -> Any:
             value = wanted.get(parameter.path, self._values[parameter.path])
             return value if parameter.holds(value) else parameter.ends()[0]
 
         try:
-            point = resolve(self._sound, self._values, value_of)
-        except ConfigError:
+            return resolve(self._sound, self._values, value_of)
+        except ConfigError:  # a problem of its own
             return None
-        is_there = all(point.taken.get(path) == value for path, value in chosen.items())
-        return point if is_there else None
 
 
 def cycle_problem(cycle: Sequence[Parameter]) -> Problem:
@@ -301,8 +295,8 @@ def _expressions_of(parameters: Sequence[Parameter]) -> list[Expression]:
 
 
 def _read_by(expression: Expression, point: Resolved) -> dict[str, Any]:
-    names = expression.reads() | expression.facts()
-    return {name: point.values[name] for name in sorted(names)}
+    names = sorted(expression.reads() | expression.facts())
+    return {name: point.values[name] for name in names if name in point.values}
 
 
 def _at(values: Mapping[str, Any]) -> str:

@@ -96,13 +96,14 @@ def run_study(
         driver_lease(config.folder),
         artifacts.lease(),
         signals_as_interrupt(),
-        shared_folder(config.folder, capacity, config.artifacts) as token,
+        shared_folder(config.folder, capacity, artifacts.trials) as token,
         database_as_problem(config.optuna_storage),
     ):
         is_restored = artifacts.restore()
         storage = open_storage(config.folder, config.optuna_storage)
         if (config.folder / RECORD_FILE).exists():
-            check_storage_of(read_record(config.folder), config.optuna_storage, storage)
+            former = read_record(config.folder)
+            check_storage_of(former, config.optuna_storage, storage, artifacts)
         record = open_record(
             config.folder, STUDY, values, deciding, config.tracking, config.artifacts
         )

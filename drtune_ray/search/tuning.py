@@ -81,7 +81,14 @@ class TuneRun:
         wait = ResourceWait(
             self._demand, self.config.resources.wait_seconds, self.cluster.on_notice
         )
-        callback = StudyCallback(search, self.emit, workplace.trials_folder, watch, self.disk_error)
+        callback = StudyCallback(
+            search,
+            self.emit,
+            workplace.trials_folder,
+            watch,
+            self.disk_error,
+            self.artifacts.check_lease,
+        )
         callbacks = [callback, WaitCallback(wait)]
         if watch is None:
             callbacks.append(Reaper(self._drop_resumable))

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from drtune_ray.data.artifacts import LocalFolder, open_folder
 from drtune_ray.data.shelf import TableShelf
 from drtune_ray.data.store import TableStore
 from drtune_ray.errors import ConfigError, EnvironmentProblem
+from drtune_ray.results import evaluate as evaluate_module
 from drtune_ray.results.evaluate import _record_opening, read_openings
 from drtune_ray.results.winner import read_winner
 from drtune_ray.search import servers
@@ -99,6 +101,7 @@ def test_open_storage__password_is_not_set(
     ("url", "reason"),
     [
         ("postgresql+psycopg://u:$DATABASE_PASSWORD@127.0.0.1:9/none", "connection"),
+        ("postgresql+psycopg://u@$DATABASE_PASSWORD/none", "$DATABASE_PASSWORD"),
         ("mysql+pymysql://u@127.0.0.1/none", "a package that is not installed"),
     ],
 )
@@ -113,10 +116,23 @@ def test_open_storage__refused(
     assert SECRET not in str(caught.value)
 
 
-@pytest.mark.parametrize("url", ["nothing", "nodialect://host/none"])
-def test_open_storage__no_url(url: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"^optuna_storage='{url}' is not valid: .*; write it"):
+@pytest.mark.parametrize(
+    "url",
+    [
+        "nothing",
+        "nodialect://host/none",
+        "postgresql+psycopg://u:$DATABASE_PASSWORD@127.0.0.1:1x/none",
+        "postgresql+psycopg://u@127.0.0.1:$DATABASE_PASSWORD/none",
+    ],
+)
+def test_open_storage__no_url(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_PASSWORD", SECRET)
+    with pytest.raises(ConfigError) as caught:
         open_storage(tmp_path, url)
+    message = str(caught.value)
+    assert message.startswith(f"optuna_storage={url!r} is not valid: ")
+    assert message.endswith(f"; write it like {servers.EXAMPLE}")
+    assert SECRET not in message
 
 
 @pytest.mark.parametrize(
@@ -149,6 +165,18 @@ def test_database_as_problem__an_error_within_another_of_tune() -> None:
         raise KeyError
 
 
+def test_database_as_problem__no_password_in_the_message_or_the_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DATABASE_PASSWORD", SECRET)
+    url = "postgresql+psycopg://u:$DATABASE_PASSWORD@db/x"
+    with pytest.raises(EnvironmentProblem) as caught, database_as_problem(url):
+        raise OperationalError("SELECT 1", {}, OSError(f"cannot connect to u:{SECRET}@db"))
+    assert "cannot connect to u:$DATABASE_PASSWORD@db" in str(caught.value)
+    errors = traceback.format_exception(caught.value)
+    assert SECRET not in "".join(line for line in errors if 'f"' not in line)
+
+
 def test_study_request__flags(tmp_path: Path) -> None:
     write_coloured(tmp_path / "images")
     flags = {
@@ -173,17 +201,49 @@ def record(folder: Path, url: str | None = None, artifacts: str | None = None) -
 
 
 def test_check_storage_of__a_study_does_not_leave_its_trials_behind(tmp_path: Path) -> None:
-    former = record(tmp_path / "flowers")
+    former, none = record(tmp_path / "flowers"), StudyArtifacts(None, tmp_path / "flowers")
     url = f"sqlite:///{tmp_path}/search.db"
     storage = open_storage(former.folder, url)
     with pytest.raises(ConfigError) as caught:
-        check_storage_of(former, url, storage)
+        check_storage_of(former, url, storage, none)
     assert str(caught.value) == (
         "study 'flowers' keeps its trials in optuna_storage=none (the study's folder), and "
         f"{url!r} does not hold them: give the former one, or copy the database there first"
     )
     open_study(storage, "flowers-1")  # a copied database
-    check_storage_of(former, url, storage)
+    check_storage_of(former, url, storage, none)
+
+
+@pytest.mark.parametrize("database", [False, True])
+@pytest.mark.parametrize(
+    "trace", ["disk/flowers/trials/00000/x", "a/flowers/trials/00000/best.ckpt", "a/flowers/done"]
+)
+def test_check_storage_of__a_storage_that_was_lost(
+    database: bool, trace: str, tmp_path: Path
+) -> None:
+    """Otherwise all trials would run again, under the numbers and into the runs of the old."""
+    url = f"sqlite:///{tmp_path}/search.db" if database else None
+    former = record(tmp_path / "disk" / "flowers", url)
+    artifacts = artifacts_at(tmp_path / "a", tmp_path / "disk")
+    storage = open_storage(former.folder, url)
+    # Nothing of a trial: its first run was killed before there was one.
+    (former.folder / "trials").mkdir()
+    check_storage_of(former, url, storage, artifacts)
+    (tmp_path / trace).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / trace).write_text("")
+    with pytest.raises(ConfigError) as caught:
+        check_storage_of(former, url, storage, artifacts)
+    place, lost = ("none (the study's folder)", "the file optuna.journal")
+    if database:
+        place, lost = repr(url), "the database"
+    assert str(caught.value) == (
+        f"study 'flowers' has run trials, and optuna_storage={place} does not hold them: their "
+        f"settings, values and ends are lost with {lost}, and new trials would be mixed up with "
+        f"their checkpoints and MLflow runs. Bring {lost} back from a backup, or give the study "
+        "another --name"
+    )
+    open_study(storage, former.study_id)  # brought back
+    check_storage_of(former, url, storage, artifacts)
 
 
 # ---- files
@@ -199,6 +259,7 @@ def test_study_artifacts__none_changes_nothing(tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     assert (none.trials, none.shelf, none.restore()) == (None, None, False)
     none.keep("study.yaml")
+    none.check_lease()
     with none.lease(), none.unsent_kept(Spool(tmp_path / "spool")):
         pass
     assert sorted(p for p in tmp_path.rglob("*") if "spool" not in p.name) == before
@@ -248,6 +309,39 @@ def test_study_artifacts__another_study_of_that_name(tmp_path: Path) -> None:
         StudyArtifacts(None, tmp_path / "disk" / "flowers").restore()
     other.keep("study.yaml")  # a copied folder
     assert not other.restore()
+
+
+def test_study_artifacts__nothing_is_kept_for_a_study_that_was_taken_over(tmp_path: Path) -> None:
+    kept = artifacts_at(tmp_path / "artifacts", tmp_path / "disk")
+    record(tmp_path / "disk" / "flowers")
+    kept.check_lease()  # before there is one
+    with kept.lease():
+        kept.check_lease()
+        kept._study.write("driver.json", b'{"pid": 7, "host": "elsewhere", "token": "theirs"}')
+        kept._lease.beat()
+        for act in (kept.check_lease, lambda: kept.keep("study.yaml")):
+            with pytest.raises(EnvironmentProblem, match="was taken over by process 7 on elsewh"):
+                act()
+    kept.check_lease()
+    assert kept._study.names() == ["driver.json"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, KeyError])
+def test_study_artifacts__an_interruption_keeps_the_last_events(
+    error: type[BaseException], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept, spool = artifacts_at(tmp_path / "a", tmp_path / "disk"), Spool(tmp_path / "spool")
+    with pytest.raises(error), kept.unsent_kept(spool):
+        spool.append(MetricsRecorded(0, 1, {"loss": 1.0}, 1))
+        raise error
+    assert b'"step": 1' in _unsent(kept)
+    assert caplog.text == ""
+    with pytest.raises(error), kept.unsent_kept(spool):
+        spool.append(MetricsRecorded(0, 2, {"loss": 1.0}, 1))
+        shutil.rmtree(tmp_path / "a")
+        (tmp_path / "a").write_text("the folder went away")
+        raise error
+    assert "artifacts: artifacts='file://" in caplog.text
 
 
 def test_study_artifacts__events_that_mlflow_never_took_come_back(
@@ -336,6 +430,29 @@ def test_openings_of_the_test_split_outlive_the_disk(tmp_path: Path) -> None:
     shutil.rmtree(disk)
     assert read_openings(disk) == []
     assert read_openings(disk, artifacts) == entries
+
+
+def test_openings__only_artifacts_that_fail_are_called_so(tmp_path: Path) -> None:
+    (tmp_path / "artifacts").write_text("a file is in the way")
+    artifacts = LocalFolder(tmp_path / "artifacts")
+    with pytest.raises(EnvironmentProblem) as caught:
+        _record_opening("{}", tmp_path, artifacts)
+    assert str(caught.value).startswith(
+        f"artifacts='{tmp_path}/artifacts/test-openings' did not do what it was asked ("
+    )
+    (tmp_path / "test-openings.jsonl").mkdir()
+    with pytest.raises(EnvironmentProblem) as caught:
+        _record_opening("{}", tmp_path, None)
+    assert str(caught.value) == (
+        f"{tmp_path}/test-openings.jsonl cannot be written (Is a directory), and an opening of "
+        "the test split must be recorded: make the storage writable"
+    )
+
+
+def test_evaluate__the_splits_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate_module, "read_winner", lambda folder: None)
+    with pytest.raises(ConfigError, match=r"/splits.parquet is missing, .*: repeat the command"):
+        evaluate_module.evaluate(tmp_path, tmp_path / "splits.parquet", tmp_path, tmp_path)
 
 
 # ---- a whole study

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -15,18 +17,24 @@ from typing import Any
 import pytest
 
 from drtune_ray.config import StudyConfig
+from drtune_ray.data.artifacts import LocalFolder, open_folder
 from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.search import shared
+from drtune_ray.search.actor import Workplace, Workshop
 from drtune_ray.search.nodes import Capacity, Node
 from drtune_ray.search.shared import (
+    ARTIFACTS_FIX,
     TOKEN_NAME,
+    SharedPlace,
+    _problem,
     answer,
     check_token,
-    needs_shared_storage,
     shared_folder,
 )
 from drtune_ray.search.study import run_study
 from tests.search.clusters import cluster_of
 from tests.search.test_study import study_values
+from tests.servers import BUCKET, object_store
 
 JOINED = Capacity((Node(1, 0), Node(1, 0)))
 VERSION = "0.1.0"
@@ -39,41 +47,119 @@ def can_mount(folder: Path) -> bool:
     return done.returncode == 0
 
 
-def test_needs_shared_storage__only_where_nodes_have_nothing_else():
-    assert needs_shared_storage(JOINED, None)
-    assert not needs_shared_storage(JOINED, "s3://bucket/studies")
-    assert not needs_shared_storage(Capacity((Node(1, 0),), is_local=True), None)
+@pytest.fixture(params=["storage", "file", "s3"])
+def place(request, tmp_path) -> SharedPlace:
+    """What nodes may share: the storage, or artifacts of either kind."""
+    folder = tmp_path / "studies" / "small"
+    if request.param == "storage":
+        return SharedPlace(folder, None)
+    if request.param == "file":
+        return SharedPlace(folder, open_folder((tmp_path / "artifacts").as_uri()))
+    environment = request.getfixturevalue("s3")
+    request.getfixturevalue("monkeypatch").setenv("OPTION", "us-east-1")
+    assert environment
+    return SharedPlace(folder, open_folder(f"s3://{BUCKET}/{tmp_path.name}?region=$OPTION"))
 
 
-def test_answer__reads_and_writes(tmp_path):
-    (tmp_path / TOKEN_NAME).write_text("token")
-    assert answer(str(tmp_path), "token", "answer", VERSION) == ""
-    assert (tmp_path / "answer").read_text() == "token"
+@pytest.fixture(scope="module")
+def s3() -> Iterator[dict[str, str]]:
+    with object_store() as environment, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield environment
 
 
-def test_answer__says_what_is_wrong(tmp_path):
-    assert "cannot read what the driver wrote" in answer(str(tmp_path), "token", "answer", VERSION)
-    (tmp_path / TOKEN_NAME).write_text("of another driver")
-    assert "holds something else" in answer(str(tmp_path), "token", "answer", VERSION)
-    (tmp_path / TOKEN_NAME).write_text("token")
-    assert "cannot write" in answer(str(tmp_path), "token", "no/answer", VERSION)
-    assert "has drtune-ray 0.1.0, the driver 9.9" in answer(str(tmp_path), "token", "a", "9.9")
+def test_answer__reads_and_writes(place):
+    place.files.write(TOKEN_NAME, b"token")
+    there = pickle.loads(pickle.dumps(place))
+    assert answer(there, "token", "answer", VERSION) == ""
+    assert place.files.read("answer") == b"token"
 
 
-def test_check_token__names_the_storage(tmp_path):
-    check_token(tmp_path, None)
-    (tmp_path / TOKEN_NAME).write_text("token")
-    check_token(tmp_path, "token")
-    with pytest.raises(
-        EnvironmentProblem, match=rf"{tmp_path.parent} is not shared with node \S+: "
-    ):
-        check_token(tmp_path, "another")
+def test_answer__says_what_is_wrong(place):
+    told = f"cannot read what the driver wrote in {place.address}: "
+    assert answer(place, "token", "answer", VERSION).startswith(told)
+    place.files.write(TOKEN_NAME, b"of another driver")
+    assert "holds something else" in answer(place, "token", "answer", VERSION)
+    assert "has drtune-ray 0.1.0, the driver 9.9" in answer(place, "token", "a", "9.9")
+
+
+def test_answer__cannot_write(tmp_path):
+    place = SharedPlace(tmp_path, None)
+    place.files.write(TOKEN_NAME, b"token")
+    (tmp_path / "no").write_text("a file is in the way")
+    assert answer(place, "token", "no/answer", VERSION) == f"cannot write {tmp_path}: File exists"
+
+
+def test_answer__a_node_without_credentials(s3, tmp_path, monkeypatch):
+    place = SharedPlace(tmp_path / "small", open_folder(f"s3://{BUCKET}/x?region=$OPTION"))
+    assert "needs the environment variable OPTION" in answer(place, "token", "a", VERSION)
+    monkeypatch.setenv("OPTION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    problem = answer(place, "token", "a", VERSION)
+    assert problem.startswith(f"cannot read what the driver wrote in s3://{BUCKET}/x/: ")
+
+
+def test_answer__a_node_that_cannot_keep_its_copies(tmp_path):
+    place = SharedPlace(tmp_path / "studies" / "small", LocalFolder(tmp_path / "artifacts"))
+    place.files.write(TOKEN_NAME, b"token")
+    (tmp_path / "studies").write_text("a file is in the way")
+    assert answer(place, "token", "answer", VERSION) == (
+        f"cannot write {tmp_path}/studies, where its copies of the tables go: File exists"
+    )
+
+
+def test_check_token__names_the_place(place):
+    check_token(place.folder, None, place.artifacts)
+    place.files.write(TOKEN_NAME, b"token")
+    check_token(place.folder, "token", place.artifacts)
+    if isinstance(place.files, LocalFolder):
+        assert [path.name for path in place.files.path.iterdir()] == [TOKEN_NAME]
+    with pytest.raises(EnvironmentProblem) as caught:
+        check_token(place.folder, "another", place.artifacts)
+    message = str(caught.value)
+    assert re.match(rf"the {re.escape(str(place))} is not shared with node \S+: ", message)
+    assert message.endswith(place.fix)
+
+
+def test_workshop__looks_into_the_artifacts_of_the_trials(place):
+    place.files.write(TOKEN_NAME, b"of another driver")
+    workplace = Workplace(
+        {},
+        place.folder / "trials",
+        1,
+        "cpu",
+        place.artifacts,
+        token="token",
+        study_id="small-1",
+        hang_seconds=60,
+    )
+    with pytest.raises(EnvironmentProblem, match=f"^the {place} is not shared with node"):
+        Workshop(workplace)
 
 
 def test_shared_folder__one_machine_is_not_asked(tmp_path):
     with shared_folder(tmp_path, Capacity((Node(1, 0),), is_local=True), None) as token:
         assert token is None
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "problem"),
+    [
+        (RuntimeError(), "cannot run drtune-ray: RuntimeError"),
+        (RuntimeError("Traceback ...\n  No module named x\n"), "cannot run drtune-ray: No module"),
+    ],
+)
+def test_problem__whatever_ray_raises(error, problem, tmp_path, monkeypatch):
+    import ray
+
+    def fail(ref, timeout):
+        raise error
+
+    monkeypatch.setattr(ray, "get", fail)
+    place = SharedPlace(tmp_path, None)
+    assert _problem(place, "token", "node", None).startswith(problem)
 
 
 # ---- two nodes on this machine; the second has a file system of its own over the storage
@@ -145,6 +231,48 @@ def test_a_storage_of_its_own_is_refused_before_the_first_trial(
     assert not list((storage / "small").glob(f"{TOKEN_NAME}*"))
     assert not (storage / "small" / "study.yaml").exists()
     assert not (storage / "small" / "trials").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_artifacts_that_one_node_does_not_reach_are_refused_before_the_first_trial(
+    tmp_path, monkeypatch
+):
+    import ray
+
+    mounted, folder = tmp_path / "artifacts", tmp_path / "studies" / "small"
+    mounted.mkdir()
+    if not can_mount(mounted):
+        pytest.skip("no mount namespaces here")
+    monkeypatch.setattr(shared, "ANSWER_SECONDS", 60.0)
+    artifacts = LocalFolder(mounted / "small" / "trials")
+    with cluster_of([1]) as cluster, joined(cluster.address):
+        with shared_folder(folder, JOINED, artifacts) as token:
+            assert token is not None
+        with node_elsewhere(cluster.address, mounted, tmp_path):
+            wait_for_nodes(2)
+            with pytest.raises(EnvironmentProblem) as refused:
+                with shared_folder(folder, JOINED, artifacts):
+                    raise AssertionError("a trial would start")
+        assert ray.is_initialized()
+    message = str(refused.value)
+    assert message.startswith(f"the artifacts {artifacts.path} does not serve every node")
+    assert message.count("  node ") == 1
+    assert "cannot read what the driver wrote in" in message
+    assert message.endswith(ARTIFACTS_FIX)
+    assert not list(artifacts.path.iterdir())
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_node_that_answers_too_late_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared, "ANSWER_SECONDS", 0.0)
+    with cluster_of([1]) as cluster, joined(cluster.address):
+        with pytest.raises(EnvironmentProblem, match="did not answer in 0 s"):
+            with shared_folder(tmp_path / "small", JOINED, None):
+                pass
+        time.sleep(5)  # by then it would have answered
+    assert not list((tmp_path / "small").iterdir())
 
 
 @pytest.mark.ray

@@ -136,6 +136,34 @@ def test_from_mapping__no_parameters(base: TrialConfig, content: dict[str, Any])
     )
 
 
+@pytest.mark.parametrize(
+    ("values", "parameters"),
+    [
+        # The base's momentum of 0 is never taken.
+        (
+            {"optim.momentum": 0.0},
+            {"optim.nesterov": {"choice": [True, False]}, "optim.momentum": {"float": [0.1, 0.9]}},
+        ),
+        (
+            {},
+            {
+                "optim.nesterov": {"choice": [True, False], "when": "optim.momentum > 0"},
+                "optim.momentum": {"float": [0.0, 0.9]},
+            },
+        ),
+        # One step would lead to where no momentum is.
+        ({}, {"optim.momentum": {"float": [0.5, 0.5], "step": 0.6}}),
+    ],
+)
+def test_from_mapping__what_every_trial_can_be(
+    make_trial: MakeTrial, values: dict[str, Any], parameters: dict[str, Any]
+) -> None:
+    base = make_trial(values)
+    searched = space(parameters, base)
+    for trial in asked(20):
+        searched.suggest(trial, base)
+
+
 def test_from_mapping__a_condition_may_look_ahead(base: TrialConfig) -> None:
     # Order is by dependency, else as declared.
     paths = [

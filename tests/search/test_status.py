@@ -366,6 +366,8 @@ def test_artifacts__another_machine_drives_it_now(tmp_path: Path) -> None:
     files.write(LEASE_NAME, json.dumps({"host": "elsewhere", "pid": 9, "beat": 3}).encode())
     found = read_status("flowers", str(tmp_path))
     assert (found.state, found.driver) == (NOT_SEEN, "process 9 on elsewhere")
+    files.write(LEASE_NAME, b"{}")
+    assert read_status("flowers", str(tmp_path)).state == INTERRUPTED
     files.write(LEASE_NAME, b"torn")
     found = read_status("flowers", str(tmp_path))
     assert found.state == INTERRUPTED
