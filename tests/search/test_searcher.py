@@ -13,7 +13,9 @@ import pytest
 from optuna.trial import TrialState
 
 from drtune_ray.config import TrialConfig
+from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.results.trials import best_trial, summary
+from drtune_ray.search.callback import StudyCallback
 from drtune_ray.search.proposals import SearchProposals
 from drtune_ray.search.protocol import HISTORY, OBJECTIVE, OUT_OF_MEMORY, failed_by_point
 from drtune_ray.search.searcher import StudySearch
@@ -230,3 +232,22 @@ def test_a_journal_that_a_killed_driver_left_locked_and_torn_is_mended(make_sear
     again.on_trial_complete("a", result([0.5], COMPLETED))
     assert time.monotonic() - started < 5
     assert [trial.value for trial in trials(tmp_path)] == [0.5]
+
+
+def test_a_driver_that_lost_the_study_stops_and_tells_nothing_more(make_search, tmp_path):
+    """Another one has it: this one's words would be of trials that are trained elsewhere."""
+    taken: list[EnvironmentProblem] = []
+
+    def check_lease() -> None:
+        if taken:
+            raise taken[0]
+
+    search = make_search()
+    callback = StudyCallback(search, [].append, tmp_path, None, lambda: None, check_lease)
+    search.suggest("a")
+    callback.on_step_begin(0, [])
+    taken.append(EnvironmentProblem("study 'x' was taken over by process 7 on b"))
+    with pytest.raises(EnvironmentProblem, match="taken over by process 7"):
+        callback.on_step_begin(1, [])
+    search.on_trial_complete("a", result([0.5], COMPLETED))
+    assert trials(tmp_path)[0].state == TrialState.RUNNING
