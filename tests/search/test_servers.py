@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from drtune_ray.results import evaluate as evaluate_module
 from drtune_ray.results.evaluate import _record_opening, read_openings
 from drtune_ray.results.winner import read_winner
 from drtune_ray.search import servers
+from drtune_ray.search import study as study_module
 from drtune_ray.search.actor import Workplace
 from drtune_ray.search.identity import Record, deciding_values, read_record
 from drtune_ray.search.prepare import check_inputs, prepare
@@ -482,6 +484,22 @@ def wait_for(condition: Any, process: subprocess.Popen[bytes], log: Path) -> Non
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.1)
+
+
+def test_losing_the_disk_that_held_the_search_does_not_begin_it_again(
+    tmp_path: Path, weights_file: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_module, "_cluster", lambda config: nullcontext())
+    place = (tmp_path / "artifacts").as_uri()
+    kept = open_folder(place).below("small")
+    former = record(tmp_path / "lost" / "small", artifacts=place)
+    kept.upload(former.folder / "study.yaml", "study.yaml")
+    kept.below("trials").below("00000").write("best.ckpt", b"weights")
+    config = StudyConfig.from_mapping(study_values(tmp_path, weights_file, artifacts=place))
+    for _ in range(2):  # brought back, and there already
+        with pytest.raises(ConfigError, match=r"^study 'small' has run trials, "):
+            study_module.run_study(config)
+    assert kept.names() == ["study.yaml"]
 
 
 @pytest.mark.ray
