@@ -9,7 +9,7 @@ from pathlib import Path
 
 from drtune_ray.data.artifacts import open_folder
 from drtune_ray.search.identity import Record
-from drtune_ray.search.lease import LEASE_NAME
+from drtune_ray.search.lease import LEASE_NAME, this_machine
 
 LOCK_NAME, HOLDER_NAME = "driver.lock", "driver.txt"  # as `identity.driver_lease` writes them
 LOCKS_FILE = Path("/proc/locks")
@@ -48,7 +48,8 @@ def _driver_in_artifacts(
     except (OSError, ValueError, KeyError, TypeError) as error:
         notes.append(f"artifacts={record.artifacts!r} cannot be read: {error}")
         return local
-    return f"process {pid} on {host}", _lives(pid) if host == socket.gethostname() else None
+    is_here = (host, holder.get("machine")) == (socket.gethostname(), this_machine())
+    return f"process {pid} on {host}", _lives(pid) if is_here else None
 
 
 def _process_and_host(text: str) -> tuple[int, str | None]:

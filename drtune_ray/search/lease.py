@@ -51,7 +51,7 @@ class Lease:
         self._mine: dict[str, Any] = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "machine": _machine(),
+            "machine": this_machine(),
             "token": uuid.uuid4().hex,
             "beat": 0,
         }
@@ -195,7 +195,7 @@ def _wait_for_former(folder: Folder, study: str) -> None:
 
 def _died_here(holder: dict[str, Any]) -> bool:
     """Whether the holder was a process of this machine that is gone."""
-    here = {"host": socket.gethostname(), "machine": _machine()}
+    here = {"host": socket.gethostname(), "machine": this_machine()}
     if any(holder.get(name) != value for name, value in here.items()):
         return False
     if holder.get("pid") == os.getpid():  # the number may be that of an earlier process
@@ -217,7 +217,7 @@ def _read(folder: Folder) -> dict[str, Any] | None:
     return holder if isinstance(holder, dict) else None
 
 
-def _machine() -> str:
+def this_machine() -> str:
     """Where process numbers mean the same: containers of one name have each their own."""
     boot, numbers = PROC / "sys/kernel/random/boot_id", PROC / "self/ns/pid"
     try:

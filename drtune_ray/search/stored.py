@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from drtune_ray.addresses import with_secrets
+from drtune_ray.addresses import secrets_hidden, with_secrets
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.search.identity import JOURNAL_NAME, Record
 
@@ -47,10 +47,11 @@ def _of_database(url: str, record: Record) -> list[Any]:
         parts = make_url(address)
         if parts.get_backend_name() == "sqlite" and not Path(parts.database or "").is_file():
             raise FileNotFoundError(f"there is no file {parts.database}")  # SQLite would make it
-        storage = RDBStorage(
-            address, engine_kwargs={"pool_pre_ping": True}, skip_table_creation=True
-        )
-        return _all_trials(storage, record.study_id)
+        with secrets_hidden(url):
+            storage = RDBStorage(
+                address, engine_kwargs={"pool_pre_ping": True}, skip_table_creation=True
+            )
+            return _all_trials(storage, record.study_id)
     except (OptunaError, SQLAlchemyError, ImportError, RuntimeError, OSError) as error:
         cause = error.__cause__ if isinstance(error, OptunaError) else error
         reason = (str(cause or error).strip().splitlines() or [type(error).__name__])[0]

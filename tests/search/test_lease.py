@@ -33,7 +33,7 @@ def holder(**changes: object) -> bytes:
 
 
 def here() -> dict[str, object]:
-    return {"host": socket.gethostname(), "machine": lease._machine()}
+    return {"host": socket.gethostname(), "machine": lease.this_machine()}
 
 
 class Away(LocalFolder):
