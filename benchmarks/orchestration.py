@@ -1,122 +1,190 @@
-"""What Ray costs a trial: resident actors beside nested Ray Train workers, over the same real work.
+"""What Ray costs a trial: resident actors beside plain processes and nested Ray Train workers.
 
     .venv/bin/python benchmarks/orchestration.py
 
-Shows, in about three minutes on two cores, why trials of one worker run in resident actors
-(`TrialActor` with ``reuse_actors``) and only those of several workers as a TorchTrainer each
-(`drive_trial`). Both ways run in turn, each on a Ray of its own with the dashboard, which nested
-workers need. The work is the demo's; the nested trials are the first ones of the resident run.
+The same fixed trials of the demo's work, to their last epoch, with a checkpoint an epoch, in turn:
 
-    overhead a trial = (wall clock of Tuner.fit() * trials at a time - seconds in epochs) / trials
+    plain     two processes that each train half of them in a loop over `train_epochs`
+    resident  as a study runs them: `TrialActor` with ``reuse_actors``, two at a time
+    nested    the first few of them as a TorchTrainer each (`drive_trial`), as trials of several
+              workers run
 
-It holds all that is not an epoch: Tune, processes and imports, and, for both ways alike, building
-a trial's model, warming up its bank and writing its checkpoints. The resident actors start once:
-here that is spread over a few trials, in a study over many. Where the epochs of the two ways
-differ much, the machine was busy with something else: run it again.
+Ray's start is printed apart. The overhead of a trial is what its slot did beside its epochs,
+between the end of the first trial and the end of the last but one, when both slots are busy:
+
+    overhead a trial = (2 * seconds between - seconds in epochs) / trials that ended between
+
+It holds building the model, warming up the bank and writing checkpoints, for all ways alike. Where
+the epochs of two ways differ much, the machine was busy with something else: run it again.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import platform
 import tempfile
 import time
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+from unittest import mock
 
 import ray
 import torch
 from ray import tune
 
 from drtune_ray.config import StudyConfig
+from drtune_ray.data.dataset import Tables, TrainingData
 from drtune_ray.data.store import TableStore
 from drtune_ray.demo import demo_config
+from drtune_ray.search import tuning
 from drtune_ray.search.actor import Workplace
-from drtune_ray.search.identity import SCRATCH_NAME, TRIALS_FOLDER
+from drtune_ray.search.identity import TRIALS_FOLDER
+from drtune_ray.search.nodes import Capacity
 from drtune_ray.search.prepare import check_inputs, prepare
-from drtune_ray.search.protocol import result_history
-from drtune_ray.search.searcher import StudySearch, build_sampler
-from drtune_ray.search.session import Capacity, ray_session, trials_that_fit
-from drtune_ray.search.space import SearchSpace
-from drtune_ray.search.study import open_optuna_study
+from drtune_ray.search.proposals import FinalistProposals, FixedTrial
+from drtune_ray.search.searcher import StudySearch
+from drtune_ray.search.servers import StudyArtifacts, open_storage, open_study
+from drtune_ray.search.session import ray_session
+from drtune_ray.search.shared import Cluster
 from drtune_ray.search.trainables import tune_trainable
+from drtune_ray.search.tuning import TuneRun
 from drtune_ray.search.workers import drive_trial
+from drtune_ray.tracking.events import Event, MetricsRecorded, RunFinished
+from drtune_ray.training.backbones import read_backbone
+from drtune_ray.training.checkpoint import trial_folder
+from drtune_ray.training.loop import train_epochs
+from drtune_ray.training.records import EpochReport
 from drtune_ray.values import deep_merge
 
-AT_A_TIME, EPOCHS, IMAGE_SIZE = 2, 2, 32
-NUM_TRIALS = {"resident": 8, "nested": 4}
-OVER_DEMO = {
-    "sampler": {"name": "random"},  # proposes the same whatever the trials before came to
-    "trial": {"data": {"image_size": IMAGE_SIZE}, "training": {"epochs": EPOCHS}},
-}
+AT_A_TIME, EPOCHS, IMAGE_SIZE = 2, 6, 48
+NUM_TRIALS = {"plain": 24, "resident": 24, "nested": 4}
+OVER_DEMO = {"trial": {"data": {"image_size": IMAGE_SIZE}, "training": {"epochs": EPOCHS}}}
 
 
-class Inputs(NamedTuple):
-    """What both ways share, prepared once."""
+@dataclass
+class Record:
+    """When trials ended and how long their epochs took."""
 
-    storage: Path
-    config: StudyConfig
-    space: SearchSpace
-    tables: dict[str, Any]
+    started: float = field(default_factory=time.time)
+    ends: list[float] = field(default_factory=list)
+    epoch_seconds: dict[int, float] = field(default_factory=dict)
+    order: list[int] = field(default_factory=list)
+
+    def take(self, event: Event) -> None:
+        if isinstance(event, MetricsRecorded) and event.number is not None:
+            seconds = self.epoch_seconds.get(event.number, 0.0) + event.metrics["seconds"]
+            self.epoch_seconds[event.number] = seconds
+        elif isinstance(event, RunFinished) and event.number is not None:
+            self.ended(event.number)
+
+    def ended(self, number: int) -> None:
+        self.ends.append(time.time())
+        self.order.append(number)
+
+    @property
+    def wall(self) -> float:
+        return max(self.ends) - self.started
+
+    @property
+    def work(self) -> float:
+        """Seconds of a trial in epochs, the mean."""
+        return sum(self.epoch_seconds.values()) / len(self.epoch_seconds)
+
+    @property
+    def overhead(self) -> float:
+        ends, inner = sorted(self.ends), self.order[1:-1]
+        seconds = ends[-2] - ends[0]
+        work = sum(self.epoch_seconds[number] for number in inner)
+        return (AT_A_TIME * seconds - work) / len(inner)
 
 
-def prepare_inputs(storage: Path) -> Inputs:
-    config = StudyConfig.from_mapping(deep_merge(demo_config(storage).to_mapping(), OVER_DEMO))
-    checked = check_inputs(config.trial, storage)
-    space = SearchSpace.from_mapping(config.to_mapping()["space"], config.trial)
-    with TableStore(storage, config.trial.data.cache_limit_gib) as store:
-        tables = prepare(checked, config.trial, store, "cpu").to_mapping()
-    return Inputs(storage, config, space.clamped(checked.num_train)[0], tables)
+def fixed_trials(config: StudyConfig, number: int) -> list[FixedTrial]:
+    """DR-Tune and CE-tuning in turn, each on a seed of its own."""
+    methods = ("dr_tune", "ce_tuning")
+    values = ({"seed": n, "method.name": methods[n % 2]} for n in range(number))
+    return [FixedTrial(f"{n}", config.trial.with_values(v)) for n, v in enumerate(values)]
 
 
-def measure(way: str, inputs: Inputs) -> tuple[float, float]:
-    """Seconds of wall clock, and seconds in epochs, of all trials of one way."""
-    with ray_session(with_dashboard=True) as capacity:
-        if trials_that_fit(1, inputs.config.resources, capacity) < AT_A_TIME:
-            raise SystemExit(f"{AT_A_TIME} trials run at a time: that needs {AT_A_TIME} cores")
-        tuner = build_tuner(way, inputs, capacity)
-        started = time.monotonic()
-        grid = tuner.fit()
-        return time.monotonic() - started, epoch_seconds(grid, NUM_TRIALS[way])
+def run_plain(config: StudyConfig, tables: Tables, folder: Path) -> Record:
+    """Two processes, each over half of the trials; their start counts as Ray's does not."""
+    context = multiprocessing.get_context("spawn")
+    queue, ready = context.Queue(), context.Barrier(AT_A_TIME + 1)
+    trials = list(enumerate(fixed_trials(config, NUM_TRIALS["plain"])))
+    processes = [
+        context.Process(target=_loop, args=(trials[slot::AT_A_TIME], tables, folder, queue, ready))
+        for slot in range(AT_A_TIME)
+    ]
+    for process in processes:
+        process.start()
+    ready.wait()  # imports are done, as they are in an actor that trains its second trial
+    record = Record()
+    for _ in trials:
+        number, seconds = queue.get()
+        record.epoch_seconds[number] = seconds
+        record.ended(number)
+    for process in processes:
+        process.join()
+    return record
 
 
-def build_tuner(way: str, inputs: Inputs, capacity: Capacity) -> tune.Tuner:
-    config, folder = inputs.config, inputs.storage / way
+def _loop(
+    trials: list[tuple[int, FixedTrial]], tables: Tables, folder: Path, queue: Any, ready: Any
+) -> None:
+    torch.set_num_threads(1)
+    backbone, opened = read_backbone(tables.backbone), None
+    ready.wait()
+    for number, trial in trials:
+        if opened is None:
+            interpolation = backbone.normalization.interpolation
+            opened = TrainingData(tables, trial.config.data, interpolation)
+        into, seconds = trial_folder(folder, number), 0.0
+        for event in train_epochs(trial.config, opened, backbone, num_threads=1):
+            event.save(into)
+            if isinstance(event, EpochReport) and event.record is not None:
+                seconds += event.record.metrics["seconds"]
+        into.drop_resumable()
+        queue.put((number, seconds))
+
+
+def run_tune(
+    config: StudyConfig, tables: Tables, folder: Path, way: str, capacity: Capacity
+) -> Record:
+    """Through the study's own way into Tune."""
     folder.mkdir()
-    study, threads = open_optuna_study(folder, way), config.resources.cpus_per_worker
-    sampler_for = partial(build_sampler, config.sampler, config.seed)
-    search = StudySearch(study, inputs.space, config.trial, (), NUM_TRIALS[way], sampler_for)
-    workplace = Workplace(inputs.tables, folder / TRIALS_FOLDER, threads, "cpu")
-    resident = way == "resident"
-    trainable = (tune_trainable if resident else nested_trainable)(config, workplace, capacity)
-    return tune.Tuner(
-        trainable,
-        tune_config=tune.TuneConfig(
-            max_concurrent_trials=AT_A_TIME,
-            num_samples=-1,
-            search_alg=search,
-            reuse_actors=resident,
-        ),
-        run_config=tune.RunConfig(
-            storage_path=str(folder / SCRATCH_NAME),
-            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            verbose=0,
-        ),
+    study = open_study(open_storage(folder, None), way)
+    trials = tuple(fixed_trials(config, NUM_TRIALS[way]))
+    record = Record()
+    kind, trainable = (TuneRun, tune_trainable) if way == "resident" else (_Nested, _nested)
+    tune_run = kind(
+        config.model_copy(update={"storage": str(folder), "name": way}),
+        f"{way}-{os.getpid()}",
+        StudyArtifacts(None, folder / way),
+        Cluster(capacity, None, print),
+        record.take,
+        lambda: None,
+        lambda: None,
     )
+    with mock.patch.object(tuning, "tune_trainable", trainable):
+        record.started = time.time()
+        tune_run.run(
+            StudySearch(FinalistProposals(study, trials)), {config.trial.tables_key: tables}
+        )
+    return record
 
 
-def nested_trainable(config: StudyConfig, workplace: Workplace, capacity: Capacity) -> Any:
+class _Nested(TuneRun):
+    def _watch(self) -> None:
+        """Workers of Ray Train have a guard of their own, and no actor is used again."""
+
+
+def _nested(config: StudyConfig, workplace: Workplace, capacity: Capacity) -> Any:
     """As `tune_trainable` makes it for trials of several workers; here for one."""
-    bound = tune.with_parameters(drive_trial, workplace=workplace, resources=config.resources)
+    bound = tune.with_parameters(
+        drive_trial, workplace=workplace, resources=config.resources, num_workers=1
+    )
     return tune.with_resources(bound, capacity.driver_resources())
-
-
-def epoch_seconds(grid: tune.ResultGrid, num_trials: int) -> float:
-    histories = [result_history(result.metrics or {}) for result in grid]
-    if grid.num_errors or [len(history) for history in histories] != [EPOCHS] * num_trials:
-        raise RuntimeError(f"not {num_trials} whole trials of {EPOCHS} epochs: {histories}")
-    return sum(record.metrics["seconds"] for history in histories for record in history)
 
 
 def main() -> None:
@@ -126,17 +194,28 @@ def main() -> None:
         f"torch {torch.__version__}, Ray {ray.__version__}\n"
         f"work: trials of {EPOCHS} epochs at {IMAGE_SIZE} px, {AT_A_TIME} at a time; all in seconds"
     )
-    rows: dict[str, tuple[float, ...]] = {}
-    with tempfile.TemporaryDirectory(prefix="orchestration-") as storage:
-        inputs = prepare_inputs(Path(storage))
-        for way, num in NUM_TRIALS.items():
-            wall, work = measure(way, inputs)
-            rows[way] = (wall / num, work / num, (wall * AT_A_TIME - work) / num)
-    print(f"{'':10}trials  wall a trial  epochs a trial  overhead a trial")
-    for way, row in rows.items():
-        print(f"{way:10}{NUM_TRIALS[way]:6}{row[0]:14.2f}{row[1]:16.2f}{row[2]:18.2f}")
-    ratios = [nested / resident for resident, nested in zip(*rows.values(), strict=True)]
-    print(f"nested / resident{ratios[0]:13.2f}{ratios[1]:16.2f}{ratios[2]:18.2f}")
+    records: dict[str, Record] = {}
+    with tempfile.TemporaryDirectory(prefix="orchestration-") as name:
+        storage = Path(name)
+        config = StudyConfig.from_mapping(deep_merge(demo_config(storage).to_mapping(), OVER_DEMO))
+        with TableStore(storage, config.trial.data.cache_limit_gib) as store:
+            checked = check_inputs(config.trial, storage)
+            tables = prepare(checked, config.trial, store, "cpu")
+        records["plain"] = run_plain(config, tables, storage / TRIALS_FOLDER)
+        started = time.time()
+        with ray_session(with_dashboard=True) as capacity:
+            print(f"Ray's start: {time.time() - started:.1f}")
+            for way in ("resident", "nested"):
+                records[way] = run_tune(config, tables, storage / way, way, capacity)
+    print(f"{'':10}trials  wall in all  epochs a trial  overhead a trial")
+    for way, record in records.items():
+        figures = f"{record.wall:13.1f}{record.work:16.2f}{record.overhead:18.2f}"
+        print(f"{way:10}{NUM_TRIALS[way]:6}{figures}")
+    resident, plain, nested = (records[way] for way in ("resident", "plain", "nested"))
+    print(
+        f"wall, resident / plain {resident.wall / plain.wall:.3f}; "
+        f"overhead, nested / resident {nested.overhead / resident.overhead:.1f}"
+    )
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ class StudyDriver:
         self.study, self.artifacts = study, artifacts
         self.checked, self.space, self.references = checked, space, references
         self.notes, self.started = notes, time.monotonic()
-        self._is_interruption_told = False
+        self._is_interruption_told = self._is_exhausted = False
         self._end: str | None = None
         self.storage = Path(config.storage).expanduser().resolve()
         self.base = config.trial.with_values(
@@ -158,16 +158,7 @@ class StudyDriver:
 
     def _search(self, on_plan: Callable[[StudyPlan], None]) -> None:
         """Run trials until the budget ends the search."""
-        budget = Budget(self.config.trials, self.config.budget, self.study)
-        proposals = SearchProposals(
-            self.study,
-            self.space,
-            self.base,
-            self.references,
-            budget,
-            partial(build_sampler, self.config.sampler, self.config.seed),
-            start_with=start_points(self.space, self.config.start_with),
-        )
+        budget, proposals = self._search_proposals()
         if not proposals.has_next():
             return
         variants = table_variants(self.space, self.base)
@@ -186,7 +177,20 @@ class StudyDriver:
             tune_run.run(search, tables, scheduler=scheduler, stop=budget)
         finally:
             budget.keep_time()
-        self._end = proposals.end
+        self._end, self._is_exhausted = proposals.end, proposals.is_exhausted
+
+    def _search_proposals(self) -> tuple[Budget, SearchProposals]:
+        """What is left of the search by now, and its limits."""
+        budget = Budget(self.config.trials, self.config.budget, self.study)
+        return budget, SearchProposals(
+            self.study,
+            self.space,
+            self.base,
+            self.references,
+            budget,
+            partial(build_sampler, self.config.sampler, self.config.seed),
+            start_with=start_points(self.space, self.config.start_with),
+        )
 
     def _run_finalists(self, on_plan: Callable[[StudyPlan], None]) -> None:
         """Train the finalists on their new seeds, where that is still to be done."""
@@ -270,12 +274,13 @@ class StudyDriver:
     def _tell_interruption(self) -> None:
         if self._is_interruption_told:
             return
-        self._is_interruption_told = True
         # The study first: a database that is away must not keep it RUNNING.
         self._emit(RunFinished(None, "INTERRUPTED", "interrupted", {}, {}))
         for trial in self.study.get_trials(deepcopy=False):
             if trial.state == TrialState.RUNNING:
                 self._emit(RunFinished(trial.number, "INTERRUPTED", "interrupted", {}, {}))
+        # Last: a second interruption may cut this off, and twice changes nothing.
+        self._is_interruption_told = True
 
     def _finish(self) -> StudyResult:
         """Name the winner, write it, and say that the study is done."""
@@ -301,8 +306,10 @@ class StudyDriver:
         }
         self._emit(RunFinished(None, "COMPLETE", "completed", metrics, tags))
         self.artifacts.keep(WINNER_NAME)
-        write_done(self.config, self._num_ended())
-        self.artifacts.keep(DONE_NAME)
+        if self._is_exhausted or not self._search_proposals()[1].has_next():
+            write_done(self.config, self._num_ended())
+            self.artifacts.keep(DONE_NAME)
+        # Otherwise the machine failed trials, which the same command makes good.
         return result
 
     def _write_winner(self, result: StudyResult, about: dict[str, Any]) -> None:

@@ -114,6 +114,9 @@ class SearchProposals(Proposals):
     A sampled point that breaks a constraint of the space, or repeats one, is told to Optuna as
     what it is and not trained.
 
+    Afterwards `end` says why there is no further trial, and `is_exhausted` whether it is the space
+    that holds no more.
+
     Args:
         study: The Optuna study; its storage outlives this object.
         space: What to search.
@@ -152,6 +155,7 @@ class SearchProposals(Proposals):
         self._seen = {_content(t.user_attrs[trials.CONFIG]): t.number for t in sound}
         self._num_begun = sum(self.is_ours(trial) for trial in sound)
         self.end: str | None = None
+        self.is_exhausted = False
 
     def has_next(self) -> bool:
         """Whether a trial is left unfinished, or the budget allows a new one."""
@@ -204,6 +208,7 @@ class SearchProposals(Proposals):
                 self.study.tell(trial, state=TrialState.FAIL)
             else:
                 return self._described(trial, config)
+        self.is_exhausted = True
         self.end = (
             f"{MAX_UNTRAINED_IN_A_ROW} points in a row broke a constraint or had been trained: "
             "the search space holds no more"
