@@ -148,7 +148,10 @@ class MlflowRecorder:
         from mlflow.entities import Param
 
         run_id = self._find(event.number) or self._create(event)
-        self._client.update_run(run_id, status="RUNNING")
+        # The run may have been made bare, of an end that came before any start.
+        self._client.update_run(run_id, status="RUNNING", name=event.name)
+        for key, value in event.tags.items():
+            self._client.set_tag(run_id, key, value)
         # MLflow's params never change: a study that goes on with more trials keeps the first.
         known = self._client.get_run(run_id).data.params
         params = [

@@ -50,9 +50,15 @@ def train_third(workplace: Workplace, configs: list[TrialConfig]) -> list[dict[s
 @pytest.fixture
 def workplace(tmp_path: Path, weights_file) -> tuple[Workplace, dict[str, Any]]:
     values = small_values(write_coloured(tmp_path / "images"), weights_file)
-    _, _, tables = prepared(small_trial(values), tmp_path)
+    trial = small_trial(values)
+    _, _, tables = prepared(trial, tmp_path)
     place = Workplace(
-        tables.to_mapping(), tmp_path / "trials", 1, "cpu", study_id="s", hang_seconds=60
+        {trial.tables_key: tables.to_mapping()},
+        tmp_path / "trials",
+        1,
+        "cpu",
+        study_id="s",
+        hang_seconds=60,
     )
     return place, values
 

@@ -394,7 +394,8 @@ def test_nodes_without_the_drivers_disk_train_and_take_over_from_each_other(
     shelf = TableShelf(root.below("cache"))
     with TableStore(disk, 4.0, shelf) as store:
         tables = prepare(check_inputs(config, disk), config, store, "cpu")
-    place = Workplace(tables.to_mapping(), disk / "trials", 1, "cpu", study_id="s", hang_seconds=60)
+    by_key = {config.tables_key: tables.to_mapping()}
+    place = Workplace(by_key, disk / "trials", 1, "cpu", study_id="s", hang_seconds=60)
     run_to_end(actor(place, 4, config))
     unbroken = TrialFolder(disk / "trials" / "00004").newest()
 

@@ -14,12 +14,14 @@ import pytest
 import yaml
 from optuna.trial import FixedTrial
 
-from drtune_ray.config import TrialConfig, reference_config
+from drtune_ray.config import StudyConfig, TrialConfig, reference_config
 from drtune_ray.search.expressions import FUNCTIONS
 from drtune_ray.search.parameters import KINDS, Parameter
+from drtune_ray.search.samplers import check_sampler
 from drtune_ray.search.settings import FACTS
 from drtune_ray.search.space import SearchSpace, read_space, shipped_spaces
 from drtune_ray.search.space_schema import schema_text, space_schema
+from drtune_ray.search.variants import table_variants
 from drtune_ray.values import flattened
 from tests.conftest import MakeTrial
 
@@ -282,3 +284,18 @@ def test_parameter__has_no_place_in_comparisons(base: TrialConfig) -> None:
     plain = SearchSpace.from_mapping(yaml.safe_load((FOLDER / "vit.yaml").read_text()), base)
     assert plain == shipped("vit", base)
     assert isinstance(plain.parameters[0], Parameter)
+
+
+def test_docs_searching__its_study_is_valid() -> None:
+    """The study of several objectives in docs/searching.md, with its other blocks on top."""
+    text = DOCS.with_name("searching.md").read_text()
+    blocks = [yaml.safe_load(b) for b in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    study = next(block for block in blocks if "space" in block)
+    for block in blocks:
+        if "start_with" not in block:
+            study = block | study
+    config = StudyConfig.from_mapping(study)
+    assert config.budget.patience_trials and config.sampler.options
+    space, _ = SearchSpace.from_mapping(study["space"], config.trial).clamped(5000, 10)
+    assert len(table_variants(space, config.trial)) == 7  # the base's and two times three
+    check_sampler(config.sampler)

@@ -407,3 +407,18 @@ def test_record__files_that_are_gone(
 ) -> None:
     store.record([RunStarted(None, "flowers", {}, {}), FilesReady(None, f"{tmp_path}/a", "winner")])
     assert f"tracking: {tmp_path}/a is gone, so MLflow gets no copy of it" in caplog.text
+
+
+def test_record__a_start_that_comes_after_an_end_gives_name_and_tags(store: Store) -> None:
+    """A study was interrupted between a trial's proposal and its start, and goes on."""
+    store.record(
+        [
+            RunStarted(None, "study", {}, {}),
+            RunFinished(0, "INTERRUPTED", "interrupted", {}, {}),
+            RunStarted(0, "trial-0000-default", {"a": 1}, {"drtune.reference": "default"}),
+        ]
+    )
+    run = store.run(0)
+    assert run.info.run_name == "trial-0000-default"
+    assert run.data.tags["drtune.reference"] == "default"
+    assert (run.data.params, run.info.status) == ({"a": "1"}, "RUNNING")
