@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
 import warnings
+from collections.abc import Container, Sequence
 from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial, TrialState
 
 from drtune_ray.errors import ConfigError
 from drtune_ray.section import unknown_name
@@ -34,6 +38,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 PLAIN = (bool, int, float, str)
 # A point of a sequence depends on all before it: the seed of the sequence must stay.
 SEQUENCES = ("qmc",)
+# What they learn from are the parameters that all trials have.
+OF_COMMON_PARAMETERS = ("gp", "cma_es", "qmc", "nsga2", "nsga3")
 RANDOM_START = "n_startup_trials"
 
 
@@ -60,6 +66,78 @@ def check_sampler(config: SamplerConfig) -> None:
         raise ConfigError(problems)
 
 
+class OfSearched(optuna.samplers.BaseSampler):
+    """A sampler that sees only the trials that were sampled.
+
+    `GPSampler`, `CmaEsSampler`, `QMCSampler` and the genetic ones model the parameters that all
+    trials have in common. Reference trials outside of the space, and finalists, have none: beside
+    one of them these samplers would draw everything at random, without a word.
+
+    Args:
+        sampler: The sampler.
+    """
+
+    def __init__(self, sampler: optuna.samplers.BaseSampler) -> None:
+        self._sampler = sampler
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """What is drawn together."""
+        return self._sampler.infer_relative_search_space(_sampled_alone(study), trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Draw it."""
+        return self._sampler.sample_relative(_sampled_alone(study), trial, search_space)
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """Draw one of the others."""
+        return self._sampler.sample_independent(
+            _sampled_alone(study), trial, param_name, param_distribution
+        )
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """As Optuna calls it."""
+        self._sampler.before_trial(_sampled_alone(study), trial)
+
+    def after_trial(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        state: TrialState,
+        values: Sequence[float] | None,
+    ) -> None:
+        """As Optuna calls it."""
+        self._sampler.after_trial(_sampled_alone(study), trial, state, values)
+
+
+class _SampledAlone(optuna.Study):
+    """A study without the trials that have no parameters; a view, which is never stored."""
+
+    def _get_trials(
+        self,
+        deepcopy: bool = True,
+        states: Container[TrialState] | None = None,
+        use_cache: bool = False,
+    ) -> list[FrozenTrial]:
+        trials = super()._get_trials(deepcopy, states, use_cache)
+        return [trial for trial in trials if trial.params or not trial.state.is_finished()]
+
+
+def _sampled_alone(study: optuna.Study) -> optuna.Study:
+    view = copy.copy(study)
+    view.__class__ = _SampledAlone
+    return view
+
+
 def build_sampler(config: SamplerConfig, seed: int, number: int) -> optuna.samplers.BaseSampler:
     """Optuna's sampler for one trial, seeded by the study's seed and the trial's number.
 
@@ -77,7 +155,7 @@ def build_sampler(config: SamplerConfig, seed: int, number: int) -> optuna.sampl
         sampler: optuna.samplers.BaseSampler = SAMPLERS[config.name](
             seed=derived_seed(seed, *parts) % 2**32, **options
         )
-    return sampler
+    return OfSearched(sampler) if config.name in OF_COMMON_PARAMETERS else sampler
 
 
 def _options(name: str) -> list[str]:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config import TrialConfig, reference_config
 from drtune_ray.errors import ConfigError
 from drtune_ray.search.budget import Budget
-from drtune_ray.search.proposals import SearchProposals
+from drtune_ray.search.proposals import FixedTrial, SearchProposals
 from drtune_ray.search.samplers import SAMPLERS, build_sampler, check_sampler
 from drtune_ray.search.searcher import StudySearch
 from drtune_ray.search.space import SearchSpace
@@ -60,6 +60,30 @@ def test_proposals_are_new_and_the_same_again(tmp_path, make_trial, name):
     first, again = (proposals(tmp_path / f, base, config) for f in ("first", "again"))
     assert first == again
     assert len({json.dumps(proposal) for proposal in first}) == 12
+
+
+@pytest.mark.parametrize("name", ["gp", "cma_es", "qmc"])
+def test_reference_trials_outside_of_the_space_do_not_blind_it(tmp_path, make_trial, name):
+    """Optuna takes the parameters that all trials have in common: CE-tuning would leave none."""
+    base, study = make_trial({"method.bank_size": 32}), opened(tmp_path)
+    config = SamplerConfig(name=name, num_startup_trials=2)
+    proposals = SearchProposals(
+        study,
+        SearchSpace.from_mapping(SPACE, base),
+        base,
+        (FixedTrial("ce_tuning", reference_config(base, "ce_tuning")),),
+        Budget(20, BudgetConfig(), study),
+        partial(build_sampler, config, 5),
+    )
+    search = StudySearch(proposals)
+    for index in range(8):
+        search.suggest(str(index))
+        search.on_trial_complete(str(index), result([0.1 * (index % 5)], COMPLETED))
+    assert study.trials[0].params == {}
+    common = study.sampler.infer_relative_search_space(study, study.trials[-1])
+    assert {"optim.backbone_lr", "method.bank_size"} <= common.keys()
+    bare = SAMPLERS[name]().infer_relative_search_space(study, study.trials[-1])
+    assert bare == {}, "Optuna has learned it: OfSearched may go"
 
 
 def test_qmc_fills_the_space_evenly(tmp_path, make_trial):
