@@ -38,8 +38,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 PLAIN = (bool, int, float, str)
 # A point of a sequence depends on all before it: the seed of the sequence must stay.
 SEQUENCES = ("qmc",)
-# What they learn from are the parameters that all trials have.
-OF_COMMON_PARAMETERS = ("gp", "cma_es", "qmc", "nsga2", "nsga3")
 RANDOM_START = "n_startup_trials"
 
 
@@ -69,9 +67,10 @@ def check_sampler(config: SamplerConfig) -> None:
 class OfSearched(optuna.samplers.BaseSampler):
     """A sampler that sees only the trials that were sampled.
 
-    `GPSampler`, `CmaEsSampler`, `QMCSampler` and the genetic ones model the parameters that all
-    trials have in common. Reference trials outside of the space, and finalists, have none: beside
-    one of them these samplers would draw everything at random, without a word.
+    Reference trials outside of the space, and finalists, have no parameters. Optuna's TPE counts
+    them among the best tenth all the same, which then holds nothing to learn from; GP, CMA-ES, QMC
+    and the genetic samplers model the parameters that all trials have in common, and would draw
+    everything at random, without a word (Optuna 5.0).
 
     Args:
         sampler: The sampler.
@@ -155,7 +154,7 @@ def build_sampler(config: SamplerConfig, seed: int, number: int) -> optuna.sampl
         sampler: optuna.samplers.BaseSampler = SAMPLERS[config.name](
             seed=derived_seed(seed, *parts) % 2**32, **options
         )
-    return OfSearched(sampler) if config.name in OF_COMMON_PARAMETERS else sampler
+    return OfSearched(sampler)
 
 
 def _options(name: str) -> list[str]:
