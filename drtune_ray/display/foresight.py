@@ -87,7 +87,7 @@ def preview_facts(preview: Preview) -> dict[str, Any]:
         "num_gpus": preview.machine.num_gpus,
         "memory_bytes": preview.memory_bytes,
         "local_trials": preview.local_trials,
-        "trials_in_memory": preview.trials_in_memory,
+        "workers_in_memory": preview.workers_in_memory,
         "notes": list(preview.notes),
     }
 
@@ -123,7 +123,7 @@ def _epochs(preview: Preview) -> str:
 
 
 def _machine(preview: Preview) -> str:
-    machine, fits_memory = preview.machine, preview.trials_in_memory
+    machine, fits_memory = preview.machine, preview.workers_in_memory
     workers = preview.config.trial.training.max_workers
     text = (
         f"{machine.describe()}, {size(preview.memory_bytes)} of free memory: holds "

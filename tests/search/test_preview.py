@@ -223,7 +223,7 @@ def test_totals(preview):
     assert preview.seconds.mean == 40 + 12 + 10 + 5
     assert preview.checkpoint_bytes == 6 * 1000 + 2 * 2 * 3000
     assert preview.kept_bytes == (6 + 3 + 2) * 1000
-    assert preview.trials_in_memory == 3
+    assert preview.workers_in_memory == 3
 
 
 def test_lines_for_people(preview):
