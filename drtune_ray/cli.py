@@ -60,6 +60,42 @@ _json = click.option(
 )
 
 
+_STUDY_OPTIONS: tuple[Callable[..., Any], ...] = (
+    click.argument("study_file", required=False, type=click.Path(path_type=Path)),
+    _data,
+    _backbone,
+    _weights,
+    click.option("--trials", type=int, help="How many, the reference trials included."),
+    _epochs,
+    _image_size,
+    click.option("--space", help="A shipped search space (quick, dr_tune, ...) or a YAML file."),
+    click.option("--storage", help=f"Folder for everything written.  [default: {DEFAULT_STORAGE}]"),
+    _name,
+    _seed,
+    click.option("--workers", type=int, help="Ray Train workers of a trial."),
+    click.option("--sampler", help="tpe, gp, cma_es, qmc, random, nsga2 or nsga3."),
+    click.option("--scheduler", help="Early stopping: asha, median or none."),
+    click.option("--finalist-seeds", type=int, help="New seeds for the finalists; 0: no finals."),
+    click.option(
+        "--warm-start",
+        multiple=True,
+        metavar="STUDY",
+        help="A study whose trials the sampler learns from, by name or folder.",
+    ),
+    _tracking_uri,
+    click.option("--optuna-storage", help="URL of a database; by default a file in the study."),
+    _artifacts,
+    _set,
+)
+
+
+def _of_study(command: Callable[..., None]) -> Callable[..., None]:
+    """The arguments that say which study: those of tune, and of what looks ahead to it."""
+    for option in reversed(_STUDY_OPTIONS):
+        command = option(command)
+    return command
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__)
 def cli() -> None:
@@ -82,31 +118,7 @@ def demo(storage: str, seed: int, quiet: bool, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("study_file", required=False, type=click.Path(path_type=Path))
-@_data
-@_backbone
-@_weights
-@click.option("--trials", type=int, help="How many, the reference trials included.")
-@_epochs
-@_image_size
-@click.option("--space", help="A shipped search space (quick, dr_tune, ...) or a YAML file.")
-@click.option("--storage", help=f"Folder for everything written.  [default: {DEFAULT_STORAGE}]")
-@_name
-@_seed
-@click.option("--workers", type=int, help="Ray Train workers of a trial.")
-@click.option("--sampler", help="tpe, gp, cma_es, qmc, random, nsga2 or nsga3.")
-@click.option("--scheduler", help="Early stopping: asha, median or none.")
-@click.option("--finalist-seeds", type=int, help="New seeds for the finalists; 0: no finals.")
-@click.option(
-    "--warm-start",
-    multiple=True,
-    metavar="STUDY",
-    help="A study whose trials the sampler learns from, by name or folder.",
-)
-@_tracking_uri
-@click.option("--optuna-storage", help="URL of a database; by default a file in the study.")
-@_artifacts
-@_set
+@_of_study
 @_quiet
 @_json
 def tune(
@@ -125,6 +137,32 @@ def tune(
     from drtune_ray.search.request import study_request
 
     _run_study(lambda: study_request(study_file, assignments, flags), quiet, as_json)
+
+
+@cli.command()
+@_of_study
+@_json
+def preview(
+    study_file: Path | None, assignments: tuple[str, ...], as_json: bool, **flags: Any
+) -> None:
+    """Say what a study will cost; takes what tune takes, and about a minute.
+
+    Trains for seconds on some of the images; nothing is written under the storage.
+    """
+    from drtune_ray.display.foresight import preview_facts, preview_lines
+    from drtune_ray.display.output import json_stdout, write_json
+    from drtune_ray.search.preview import preview_study
+    from drtune_ray.search.request import study_request
+
+    with json_stdout(is_wanted=as_json) as stream:
+        config, notes = study_request(study_file, assignments, flags)
+        if not as_json:
+            _echo(notes)
+        found = preview_study(config)
+        if as_json:
+            write_json(stream, "preview", preview_facts(found))
+        else:
+            _echo(preview_lines(found))
 
 
 @cli.command()

@@ -145,20 +145,30 @@ def prepare(checked: Checked, config: TrialConfig, store: TableStore, device: st
     manifest = manifest_path(config.data, store.storage)
     manifest.parent.mkdir(parents=True, exist_ok=True)
     write_manifest(checked.splits, manifest)
-    root, backbone = data_root(config.data), checked.encoder_of(config)
-    images = store.table(
-        table_name("images", checked.splits.content_digest()),
-        lambda path: write_images(checked.splits, root, path),
-    )
-    about = (backbone.digest, backbone.image_size, asdict(backbone.normalization))
-    backbone_file = store.table(
-        table_name("backbone", *about, suffix=".safetensors"), backbone.write
-    )
-    tables = prepare_tables(
-        store, config.data, checked.splits.classes, images, backbone_file, device
-    )
+    tables = build_tables(checked, config, store, device)
     store.keep_limit()
     return tables
+
+
+def build_tables(checked: Checked, config: TrialConfig, store: TableStore, device: str) -> Tables:
+    """As :func:`prepare`, the tables alone, whatever else lies in the store."""
+    root, backbone = data_root(config.data), checked.encoder_of(config)
+    images = store.table(
+        images_name(checked.splits), lambda path: write_images(checked.splits, root, path)
+    )
+    backbone_file = store.table(backbone_name(backbone), backbone.write)
+    return prepare_tables(store, config.data, checked.splits.classes, images, backbone_file, device)
+
+
+def images_name(splits: Splits) -> str:
+    """The file name of the table of encoded images."""
+    return table_name("images", splits.content_digest())
+
+
+def backbone_name(backbone: Backbone) -> str:
+    """The file name of a pretrained encoder among the tables."""
+    about = (backbone.digest, backbone.image_size, asdict(backbone.normalization))
+    return table_name("backbone", *about, suffix=".safetensors")
 
 
 def prepare_all(

@@ -84,7 +84,7 @@ def run_study(
     artifacts = StudyArtifacts(config.artifacts, config.folder)
     artifacts.restore_shared(_manifest(config))
     _warm_start(config)  # they are there
-    checked, space, references, notes = _check(config)
+    checked, space, references, notes = check_study(config)
     # As it must be found again from any working directory.
     trial = config.trial.with_values({"data.train": str(data_root(config.trial.data))})
     config = config.model_copy(update={"space": _space_content(config), "trial": trial})
@@ -118,9 +118,17 @@ def run_study(
         return driver.run(observer, on_plan, is_restored)
 
 
-def _check(
+def check_study(
     config: StudyConfig,
 ) -> tuple[Checked, SearchSpace, tuple[FixedTrial, ...], tuple[str, ...]]:
+    """Everything that can be seen without a cluster: inputs, space, reference trials, notes.
+
+    Nothing is written.
+
+    Raises:
+        ConfigError: Naming every problem.
+        EnvironmentProblem: If weights cannot be fetched.
+    """
     found: list[SearchSpace] = []
     checked = check_inputs(
         config.trial,

@@ -96,6 +96,11 @@ class Backbone:
             total.update(self.state[name].contiguous().numpy().tobytes())
         return total.hexdigest()[:16]
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of the weights."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.state.values())
+
     def write(self, path: Path) -> None:
         """Write as one safetensors file from which :func:`read_backbone` makes the same."""
         about = asdict(self) | {"state": None, "normalization": asdict(self.normalization)}

@@ -44,9 +44,11 @@ def prepare_tables(
     """
     backbone = read_backbone(backbone_file)
     maker = ViewMaker(config, backbone.normalization.interpolation)
-    names = _names(config, maker, images, backbone_file, device)
+    names = table_names(config, maker, images.name, backbone_file.name, device)
     tables = Tables(classes, backbone_file, images, None, None, None)
-    if store.has_room(_sizes(config, images, backbone.num_features, names)):
+    train, validation = read_images(images)
+    sizes = table_sizes(config, len(train), len(validation), backbone.num_features, names)
+    if store.has_room(sizes):
         tables = _with_pixels(tables, store, config, maker, names)
     if not config.views:
         return tables
@@ -76,40 +78,47 @@ class Normalizer:
         return images.sub_(self._mean).div_(self._std)
 
 
-class _Names(NamedTuple):
+class TableNames(NamedTuple):
+    """File names of the tables that one kind of trials reads."""
+
     views: str
     evaluation: str
     features: str
 
 
-def _names(
-    config: DataConfig, maker: ViewMaker, images: Path, backbone_file: Path, device: str
-) -> _Names:
+def table_names(
+    config: DataConfig, maker: ViewMaker, images_name: str, backbone_name: str, device: str
+) -> TableNames:
     """The names of the tables; those of images and backbone stand for their content."""
-    views = (images.name, maker.training_key, config.views)
+    views = (images_name, maker.training_key, config.views)
     # Kernels differ between devices and releases by more than rounding.
-    numerics = (backbone_file.name, FEATURES_DTYPE, device, torch.__version__)
-    return _Names(
+    numerics = (backbone_name, FEATURES_DTYPE, device, torch.__version__)
+    return TableNames(
         table_name("views", *views),
-        table_name("evaluation", images.name, maker.evaluation_key),
+        table_name("evaluation", images_name, maker.evaluation_key),
         table_name("features", *views, *numerics),
     )
 
 
-def _sizes(config: DataConfig, images: Path, num_features: int, names: _Names) -> dict[str, int]:
-    """Bytes of each table, but for a few of Arrow's own."""
-    train, validation = read_images(images)
-    picture, num_views = 3 * config.image_size**2, len(train) * config.views
+def table_sizes(
+    config: DataConfig,
+    num_train: int,
+    num_validation: int,
+    num_features: int,
+    names: TableNames,
+) -> dict[str, int]:
+    """Bytes of each table, but for a few of Arrow's own, by name."""
+    picture, num_views = 3 * config.image_size**2, num_train * config.views
     features = num_views * num_features * np.dtype(FEATURES_DTYPE).itemsize
     return {
         names.views: num_views * picture,
-        names.evaluation: len(validation) * picture,
+        names.evaluation: num_validation * picture,
         names.features: features,
     }
 
 
 def _with_pixels(
-    tables: Tables, store: TableStore, config: DataConfig, maker: ViewMaker, names: _Names
+    tables: Tables, store: TableStore, config: DataConfig, maker: ViewMaker, names: TableNames
 ) -> Tables:
     """The tables with the pixels of all views, which spare every epoch the decoding."""
     train, validation = read_images(tables.images)

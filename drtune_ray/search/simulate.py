@@ -1,0 +1,259 @@
+"""How many epochs a study takes: its own scheduler over random trials, many times, without Ray.
+
+What the trials will reach is not known, but an early stopping by rank depends on little of it: on
+how alike the order of the trials is from one rung to the next. Every trial gets a curve that
+rises with the epochs, plus a part that stays and a part that is new in each epoch.
+
+Not simulated: what ends a study or trial by its accuracy (a target, patience, divergence), and a
+sampler that gets better with time, whose later trials are stopped less often.
+"""
+
+from __future__ import annotations
+
+import heapq
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from drtune_ray.config import StudyConfig
+from drtune_ray.search.finalists import CE_TUNING
+from drtune_ray.search.protocol import CONFIG_NUMBER, EPOCH, OBJECTIVE
+from drtune_ray.search.scheduler import build_scheduler
+from drtune_ray.study_sections import BudgetConfig
+
+# Correlation of two epochs of a trial over trials, once the common rise is taken away.
+ORDER_CORRELATION = 0.8
+# A curve without its own part: FIRST at epoch 1, towards LAST; trials differ by SPREAD (std).
+FIRST, LAST, SPREAD = 0.5, 0.85, 0.08
+MAX_STUDIES, MIN_STUDIES, MAX_RESULTS = 200, 20, 100_000
+
+Curves = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of a trial: before its first epoch, and of each epoch."""
+
+    begin_seconds: float
+    epoch_seconds: float
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure over the simulated studies: mean, and the ends of its middle 90 %."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """One study, or the spreads over many.
+
+    Attributes:
+        num_trials: Trials that the search begins.
+        search_epochs: Of all of them together.
+        search_seconds: From the first trial's start to the last one's end.
+        final_trials: Trainings of the finalists.
+        final_epochs: Of all of them together.
+        final_seconds: As `search_seconds`.
+    """
+
+    num_trials: float
+    search_epochs: float
+    search_seconds: float
+    final_trials: float
+    final_epochs: float
+    final_seconds: float
+
+    @property
+    def epochs(self) -> float:
+        """Of search and finalists."""
+        return self.search_epochs + self.final_epochs
+
+    @property
+    def seconds(self) -> float:
+        """Of search and finalists."""
+        return self.search_seconds + self.final_seconds
+
+
+def simulated_studies(
+    config: StudyConfig, paces: Sequence[Pace], at_a_time: int, seconds_before: float = 0.0
+) -> tuple[Simulated, ...]:
+    """Run the study's scheduler over random trials, each time over others.
+
+    Args:
+        config: The study.
+        paces: Of each trial of the search, in the order in which they begin: the user's own
+            points, the reference trials, what is sampled.
+        at_a_time: How many trials run side by side.
+        seconds_before: What of ``budget.max_seconds`` is over when the first trial begins.
+    """
+    num_epochs = config.trial.training.epochs
+    num_studies = max(MIN_STUDIES, min(MAX_STUDIES, MAX_RESULTS // (len(paces) * num_epochs)))
+    generator = np.random.default_rng(config.seed)
+    return tuple(
+        simulated(
+            config,
+            random_curves(len(paces), num_epochs, generator),
+            paces,
+            at_a_time,
+            generator,
+            seconds_before,
+        )
+        for _ in range(num_studies)
+    )
+
+
+def simulated(
+    config: StudyConfig,
+    curves: Curves,
+    paces: Sequence[Pace],
+    at_a_time: int,
+    generator: np.random.Generator,
+    seconds_before: float = 0.0,
+) -> Simulated:
+    """One study whose trials reach what the curves say.
+
+    Args:
+        config: As for `simulated_studies`, and so are the others.
+        curves: Best accuracy so far, (trials, epochs).
+        paces: One a trial.
+        at_a_time: How many trials run side by side.
+        generator: Decides which of two trials comes first that end an epoch at the same time.
+        seconds_before: What of the time is over.
+    """
+    search = _Search(config, curves, paces, at_a_time, generator, seconds_before)
+    search.run()
+    finalists = _finalists(config, curves, search.completed)
+    num_seeds = config.finalists.num_seeds
+    num_epochs = curves.shape[1]
+    runs = [paces[number] for _ in range(num_seeds) for number in finalists]
+    return Simulated(
+        search.num_begun,
+        search.num_epochs,
+        search.seconds,
+        len(runs),
+        len(runs) * num_epochs,
+        _makespan([p.begin_seconds + num_epochs * p.epoch_seconds for p in runs], at_a_time),
+    )
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Of a figure over the simulated studies."""
+    low, high = np.percentile(values, [5, 95])
+    return Spread(statistics.fmean(values), float(low), float(high))
+
+
+def random_curves(num_trials: int, num_epochs: int, generator: np.random.Generator) -> Curves:
+    """Best accuracy so far of trials that differ at random, (trials, epochs)."""
+    stays = generator.standard_normal((num_trials, 1))
+    new = generator.standard_normal((num_trials, num_epochs))
+    own = np.sqrt(ORDER_CORRELATION) * stays + np.sqrt(1 - ORDER_CORRELATION) * new
+    rise = LAST - (LAST - FIRST) / np.arange(1, num_epochs + 1)
+    best: Curves = np.maximum.accumulate(rise + SPREAD * own, axis=1)
+    return best
+
+
+class _Search:
+    """The search's trials over time, by the clock of the simulation."""
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        curves: Curves,
+        paces: Sequence[Pace],
+        at_a_time: int,
+        generator: np.random.Generator,
+        seconds_before: float,
+    ) -> None:
+        first = len(config.start_with)
+        self._references = set(range(first, first + len(config.reference_trials)))
+        self._scheduler = build_scheduler(config.scheduler, curves.shape[1], self._references)
+        self._budget: BudgetConfig = config.budget
+        self._curves, self._paces, self._at_a_time = curves, paces, at_a_time
+        self._generator, self._seconds_before = generator, seconds_before
+        self._running: list[tuple[float, float, int, int]] = []
+        self.num_begun = self.num_epochs = 0
+        self.seconds = 0.0
+        self.completed: list[int] = []
+
+    def run(self) -> None:
+        """From the first trial's start to the last one's end."""
+        self._begin_trials()
+        while self._running:
+            self.seconds, _, number, epoch = heapq.heappop(self._running)
+            self.num_epochs += 1
+            if self._goes_on(number, epoch):
+                self._push(self.seconds + self._paces[number].epoch_seconds, number, epoch + 1)
+            else:
+                self._begin_trials()
+
+    def _begin_trials(self) -> None:
+        while (
+            len(self._running) < self._at_a_time
+            and self.num_begun < len(self._paces)
+            and not self._is_spent()
+        ):
+            number, pace = self.num_begun, self._paces[self.num_begun]
+            self.num_begun += 1
+            if self._scheduler is not None:
+                self._scheduler.on_trial_add(None, _tune_trial(number))
+            self._push(self.seconds + pace.begin_seconds + pace.epoch_seconds, number, 1)
+
+    def _push(self, seconds: float, number: int, epoch: int) -> None:
+        heapq.heappush(self._running, (seconds, self._generator.random(), number, epoch))
+
+    def _goes_on(self, number: int, epoch: int) -> bool:
+        result = {EPOCH: epoch, OBJECTIVE: float(self._curves[number, epoch - 1])}
+        if epoch == self._curves.shape[1]:
+            self.completed.append(number)
+        is_last = epoch == self._curves.shape[1] or self._is_spent()
+        if self._scheduler is None:
+            return not is_last
+        trial = _tune_trial(number)
+        if is_last:
+            self._scheduler.on_trial_complete(None, trial, result)
+            return False
+        return self._scheduler.on_trial_result(None, trial, result) == "CONTINUE"
+
+    def _is_spent(self) -> bool:
+        limit_epochs, limit_seconds = self._budget.max_epochs, self._budget.max_seconds
+        if limit_epochs is not None and self.num_epochs >= limit_epochs:
+            return True
+        return limit_seconds is not None and self.seconds + self._seconds_before >= limit_seconds
+
+
+def _finalists(config: StudyConfig, curves: Curves, completed: Sequence[int]) -> list[int]:
+    """Trials that are trained again, as `finalists.finalists` chooses them."""
+    if not config.finalists.num_seeds:
+        return []
+    ranked = sorted(completed, key=lambda number: (-curves[number, -1], number))
+    chosen = ranked[: config.finalists.num_configurations]
+    ce_tuning = [number for number in ranked if _is_ce_tuning(config, number)][:1]
+    return chosen + [number for number in ce_tuning if number not in chosen]
+
+
+def _is_ce_tuning(config: StudyConfig, number: int) -> bool:
+    """Whether a trial trains without the method; what a space samples is taken for the base's."""
+    index = number - len(config.start_with)
+    if 0 <= index < len(config.reference_trials):
+        return config.reference_trials[index] == CE_TUNING
+    return config.trial.method.name == CE_TUNING
+
+
+def _makespan(durations: Sequence[float], at_a_time: int) -> float:
+    """Seconds until all are done that are taken in turn by whichever place is free first."""
+    places = [0.0] * at_a_time
+    for duration in durations:
+        heapq.heapreplace(places, places[0] + duration)
+    return max(places)
+
+
+def _tune_trial(number: int) -> SimpleNamespace:
+    return SimpleNamespace(config={CONFIG_NUMBER: number})
