@@ -475,6 +475,7 @@ def study_values(folder: Path, weights_file: Any, **changes: Any) -> dict[str, A
         "trial": nested(trial),
         "scheduler": {"name": "none"},
         "resources": {"trials_at_a_time": 2},
+        "finalists": {"num_seeds": 0},
     }
     return values | changes
 
