@@ -192,11 +192,15 @@ def test_the_controller_of_a_training_is_killed(training):
 def test_ctrl_c_saves_a_training_at_its_next_step(training):
     driver = training.start()
     training.wait_for(lambda: training.num_trained("step") > 5, "training", 90)
+    before = training.num_trained("step")
     driver.send_signal(signal.SIGINT)
     output = training.finish(driver, expected=130)
     assert "The same command goes on" in output
+    num_later = training.num_trained("step") - before
     training.run()
-    assert set(training.trained("step").values()) == {1}  # not one step is lost
+    # What was trained after the save, until the workers ended, is trained again; nothing before.
+    repeated = [count for count in training.trained("step").values() if count > 1]
+    assert len(repeated) <= num_later and set(repeated) <= {2}
     training.wait_for(lambda: not training.left(), "all processes gone", 20)
 
 
