@@ -22,6 +22,7 @@ from drtune_ray.values import digest, flattened_without
 # Infeasible or duplicate points that are proposed in a row before the space is taken for empty.
 MAX_UNTRAINED_IN_A_ROW = 100
 INFEASIBLE, DUPLICATE = "infeasible", "duplicate of trial"
+FIXED = "fixed_params"  # Optuna's system attribute of a trial that was enqueued
 CUT_OFF = "cut off as it was proposed"
 SamplerFor = Callable[[int], optuna.samplers.BaseSampler]
 
@@ -77,17 +78,21 @@ class Proposals(ABC):
     def _new_trial(self) -> Trial | None:
         """A trial that nobody has begun."""
 
-    def _ask(self, sampler_for: SamplerFor, **marks: Any) -> Trial:
+    def _ask(
+        self, sampler_for: SamplerFor, point: Mapping[str, Any] | None = None, **marks: Any
+    ) -> Trial:
         """A trial without a configuration: one that was cut off as it was proposed, or a new one.
 
         Either is proposed by the sampler of its number, and so comes out the same.
 
         Args:
             sampler_for: See `SearchProposals`.
+            point: Parameters that the trial must have; the others are sampled.
             marks: User attributes that the trial gets.
         """
-        trial = self._cut_off(sampler_for, marks)
+        trial = self._cut_off(sampler_for, point, marks)
         if trial is None:
+            self._enqueue(point)
             number = len(self.study.get_trials(deepcopy=False))
             self.study.sampler = sampler_for(number)
             trial = self.study.ask()
@@ -95,11 +100,24 @@ class Proposals(ABC):
             trial.set_user_attr(name, value)
         return trial
 
-    def _cut_off(self, sampler_for: SamplerFor, marks: Mapping[str, Any]) -> Trial | None:
+    def _enqueue(self, point: Mapping[str, Any] | None) -> None:
+        """Have the next trial be at a point, unless a killed driver has seen to it.
+
+        Optuna's `skip_if_exists` would also skip a point that an earlier trial had, a failed one
+        for example, and the trial would get other parameters than its configuration says.
+        """
+        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        if point is not None and point not in [t.system_attrs.get(FIXED) for t in waiting]:
+            self.study.enqueue_trial(dict(point))
+
+    def _cut_off(
+        self, sampler_for: SamplerFor, point: Mapping[str, Any] | None, marks: Mapping[str, Any]
+    ) -> Trial | None:
         while self._undescribed:
             frozen = self._undescribed.popleft()
             trial = Trial(self.study, frozen._trial_id)
-            if all(marks.get(name) == value for name, value in frozen.user_attrs.items()):
+            is_marked = all(marks.get(name) == v for name, v in frozen.user_attrs.items())
+            if is_marked and frozen.system_attrs.get(FIXED) == point:
                 self.study.sampler = sampler_for(frozen.number)
                 return trial
             # It was to become something else, which is proposed in its own turn.
@@ -180,15 +198,12 @@ class SearchProposals(Proposals):
         return trial
 
     def _start_point(self, number: int, values: dict[str, Any]) -> Trial:
-        self.study.enqueue_trial(values, skip_if_exists=True)
-        trial = self._ask(self._sampler_for, **{trials.START_POINT: number})
+        trial = self._ask(self._sampler_for, values, **{trials.START_POINT: number})
         return self._described(trial, self._space.suggest(trial, self._base))
 
     def _reference(self, reference: FixedTrial) -> Trial:
         values = self._space.locate(reference.config, self._base)
-        if values is not None:
-            self.study.enqueue_trial(values, skip_if_exists=True)
-        trial = self._ask(self._sampler_for, **{trials.REFERENCE: reference.name})
+        trial = self._ask(self._sampler_for, values, **{trials.REFERENCE: reference.name})
         if values is not None:
             self._space.suggest(trial, self._base)  # enters the parameters
         self.reference_numbers.add(trial.number)
@@ -253,7 +268,6 @@ class FinalistProposals(Proposals):
         sound = [t for t in known if trials.is_trained(t) and t.state != TrialState.FAIL]
         begun = {trial.user_attrs.get(trials.FINALIST) for trial in sound}
         self._left = deque(r for r in repetitions if r.name not in begun)
-        self.reference_numbers: set[int] = set()
 
     def has_next(self) -> bool:
         """Whether a repetition is left."""
@@ -268,7 +282,7 @@ class FinalistProposals(Proposals):
             return None
         repetition = self._left.popleft()
         mark = {trials.FINALIST: repetition.name}
-        trial = self._ask(lambda number: optuna.samplers.RandomSampler(seed=number), **mark)
+        trial = self._ask(lambda n: optuna.samplers.RandomSampler(seed=n), None, **mark)
         trial.set_user_attr(trials.CONFIG, json.dumps(repetition.config.to_mapping()))
         return trial
 

@@ -78,6 +78,18 @@ def test_a_reference_in_the_space_is_not_sampled_again(study, base):
     assert len({json.dumps(config) for config in configs}) == 4
 
 
+def test_a_given_trial_that_failed_is_made_good_at_its_own_point(study, base):
+    """And a reference that equals a point of the user's own has its parameters too."""
+    point = {"method.bank_size": 8, "optim.backbone_lr": 0.001}  # the default's
+    for number in range(2):
+        search = searching(study, base, 2, ("default",), start_with=(point,))
+        for name in ("a", "b"):
+            search.suggest(name)
+            assert study.trials[-1].params == point, number
+            if number == 0:
+                search.fail(name, "process killed")
+
+
 def finalists(study: optuna.Study, base: TrialConfig, *seeds: int) -> StudySearch:
     runs = (FixedTrial(f"seed {seed}", base.with_values({"seed": seed})) for seed in seeds)
     return StudySearch(FinalistProposals(study, tuple(runs)))
