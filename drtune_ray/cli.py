@@ -76,6 +76,7 @@ _STUDY_OPTIONS: tuple[Callable[..., Any], ...] = (
     click.option("--sampler", help="tpe, gp, cma_es, qmc, random, nsga2 or nsga3."),
     click.option("--scheduler", help="Early stopping: asha, median or none."),
     click.option("--finalist-seeds", type=int, help="New seeds for the finalists; 0: no finals."),
+    click.option("--final-fit", help="all: train the winner again on validation images too."),
     click.option(
         "--warm-start",
         multiple=True,
@@ -205,7 +206,7 @@ def train(
 
     with json_stdout(is_wanted=as_json) as stream:
         config, resources, notes = trial_request(trial_file, assignments, flags)
-        output = _output(stream, quiet, as_json, TrainingLines(config.training.epochs))
+        output = _output(stream, quiet, as_json, TrainingLines(config.training.last_epoch))
         for note in notes:
             output.say(note)
         name = name or f"{default_name(config)}-train"
@@ -247,10 +248,13 @@ def evaluate(study: str, storage: str, again: bool) -> None:
         f"Test accuracy {percent(found.test.share)} ({found.test.num_correct} of "
         f"{found.test.num_images} images; 95 % interval {percent(low)} to {percent(high)})"
     )
-    click.echo(
-        f"Validation accuracy measured again: {percent(found.validation.share)}; recorded: "
-        f"{percent(found.recorded_validation)}"
-    )
+    if found.validation is None:
+        click.echo("This model was trained on the validation images too.")
+    else:
+        click.echo(
+            f"Validation accuracy measured again: {percent(found.validation.share)}; recorded: "
+            f"{percent(found.recorded_validation)}"
+        )
     times = "for the first time" if found.num_openings == 1 else f"{found.num_openings} times"
     click.echo(f"This test split was opened {times}.")
 
@@ -337,7 +341,7 @@ def _run_study(
         write_command(folder)
         if not (quiet or as_json):
             _echo(plan_lines(plan))
-        epochs, searched = plan.config.trial.training.epochs, plan.searched
+        epochs, searched = plan.config.trial.training.last_epoch, plan.searched
         progress = StudyProgress(
             plan.num_trials, plan.num_done, epochs, searched, plan.of_part(read_trials(folder))
         )

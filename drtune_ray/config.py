@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
-    BeforeValidator,
     Field,
     NonNegativeFloat,
     PositiveFloat,
@@ -22,9 +21,10 @@ from pydantic import (
 from drtune_ray.addresses import ServerUri
 from drtune_ray.errors import ConfigError
 from drtune_ray.presets import PRESETS, PresetName
-from drtune_ray.section import Probability, Section, unknown_name, validated
+from drtune_ray.section import Probability, Section, Workers, unknown_name, validated
 from drtune_ray.study_sections import (
     BudgetConfig,
+    FinalFitConfig,
     FinalistsConfig,
     ResourcesConfig,
     SamplerConfig,
@@ -36,20 +36,6 @@ from drtune_ray.values import deep_merge, digest, flattened, nested
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 StudyName = Annotated[str, Field(pattern=NAME_PATTERN)]
-
-
-def _workers(value: Any) -> int | tuple[int, int]:
-    """A number of workers, or the least and the most of them."""
-    bounds = list(value) if isinstance(value, list | tuple) else [value]
-    are_counts = all(type(bound) is int and bound >= 1 for bound in bounds)
-    if not are_counts or len(bounds) > 2 or bounds != sorted(bounds) or not bounds:
-        raise ValueError(
-            f"workers must be a number from 1, or [min, max] of them, but got {value!r}"
-        )
-    return bounds[0] if bounds[0] == bounds[-1] else (bounds[0], bounds[1])
-
-
-Workers = Annotated[int | tuple[int, int], BeforeValidator(_workers)]
 
 
 class CalibrationConfig(Section):
@@ -113,12 +99,14 @@ class TrainingConfig(Section):
 
     `workers` is their number; ``[min, max]`` lets Ray Train take what the cluster has at the time
     (`drtune-ray train` only). It changes the speed and the rounding, not the experiment.
+    `stop_epoch` ends the training early, on the schedule of all `epochs`.
 
     `precision` ``auto`` is bfloat16 (or float16) mixed precision on CUDA devices and float32 on
     CPUs; ``float64`` shows what is exact where float32 lets rounding errors grow.
     """
 
     epochs: PositiveInt = 10
+    stop_epoch: PositiveInt | None = None
     batch_size: PositiveInt = 32
     workers: Workers = 1
     batch_norm: Literal["frozen", "synchronised", "local"] = "frozen"
@@ -126,6 +114,19 @@ class TrainingConfig(Section):
     patience_epochs: PositiveInt | None = None
     precision: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
     save_every_seconds: PositiveFloat = 300.0
+
+    @model_validator(mode="after")
+    def _stops_within_the_schedule(self) -> Self:
+        if self.stop_epoch is not None and self.stop_epoch > self.epochs:
+            raise ValueError(
+                f"stop_epoch <= epochs must hold, but got {self.stop_epoch} and {self.epochs}"
+            )
+        return self
+
+    @property
+    def last_epoch(self) -> int:
+        """The epoch after which it ends."""
+        return self.stop_epoch or self.epochs
 
     @property
     def min_workers(self) -> int:
@@ -292,6 +293,7 @@ class StudyConfig(Section):
     scheduler: SchedulerConfig = SchedulerConfig()
     budget: BudgetConfig = BudgetConfig()
     finalists: FinalistsConfig = FinalistsConfig()
+    final_fit: FinalFitConfig = FinalFitConfig()
     resources: ResourcesConfig = ResourcesConfig()
     tracking: TrackingConfig = TrackingConfig()
 

@@ -6,11 +6,25 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from drtune_ray.errors import ConfigError
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _workers(value: Any) -> int | tuple[int, int]:
+    """A number of workers, or the least and the most of them."""
+    bounds = list(value) if isinstance(value, list | tuple) else [value]
+    are_counts = all(type(bound) is int and bound >= 1 for bound in bounds)
+    if not are_counts or len(bounds) > 2 or bounds != sorted(bounds) or not bounds:
+        raise ValueError(
+            f"workers must be a number from 1, or [min, max] of them, but got {value!r}"
+        )
+    return bounds[0] if bounds[0] == bounds[-1] else (bounds[0], bounds[1])
+
+
+Workers = Annotated[int | tuple[int, int], BeforeValidator(_workers)]
 
 
 class Section(BaseModel):

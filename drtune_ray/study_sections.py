@@ -14,7 +14,7 @@ from pydantic import (
 )
 
 from drtune_ray.addresses import ServerUri
-from drtune_ray.section import Probability, Section
+from drtune_ray.section import Probability, Section, Workers
 
 
 class SamplerConfig(Section):
@@ -81,6 +81,18 @@ class FinalistsConfig(Section):
 
     num_configurations: PositiveInt = 2
     num_seeds: Annotated[int, Field(ge=0)] = 2
+
+
+class FinalFitConfig(Section):
+    """What is handed back: the winner's best seed, or its configuration trained once more.
+
+    With `images` ``all`` the winner's configuration trains again on training and validation images
+    together, to the epoch at which it was best; ``none`` leaves that out. `workers` as in
+    `TrainingConfig`, ``[min, max]`` included; None: as many as a trial of the study.
+    """
+
+    images: Literal["none", "all"] = "none"
+    workers: Workers | None = None
 
 
 class ResourcesConfig(Section):

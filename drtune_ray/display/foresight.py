@@ -34,12 +34,13 @@ def preview_lines(preview: Preview) -> Iterator[str]:
     if len(preview.paces) > 1:
         others = ", ".join(f"{other.epoch_seconds:.1f} s" for other in preview.paces[1:])
         yield _line("", f"an epoch of the reference trials that differ: {others}")
-    total = preview.seconds
+    total, fit = preview.seconds, preview.final_fit_seconds
     yield _line("Time", f"{_range(total, duration)}, {preview.trials_at_a_time} trials at a time")
     yield _line(
         "",
         f"of it {duration(preview.fixed_seconds)} to start and end, "
-        f"{duration(preview.prepare_seconds)} to prepare images and features",
+        f"{duration(preview.prepare_seconds)} to prepare images and features"
+        + (f", {duration(fit)} at most for the final fit" if fit else ""),
     )
     on_device = f", {size(found.device_bytes)} on the GPU" if found.device_bytes else ""
     yield _line("Memory", f"{size(found.peak_bytes)} a worker{on_device}")
@@ -66,7 +67,7 @@ def preview_facts(preview: Preview) -> dict[str, Any]:
         "folder": str(preview.config.folder),
         "trials_at_a_time": preview.trials_at_a_time,
         **{name: asdict(preview.spread(name)) for name in names},
-        "num_epochs": preview.config.trial.training.epochs,
+        "num_epochs": preview.config.trial.training.last_epoch,
         "step_seconds": found.trials[0].step_seconds,
         "steps_per_epoch": preview.steps_per_epoch,
         "epoch_seconds": [pace.epoch_seconds for pace in preview.paces],
@@ -74,6 +75,7 @@ def preview_facts(preview: Preview) -> dict[str, Any]:
         "measured_at_a_time": found.num_processes,
         "fixed_seconds": preview.fixed_seconds,
         "prepare_seconds": preview.prepare_seconds,
+        "final_fit_seconds": preview.final_fit_seconds,
         "seconds": asdict(preview.seconds),
         "peak_bytes": found.peak_bytes,
         "device_bytes": found.device_bytes,
@@ -114,12 +116,13 @@ def _epochs(preview: Preview) -> str:
     config = preview.config
     scheduler = config.scheduler.name
     stopping = "without early stopping" if scheduler == "none" else f"with {scheduler}"
-    most = config.trials * config.trial.training.epochs
+    most = config.trials * config.trial.training.last_epoch
     text = f"{_range(preview.spread('search_epochs'), _count)} in the search {stopping}"
     if scheduler != "none":
         text += f" ({most} without)"
     finals = preview.spread("final_epochs").mean
-    return text + (f", {_count(finals)} of finalists" if finals else "")
+    text += f", {_count(finals)} of finalists" if finals else ""
+    return text + (", and the final fit" if preview.final_fit_seconds else "")
 
 
 def _machine(preview: Preview) -> str:

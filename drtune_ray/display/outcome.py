@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ def plan_lines(plan: StudyPlan) -> Iterator[str]:
         yield (
             f"  {config.trials} trials ({given} first), "
             f"{plan.trials_at_a_time} at a time, {config.resources.cpus_per_worker} CPU(s) a "
-            f"worker; up to {trial.training.epochs} epochs, {config.scheduler.name} early "
+            f"worker; up to {trial.training.last_epoch} epochs, {config.scheduler.name} early "
             f"stopping, {config.sampler.name} sampler, seed {config.seed}"
         )
     if plan.num_done:
@@ -67,6 +67,8 @@ def result_lines(result: StudyResult, program: str) -> Iterator[str]:
         yield _figure(f"reference trial {trial.label}", trial.best_val_accuracy) + outcome
     yield from _pareto_front(result)
     yield ""
+    if result.final_fit is not None:
+        yield from _final_fit(result.final_fit)
     yield from _ways_on(result.folder, result.num_unsent, program)
     if not result.was_done:
         yield f"Took {duration(result.seconds)}."
@@ -105,10 +107,25 @@ def _finalists(result: StudyResult) -> Iterator[str]:
     else:
         yield (
             "The winner is named by its mean, not by the search's maximum over "
-            f"{len(result.searched_trials)} trials;\nthe weights are those of seed "
-            f"{shipped.config['seed']} ({percent(shipped.best_val_accuracy)})."
+            f"{len(result.searched_trials)} trials."
         )
+        if not result.is_fitted_again:
+            yield (
+                f"The weights are those of seed {shipped.config['seed']} "
+                f"({percent(shipped.best_val_accuracy)})."
+            )
     yield "Of the search, one seed each:"
+
+
+def _final_fit(fit: Mapping[str, Any]) -> Iterator[str]:
+    if fit["outcome"] != "completed":
+        yield f"The final fit {fit['outcome']}: the weights are those of the winner's best seed.\n"
+        return
+    yield (
+        f"The weights are those of the final fit: trial {fit['trial']}'s configuration, seed "
+        f"{fit['seed']}, trained on\n{fit['num_images']} images, training and validation together, "
+        f"to epoch {fit['epoch']}. Only the test split can still measure it.\n"
+    )
 
 
 def _pareto_front(result: StudyResult) -> Iterator[str]:
@@ -152,7 +169,7 @@ def plan_facts(plan: StudyPlan) -> dict[str, Any]:
         "num_trials": plan.num_trials,
         "num_done": plan.num_done,
         "trials_at_a_time": plan.trials_at_a_time,
-        "num_epochs": plan.config.trial.training.epochs,
+        "num_epochs": plan.config.trial.training.last_epoch,
         "searched": list(plan.searched),
         "notes": list(plan.notes),
     }
@@ -177,6 +194,7 @@ def result_facts(result: StudyResult) -> dict[str, Any]:
             }
             for finalist in result.finalists
         ],
+        "final_fit": result.final_fit,
         "pareto_front": [trial.number for trial in result.pareto_front],
         "end": result.end,
         "references": [vars(trial) for trial in result.references],

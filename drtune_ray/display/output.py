@@ -107,6 +107,9 @@ class People(Quiet):
     def take(self, event: Event) -> None:
         """Show it."""
         super().take(event)
+        if isinstance(event.number, str):
+            self._take_of_final_fit(event)
+            return
         row = self._progress.take(event) if self._progress else None
         if self._progress is None or row is None or self._table is not None:
             return
@@ -115,6 +118,12 @@ class People(Quiet):
         elif isinstance(event, MetricsRecorded):
             if self._clock() - self._told >= STANDING_SECONDS:
                 self._tell(_standing_line(self._progress))
+
+    def _take_of_final_fit(self, event: Event) -> None:
+        """A line an epoch, below the table of the trials."""
+        self.close()
+        if isinstance(event, MetricsRecorded):
+            self.say(f"  final fit, epoch {event.step}  {epoch_text(event.metrics)}")
 
     def close(self) -> None:
         """Leave the table as it is."""
@@ -149,11 +158,15 @@ class TrainingLines(Quiet):
         super().take(event)
         if not isinstance(event, MetricsRecorded):
             return
-        metrics = event.metrics
-        losses = [f"{key} {metrics[key]:.4f}" for key in LOSSES if key in metrics]
-        accuracy = f"validation {percent(metrics['val_accuracy'])}"
-        parts = [*losses, accuracy, f"{metrics['seconds']:.1f} s"]
-        self.say(f"epoch {event.step}/{self._num_epochs}  {'  '.join(parts)}")
+        self.say(f"epoch {event.step}/{self._num_epochs}  {epoch_text(event.metrics)}")
+
+
+def epoch_text(metrics: Mapping[str, float]) -> str:
+    """Losses, validation accuracy where there is one, and seconds of an epoch."""
+    parts = [f"{key} {metrics[key]:.4f}" for key in LOSSES if key in metrics]
+    if "val_accuracy" in metrics:
+        parts.append(f"validation {percent(metrics['val_accuracy'])}")
+    return "  ".join([*parts, f"{metrics['seconds']:.1f} s"])
 
 
 class JsonLines(Quiet):

@@ -87,7 +87,7 @@ class StudyProgress:
 
     def take(self, event: Event) -> TrialRow | None:
         """Learn from an event; returns the trial that it is about."""
-        if event.number is None:
+        if not isinstance(event.number, int):
             return None
         if isinstance(event, RunStarted):
             self._start(event.number, event)

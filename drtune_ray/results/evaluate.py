@@ -56,14 +56,15 @@ class Evaluation:
 
     Attributes:
         test: On the sealed images.
-        validation: Measured again, to show that the model is the one that was recorded.
-        recorded_validation: What the study recorded, 0 to 1.
+        validation: Measured again, to show that the model is the one that was recorded; None
+            where it was trained on these images.
+        recorded_validation: What the study recorded, 0 to 1; None likewise.
         num_openings: How often this test split was opened, this time included.
     """
 
     test: Accuracy
-    validation: Accuracy
-    recorded_validation: float
+    validation: Accuracy | None
+    recorded_validation: float | None
     num_openings: int
 
 
@@ -107,14 +108,16 @@ def evaluate(
             f"first by {openings[0]['model']}: a split that is looked at repeatedly no longer "
             "tells how well new images will fare; add --again to open it all the same"
         )
-    validation = measure(winner, root, _rows(manifest, VALIDATION))
+    recorded = winner.about["val_accuracy"]
+    rows = _rows(manifest, VALIDATION)
+    validation = None if recorded is None else measure(winner, root, rows)
     # Written before the answer is known: an opening that was cut short is one all the same.
     entry = {"test_split": seal, "model": str(winner_folder), "time_ms": now_ms()}
     _record_opening(json.dumps(entry), storage, artifacts)
     return Evaluation(
         measure(winner, root, test),
         validation,
-        float(winner.about["val_accuracy"]),
+        recorded,
         len(openings) + 1,
     )
 

@@ -40,6 +40,7 @@ class TrialSummary:
         config: The resolved trial configuration.
         finalist: Which finalist it repeats on another seed, or None.
         objectives: Values at its best epoch by name, where the study has several.
+        best_epoch: From 1; None before the first.
     """
 
     number: int
@@ -52,6 +53,7 @@ class TrialSummary:
     config: dict[str, Any]
     finalist: str | None = None
     objectives: dict[str, float] = field(default_factory=dict)
+    best_epoch: int | None = None
 
     @property
     def label(self) -> str:
@@ -76,6 +78,7 @@ def write_trials(trials: list[TrialSummary], path: Path) -> None:
             ("finalist", pa.string()),
             ("best_val_accuracy", pa.float64()),
             ("num_epochs", pa.int64()),
+            ("best_epoch", pa.int64()),
             ("seconds", pa.float64()),
         ]
     )
@@ -108,6 +111,12 @@ def best_trial(trials: Sequence[TrialSummary]) -> TrialSummary:
             f"none of {len(trials)} trials completed ({', '.join(outcomes)}): {advice}"
         )
     return max(completed, key=lambda t: (t.best_val_accuracy or 0.0, -t.number))
+
+
+def best_first(trials: Iterable[TrialSummary]) -> list[TrialSummary]:
+    """The completed trials by their best validation accuracy; of equals the first one first."""
+    completed = (t for t in trials if t.state == TrialState.COMPLETE.name)
+    return sorted(completed, key=lambda t: (-(t.best_val_accuracy or 0.0), t.number))
 
 
 def is_trained(trial: FrozenTrial) -> bool:
@@ -146,6 +155,12 @@ def best_value(trial: FrozenTrial) -> float:
     return max(values_by_epoch(trial).values(), default=-math.inf)
 
 
+def best_epoch(trial: FrozenTrial) -> int | None:
+    """The first epoch with the best validation accuracy; None before the first epoch."""
+    values = values_by_epoch(trial)
+    return min((e for e, v in values.items() if v == best_value(trial)), default=None)
+
+
 def num_epochs(trial: FrozenTrial) -> int:
     """Epochs that were finished."""
     return max(values_by_epoch(trial), default=0)
@@ -171,4 +186,5 @@ def summary(trial: FrozenTrial) -> TrialSummary:
         json.loads(trial.user_attrs.get(CONFIG, "{}")),
         trial.user_attrs.get(FINALIST),
         dict(trial.user_attrs.get(OBJECTIVES, {})),
+        best_epoch(trial),
     )

@@ -82,6 +82,12 @@ def write_winner(
     temporary.replace(folder)
 
 
+def read_about(folder: Path) -> dict[str, Any]:
+    """Where the model in a folder comes from and what was measured; empty where there is none."""
+    path = folder / ABOUT_NAME
+    return dict(read_yaml(path)["about"]) if path.exists() else {}
+
+
 def read_winner(folder: Path) -> Winner:
     """Load a model folder.
 

@@ -41,5 +41,5 @@ def is_done(folder: Path, config: StudyConfig, num_trials: int | None = None) ->
 
 def _limits(config: StudyConfig) -> dict[str, object]:
     """What may be changed to make a study that is done go on."""
-    limits = ("trials", "budget", "finalists")
+    limits = ("trials", "budget", "finalists", "final_fit")
     return {key: value for key, value in config.to_mapping().items() if key in limits}

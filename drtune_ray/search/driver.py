@@ -28,12 +28,14 @@ from drtune_ray.results.trials import (
     summaries,
     write_trials,
 )
-from drtune_ray.results.winner import write_winner
+from drtune_ray.results.winner import read_about
 from drtune_ray.search.budget import Budget
 from drtune_ray.search.callback import run_finished, run_started
 from drtune_ray.search.done import is_done, write_done
 from drtune_ray.search.failures import clear_stacks
 from drtune_ray.search.finalists import Finalist, best_finalist, finalists, repetitions
+from drtune_ray.search.fit import Fit
+from drtune_ray.search.handover import Handover
 from drtune_ray.search.identity import (
     DONE_NAME,
     RECORD_FILE,
@@ -51,7 +53,7 @@ from drtune_ray.search.proposals import FinalistProposals, FixedTrial, Proposals
 from drtune_ray.search.samplers import build_sampler
 from drtune_ray.search.scheduler import build_scheduler
 from drtune_ray.search.searcher import StudySearch
-from drtune_ray.search.servers import StudyArtifacts, as_problem
+from drtune_ray.search.servers import StudyArtifacts
 from drtune_ray.search.shared import Cluster
 from drtune_ray.search.space import SearchSpace
 from drtune_ray.search.tuning import TuneRun
@@ -68,7 +70,7 @@ from drtune_ray.tracking.events import (
 from drtune_ray.tracking.mlflow_recorder import build_recorder
 from drtune_ray.tracking.spool import BackgroundWriter, Spool
 from drtune_ray.training.backbones import read_backbone
-from drtune_ray.training.checkpoint import TrialFolder, trial_folder
+from drtune_ray.training.checkpoint import trial_folder
 from drtune_ray.training.complexity import complexity
 from drtune_ray.values import flattened
 
@@ -133,7 +135,9 @@ class StudyDriver:
             is_restored: Whether the study was brought back from artifacts.
         """
         if is_done(self.folder, self.config, self._num_ended()):
-            return self._result(Spool(self.folder / SPOOL_NAME).num_unsent(), was_done=True)
+            num_unsent = Spool(self.folder / SPOOL_NAME).num_unsent()
+            fitted = read_about(self.folder / WINNER_NAME).get("final_fit")
+            return replace(self._result(num_unsent, was_done=True), final_fit=fitted)
         spool = Spool(self.folder / SPOOL_NAME)
         recorder = build_recorder(self.config.tracking, self.storage, self.study_id)
         limit = self.config.trial.data.cache_limit_gib
@@ -168,7 +172,7 @@ class StudyDriver:
         tune_run = self._tune_run(proposals)
         self._plan(on_plan, SEARCH, self.config.trials, num_done, tune_run)
         scheduler = build_scheduler(
-            self.config.scheduler, self.base.training.epochs, proposals.reference_numbers
+            self.config.scheduler, self.base.training.last_epoch, proposals.reference_numbers
         )
         if scheduler is not None:
             scheduler.refill(known)
@@ -230,17 +234,32 @@ class StudyDriver:
         at_a_time, searched = tune_run.trials_at_a_time, self._searched()
         on_plan(StudyPlan(self.config, part, num_trials, num_done, at_a_time, searched, notes))
 
-    def _tune_run(self, proposals: Proposals) -> TuneRun:
+    def _handover(self) -> Handover:
+        fit = Fit(
+            self.folder,
+            self.study_id,
+            self.config.resources,
+            self.artifacts,
+            self._joined_cluster(),
+            self._emit,
+            lambda: self._writer.disk_error,
+        )
+        return Handover(self.config, self.checked, self._store, fit, self._tell_interruption)
+
+    def _joined_cluster(self) -> Cluster:
         if self.cluster is None:
             raise ConfigError(
-                f"{self.folder / DONE_NAME} says that the study is done, but trials are left to "
+                f"{self.folder / DONE_NAME} says that the study is done, but something is left to "
                 "run: remove that file"
             )
+        return self.cluster
+
+    def _tune_run(self, proposals: Proposals) -> TuneRun:
         return TuneRun(
             self.config,
             self.study_id,
             self.artifacts,
-            self.cluster,
+            self._joined_cluster(),
             self._emit,
             lambda: self._writer.disk_error,
             self._tell_interruption,
@@ -293,15 +312,16 @@ class StudyDriver:
         except NoTrialCompleted:
             self._emit(RunFinished(None, "FAIL", "no trial completed", {}, {}))
             raise
+        handover = self._handover()
+        result = handover.write_winner(result)
         about = result.about()
-        self._write_winner(result, about)
         self._emit(FilesReady(None, str(self.folder / WINNER_NAME), WINNER_NAME))
-        self._keep_top_checkpoints(trials)
+        handover.keep_top_checkpoints(trials)
         named = ("best_val_accuracy", "mean_val_accuracy")
         metrics: dict[str, float] = {key: about[key] for key in named if key in about}
         tags = {
             "drtune.winner": str(result.winner.number),
-            "drtune.shipped": str(result.shipped.number),
+            "drtune.shipped": "final fit" if result.is_fitted_again else str(result.shipped.number),
             "drtune.chosen": str(about["chosen"]),
         }
         self._emit(RunFinished(None, "COMPLETE", "completed", metrics, tags))
@@ -312,42 +332,16 @@ class StudyDriver:
         # Otherwise the machine failed trials, which the same command makes good.
         return result
 
-    def _write_winner(self, result: StudyResult, about: dict[str, Any]) -> None:
-        config = TrialConfig.from_mapping(result.shipped.config)
-        tables = self._prepare([config])[config.tables_key]
-        write_winner(
-            self.folder / WINNER_NAME,
-            self._best_weights(result.shipped.number),
-            tables.backbone,
-            tables.classes,
-            config,
-            about,
-        )
-
-    def _keep_top_checkpoints(self, trials: Sequence[TrialSummary]) -> None:
-        ranked = sorted(
-            (t for t in trials if t.state == TrialState.COMPLETE.name),
-            key=lambda t: (-(t.best_val_accuracy or 0.0), t.number),
-        )
-        for trial in ranked[: self.config.tracking.num_top_checkpoints]:
-            best = self._best_weights(trial.number)
-            self._emit(FilesReady(trial.number, str(best), "checkpoint"))
-
-    def _best_weights(self, number: int) -> Path:
-        with as_problem(self.artifacts.uri):
-            return self._trial_folder(number).fetch_best()
-
     def _free_disk(self, event: Event) -> None:
         """A finished trial keeps its best weights only."""
         if isinstance(event, RunFinished) and event.state != "INTERRUPTED":
-            if event.number is not None:
-                folder = self._trial_folder(event.number)
+            if isinstance(event.number, int):
+                folder = trial_folder(
+                    self.folder / TRIALS_FOLDER, event.number, self.artifacts.trials
+                )
                 folder.drop_resumable()
                 has_failed = event.state == TrialState.FAIL.name
                 clear_stacks(folder.path, has_failed=has_failed)
-
-    def _trial_folder(self, number: int) -> TrialFolder:
-        return trial_folder(self.folder / TRIALS_FOLDER, number, self.artifacts.trials)
 
     def _num_ended(self) -> int:
         """Trials that came to a result, the finalists' included."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from optuna.trial import TrialState
 
 from drtune_ray.config import TrialConfig
-from drtune_ray.results.trials import TrialSummary
+from drtune_ray.results.trials import TrialSummary, best_first
 from drtune_ray.search.proposals import FixedTrial
 from drtune_ray.study_sections import FinalistsConfig
 
@@ -69,10 +69,7 @@ def finalists(trials: Sequence[TrialSummary], config: FinalistsConfig) -> tuple[
     """
     if not config.num_seeds:
         return ()
-    ranked = sorted(
-        (t for t in trials if t.finalist is None and t.state == TrialState.COMPLETE.name),
-        key=lambda t: (-(t.best_val_accuracy or 0.0), t.number),
-    )
+    ranked = best_first(trial for trial in trials if trial.finalist is None)
     ce_tuning = [t for t in ranked if t.config["method"]["name"] == CE_TUNING][:1]
     chosen = ranked[: config.num_configurations]
     chosen += [trial for trial in ce_tuning if trial not in chosen]

@@ -37,6 +37,7 @@ NOT_DECIDING = (
     "trials",
     "budget",
     "finalists",
+    "final_fit",
     "resources",
     "tracking",
     *TRIAL_NOT_DECIDING,

@@ -206,7 +206,7 @@ def _measure(
     begin_seconds, started = watch.lap(), time.monotonic()
     steps: list[list[float]] = []
     validation, saves = [], []
-    while len(steps) < min(MAX_EPOCHS, config.training.epochs):
+    while len(steps) < min(MAX_EPOCHS, config.training.last_epoch):
         steps.append([])
         is_over = False
         for _ in trial.steps():

@@ -18,6 +18,8 @@ TRIAL_DRIVER = "trial_driver"
 HEAD_NODE = "node:__internal_head__"
 HEAD_SHARE = 0.001
 
+WORKERS = "training.workers"  # the setting that gives them
+
 _UNITS = 10_000  # Ray counts resources in ten-thousandths
 
 
@@ -172,8 +174,16 @@ def trial_demand(training: TrainingConfig, resources: ResourcesConfig) -> Demand
     return Demand(workers, resources.cpus_per_worker, share)
 
 
-def trials_that_fit(demand: Demand, resources: ResourcesConfig, capacity: Capacity) -> int:
+def trials_that_fit(
+    demand: Demand, resources: ResourcesConfig, capacity: Capacity, setting: str = WORKERS
+) -> int:
     """How many trials run at a time, at most as many as were asked for.
+
+    Args:
+        demand: Of a trial.
+        resources: What was asked for.
+        capacity: What there is.
+        setting: The one that gives the number of workers.
 
     Raises:
         EnvironmentProblem: If not even one ever fits, with the numbers.
@@ -188,7 +198,7 @@ def trials_that_fit(demand: Demand, resources: ResourcesConfig, capacity: Capaci
                 else "resources.gpus_per_trial"
             )
         if demand.num_workers > 1:
-            settings.append("training.workers")
+            settings.append(setting)
         raise EnvironmentProblem(
             f"a trial takes {demand}, each part on one node, but there are {capacity}: lower "
             f"{' or '.join(settings)}"

@@ -10,6 +10,7 @@ from typing import Any
 from drtune_ray.config import StudyConfig
 from drtune_ray.results.trials import TrialSummary
 from drtune_ray.search.finalists import Finalist, best_finalist
+from drtune_ray.training.records import COMPLETED
 
 SEARCH, FINALISTS = "search", "finalists"
 
@@ -32,6 +33,7 @@ class StudyResult:
         was_done: Whether there was nothing left to run.
         searched: Paths that the search space varies.
         seconds: How long this run took.
+        final_fit: What the model's card says of the final fit; None where none was asked for.
     """
 
     folder: Path
@@ -46,17 +48,30 @@ class StudyResult:
     was_done: bool
     searched: tuple[str, ...]
     seconds: float
+    final_fit: dict[str, Any] | None = None
+
+    @property
+    def is_fitted_again(self) -> bool:
+        """Whether the weights of the final fit are handed back."""
+        return self.final_fit is not None and self.final_fit["outcome"] == COMPLETED
 
     def about(self) -> dict[str, Any]:
-        """What was measured of the winner, and how it was chosen: plain values."""
+        """What was measured of the winner, and how it was chosen: plain values.
+
+        `val_accuracy` is that of the weights: None of a final fit, which leaves nothing to
+        measure it on but the test split.
+        """
+        is_again = self.is_fitted_again
         about: dict[str, Any] = {
             "study": self.folder.name,
             "study_id": self.study_id,
             "trial": self.winner.number,
-            "shipped_trial": self.shipped.number,
-            "val_accuracy": self.shipped.best_val_accuracy,
+            "shipped_trial": None if is_again else self.shipped.number,
+            "val_accuracy": None if is_again else self.shipped.best_val_accuracy,
             "best_val_accuracy": self.winner.best_val_accuracy,
         }
+        if self.final_fit is not None:
+            about["final_fit"] = self.final_fit
         finalist = best_finalist(self.finalists)
         if finalist is None:
             chosen = "maximum validation accuracy over the completed trials, one seed each"
@@ -68,7 +83,7 @@ class StudyResult:
             "spread_val_accuracy": finalist.spread,
             "seeds": [run.config["seed"] for run in finalist.runs],
             "chosen": f"best mean validation accuracy of {len(self.finalists)} finalists over "
-            f"{finalist.num_seeds} new seeds; its best seed is shipped",
+            f"{finalist.num_seeds} new seeds" + ("" if is_again else "; its best seed is shipped"),
         }
 
     @property

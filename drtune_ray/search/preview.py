@@ -17,6 +17,7 @@ from pathlib import Path
 from drtune_ray.config import StudyConfig, TrialConfig
 from drtune_ray.data.splits import VALIDATION
 from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.search.final_fit import with_final_workers, without_validation
 from drtune_ray.search.machine import Machine, this_machine
 from drtune_ray.search.measure import Measured, Measurement, Workload, measured
 from drtune_ray.search.nodes import Capacity, Demand, Node, trial_demand, trials_that_fit
@@ -57,6 +58,7 @@ class Preview:
         steps_per_epoch: Of the base.
         fixed_seconds: Start and end, whatever the trials do, without preparing.
         prepare_seconds: Of the tables that are not there yet.
+        final_fit_seconds: Of training the winner once more, at most; 0 where that is not asked for.
         tables: All that the study reads.
         machine: This one.
         memory_bytes: That this machine could give now.
@@ -72,6 +74,7 @@ class Preview:
     steps_per_epoch: float
     fixed_seconds: float
     prepare_seconds: float
+    final_fit_seconds: float
     tables: tuple[PlannedTable, ...]
     machine: Machine
     memory_bytes: int
@@ -85,7 +88,8 @@ class Preview:
     @property
     def seconds(self) -> Spread:
         """Of the whole study."""
-        trials, fixed = self.spread("seconds"), self.fixed_seconds + self.prepare_seconds
+        trials = self.spread("seconds")
+        fixed = self.fixed_seconds + self.prepare_seconds + self.final_fit_seconds
         return Spread(trials.mean + fixed, trials.low + fixed, trials.high + fixed)
 
     @property
@@ -137,9 +141,7 @@ def preview_study(config: StudyConfig) -> Preview:
     capacity = Capacity((Node(machine.num_cpus, machine.num_gpus),), is_local=_is_local())
     at_a_time, place_notes = _trials_at_a_time(config, demand, capacity)
     device, device_notes = preparing_device(config.resources, capacity)
-    tables = planned_tables(
-        checked, _configs(config, base, space, references), _storage(config), device
-    )
+    tables = _tables(config, checked, _configs(config, base, space, references), device)
     check_seconds = time.monotonic() - started
     kinds = _kinds(base, references)
     on_this_machine = max(1, min(at_a_time, capacity.trials_now(demand)))
@@ -164,6 +166,7 @@ def preview_study(config: StudyConfig) -> Preview:
         _num_steps(base, checked, sample),
         fixed_seconds,
         prepare_seconds,
+        _final_fit_seconds(config, checked, sample, measurement.trials[0]),
         tables,
         machine,
         _free_memory(),
@@ -206,6 +209,17 @@ def _configs(
     seeds = range(1, config.finalists.num_seeds + 1)
     finals = [base.with_values({"data.view_seed": base.data.view_seed + seed}) for seed in seeds]
     return [*table_variants(space, base), *(r.config for r in references), *finals]
+
+
+def _tables(
+    config: StudyConfig, checked: Checked, configs: Sequence[TrialConfig], device: str
+) -> tuple[PlannedTable, ...]:
+    """What the trials read, and the final fit, where one is asked for."""
+    tables = planned_tables(checked, configs, _storage(config), device)
+    if config.final_fit.images == "none":
+        return tables
+    everything = without_validation(checked)
+    return (*tables, *planned_tables(everything, configs[:1], _storage(config), device))
 
 
 def _kinds(base: TrialConfig, references: Sequence[FixedTrial]) -> list[TrialConfig]:
@@ -261,6 +275,20 @@ def _pace(kind: TrialConfig, checked: Checked, sample: Sample, found: Measured) 
     validation = share * found.validation_seconds
     overhead = TRIAL_SECONDS if workers == 1 else NESTED_TRIAL_SECONDS
     return Pace(found.begin_seconds + overhead, steps + validation + found.save_seconds)
+
+
+def _final_fit_seconds(
+    config: StudyConfig, checked: Checked, sample: Sample, found: Measured
+) -> float:
+    """Of the base on all images but those of the test, to its last epoch."""
+    if config.final_fit.images == "none":
+        return 0.0
+    trial, again = config.trial, with_final_workers(config.trial, config.final_fit)
+    speed = again.training.max_workers / trial.training.max_workers
+    num_steps = _num_steps(trial, without_validation(checked), sample)
+    epoch_seconds = num_steps * found.step_seconds / speed + found.save_seconds
+    begin_seconds = NESTED_TRIAL_SECONDS + found.begin_seconds
+    return begin_seconds + trial.training.last_epoch * epoch_seconds
 
 
 def _paces_of_trials(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -28,7 +29,8 @@ def trial_result(report: EpochReport, num_threads: int) -> dict[str, Any]:
     """
     record = report.record
     return {
-        OBJECTIVE: record.metrics[OBJECTIVE] if record else float("nan"),
+        # Without validation images there is none.
+        OBJECTIVE: record.metrics.get(OBJECTIVE, math.nan) if record else math.nan,
         EPOCH: record.epoch if record else 0,
         OUTCOME: report.outcome or "",
         HISTORY: json.dumps([_without_steps(entry) for entry in report.history]),
@@ -39,7 +41,7 @@ def trial_result(report: EpochReport, num_threads: int) -> dict[str, Any]:
 
 def failed_by_point(outcome: str, last: dict[str, Any] | None) -> dict[str, Any]:
     """The last result of a trial whose configuration made it impossible to go on."""
-    empty = {OBJECTIVE: float("nan"), EPOCH: 0, HISTORY: "[]", NUM_THREADS: 0}
+    empty = {OBJECTIVE: math.nan, EPOCH: 0, HISTORY: "[]", NUM_THREADS: 0}
     return (last or empty) | {OUTCOME: outcome, "done": True}
 
 

@@ -40,6 +40,7 @@ STUDY_FLAGS = {
     "sampler": "sampler.name",
     "scheduler": "scheduler.name",
     "finalist_seeds": "finalists.num_seeds",
+    "final_fit": "final_fit.images",
     "warm_start": "warm_start",
 }
 

@@ -8,7 +8,7 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -86,18 +86,24 @@ def ray_session(*, with_dashboard: bool = False) -> Iterator[Capacity]:
 
 @contextmanager
 def ready_cluster(
-    training: TrainingConfig, resources: ResourcesConfig, *, with_dashboard: bool
+    trainings: Mapping[str, TrainingConfig], resources: ResourcesConfig, *, with_dashboard: bool
 ) -> Iterator[Capacity]:
-    """A cluster that can hold a trial: what it never can is refused before anything is written.
+    """A cluster that can hold each training: what never fits is refused before a byte is written.
+
+    Args:
+        trainings: By the setting that gives their workers.
+        resources: What a worker takes.
+        with_dashboard: Whether one is needed.
 
     Raises:
         ConfigError: If the workers' shares of GPUs make no sense.
         EnvironmentProblem: If the cluster cannot be reached, no trial ever fits, or a dashboard
             is needed and does not answer.
     """
-    demand = trial_demand(training, resources)
+    demands = {setting: trial_demand(t, resources) for setting, t in trainings.items()}
     with ray_session(with_dashboard=with_dashboard) as capacity:
-        trials_that_fit(demand, resources, capacity)
+        for setting, demand in demands.items():
+            trials_that_fit(demand, resources, capacity, setting)
         if with_dashboard:
             from drtune_ray.search.reaper import check_state_api
 

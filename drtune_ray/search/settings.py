@@ -57,6 +57,7 @@ RESTRICTIONS = {
     "backbone.weights": WEIGHTS,
     "seed": PREPARED_ONCE,
     "training.epochs": PREPARED_ONCE,
+    "training.stop_epoch": PREPARED_ONCE,
     "training.workers": PREPARED_ONCE,
 }
 

@@ -94,7 +94,7 @@ def simulated_studies(
         at_a_time: How many trials run side by side.
         seconds_before: What of ``budget.max_seconds`` is over when the first trial begins.
     """
-    num_epochs = config.trial.training.epochs
+    num_epochs = config.trial.training.last_epoch
     num_studies = max(MIN_STUDIES, min(MAX_STUDIES, MAX_RESULTS // (len(paces) * num_epochs)))
     generator = np.random.default_rng(config.seed)
     return tuple(

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from drtune_ray.config import StudyConfig, reference_config
+from drtune_ray.errors import ConfigError
 from drtune_ray.search.done import is_done
 from drtune_ray.search.driver import StudyDriver
-from drtune_ray.search.failures import (
-    full_disk_is_told,
-)
+from drtune_ray.search.failures import full_disk_is_told
+from drtune_ray.search.final_fit import with_final_workers
 from drtune_ray.search.identity import (
     RECORD_FILE,
     SPLITS_NAME,
@@ -25,7 +25,7 @@ from drtune_ray.search.identity import (
     open_record,
     read_record,
 )
-from drtune_ray.search.nodes import Capacity
+from drtune_ray.search.nodes import WORKERS, Capacity
 from drtune_ray.search.objectives import direction
 from drtune_ray.search.outlook import StudyPlan, StudyResult
 from drtune_ray.search.points import start_points
@@ -53,6 +53,7 @@ from drtune_ray.search.stored import stored_trials
 from drtune_ray.search.variants import table_variants
 from drtune_ray.search.waiting import Notify
 from drtune_ray.tracking.events import Sink
+from drtune_ray.training.model import check_trial
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +140,7 @@ def check_study(
     highest = checked.num_train
     space, notes = found[0].clamped(highest, len(checked.splits.classes))
     check_sampler(config.sampler)
+    _check_final_fit(config, highest)
     start_points(space, config.start_with)
     checked = check_encoders(checked, table_variants(space, config.trial)[1:])
     references = []
@@ -147,6 +149,16 @@ def check_study(
         size = min(trial.method.bank_size, highest)
         references.append(FixedTrial(name, trial.with_values({"method.bank_size": size})))
     return checked, space, tuple(references), (checked.summary(), *notes)
+
+
+def _check_final_fit(config: StudyConfig, num_train: int) -> None:
+    """Whether its workers make sense; its settings are those of some trial."""
+    if config.final_fit.images == "none":
+        return
+    trial = with_final_workers(config.trial, config.final_fit)
+    on_gpus = config.resources.worker_gpus(trial.training.max_workers) > 0
+    if problems := check_trial(trial, num_train, on_gpus=on_gpus):
+        raise ConfigError([f"final_fit.workers: {problem}" for problem in problems])
 
 
 def _warm_start(config: StudyConfig) -> tuple[Record, ...]:
@@ -158,8 +170,12 @@ def _cluster(config: StudyConfig) -> AbstractContextManager[Capacity | None]:
     """The cluster for the search; none is joined to show a study that is done."""
     if is_done(config.folder, config):
         return nullcontext()
-    training = config.trial.training
-    return ready_cluster(training, config.resources, with_dashboard=training.max_workers > 1)
+    trainings = {WORKERS: config.trial.training}
+    if config.final_fit.images != "none":  # it is run by Ray Train whatever its workers
+        again = with_final_workers(config.trial, config.final_fit)
+        trainings["final_fit.workers"] = again.training
+    with_dashboard = len(trainings) > 1 or config.trial.training.max_workers > 1
+    return ready_cluster(trainings, config.resources, with_dashboard=with_dashboard)
 
 
 def _manifest(config: StudyConfig) -> Path:

@@ -1,6 +1,7 @@
 """What happens in a study, as plain records that any observer can take.
 
-A run is the study (or a single training) itself, `number` None, or one of its trials.
+A run is the study (or a single training) itself, `number` None, or one of its trials; the final
+fit of a study is neither and has a name in place of a number.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 logger = logging.getLogger(__name__)
 
 Plain = dict[str, Any]
+RunKey = int | str | None
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class RunStarted:
     """A run begins, or goes on after an interruption; `time_ms` since 1970."""
 
     kind: ClassVar[str] = "run_started"
-    number: int | None
+    number: RunKey
     name: str
     params: Plain
     tags: dict[str, str]
@@ -33,7 +35,7 @@ class MetricsRecorded:
     """Numbers of one epoch of a run."""
 
     kind: ClassVar[str] = "metrics_recorded"
-    number: int | None
+    number: RunKey
     step: int
     metrics: dict[str, float]
     time_ms: int = field(default_factory=lambda: now_ms())
@@ -44,7 +46,7 @@ class StepsRecorded:
     """Numbers of consecutive training steps of a run."""
 
     kind: ClassVar[str] = "steps_recorded"
-    number: int | None
+    number: RunKey
     first_step: int
     steps: list[dict[str, float]]
     time_ms: int
@@ -55,7 +57,7 @@ class RunFinished:
     """A run has ended: COMPLETE, PRUNED, FAIL, or INTERRUPTED where it can be resumed."""
 
     kind: ClassVar[str] = "run_finished"
-    number: int | None
+    number: RunKey
     state: str
     outcome: str
     metrics: dict[str, float]
@@ -68,7 +70,7 @@ class FilesReady:
     """Files that belong to a run, to be copied to `artifact_path`."""
 
     kind: ClassVar[str] = "files_ready"
-    number: int | None
+    number: RunKey
     path: str
     artifact_path: str
 

@@ -19,6 +19,7 @@ from drtune_ray.tracking.events import (
     FilesReady,
     MetricsRecorded,
     RunFinished,
+    RunKey,
     RunStarted,
     StepsRecorded,
 )
@@ -88,14 +89,14 @@ class MlflowRecorder:
         self._artifacts = artifacts
         self._client: Any = None
         self._experiment_id = ""
-        self._run_ids: dict[int | None, str] = {}
+        self._run_ids: dict[RunKey, str] = {}
 
     def record(self, event: Event) -> None:
         """Send one event; no error of the client's holds a password."""
         with secrets_hidden(self._uri):
             self._record(event)
 
-    def run_id(self, number: int | None) -> str | None:
+    def run_id(self, number: RunKey) -> str | None:
         """MLflow's id of a run of this study, if there is one."""
         with secrets_hidden(self._uri):
             return self._find(number)
@@ -113,7 +114,7 @@ class MlflowRecorder:
         elif isinstance(event, FilesReady):
             self._copy(event)
 
-    def _find(self, number: int | None) -> str | None:
+    def _find(self, number: RunKey) -> str | None:
         self._connect()
         if number in self._run_ids:
             return self._run_ids[number]
@@ -184,7 +185,7 @@ class MlflowRecorder:
         self._client.set_terminated(run_id, STATUS[event.state], event.time_ms)
 
     def _log_metrics(
-        self, number: int | None, metrics: dict[str, float], step: int, time_ms: int
+        self, number: RunKey, metrics: dict[str, float], step: int, time_ms: int
     ) -> None:
         self._log_batch(number, [(key, value, time_ms, step) for key, value in metrics.items()])
 
@@ -196,7 +197,7 @@ class MlflowRecorder:
         ]
         self._log_batch(event.number, rows)
 
-    def _log_batch(self, number: int | None, rows: list[tuple[str, float, int, int]]) -> None:
+    def _log_batch(self, number: RunKey, rows: list[tuple[str, float, int, int]]) -> None:
         from mlflow.entities import Metric
 
         for at in range(0, len(rows), METRICS_PER_CALL):
@@ -212,11 +213,11 @@ class MlflowRecorder:
         else:  # the event waited until it was removed
             logger.warning("tracking: %s is gone, so MLflow gets no copy of it", path)
 
-    def _existing(self, number: int | None) -> str:
+    def _existing(self, number: RunKey) -> str:
         """The run of an event; made bare where its start was never recorded or was deleted."""
         if (run_id := self._find(number)) is not None:
             return run_id
-        name = self._study_id if number is None else f"trial-{number:04d}"
+        name = f"trial-{number:04d}" if isinstance(number, int) else number or self._study_id
         return self._create(RunStarted(number, name, {}, {}))
 
 

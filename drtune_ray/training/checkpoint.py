@@ -121,7 +121,7 @@ class TrialFolder:
 
     def save_best(self, state: dict[str, Any]) -> None:
         """Replace the weights of the best epoch."""
-        self._files.write(BEST_NAME, *_encoded(state))
+        self._files.write(BEST_NAME, *_encoded(state | {IDENTITY: self._identity}))
 
     def newest(self) -> dict[str, Any] | None:
         """The newest sound checkpoint, whosever it is; unsound ones are passed over."""
@@ -172,7 +172,11 @@ def trial_folder(trials: Path, number: int, artifacts: Folder | None = None) -> 
         number: Of the trial.
         artifacts: Holds their checkpoints instead.
     """
-    name = folder_name(number)
+    return named_folder(trials, folder_name(number), artifacts)
+
+
+def named_folder(trials: Path, name: str, artifacts: Folder | None = None) -> TrialFolder:
+    """As :func:`trial_folder`, of a training that is none of the numbered trials."""
     return TrialFolder(trials / name, artifacts.below(name) if artifacts else None)
 
 

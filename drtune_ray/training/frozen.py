@@ -131,7 +131,8 @@ def _with_pixels(
         rows = ((view, row) for view in range(config.views) for row in range(len(train)))
         write_array(path, _blocks(train.training_view(maker, row, view) for view, row in rows))
 
-    evaluation = store.table(names.evaluation, write_evaluation)
+    has_validation = len(validation) > 0  # a final fit has none
+    evaluation = store.table(names.evaluation, write_evaluation) if has_validation else None
     views = store.table(names.views, write_views) if config.views else None
     return replace(tables, evaluation=evaluation, views=views)
 

@@ -161,20 +161,15 @@ class Trial:
             progress.outcome = DIVERGED
             return
         self._collect_steps()
-        validation = self._validate()
-        accuracy = validation["val_accuracy"]
-        if not math.isfinite(validation["val_loss"]):
+        validation = self._validate() if len(self.data.validation) else {}
+        if not self._is_sound(validation):
             # The last update broke the weights: the epoch is no result, and cannot be the best.
             progress.outcome = DIVERGED
             return
         means = self._step_means()
         progress.epochs_done += 1
         progress.steps_done = 0
-        if accuracy > progress.best_val_accuracy:
-            progress.best_val_accuracy, progress.best_epoch = accuracy, progress.epochs_done
-            self.is_best = True
-        # The objective first: MLflow's comparisons open on the metric that was logged first.
-        metrics = {"best_val_accuracy": progress.best_val_accuracy} | validation | means
+        metrics = self._judged(validation) | means
         metrics |= {name: float(value) for name, value in self.method.diagnostics().items()}
         metrics["best_epoch"] = float(progress.best_epoch)
         metrics["seconds"] = progress.epoch_seconds + time.monotonic() - started
@@ -188,10 +183,29 @@ class Trial:
         )
         progress.step_values, progress.epoch_seconds = [], 0.0
         patience = self.config.training.patience_epochs
-        if progress.epochs_done >= self.config.training.epochs:
+        if progress.epochs_done >= self.config.training.last_epoch:
             progress.outcome = COMPLETED
         elif patience and progress.epochs_done - progress.best_epoch >= patience:
             progress.outcome = PATIENCE
+
+    def _is_sound(self, validation: Mapping[str, float]) -> bool:
+        """Whether the weights are finite; they are looked at where no validation shows it."""
+        if validation:
+            return math.isfinite(validation["val_loss"])
+        tensors = self.method.downstream_encoder.state_dict() | self.method.head.state_dict()
+        return all(bool(t.isfinite().all()) for t in tensors.values())
+
+    def _judged(self, validation: dict[str, float]) -> dict[str, float]:
+        """Note whether the epoch that has just ended is the best; what its validation says."""
+        progress = self.progress
+        if not validation:  # nothing to choose by: the last epoch counts
+            progress.best_epoch, self.is_best = progress.epochs_done, True
+            return {}
+        if validation["val_accuracy"] > progress.best_val_accuracy:
+            progress.best_val_accuracy = validation["val_accuracy"]
+            progress.best_epoch, self.is_best = progress.epochs_done, True
+        # The objective first: MLflow's comparisons open on the metric that was logged first.
+        return {"best_val_accuracy": progress.best_val_accuracy} | validation
 
     def report(self) -> EpochReport:
         """The present state as a report."""

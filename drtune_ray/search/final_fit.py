@@ -1,0 +1,154 @@
+"""The final fit: the winner's configuration once more, on training and validation images together.
+
+No image is left to choose an epoch by, so it ends at the epoch at which the winner was best, on the
+winner's schedule, and the weights of that epoch are handed back.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+from optuna.trial import TrialState
+
+from drtune_ray.config import TrialConfig
+from drtune_ray.data.dataset import Tables
+from drtune_ray.data.splits import TEST, TRAIN
+from drtune_ray.errors import CheckpointError
+from drtune_ray.search.finalists import best_finalist
+from drtune_ray.search.fit import Fit
+from drtune_ray.search.identity import TRIALS_FOLDER
+from drtune_ray.search.outlook import StudyResult
+from drtune_ray.search.prepare import Checked
+from drtune_ray.search.protocol import OUTCOME
+from drtune_ray.study_sections import FinalFitConfig
+from drtune_ray.tracking.events import RunFinished, RunStarted
+from drtune_ray.training.checkpoint import (
+    IDENTITY,
+    TrialFolder,
+    named_folder,
+    read_checkpoint,
+    trial_identity,
+)
+from drtune_ray.training.records import COMPLETED
+from drtune_ray.values import flattened
+
+
+@dataclass(frozen=True)
+class FinalFit:
+    """What is trained again, and on what.
+
+    Attributes:
+        source: Number of the trial that won the search.
+        config: Its configuration, the epoch to end at, and the workers.
+        checked: The images; none of them is for validation.
+    """
+
+    source: int
+    config: TrialConfig
+    checked: Checked
+
+    @property
+    def name(self) -> str:
+        """Of its run and its folder."""
+        return f"final-fit-{self.source:05d}"
+
+    def about(self, outcome: str) -> dict[str, Any]:
+        """For the card of the model: plain values."""
+        return {
+            "trial": self.source,
+            "seed": self.config.seed,
+            "epoch": self.config.training.last_epoch,
+            "num_images": self.checked.num_train,
+            "outcome": outcome,
+        }
+
+    def checkpoints(self, fit: Fit) -> TrialFolder:
+        """Where its checkpoints lie, and then its weights."""
+        return named_folder(fit.folder / TRIALS_FOLDER, self.name, fit.artifacts.trials)
+
+    def train(self, fit: Fit, tables: Tables, on_interrupt: Callable[[], None]) -> str:
+        """Train, or go on, unless it was trained before.
+
+        Args:
+            fit: Of the study.
+            tables: What it reads.
+            on_interrupt: Called when it is interrupted.
+
+        Returns:
+            The outcome; with `COMPLETED` the weights are there.
+
+        Raises:
+            EnvironmentProblem: If the workers failed more often than they are retried.
+        """
+        checkpoints = self.checkpoints(fit)
+        # With a checkpoint to go on from it may not have told all of its epochs.
+        if checkpoints.newest() is None and self._is_trained(checkpoints, tables):
+            return COMPLETED
+        tags = {"drtune.final_fit": str(self.source)}
+        fit.emit(RunStarted(self.name, self.name, flattened(self.config.to_mapping()), tags))
+        try:
+            result = fit.train(self.config, tables, checkpoints, self.name, on_interrupt)
+        except BaseException:  # whatever it was, the run may not stay RUNNING
+            fit.emit(RunFinished(self.name, "INTERRUPTED", "interrupted", {}, {}))
+            raise
+        outcome = str(result[OUTCOME])
+        state = TrialState.COMPLETE if outcome == COMPLETED else TrialState.PRUNED
+        fit.emit(RunFinished(self.name, state.name, outcome, {}, {}))
+        checkpoints.drop_resumable()
+        return outcome
+
+    def _is_trained(self, checkpoints: TrialFolder, tables: Tables) -> bool:
+        """Whether weights of this very training, at its last epoch, are there."""
+        try:
+            best = read_checkpoint(checkpoints.fetch_best())
+        except (CheckpointError, FileNotFoundError):
+            return False
+        content = (self.name, tables.images.name, tables.backbone.name)
+        is_last = best["record"]["epoch"] == self.config.training.last_epoch
+        return is_last and best.get(IDENTITY) == trial_identity(self.config, *content)
+
+
+def final_fit(result: StudyResult, asked: FinalFitConfig, checked: Checked) -> FinalFit | None:
+    """The final fit of a study; None where none was asked for.
+
+    It has the seed of the run whose weights would be handed back without it. The epoch is the
+    median over the best epochs of the winner's runs on new seeds, or the search's own without
+    finalists.
+
+    Args:
+        result: What the study came to.
+        asked: Whether, and on how many workers.
+        checked: Images and weights of the study.
+    """
+    if asked.images == "none":
+        return None
+    finalist = best_finalist(result.finalists)
+    runs = finalist.runs if finalist else (result.winner,)
+    config = TrialConfig.from_mapping(result.shipped.config)
+    values: dict[str, Any] = {
+        "training.stop_epoch": round(statistics.median(run.best_epoch or 1 for run in runs)),
+        "training.patience_epochs": None,
+    }
+    config = with_final_workers(config.with_values(values), asked)
+    return FinalFit(result.winner.number, config, without_validation(checked))
+
+
+def with_final_workers(config: TrialConfig, asked: FinalFitConfig) -> TrialConfig:
+    """A configuration on the workers of the final fit."""
+    if asked.workers is None:
+        return config
+    return config.with_values({"training.workers": asked.workers})
+
+
+def without_validation(checked: Checked) -> Checked:
+    """The same images, those for validation among those for training; the test stays sealed."""
+    splits = checked.splits
+    former = splits.manifest["split"].to_pylist()
+    column = pa.array([TEST if split == TEST else TRAIN for split in former], pa.string())
+    at = splits.manifest.schema.get_field_index("split")
+    manifest = splits.manifest.set_column(at, "split", column)
+    return replace(checked, splits=replace(splits, manifest=manifest))

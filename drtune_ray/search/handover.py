@@ -1,0 +1,92 @@
+"""What a study hands back: the winner's model, and copies of the best checkpoints for MLflow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from drtune_ray.config import StudyConfig, TrialConfig
+from drtune_ray.data.dataset import Tables
+from drtune_ray.data.store import TableStore
+from drtune_ray.results.trials import TrialSummary, best_first
+from drtune_ray.results.winner import write_winner
+from drtune_ray.search.final_fit import FinalFit, final_fit
+from drtune_ray.search.fit import Fit
+from drtune_ray.search.identity import TRIALS_FOLDER, WINNER_NAME
+from drtune_ray.search.outlook import StudyResult
+from drtune_ray.search.prepare import Checked, build_tables, preparing_device
+from drtune_ray.search.servers import as_problem
+from drtune_ray.tracking.events import FilesReady
+from drtune_ray.training.checkpoint import TrialFolder, trial_folder
+
+
+@dataclass(frozen=True)
+class Handover:
+    """Writes what is handed back.
+
+    Attributes:
+        config: The study.
+        checked: Its images and weights.
+        store: Of its storage.
+        fit: Trains the winner again, where that is asked for.
+        on_interrupt: Called when that is interrupted.
+    """
+
+    config: StudyConfig
+    checked: Checked
+    store: TableStore
+    fit: Fit
+    on_interrupt: Callable[[], None]
+
+    def write_winner(self, result: StudyResult) -> StudyResult:
+        """Write the model, trained once more where that was asked for; returns what came of it.
+
+        A final fit that diverges is said to, and the winner's best seed is handed back.
+        """
+        config = TrialConfig.from_mapping(result.shipped.config)
+        folder, checked = self._folder(result.shipped.number), self.checked
+        again = final_fit(result, self.config.final_fit, checked)
+        if again is not None:
+            outcome = self._train(again)
+            result = replace(result, final_fit=again.about(outcome))
+            if result.is_fitted_again:
+                config, checked = again.config, again.checked
+                folder = again.checkpoints(self.fit)
+        tables = self._tables(checked, config)
+        write_winner(
+            self.config.folder / WINNER_NAME,
+            self._weights(folder),
+            tables.backbone,
+            tables.classes,
+            config,
+            result.about(),
+        )
+        return result
+
+    def keep_top_checkpoints(self, trials: Iterable[TrialSummary]) -> None:
+        """Have MLflow take copies of the best weights of the best trials."""
+        for trial in best_first(trials)[: self.config.tracking.num_top_checkpoints]:
+            weights = self._weights(self._folder(trial.number))
+            self.fit.emit(FilesReady(trial.number, str(weights), "checkpoint"))
+
+    def _train(self, again: FinalFit) -> str:
+        training = again.config.training
+        self.fit.cluster.on_notice(
+            f"Final fit: trial {again.source}'s configuration on {again.checked.num_train} images, "
+            f"training and validation together, to epoch {training.last_epoch}"
+        )
+        tables = self._tables(again.checked, again.config)
+        return again.train(self.fit, tables, self.on_interrupt)
+
+    def _tables(self, checked: Checked, config: TrialConfig) -> Tables:
+        device = preparing_device(self.config.resources, self.fit.cluster.capacity)[0]
+        return build_tables(checked, config, self.store, device)
+
+    def _folder(self, number: int) -> TrialFolder:
+        trials = self.config.folder / TRIALS_FOLDER
+        return trial_folder(trials, number, self.fit.artifacts.trials)
+
+    def _weights(self, folder: TrialFolder) -> Path:
+        with as_problem(self.fit.artifacts.uri):
+            return folder.fetch_best()
