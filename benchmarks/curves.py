@@ -1,12 +1,14 @@
 """A table of fully trained configurations on real images, for benchmarks that replay searches.
 
-    .venv/bin/python benchmarks/curves.py                # curves.parquet: the whole grid, cosine
-    .venv/bin/python benchmarks/curves.py --schedules    # schedules.parquet: a part, four schedules
+    .venv/bin/python benchmarks/curves.py --images 100          # curves-100.parquet: the grid
+    .venv/bin/python benchmarks/curves.py --images 400          # curves-400.parquet: K = 100 only
+    .venv/bin/python benchmarks/curves.py --schedules           # schedules.parquet
 
-scikit-learn's digits (10 images a class to train, 425 to validate) at 32 px, EfficientNet-Lite0
-with the demo's weights, 18 epochs, one seed. A row is a configuration: its place in the grid,
-`schedule`, `outcome`, and `val_accuracy`, a list over its epochs (shorter where it diverged).
-An interrupted run goes on where it was. The learning-rate schedules that the package does not have:
+scikit-learn's digits (100 or 400 images to train, 425 or 350 to validate) at 32 px, batches of 20,
+EfficientNet-Lite0 with the demo's weights, 18 or 9 epochs with a cosine schedule, one seed. With
+`--schedules`, of 100 images, a part of the grid under four schedules. A row is a configuration: its
+place in the grid, `schedule`, `outcome`, and `val_accuracy`, a list over its epochs (shorter where
+it diverged). An interrupted run goes on where it was. Schedules that the package does not have:
 
     restarts  cosine from 1 to 0 within each rung of ASHA's defaults (epochs 1-2, 3-6, 7-18)
     linear    constant over the first two thirds, then down to 0 in a line
@@ -44,8 +46,8 @@ from drtune_ray.training.records import EpochReport
 
 HERE = Path(__file__).parent
 PROCESSES = 2
-EPOCHS = 18
-RUNGS = (0, 2, 6, EPOCHS)
+EPOCHS = {100: 18, 400: 9}  # by images to train
+RUNGS = (0, 2, 6, EPOCHS[100])
 GRID: dict[str, tuple[float, ...]] = {
     "optim.backbone_lr": (0.0003, 0.0006, 0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04),
     "method.regularization_weight": (0.05, 0.25, 1.0, 4.0),
@@ -58,17 +60,16 @@ BASE = {
     "data.validation_fraction": 0.1,
     "data.test_fraction": 0.3,
     "training.batch_size": 20,
-    "training.epochs": EPOCHS,
 }
 SCHEDULES = ("cosine", "constant", "restarts", "linear")
-NUM_OF_SCHEDULES = 32  # configurations, drawn from the grid
+NUM_OF_SCHEDULES = 24  # configurations, drawn from the grid
 Job = tuple[str, dict[str, float]]
 
 
 def factor(schedule: str, epoch: float) -> float:
     """Of the learning rates, for the schedules that are tried here alone."""
     if schedule == "linear":
-        return min(1.0, 3.0 * (1.0 - epoch / EPOCHS))
+        return min(1.0, 3.0 * (1.0 - epoch / RUNGS[-1]))
     start = max(rung for rung in RUNGS[:-1] if rung <= epoch)
     end = RUNGS[RUNGS.index(start) + 1]
     return 0.5 * (1.0 + math.cos(math.pi * (epoch - start) / (end - start)))
@@ -82,7 +83,7 @@ def schedule_of(
         config = config.model_copy(update={"schedule": name})
         return build_schedule(optimizer, config, num_epochs, steps_per_epoch)
     return LambdaLR(
-        optimizer, lambda step: factor(name, min(step / steps_per_epoch, EPOCHS - 1e-9))
+        optimizer, lambda step: factor(name, min(step / steps_per_epoch, RUNGS[-1] - 1e-9))
     )
 
 
@@ -102,9 +103,11 @@ def train(job: Job, base: TrialConfig, tables: Tables) -> dict[str, Any]:
     return point | {"schedule": schedule, "outcome": reports[-1].outcome, "val_accuracy": curve}
 
 
-def jobs(with_schedules: bool) -> list[Job]:
+def jobs(images: int, with_schedules: bool) -> list[Job]:
     """The configurations, in an order in which a part of them is a sample of all."""
     points = [dict(zip(GRID, values, strict=True)) for values in itertools.product(*GRID.values())]
+    if images > 100:
+        points = [point for point in points if point["method.bank_size"] == 100]
     random.Random(0).shuffle(points)
     if with_schedules:
         return [(name, p) for p in points[:NUM_OF_SCHEDULES] for name in SCHEDULES]
@@ -117,15 +120,24 @@ def key(schedule: str, point: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--images", type=int, default=100, choices=list(EPOCHS))
     parser.add_argument("--schedules", action="store_true", help="a part, with four schedules")
     options = parser.parse_args()
-    target = HERE / ("schedules.parquet" if options.schedules else "curves.parquet")
+    wanted = jobs(options.images, options.schedules)
+    name = "schedules" if options.schedules else f"curves-{options.images}"
+    target = HERE / f"{name}.parquet"
     lines = target.with_suffix(".jsonl")
     done = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
     known = {key(row["schedule"], row) for row in done}
-    left = [job for job in jobs(options.schedules) if key(*job) not in known]
+    left = [job for job in wanted if key(*job) not in known]
     with tempfile.TemporaryDirectory(prefix="curves-") as folder:
-        base = demo_config(Path(folder)).trial.with_values(BASE)
+        base = demo_config(Path(folder)).trial.with_values(
+            BASE
+            | {
+                "training.epochs": EPOCHS[options.images],
+                "data.train_per_class": options.images // 10,
+            }
+        )
         with TableStore(Path(folder), 4.0) as store:
             tables = prepare(check_inputs(base, Path(folder)), base, store, "cpu")
         work = partial(train, base=base, tables=tables)
@@ -134,8 +146,8 @@ def main() -> None:
                 done.append(row)
                 file.write(json.dumps(row) + "\n")
                 file.flush()
-                print(f"{len(done)} of {len(jobs(options.schedules))}", end="\r", flush=True)
-    order = {key(*job): at for at, job in enumerate(jobs(options.schedules))}
+                print(f"{len(done)} of {len(wanted)}", end="\r", flush=True)
+    order = {key(*job): at for at, job in enumerate(wanted)}
     done.sort(key=lambda row: order[key(row["schedule"], row)])
     pq.write_table(pa.Table.from_pylist(done), target)
     lines.unlink()

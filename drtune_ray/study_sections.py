@@ -50,13 +50,18 @@ class SchedulerConfig(Section):
     """Early stopping.
 
     ``asha`` with its r (`min_epochs`) and eta (`reduction_factor`); ``median`` stops after
-    `min_epochs` what is below the median of at least `min_trials` others; ``none``.
+    `min_epochs` what is below the median of at least `min_trials` others; ``none``. By default
+    `min_epochs` is a third of the epochs: before that, learning rates that end best look bad.
     """
 
     name: Annotated[Literal["asha", "median", "none"], BeforeValidator(_scheduler)] = "asha"
-    min_epochs: PositiveInt = 2
+    min_epochs: PositiveInt | None = None
     reduction_factor: Annotated[float, Field(gt=1.0)] = 3.0
     min_trials: PositiveInt = 4
+
+    def first_rung(self, max_epochs: int) -> int:
+        """Epochs that every trial has, where it may have `max_epochs`."""
+        return min(self.min_epochs or max(2, round(max_epochs / 3)), max_epochs)
 
 
 class BudgetConfig(Section):

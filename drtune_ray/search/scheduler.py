@@ -68,7 +68,7 @@ class StudyASHA(AsyncHyperBandScheduler):  # type: ignore[misc]
         super().__init__(
             time_attr=EPOCH,
             max_t=max_epochs,
-            grace_period=min(config.min_epochs, max_epochs),
+            grace_period=config.first_rung(max_epochs),
             reduction_factor=config.reduction_factor,
             metric=OBJECTIVE,
             mode="max",
@@ -124,7 +124,7 @@ class StudyMedian(MedianStoppingRule):  # type: ignore[misc]
             time_attr=EPOCH,
             metric=OBJECTIVE,
             mode="max",
-            grace_period=min(config.min_epochs, max_epochs),
+            grace_period=config.first_rung(max_epochs),
             min_samples_required=config.min_trials,
         )
         self._reference_numbers = reference_numbers

@@ -103,3 +103,16 @@ def test_a_trial_without_an_epoch_leaves_no_value():
     asha.on_trial_add(None, tune_trial(1))
     asha.on_trial_complete(None, tune_trial(1), {"epoch": 0, OBJECTIVE: float("nan")})
     assert all(not values for _, values in rungs(asha)[0])
+
+
+@pytest.mark.parametrize(
+    ("min_epochs", "max_epochs", "expected"),
+    [(None, 12, 4), (None, 10, 3), (None, 4, 2), (None, 1, 1), (5, 12, 5), (20, 12, 12)],
+)
+def test_the_first_rung_is_at_a_third_of_the_epochs_unless_it_is_given(
+    min_epochs, max_epochs, expected
+):
+    config = SchedulerConfig(min_epochs=min_epochs)
+    assert config.first_rung(max_epochs) == expected
+    (bracket,) = StudyASHA(config, max_epochs, ())._brackets
+    assert min(milestone for milestone, _ in bracket._rungs) == expected
