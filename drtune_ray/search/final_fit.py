@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 
 from drtune_ray.config import TrialConfig
 from drtune_ray.data.dataset import Tables
-from drtune_ray.data.splits import TEST, TRAIN
+from drtune_ray.data.splits import TRAIN, VALIDATION
 from drtune_ray.errors import CheckpointError
 from drtune_ray.search.finalists import best_finalist
 from drtune_ray.search.fit import Fit
@@ -148,7 +148,7 @@ def without_validation(checked: Checked) -> Checked:
     """The same images, those for validation among those for training; the test stays sealed."""
     splits = checked.splits
     former = splits.manifest["split"].to_pylist()
-    column = pa.array([TEST if split == TEST else TRAIN for split in former], pa.string())
+    column = pa.array([TRAIN if split == VALIDATION else split for split in former], pa.string())
     at = splits.manifest.schema.get_field_index("split")
     manifest = splits.manifest.set_column(at, "split", column)
     return replace(checked, splits=replace(splits, manifest=manifest))

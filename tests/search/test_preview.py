@@ -211,6 +211,7 @@ def preview() -> Preview:
         steps_per_epoch=4.0,
         fixed_seconds=10.0,
         prepare_seconds=5.0,
+        final_fit_seconds=3.0,
         tables=(),
         machine=Machine(2, 0),
         memory_bytes=3 * 2**30,
@@ -220,7 +221,7 @@ def preview() -> Preview:
 
 
 def test_totals(preview):
-    assert preview.seconds.mean == 40 + 12 + 10 + 5
+    assert preview.seconds.mean == 40 + 12 + 10 + 5 + 3
     assert preview.checkpoint_bytes == 6 * 1000 + 2 * 2 * 3000
     assert preview.kept_bytes == (6 + 3 + 2) * 1000
     assert preview.workers_in_memory == 3
@@ -236,11 +237,13 @@ def test_lines_for_people(preview):
         "  Trials      4 (0 reference trials, 4 sampled), then 2 trainings of finalists on 2 new "
         "seed(s)",
         "  Epochs      about 25 (20 to 30 in 9 of 10 cases) in the search with asha (40 without), "
-        "10 of finalists",
+        "10 of finalists, and the final fit",
         "  Step        250 ms; an epoch 1.6 s (4 steps, validation, checkpoint): measured with 2 "
         "process(es) at a time, 1 thread(s) each",
-        "  Time        about 1 min 7 s (58 s to 1 min 16 s in 9 of 10 cases), 2 trials at a time",
-        "              of it 10 s to start and end, 5 s to prepare images and features",
+        "  Time        about 1 min 10 s (1 min 1 s to 1 min 19 s in 9 of 10 cases), 2 trials at a "
+        "time",
+        "              of it 10 s to start and end, 5 s to prepare images and features, 3 s at most "
+        "for the final fit",
         "  Memory      1.0 GiB a worker",
         "  Disk        17.6 KiB of checkpoints at most (one is 2.9 KiB, best weights 1000 B); "
         "10.7 KiB stay",
