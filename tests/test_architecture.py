@@ -35,8 +35,12 @@ LAYERS: dict[str, set[str]] = {
     "search": FLOOR | {"data", "method", "training", "tracking", "results"},
     "cluster": FLOOR | {"data", "training", "tracking", "results", "search"},
     "demo": FLOOR | {"training", "search"},
-    "display": FLOOR | {"tracking", "results", "search"},
-    "cli": FLOOR | {"demo", "display", "training", "tracking", "results", "search", "cluster"},
+    "display": FLOOR | {"tracking", "results", "search", "cluster"},
+    "cli_options": set(),
+    "cli_jobs": {"errors", "cli_options", "cluster", "display"},
+    "cli": FLOOR
+    | {"cli_jobs", "cli_options", "demo", "display"}
+    | {"training", "tracking", "results", "search", "cluster"},
 }
 # Who alone may import these.
 OWNERS = {

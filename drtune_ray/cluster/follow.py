@@ -1,0 +1,188 @@
+"""Following the log of an attempt to its end, over connections that may break."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+
+from drtune_ray.cluster.attempts import FAILED, PENDING, STOPPED, SUCCEEDED, Attempt
+from drtune_ray.cluster.server import JobServer
+from drtune_ray.errors import EnvironmentProblem
+
+# Of a log that says nothing so long it is asked whether its job still runs.
+SILENT_SECONDS = 30.0
+PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)  # between tries to reach a server that was reached before
+PENDING_SECONDS = 10.0
+LOOK_SECONDS = 0.5
+STOP_SECONDS = 60.0  # Ray kills after 3, where it has not been told otherwise
+INTERRUPTED = 130
+OWN_CODES = (0, 1, 2, 3, INTERRUPTED)  # of drtune-ray
+MACHINE = EnvironmentProblem.exit_code
+NOT_FOUND = 127  # a shell's, for a command that it does not find
+MAX_REASON = 2000
+
+
+class Follower:
+    """Shows an attempt's log, each part once.
+
+    Args:
+        server: Of the cluster.
+        submission_id: Of the attempt.
+        write: Takes text.
+        notify: Takes a line while nothing is logged.
+    """
+
+    def __init__(
+        self,
+        server: JobServer,
+        submission_id: str,
+        write: Callable[[str], None],
+        notify: Callable[[str], None],
+    ) -> None:
+        self._server, self._id, self._write, self._notify = server, submission_id, write, notify
+        self._num_shown = 0
+        self._failures = 0
+
+    def follow(self) -> Attempt:
+        """Until the attempt is over.
+
+        Raises:
+            EnvironmentProblem: If the server was lost; the attempt may go on.
+            KeyboardInterrupt: On Ctrl-C; the attempt goes on.
+        """
+        self._wait_for_start()
+        while True:
+            try:
+                asyncio.run(self._show())
+                attempt = self._server.attempt(self._id)
+            except EnvironmentProblem:
+                if self._failures == len(PAUSES_SECONDS):
+                    raise
+                time.sleep(PAUSES_SECONDS[self._failures])
+                self._failures += 1
+                continue
+            if attempt.is_over:
+                return attempt
+            time.sleep(LOOK_SECONDS)
+
+    def _wait_for_start(self) -> None:
+        told = time.monotonic()
+        while (attempt := self._server.attempt(self._id)).state == PENDING:
+            if time.monotonic() - told >= PENDING_SECONDS:
+                self._notify(f"Job {self._id} is pending: {attempt.message or 'no reason given'}")
+                told = time.monotonic() + 5 * PENDING_SECONDS  # then every minute
+            time.sleep(LOOK_SECONDS)
+
+    async def _show(self) -> None:
+        """What is logged until the connection ends, without what was shown before."""
+        position = 0
+        async for text in self._watched(self._server.tail(self._id)):
+            new = text[max(0, self._num_shown - position) :]
+            position += len(text)
+            if new:
+                self._failures = 0
+                self._num_shown = position
+                self._write(new)
+
+    async def _watched(self, pieces: AsyncIterator[str]) -> AsyncIterator[str]:
+        """The pieces; where none comes for long, until the attempt is over."""
+        while True:
+            piece = asyncio.ensure_future(anext(pieces, None))
+            while not (await asyncio.wait({piece}, timeout=SILENT_SECONDS))[0]:
+                if self._server.attempt(self._id).is_over:
+                    piece.cancel()
+                    return
+            if (text := piece.result()) is None:
+                return
+            yield text
+
+
+def follow(
+    server: JobServer,
+    attempt: Attempt,
+    write: Callable[[str], None],
+    notify: Callable[[str], None],
+    *,
+    is_stopped: bool = False,
+) -> Attempt | None:
+    """Follow an attempt to its end; None where Ctrl-C has left it.
+
+    Args:
+        server: Of the cluster.
+        attempt: The attempt.
+        write: Takes what it logs.
+        notify: Takes a line for the user.
+        is_stopped: Whether Ctrl-C stops it; a second one leaves it then.
+    """
+    follower = Follower(server, attempt.submission_id, write, notify)
+    try:
+        return follower.follow()
+    except KeyboardInterrupt:
+        if not is_stopped:
+            return None
+    try:
+        notify(f"Stopping {attempt.submission_id}")
+        server.stop(attempt.submission_id)
+        return follower.follow()
+    except KeyboardInterrupt:
+        return None
+
+
+def stop(server: JobServer, attempt: Attempt) -> Attempt:
+    """Stop an attempt; it saves, as on SIGTERM.
+
+    Args:
+        server: Of the cluster.
+        attempt: That is not over.
+
+    Raises:
+        EnvironmentProblem: If it does not end.
+    """
+    server.stop(attempt.submission_id)
+    deadline = time.monotonic() + STOP_SECONDS
+    while not (now := server.attempt(attempt.submission_id)).is_over:
+        if time.monotonic() > deadline:
+            raise EnvironmentProblem(
+                f"{attempt.submission_id} was told to stop and is {now.state.lower()} after "
+                f"{STOP_SECONDS:g} s: look at the cluster"
+            )
+        time.sleep(LOOK_SECONDS)
+    return now
+
+
+def exit_code_of(attempt: Attempt) -> int:
+    """The exit code of the study of an attempt that is over: as if it had run here."""
+    if attempt.state == SUCCEEDED:
+        return 0
+    if attempt.state == STOPPED:
+        return INTERRUPTED
+    code = attempt.exit_code
+    return code if code is not None and code in OWN_CODES else MACHINE
+
+
+def end_of(attempt: Attempt) -> str | None:
+    """A sentence about an end that is no success."""
+    job, code = f"Job {attempt.submission_id}", attempt.exit_code
+    again = "the same command goes on where it stopped"
+    if attempt.state == STOPPED or code == INTERRUPTED:
+        return f"{job} was stopped: {again}"
+    if attempt.state != FAILED:
+        return None
+    if code is None:
+        return f"{job} could not be run: {_short(attempt.message)}"
+    if code == NOT_FOUND:
+        return (
+            f"{job} found no drtune-ray on the cluster: install it there, in the environment or "
+            "image in which Ray was started"
+        )
+    if code in OWN_CODES:
+        return f"{job} failed with exit code {code}: its log says why"
+    if code < 0 or code > 128:
+        return f"{job} was killed (signal {-code if code < 0 else code - 128}): {again}"
+    return f"{job} failed with exit code {code}: its log says why"
+
+
+def _short(message: str) -> str:
+    text = " ".join(message.split()) or "no reason given"
+    return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]} ..."
