@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,7 @@ class JobServer:
     def __init__(self, address: str) -> None:
         self.address = address
         self._token: Token | None = needed_token(address)
+        _quieten_ray()
         headers = {"Authorization": f"Bearer {self._token.value}"} if self._token else {}
         with environment({ADDRESS_VARIABLE: address}), self._as_problem():
             self._client = _Client(address, headers=headers, verify=certificates() or True)
@@ -156,6 +158,12 @@ class JobServer:
             f"{self.address} does not take the token of {self._token.source}: give the one that "
             "the cluster was started with"
         )
+
+
+def _quieten_ray() -> None:
+    """Ray's client tells of every upload and connection, on loggers of its own levels."""
+    for handler in logging.getLogger("ray").handlers:
+        handler.setLevel(max(handler.level, logging.WARNING))
 
 
 def _last_line(error: Exception) -> str:
