@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 from drtune_ray.cluster.attempts import FAILED, PENDING, STOPPED, SUCCEEDED, Attempt
 from drtune_ray.cluster.server import JobServer
@@ -54,8 +54,10 @@ class Follower:
         self._wait_for_start()
         while True:
             try:
-                asyncio.run(self._show())
+                is_whole = asyncio.run(self._show())
                 attempt = self._server.attempt(self._id)
+                if attempt.is_over and not is_whole:
+                    self._take(self._server.log(self._id), 0)
             except EnvironmentProblem:
                 if self._failures == len(PAUSES_SECONDS):
                     raise
@@ -74,28 +76,27 @@ class Follower:
                 told = time.monotonic() + 5 * PENDING_SECONDS  # then every minute
             time.sleep(LOOK_SECONDS)
 
-    async def _show(self) -> None:
-        """What is logged until the connection ends, without what was shown before."""
+    async def _show(self) -> bool:
+        """What one connection says; whether it ended as one does at the log's end."""
         position = 0
-        async for text in self._watched(self._server.tail(self._id)):
-            new = text[max(0, self._num_shown - position) :]
-            position += len(text)
-            if new:
-                self._failures = 0
-                self._num_shown = position
-                self._write(new)
-
-    async def _watched(self, pieces: AsyncIterator[str]) -> AsyncIterator[str]:
-        """The pieces; where none comes for long, until the attempt is over."""
+        pieces = self._server.tail(self._id)
         while True:
+            # Kept when it takes long: to cancel it would end the connection.
             piece = asyncio.ensure_future(anext(pieces, None))
             while not (await asyncio.wait({piece}, timeout=SILENT_SECONDS))[0]:
                 if self._server.attempt(self._id).is_over:
-                    piece.cancel()
-                    return
+                    return False
             if (text := piece.result()) is None:
-                return
-            yield text
+                return True
+            self._take(text, position)
+            position += len(text)
+
+    def _take(self, text: str, position: int) -> None:
+        """Show what is new of a part of the log, which is read from its beginning each time."""
+        if new := text[max(0, self._num_shown - position) :]:
+            self._failures = 0
+            self._num_shown = position + len(text)
+            self._write(new)
 
 
 def follow(

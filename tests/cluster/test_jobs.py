@@ -130,7 +130,7 @@ def test_the_demo__followed_left_stopped_killed_and_gone_on_with(cluster, tracki
     attempts = cluster.jobs("demo")
     assert [(a["number"], a["state"], a["exit_code"]) for a in attempts] == [
         (1, "STOPPED", None),
-        (2, "FAILED", -9),
+        (2, "FAILED", 137),
         (3, "SUCCEEDED", 0),
     ]
     check_mlflow(tracking)
