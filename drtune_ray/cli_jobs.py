@@ -72,6 +72,7 @@ def submit(
     for note in submission.notes:
         _say(note)
     server = _server(address)
+    # Not before: it imports ray, and who gave bad input shall not wait for that.
     from drtune_ray.cluster.submit import submit as submit_study
 
     modes = [mode for mode, is_on in (("--quiet", quiet), ("--json", as_json)) if is_on]
@@ -174,7 +175,8 @@ def _follow(
     as_json: bool = False,
 ) -> int:
     """Follow to the end and return the study's exit code."""
-    from drtune_ray.cluster.follow import INTERRUPTED, end_of, exit_code_of, follow
+    from drtune_ray.cluster.attempts import INTERRUPTED, end_of, exit_code_of
+    from drtune_ray.cluster.follow import follow
     from drtune_ray.display.jobs import JsonLog
 
     log = JsonLog(sys.stdout, sys.stderr)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from drtune_ray.errors import ConfigError
+from drtune_ray.errors import ConfigError, EnvironmentProblem
 
 # Metadata of a job, all texts.
 STUDY_KEY, STORAGE_KEY, NUMBER_KEY, SETTINGS_KEY = (
@@ -22,6 +22,12 @@ PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED = (
     "FAILED",
     "STOPPED",
 )
+
+INTERRUPTED = 130
+OWN_CODES = (0, 1, 2, 3, INTERRUPTED)  # of drtune-ray
+MACHINE = EnvironmentProblem.exit_code
+NOT_FOUND = 127  # a shell's, for a command that it does not find
+MAX_REASON = 2000
 
 
 @dataclass(frozen=True)
@@ -106,3 +112,40 @@ def attempts_at(
             "by --storage"
         )
     return sorted(found, key=lambda attempt: attempt.number)
+
+
+def exit_code_of(attempt: Attempt) -> int:
+    """The exit code of the study of an attempt that is over: as if it had run here."""
+    if attempt.state == SUCCEEDED:
+        return 0
+    if attempt.state == STOPPED:
+        return INTERRUPTED
+    code = attempt.exit_code
+    return code if code is not None and code in OWN_CODES else MACHINE
+
+
+def end_of(attempt: Attempt) -> str | None:
+    """A sentence about an end that is no success."""
+    job, code = f"Job {attempt.submission_id}", attempt.exit_code
+    again = "the same command goes on where it stopped"
+    if attempt.state == STOPPED or code == INTERRUPTED:
+        return f"{job} was stopped: {again}"
+    if attempt.state != FAILED:
+        return None
+    if code is None:
+        return f"{job} could not be run: {_short(attempt.message)}"
+    if code == NOT_FOUND:
+        return (
+            f"{job} found no drtune-ray on the cluster: install it there, in the environment or "
+            "image in which Ray was started"
+        )
+    if code in OWN_CODES:
+        return f"{job} failed with exit code {code}: its log says why"
+    if code < 0 or code > 128:
+        return f"{job} was killed (signal {-code if code < 0 else code - 128}): {again}"
+    return f"{job} failed with exit code {code}: its log says why"
+
+
+def _short(message: str) -> str:
+    text = " ".join(message.split()) or "no reason given"
+    return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]} ..."

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from drtune_ray.cluster.attempts import FAILED, PENDING, STOPPED, SUCCEEDED, Attempt
+from drtune_ray.cluster.attempts import PENDING, Attempt
 from drtune_ray.cluster.server import JobServer
 from drtune_ray.errors import EnvironmentProblem
 
@@ -16,11 +16,6 @@ PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)  # between tries to reach a server that wa
 PENDING_SECONDS = 10.0
 LOOK_SECONDS = 0.5
 STOP_SECONDS = 60.0  # Ray kills after 3, where it has not been told otherwise
-INTERRUPTED = 130
-OWN_CODES = (0, 1, 2, 3, INTERRUPTED)  # of drtune-ray
-MACHINE = EnvironmentProblem.exit_code
-NOT_FOUND = 127  # a shell's, for a command that it does not find
-MAX_REASON = 2000
 
 
 class Follower:
@@ -150,40 +145,3 @@ def stop(server: JobServer, attempt: Attempt) -> Attempt:
             )
         time.sleep(LOOK_SECONDS)
     return now
-
-
-def exit_code_of(attempt: Attempt) -> int:
-    """The exit code of the study of an attempt that is over: as if it had run here."""
-    if attempt.state == SUCCEEDED:
-        return 0
-    if attempt.state == STOPPED:
-        return INTERRUPTED
-    code = attempt.exit_code
-    return code if code is not None and code in OWN_CODES else MACHINE
-
-
-def end_of(attempt: Attempt) -> str | None:
-    """A sentence about an end that is no success."""
-    job, code = f"Job {attempt.submission_id}", attempt.exit_code
-    again = "the same command goes on where it stopped"
-    if attempt.state == STOPPED or code == INTERRUPTED:
-        return f"{job} was stopped: {again}"
-    if attempt.state != FAILED:
-        return None
-    if code is None:
-        return f"{job} could not be run: {_short(attempt.message)}"
-    if code == NOT_FOUND:
-        return (
-            f"{job} found no drtune-ray on the cluster: install it there, in the environment or "
-            "image in which Ray was started"
-        )
-    if code in OWN_CODES:
-        return f"{job} failed with exit code {code}: its log says why"
-    if code < 0 or code > 128:
-        return f"{job} was killed (signal {-code if code < 0 else code - 128}): {again}"
-    return f"{job} failed with exit code {code}: its log says why"
-
-
-def _short(message: str) -> str:
-    text = " ".join(message.split()) or "no reason given"
-    return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]} ..."

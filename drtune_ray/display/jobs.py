@@ -8,8 +8,7 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any, TextIO
 
-from drtune_ray.cluster.attempts import PENDING, RUNNING, Attempt
-from drtune_ray.cluster.follow import end_of
+from drtune_ray.cluster.attempts import PENDING, RUNNING, Attempt, end_of
 from drtune_ray.display.text import duration
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from drtune_ray.cluster import follow as follow_module
 from drtune_ray.cluster.attempts import Attempt
-from drtune_ray.cluster.follow import end_of, exit_code_of, follow, stop
+from drtune_ray.cluster.follow import follow, stop
 from drtune_ray.errors import EnvironmentProblem
 
 BEGUN = Attempt("drtune-a-1", "a", "/shared", 1, "", "RUNNING", None, "", 0.0, None)
@@ -147,37 +147,3 @@ def test_stop__what_does_not_end(monkeypatch):
     assert str(caught.value) == (
         "drtune-a-1 was told to stop and is running after 0.05 s: look at the cluster"
     )
-
-
-LOG = "its log says why"
-AGAIN = "the same command goes on where it stopped"
-ENDS = [
-    ("SUCCEEDED", 0, 0, None),
-    ("STOPPED", None, 130, f"was stopped: {AGAIN}"),
-    ("FAILED", 1, 1, f"failed with exit code 1: {LOG}"),
-    ("FAILED", 2, 2, f"failed with exit code 2: {LOG}"),
-    ("FAILED", 3, 3, f"failed with exit code 3: {LOG}"),
-    ("FAILED", 130, 130, f"was stopped: {AGAIN}"),
-    ("FAILED", -9, 3, f"was killed (signal 9): {AGAIN}"),
-    ("FAILED", 137, 3, f"was killed (signal 9): {AGAIN}"),
-    ("FAILED", 77, 3, f"failed with exit code 77: {LOG}"),
-    (
-        "FAILED",
-        127,
-        3,
-        "found no drtune-ray on the cluster: install it there, in the environment or image in "
-        "which Ray was started",
-    ),
-    ("FAILED", None, 3, "could not be run: no node"),
-]
-
-
-@pytest.mark.parametrize(("state", "code", "exit_code", "sentence"), ENDS)
-def test_end_of(state, code, exit_code, sentence):
-    ended = replace(BEGUN, state=state, exit_code=code, message="no\n  node")
-    assert exit_code_of(ended) == exit_code
-    assert end_of(ended) == (f"Job drtune-a-1 {sentence}" if sentence else None)
-
-
-def test_end_of__a_running_one_has_none():
-    assert end_of(BEGUN) is None
