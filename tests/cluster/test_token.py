@@ -2,51 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import threading
+import socket
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from drtune_ray.cluster.token import needed_token
 from drtune_ray.errors import EnvironmentProblem
+from tests.cluster.answering import MODE, Answering, answering, mode
 from tests.search.leftovers import free_port
 
 TOKEN = "b7c1a2"
 
 
-class Asked(ThreadingHTTPServer):
-    """Answers as Ray's dashboard does, and keeps the requests."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.status, self.answer = 200, json.dumps({"authentication_mode": "token"})
-        self.requests: list[tuple[str, dict[str, str]]] = []
-        self.address = f"http://127.0.0.1:{self.server_port}"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Asked
-
-    def do_GET(self) -> None:
-        self.server.requests.append((self.path, dict(self.headers)))
-        self.send_response(self.server.status)
-        self.end_headers()
-        self.wfile.write(self.server.answer.encode())
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
 @pytest.fixture
-def asked() -> Iterator[Asked]:
-    with Asked() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+def asked() -> Iterator[Answering]:
+    with answering({MODE: (200, mode("token"))}) as server:
         yield server
-        server.shutdown()
 
 
 @pytest.fixture(autouse=True)
@@ -81,12 +55,12 @@ def test_needed_token__is_asked_without_it(asked, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     needed_token(asked.address)
     ((path, headers),) = asked.requests
-    assert path == "/api/authentication_mode"
+    assert path == MODE
     assert TOKEN not in str(headers)
 
 
 def test_needed_token__not_where_none_is_asked_for(asked, monkeypatch):
-    asked.answer = json.dumps({"authentication_mode": "disabled"})
+    asked.answers[MODE] = (200, mode("disabled"))
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     assert needed_token(asked.address) is None
 
@@ -118,7 +92,7 @@ def test_needed_token__a_file_that_is_not_there(asked, home, monkeypatch):
     [(404, "", " (HTTP 404)"), (200, "<html>", ""), (200, "[]", ""), (200, "{}", "")],
 )
 def test_needed_token__another_server(asked, status, answer, why):
-    asked.status, asked.answer = status, answer
+    asked.answers[MODE] = (status, answer)
     with pytest.raises(EnvironmentProblem) as caught:
         needed_token(asked.address)
     assert str(caught.value) == (
@@ -139,8 +113,6 @@ def test_needed_token__nobody_answers(monkeypatch):
 
 def test_needed_token__nobody_answers_a_connection(monkeypatch):
     """A server that takes connections and says nothing."""
-    import socket
-
     monkeypatch.setattr("drtune_ray.cluster.token.ANSWER_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
