@@ -15,6 +15,7 @@ from drtune_ray.errors import ConfigError
 if TYPE_CHECKING:
     from drtune_ray.cluster.attempts import Attempt
     from drtune_ray.cluster.server import JobServer
+    from drtune_ray.display.jobs import JsonLog
 
 _address_option = click.option(
     "--address", required=True, metavar="URL", help="Of the job server, http(s)://HOST:PORT."
@@ -31,14 +32,26 @@ _where_option = click.option("--storage", help="The study's, where several have 
 @insecure_http_option
 @click.option("--no-wait", is_flag=True, help="Return when the job is there.")
 @click.option("--stop", "is_stopped", is_flag=True, help="Ctrl-C stops the job.")
-@click.option("--entrypoint-num-cpus", "num_cpus", type=click.FloatRange(min=0), help="CPUs and")
-@click.option("--entrypoint-num-gpus", "num_gpus", type=click.FloatRange(min=0), help="GPUs and")
-@click.option("--entrypoint-memory", "memory", type=click.IntRange(min=0), help="bytes and")
+@click.option(
+    "--entrypoint-num-cpus",
+    "num_cpus",
+    type=click.FloatRange(min=0),
+    help="What the search itself reserves; by default nothing, and it runs on the head node.",
+)
+@click.option(
+    "--entrypoint-num-gpus",
+    "num_gpus",
+    type=click.FloatRange(min=0),
+    help="As above; a GPU prepares the frozen features.",
+)
+@click.option(
+    "--entrypoint-memory", "memory", type=click.IntRange(min=0), help="As above, in bytes."
+)
 @click.option(
     "--entrypoint-resources",
     "custom",
     metavar="JSON",
-    help="resources of the driver of the search; without these four it runs on the head node.",
+    help="As above, of the cluster's own kinds, like '{\"big_disk\": 1}'.",
 )
 @quiet_option
 @json_option
@@ -65,30 +78,31 @@ def submit(
     from drtune_ray.cluster.address import checked_address
     from drtune_ray.cluster.resources import EntrypointResources, custom_resources
     from drtune_ray.cluster.submission import STUDY_FILE, study_submission
+    from drtune_ray.display.jobs import JsonLog, job_facts, submit_lines
+    from drtune_ray.display.output import json_stdout, write_json
 
-    address = checked_address(address, insecure_http=insecure_http)
-    resources = EntrypointResources(num_cpus, num_gpus, memory, custom_resources(custom))
-    submission = study_submission(study_file, assignments, flags)
-    for note in submission.notes:
-        _say(note)
-    server = _server(address)
-    # Not before: it imports ray, and who gave bad input shall not wait for that.
-    from drtune_ray.cluster.submit import submit as submit_study
+    with json_stdout(is_wanted=as_json) as stream:
+        address = checked_address(address, insecure_http=insecure_http)
+        resources = EntrypointResources(num_cpus, num_gpus, memory, custom_resources(custom))
+        submission = study_submission(study_file, assignments, flags)
+        for note in submission.notes:
+            _say(note)
+        server = _server(address)
+        # Not before: it imports ray, and who gave bad input shall not wait for that.
+        from drtune_ray.cluster.submit import submit as submit_study
 
-    modes = [mode for mode, is_on in (("--quiet", quiet), ("--json", as_json)) if is_on]
-    command = shlex.join(["drtune-ray", "tune", STUDY_FILE, *modes])
-    attempt, is_new = submit_study(server, submission, command, resources, tuple(sys.argv[1:]))
-    if is_new:
-        sent = ", ".join([STUDY_FILE, *submission.variables.sent])
-        _say(f"Submitted {attempt.submission_id}, and with it: {sent}")
-    else:
-        _say(f"{attempt.submission_id} is {attempt.state.lower()}: nothing was sent")
-        if attempt.settings != submission.settings:
-            _say("It was submitted with other settings; for these to hold, stop it first")
-    if no_wait:
-        _say_ways_on(attempt, address, insecure_http)
-        return 0
-    return _follow(server, attempt, insecure_http, is_stopped=is_stopped, as_json=as_json)
+        modes = [mode for mode, is_on in (("--quiet", quiet), ("--json", as_json)) if is_on]
+        command = shlex.join(["drtune-ray", "tune", STUDY_FILE, *modes])
+        arguments = tuple(sys.argv[1:])
+        attempt, is_new = submit_study(server, submission, command, resources, arguments)
+        echo(submit_lines(submission, attempt, is_new=is_new), err=True)
+        if no_wait:
+            _say_ways_on(attempt, address, insecure_http)
+            if as_json:
+                write_json(stream, "jobs", job_facts([attempt], address))
+            return 0
+        log = JsonLog(stream, sys.stderr) if as_json else None
+        return _follow(server, attempt, insecure_http, is_stopped=is_stopped, log=log)
 
 
 @click.command()
@@ -172,37 +186,35 @@ def _follow(
     insecure_http: bool,
     *,
     is_stopped: bool = False,
-    as_json: bool = False,
+    log: JsonLog | None = None,
 ) -> int:
     """Follow to the end and return the study's exit code."""
     from drtune_ray.cluster.attempts import INTERRUPTED, end_of, exit_code_of
     from drtune_ray.cluster.follow import follow
-    from drtune_ray.display.jobs import JsonLog
-
-    log = JsonLog(sys.stdout, sys.stderr)
 
     def write(text: str) -> None:
-        if as_json:
-            log.write(text)
-        else:
-            click.echo(text, nl=False)
+        click.echo(text, nl=False)
 
-    ended = follow(server, attempt, write, _say, is_stopped=is_stopped)
+    ended = follow(server, attempt, log.write if log else write, _say, is_stopped=is_stopped)
     if ended is None:
-        _say(f"\nLeft {attempt.submission_id}, which goes on.")
-        _say_ways_on(attempt, server.address, insecure_http)
-        return INTERRUPTED
-    if end := end_of(ended):
+        end: str | None = f"Left {attempt.submission_id}, which goes on"
+        code = INTERRUPTED
+    else:
+        end, code = end_of(ended), exit_code_of(ended)
+    if end:
         _say(end)
-    return exit_code_of(ended)
+    if ended is None:
+        _say_ways_on(attempt, server.address, insecure_http)
+    if log:
+        log.close(code, end or "done")
+    return code
 
 
 def _say_ways_on(attempt: Attempt, address: str, insecure_http: bool) -> None:
     from drtune_ray.display.jobs import ways_on
 
     where = f"{address} --insecure-http" if insecure_http else address
-    for line in ways_on(attempt, where, program()):
-        _say(line)
+    echo(ways_on(attempt, where, program()), err=True)
 
 
 def _say(text: str) -> None:

@@ -84,10 +84,10 @@ def of_study(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def echo(lines: Iterable[str]) -> None:
-    """Print lines."""
+def echo(lines: Iterable[str], *, err: bool = False) -> None:
+    """Print lines, to stdout or to stderr."""
     for line in lines:
-        click.echo(line)
+        click.echo(line, err=err)
 
 
 def program() -> str:

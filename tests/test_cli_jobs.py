@@ -101,3 +101,11 @@ def test_a_server_that_breaks(tmp_path, server: Answering):
     server.answers["/api/jobs/"] = (500, trace)
     done = run(tmp_path, "submit", *STUDY, "--address", server.address)
     refused(done, 3, f"{server.address} did not do what it was asked: ValueError: no room")
+
+
+def test_an_error_is_the_last_object_too(tmp_path):
+    done = run(tmp_path, "submit", *STUDY, "--address", "http://10.0.0.7:8265", "--json")
+    (line,) = done.stdout.splitlines()
+    found = json.loads(line)
+    assert (found["kind"], found["exit_code"]) == ("result", 2)
+    assert done.stderr == f"drtune-ray: {found['reason']}\n"

@@ -9,7 +9,26 @@ from datetime import datetime
 from typing import Any, TextIO
 
 from drtune_ray.cluster.attempts import PENDING, RUNNING, Attempt, end_of
+from drtune_ray.cluster.submission import STUDY_FILE, Submission
+from drtune_ray.display.output import write_json
 from drtune_ray.display.text import duration
+
+
+def submit_lines(submission: Submission, attempt: Attempt, *, is_new: bool) -> Iterator[str]:
+    """What was sent, and to which attempt it led.
+
+    Args:
+        submission: The study.
+        attempt: That runs it.
+        is_new: Whether it was started for this submission.
+    """
+    if is_new:
+        sent = ", ".join([STUDY_FILE, *submission.variables.sent])
+        yield f"Submitted {attempt.submission_id}, and with it: {sent}"
+        return
+    yield f"{attempt.submission_id} is {attempt.state.lower()}: nothing was sent"
+    if attempt.settings != submission.settings:
+        yield "It was submitted with other settings; for these to hold, stop it first"
 
 
 def job_lines(attempts: Sequence[Attempt], address: str, now: float | None = None) -> Iterator[str]:
@@ -75,6 +94,7 @@ class JsonLog:
 
     def __init__(self, stdout: TextIO, stderr: TextIO) -> None:
         self._stdout, self._stderr, self._begun = stdout, stderr, ""
+        self._has_result = False
 
     def write(self, text: str) -> None:
         """Take text that may end within a line."""
@@ -83,6 +103,12 @@ class JsonLog:
             stream = self._stdout if line.startswith("{") else self._stderr
             stream.write(f"{line}\n")
             stream.flush()
+            self._has_result |= line.startswith('{"kind": "result"')
+
+    def close(self, exit_code: int, reason: str) -> None:
+        """Say the end where the log does not: its job was killed, or goes on unseen."""
+        if not self._has_result:
+            write_json(self._stdout, "result", {"exit_code": exit_code, "reason": reason})
 
 
 def _state(attempt: Attempt) -> str:

@@ -80,15 +80,15 @@ def test_the_demo__followed_left_stopped_killed_and_gone_on_with(cluster, tracki
     assert told.splitlines() == [
         "tracking.uri names 127.0.0.1: for the job that is the machine on which it runs",
         f"Submitted {job}, and with it: study.yaml, MLFLOW_TRACKING_PASSWORD",
-        "",
-        f"Left {job}, which goes on.",
+        f"Left {job}, which goes on",
         f"Follow it:  {cluster.command('x')[0]} logs {where} --follow",
         f"Stop it:    {cluster.command('x')[0]} stop {where}",
     ]
 
     # Met again while it runs, whatever is asked for now.
-    second = cluster.run("submit", str(file), "--trials", "4", "--no-wait")
+    second = cluster.run("submit", str(file), "--trials", "4", "--no-wait", "--json")
     assert second.returncode == 0
+    assert json.loads(second.stdout)["jobs"][0]["submission_id"] == job
     assert second.stderr.splitlines()[1:3] == [
         f"{job} is running: nothing was sent",
         "It was submitted with other settings; for these to hold, stop it first",

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from datetime import datetime
 from io import StringIO
 
 import pytest
 
 from drtune_ray.cluster.attempts import Attempt
-from drtune_ray.display.jobs import JsonLog, job_facts, job_lines, ways_on
+from drtune_ray.cluster.submission import study_submission
+from drtune_ray.display.jobs import JsonLog, job_facts, job_lines, submit_lines, ways_on
 
 START = datetime(2026, 11, 25, 20, 9, 16).timestamp()
 STOPPED = Attempt("drtune-a-1", "a", "/shared", 1, "x", "STOPPED", None, "", START, START + 75)
@@ -51,6 +54,22 @@ def test_ways_on() -> None:
     ]
 
 
+def test_submit_lines() -> None:
+    flags = {"data_folder": "/images", "storage": "/shared", "name": "a"}
+    study = study_submission(None, [], flags)
+    same = replace(PENDING, settings=study.settings)
+    assert list(submit_lines(study, same, is_new=True)) == [
+        "Submitted drtune-a-3, and with it: study.yaml"
+    ]
+    assert list(submit_lines(study, same, is_new=False)) == [
+        "drtune-a-3 is pending: nothing was sent"
+    ]
+    assert list(submit_lines(study, PENDING, is_new=False)) == [
+        "drtune-a-3 is pending: nothing was sent",
+        "It was submitted with other settings; for these to hold, stop it first",
+    ]
+
+
 @pytest.mark.parametrize("size", [1, 7, 100])
 def test_json_log__objects_alone_go_to_stdout(size: int) -> None:
     text = 'Running entrypoint\n{"kind": "a"}\nwarning {"x": 1}\n{"kind": "result"}\n'
@@ -60,3 +79,14 @@ def test_json_log__objects_alone_go_to_stdout(size: int) -> None:
         log.write(text[start : start + size])
     assert out.getvalue() == '{"kind": "a"}\n{"kind": "result"}\n'
     assert err.getvalue() == 'Running entrypoint\nwarning {"x": 1}\n'
+    log.close(3, "not said")  # the log has it
+    assert out.getvalue().endswith('{"kind": "result"}\n')
+
+
+def test_json_log__an_end_that_is_not_logged() -> None:
+    out = StringIO()
+    log = JsonLog(out, StringIO())
+    log.write('{"kind": "a"}\n{"kind": "res')
+    log.close(3, "killed")
+    last = json.loads(out.getvalue().splitlines()[-1])
+    assert (last["kind"], last["exit_code"], last["reason"]) == ("result", 3, "killed")
