@@ -52,7 +52,7 @@ class JobCluster:
     def start(self, *cpus: int) -> None:
         """Start a node for each number of CPUs, the first is the head, and wait for them."""
         ports = ["--port", str(self._gcs), "--ray-client-server-port", str(free_port())]
-        head = ["--head", *ports, "--temp-dir", self._temporary, *self._dashboard]
+        head = ["--head", *ports, *self._dashboard]
         self._start_node(0, [*head, "--num-cpus", str(cpus[0])])
         self.wait_for(self._is_up, "up")
         for number, count in enumerate(cpus[1:], 1):
@@ -137,6 +137,8 @@ class JobCluster:
     def _start_node(self, number: int, arguments: list[str]) -> None:
         self.orders(number).mkdir(exist_ok=True)
         command = [str(BIN / "ray"), "start", "--block", "--disable-usage-stats", *arguments]
+        # As on machines of their own: a node writes a job's folder anew below its own path.
+        command += ["--temp-dir", f"{self._temporary}/{number}"]
         command += ["--dashboard-agent-listen-port", str(free_port())]
         environment = self.user(
             RAY_AUTH_MODE="token",
