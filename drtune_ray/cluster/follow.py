@@ -136,9 +136,16 @@ def stop(server: JobServer, attempt: Attempt) -> Attempt:
         EnvironmentProblem: If it does not end.
     """
     server.stop(attempt.submission_id)
-    deadline = time.monotonic() + STOP_SECONDS
+    begun = time.monotonic()
     while not (now := server.attempt(attempt.submission_id)).is_over:
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - begun
+        if now.state == PENDING and waited > PENDING_SECONDS:
+            raise EnvironmentProblem(
+                f"{attempt.submission_id} has not started yet, and Ray stops it when it does. "
+                "Where the cluster will never have what it waits for, Ray gives it up after a "
+                "quarter of an hour"
+            )
+        if waited > STOP_SECONDS:
             raise EnvironmentProblem(
                 f"{attempt.submission_id} was told to stop and is {now.state.lower()} after "
                 f"{STOP_SECONDS:g} s: look at the cluster"

@@ -147,3 +147,14 @@ def test_stop__what_does_not_end(monkeypatch):
     assert str(caught.value) == (
         "drtune-a-1 was told to stop and is running after 0.05 s: look at the cluster"
     )
+
+
+def test_stop__what_has_not_started(monkeypatch):
+    server = Written(["PENDING"])
+    monkeypatch.setattr(server, "stop", lambda _: None)
+    with pytest.raises(EnvironmentProblem) as caught:
+        stop(server, BEGUN)
+    assert str(caught.value) == (
+        "drtune-a-1 has not started yet, and Ray stops it when it does. Where the cluster will "
+        "never have what it waits for, Ray gives it up after a quarter of an hour"
+    )
