@@ -221,7 +221,8 @@ def test_two_nodes__train_a_submitted_study(tmp_path, weights_file):
     values["scheduler"] = {"name": "none"}
     file = tmp_path / "study.yaml"
     file.write_text(to_yaml(values))
-    made = JobCluster(tmp_path)
+    # Long enough for both nodes to have begun: who is ready first takes the next trial.
+    made = JobCluster(tmp_path, SABOTAGE_STEP_SECONDS="0.3")
     try:
         made.start(1, 1)
         done = made.run("submit", str(file))
