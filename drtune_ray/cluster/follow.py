@@ -53,15 +53,29 @@ class Follower:
                 attempt = self._server.attempt(self._id)
                 if attempt.is_over and not is_whole:
                     self._take(self._server.log(self._id), 0)
-            except EnvironmentProblem:
+            except EnvironmentProblem as error:
                 if self._failures == len(PAUSES_SECONDS):
-                    raise
+                    return self._end_without_log(error)
                 time.sleep(PAUSES_SECONDS[self._failures])
                 self._failures += 1
                 continue
             if attempt.is_over:
                 return attempt
             time.sleep(LOOK_SECONDS)
+
+    def _end_without_log(self, error: EnvironmentProblem) -> Attempt:
+        """The attempt, if it is over and only its log is lost, with the node that held it."""
+        try:
+            attempt = self._server.attempt(self._id)
+        except EnvironmentProblem as lost:
+            error = lost
+        else:
+            if attempt.is_over:
+                self._notify(f"The rest of the log cannot be read: {error}")
+                return attempt
+        raise EnvironmentProblem(
+            f"{error}. {self._id} may go on: the same command meets it again"
+        ) from None
 
     def _wait_for_start(self) -> None:
         told = time.monotonic()

@@ -87,11 +87,20 @@ def test_follow__each_part_is_shown_once_however_it_is_cut():
     assert ended is not None and ended.is_over
 
 
-def test_follow__a_lost_server_is_tried_again_and_given_up():
-    server = Written(["RUNNING"], ["one\n", LOST], [LOST], [LOST], ["never"])
-    with pytest.raises(EnvironmentProblem, match="^lost$"):
+@pytest.mark.parametrize("last", ["RUNNING", LOST])
+def test_follow__a_lost_server_is_tried_again_and_given_up(last):
+    server = Written(["RUNNING", last], ["one\n", LOST], [LOST], [LOST], ["never"])
+    with pytest.raises(EnvironmentProblem) as caught:
         followed(server)
+    assert str(caught.value) == "lost. drtune-a-1 may go on: the same command meets it again"
     assert server.logs == [["never"]]
+
+
+def test_follow__a_log_that_is_lost_with_its_node():
+    server = Written(["RUNNING", "FAILED"], ["one\n", LOST], [LOST], [LOST])
+    ended, shown, told = followed(server)
+    assert ended is not None and ended.state == "FAILED"
+    assert (shown, told) == ("one\n", ["The rest of the log cannot be read: lost"])
 
 
 def test_follow__a_connection_that_died_without_a_word():
