@@ -131,7 +131,7 @@ def _check_address(address: str) -> None:
     if "://" in address:
         raise ConnectionError(
             "drtune-ray runs on a node of the cluster: give HOST:PORT as `ray start --head` says "
-            "it, or submit the command with `ray job submit`"
+            "it, or take `drtune-ray submit --address`"
         )
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
