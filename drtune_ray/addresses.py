@@ -62,6 +62,11 @@ def with_secrets(uri: str) -> str:
     return _REFERENCE.sub(value, uri)
 
 
+def names_in(uri: str) -> tuple[str, ...]:
+    """The environment variables whose values :func:`with_secrets` needs."""
+    return tuple(dict.fromkeys(found[1] or found[2] for found in _REFERENCE.finditer(uri)))
+
+
 def without_secrets(text: str, uri: str | None) -> str:
     """What others say of a server, to be shown: ``$NAME`` where it holds the value.
 

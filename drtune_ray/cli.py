@@ -6,16 +6,35 @@ Heavy imports stand inside the commands, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from drtune_ray import __version__
+from drtune_ray.cli_jobs import insecure_http_option, logs, show_jobs, stop, submit
+from drtune_ray.cli_options import (
+    DEFAULT_STORAGE,
+    artifacts_option,
+    backbone_option,
+    data_option,
+    echo,
+    epochs_option,
+    image_size_option,
+    json_option,
+    name_option,
+    of_study,
+    program,
+    quiet_option,
+    seed_option,
+    set_option,
+    storage_option,
+    tracking_uri_option,
+    weights_option,
+)
 from drtune_ray.errors import ConfigError, DrtuneError
 
 if TYPE_CHECKING:
@@ -23,78 +42,7 @@ if TYPE_CHECKING:
     from drtune_ray.display.output import Quiet
     from drtune_ray.search.outlook import StudyPlan
 
-DEFAULT_STORAGE = "./drtune-studies"
 INTERRUPTED = 130
-
-_storage = click.option(
-    "--storage", default=DEFAULT_STORAGE, show_default=True, help="Folder for everything written."
-)
-_set = click.option(
-    "--set",
-    "assignments",
-    multiple=True,
-    metavar="PATH=VALUE",
-    help="Change a setting of the trial, like --set training.epochs=20.",
-)
-_data = click.option("--data", "data_folder", help="Folder with one folder of images a class.")
-_backbone = click.option("--backbone", help="A timm model.")
-_weights = click.option("--weights", help="A file, 'timm' (its hub) or 'demo' (packaged).")
-_epochs = click.option("--epochs", type=int, help="Epochs of a trial.")
-_image_size = click.option("--image-size", type=int, help="Side of the images in pixels.")
-_seed = click.option("--seed", type=int, help="Of everything that is drawn.")
-_name = click.option(
-    "--name", help="Of its folder; by default the data folder's (for train with -train)."
-)
-_tracking_uri = click.option(
-    "--tracking-uri", help="MLflow server; by default SQLite under the storage."
-)
-_artifacts = click.option(
-    "--artifacts",
-    help="s3://, gs:// or file:// URI for what the next driver and other nodes need.",
-)
-_quiet = click.option(
-    "--quiet", is_flag=True, help="The result and warnings only; with --json: the result only."
-)
-_json = click.option(
-    "--json", "as_json", is_flag=True, help="JSON lines on stdout, one an event (docs/json.md)."
-)
-
-
-_STUDY_OPTIONS: tuple[Callable[..., Any], ...] = (
-    click.argument("study_file", required=False, type=click.Path(path_type=Path)),
-    _data,
-    _backbone,
-    _weights,
-    click.option("--trials", type=int, help="How many, the reference trials included."),
-    _epochs,
-    _image_size,
-    click.option("--space", help="A shipped search space (quick, dr_tune, ...) or a YAML file."),
-    click.option("--storage", help=f"Folder for everything written.  [default: {DEFAULT_STORAGE}]"),
-    _name,
-    _seed,
-    click.option("--workers", type=int, help="Ray Train workers of a trial."),
-    click.option("--sampler", help="tpe, gp, cma_es, qmc, random, nsga2 or nsga3."),
-    click.option("--scheduler", help="Early stopping: asha, median or none."),
-    click.option("--finalist-seeds", type=int, help="New seeds for the finalists; 0: no finals."),
-    click.option("--final-fit", help="all: train the winner again on validation images too."),
-    click.option(
-        "--warm-start",
-        multiple=True,
-        metavar="STUDY",
-        help="A study whose trials the sampler learns from, by name or folder.",
-    ),
-    _tracking_uri,
-    click.option("--optuna-storage", help="URL of a database; by default a file in the study."),
-    _artifacts,
-    _set,
-)
-
-
-def _of_study(command: Callable[..., None]) -> Callable[..., None]:
-    """The arguments that say which study: those of tune, and of what looks ahead to it."""
-    for option in reversed(_STUDY_OPTIONS):
-        command = option(command)
-    return command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -104,10 +52,10 @@ def cli() -> None:
 
 
 @cli.command()
-@_storage
+@storage_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Of everything drawn.")
-@_quiet
-@_json
+@quiet_option
+@json_option
 def demo(storage: str, seed: int, quiet: bool, as_json: bool) -> None:
     """Run a small real study, start to end.
 
@@ -119,9 +67,9 @@ def demo(storage: str, seed: int, quiet: bool, as_json: bool) -> None:
 
 
 @cli.command()
-@_of_study
-@_quiet
-@_json
+@of_study
+@quiet_option
+@json_option
 def tune(
     study_file: Path | None,
     assignments: tuple[str, ...],
@@ -141,8 +89,8 @@ def tune(
 
 
 @cli.command()
-@_of_study
-@_json
+@of_study
+@json_option
 def preview(
     study_file: Path | None, assignments: tuple[str, ...], as_json: bool, **flags: Any
 ) -> None:
@@ -158,31 +106,31 @@ def preview(
     with json_stdout(is_wanted=as_json) as stream:
         config, notes = study_request(study_file, assignments, flags)
         if not as_json:
-            _echo(notes)
+            echo(notes)
         found = preview_study(config)
         if as_json:
             write_json(stream, "preview", preview_facts(found))
         else:
-            _echo(preview_lines(found))
+            echo(preview_lines(found))
 
 
 @cli.command()
 @click.argument("trial_file", required=False, type=click.Path(path_type=Path))
-@_data
-@_backbone
-@_weights
-@_epochs
-@_image_size
+@data_option
+@backbone_option
+@weights_option
+@epochs_option
+@image_size_option
 @click.option("--preset", help="default, paper or authors.")
 @click.option("--workers", type=int, help="Ray Train workers.")
-@_storage
-@_name
-@_seed
-@_tracking_uri
-@_artifacts
-@_set
-@_quiet
-@_json
+@storage_option
+@name_option
+@seed_option
+@tracking_uri_option
+@artifacts_option
+@set_option
+@quiet_option
+@json_option
 def train(
     trial_file: Path | None,
     assignments: tuple[str, ...],
@@ -230,12 +178,12 @@ def train(
         if as_json:
             write_json(stream, "result", training_facts(result))
         else:
-            _echo(training_lines(result, _program()))
+            echo(training_lines(result, program()))
 
 
 @cli.command()
 @click.argument("study")
-@_storage
+@storage_option
 @click.option("--again", is_flag=True, help="Open a test split that was opened before.")
 def evaluate(study: str, storage: str, again: bool) -> None:
     """Test the winner on the sealed test split."""
@@ -261,7 +209,7 @@ def evaluate(study: str, storage: str, again: bool) -> None:
 
 @cli.command()
 @click.argument("study")
-@_storage
+@storage_option
 @click.option("--port", type=int, default=5000, show_default=True)
 def ui(study: str, storage: str, port: int) -> None:
     """Open MLflow's UI on a study's store."""
@@ -287,7 +235,7 @@ def ui(study: str, storage: str, port: int) -> None:
 
 @cli.command()
 @click.argument("study")
-@_storage
+@storage_option
 def sync(study: str, storage: str) -> None:
     """Send MLflow what it has not taken yet."""
     from drtune_ray.search.outcome import sync_study
@@ -297,13 +245,20 @@ def sync(study: str, storage: str) -> None:
 
 @cli.command()
 @click.argument("study")
-@_storage
+@click.option("--storage", help=f"Folder of the studies.  [default: {DEFAULT_STORAGE}]")
+@click.option("--address", metavar="URL", help="Ask this job server for the study's jobs instead.")
+@insecure_http_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object (docs/json.md).")
-def status(study: str, storage: str, as_json: bool) -> None:
+def status(
+    study: str, storage: str | None, address: str | None, insecure_http: bool, as_json: bool
+) -> None:
     """Say how a study or training stands, while it runs or after; changes nothing."""
+    if address is not None:
+        show_jobs(study, storage, address, insecure_http, as_json)
+        return
     from drtune_ray.search.status import facts, read_status
 
-    found = read_status(study, storage)
+    found = read_status(study, storage or DEFAULT_STORAGE)
     if as_json:
         from drtune_ray.display.output import write_json
 
@@ -311,7 +266,11 @@ def status(study: str, storage: str, as_json: bool) -> None:
         return
     from drtune_ray.display.standing import status_lines
 
-    _echo(status_lines(found, _program()))
+    echo(status_lines(found, program()))
+
+
+for command in (submit, logs, stop):
+    cli.add_command(command)
 
 
 def _output(stream: TextIO, quiet: bool, as_json: bool, people: Quiet) -> Quiet:
@@ -340,7 +299,7 @@ def _run_study(
         folder = plan.config.folder
         write_command(folder)
         if not (quiet or as_json):
-            _echo(plan_lines(plan))
+            echo(plan_lines(plan))
         epochs, searched = plan.config.trial.training.last_epoch, plan.searched
         progress = StudyProgress(
             plan.num_trials, plan.num_done, epochs, searched, plan.of_part(read_trials(folder))
@@ -362,19 +321,7 @@ def _run_study(
         if as_json:
             write_json(stream, "result", result_facts(result))
         else:
-            _echo(result_lines(result, _program()))
-
-
-def _echo(lines: Iterable[str]) -> None:
-    for line in lines:
-        click.echo(line)
-
-
-def _program() -> str:
-    """How this program is called from here: by its name only where the shell finds it."""
-    found = shutil.which("drtune-ray")
-    here = Path(sys.argv[0])
-    return "drtune-ray" if found and here.exists() and Path(found).samefile(here) else str(here)
+            echo(result_lines(result, program()))
 
 
 def _resolved(storage: str) -> Path:

@@ -4,7 +4,13 @@ import traceback
 
 import pytest
 
-from drtune_ray.addresses import secrets_hidden, with_secrets, without_password, without_secrets
+from drtune_ray.addresses import (
+    names_in,
+    secrets_hidden,
+    with_secrets,
+    without_password,
+    without_secrets,
+)
 from drtune_ray.errors import ConfigError
 
 SECRET = "s3/cr:et"
@@ -130,3 +136,9 @@ def test_secrets_hidden__errors_and_what_they_came_from(error: Exception) -> Non
 def test_with_secrets__not_set() -> None:
     with pytest.raises(ConfigError, match="needs the environment variable NOT_SET: set it"):
         with_secrets("http://me:$NOT_SET@host")
+
+
+def test_names_in__each_once() -> None:
+    assert names_in("postgresql://$USER:${PW}@host/db?password=$PW") == ("USER", "PW")
+    assert names_in("$URL") == ("URL",)
+    assert names_in("s3://bucket/prefix") == ()

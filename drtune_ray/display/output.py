@@ -17,6 +17,7 @@ from drtune_ray.display.progress import INTERRUPTED, StudyProgress, TrialRow
 from drtune_ray.display.table import LiveTable
 from drtune_ray.display.text import percent
 from drtune_ray.errors import DrtuneError
+from drtune_ray.search.environment import JOB_CONFIG
 from drtune_ray.tracking.events import Event, MetricsRecorded, RunFinished, StepsRecorded, to_plain
 
 STANDING_SECONDS = 60.0
@@ -227,7 +228,7 @@ def json_stdout(*, is_wanted: bool) -> Iterator[TextIO]:
 def is_live(console: Console, environment: Mapping[str, str]) -> bool:
     """Whether a console can be drawn over: a terminal, and not the log of a Ray job."""
     is_screen = console.is_terminal and not console.is_dumb_terminal
-    return is_screen and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in environment
+    return is_screen and JOB_CONFIG not in environment
 
 
 def write_json(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +11,7 @@ from ray.train.v2._internal import constants
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from drtune_ray.config import TrainingConfig
+from drtune_ray.search.environment import environment
 from drtune_ray.search.lifeline import ask_to_save, listen_for_sigterm
 from drtune_ray.study_sections import ResourcesConfig
 
@@ -92,18 +92,3 @@ def own_cluster() -> Iterator[None]:
     constants.ENV_VARS_TO_PROPAGATE.add(ADDRESS)
     with environment({ADDRESS: ray.get_runtime_context().gcs_address}):
         yield
-
-
-@contextmanager
-def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Within, these variables are set."""
-    former = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in former.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -5,44 +5,18 @@ Precedence: ``--set`` > flags > file > defaults that fit the machine.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from drtune_ray.config import DataConfig, StudyConfig, TrialConfig
 from drtune_ray.data.sources import IMAGE_SUFFIXES
-from drtune_ray.errors import ConfigError
+from drtune_ray.search.asked import asked_study, data_folder, mapping_of, name_of, trial_values
 from drtune_ray.search.machine import fitting_defaults, this_machine
 from drtune_ray.section import validated
 from drtune_ray.study_sections import ResourcesConfig
 from drtune_ray.training.backbones import DEMO_BACKBONE
 from drtune_ray.values import deep_merge, flattened, nested, parse_assignments, read_yaml
-
-TRIAL_FLAGS = {
-    "data_folder": "data.train",
-    "backbone": "backbone.name",
-    "weights": "backbone.weights",
-    "epochs": "training.epochs",
-    "image_size": "data.image_size",
-    "workers": "training.workers",
-    "preset": "preset",
-}
-STUDY_FLAGS = {
-    "trials": "trials",
-    "space": "space",
-    "storage": "storage",
-    "name": "name",
-    "tracking_uri": "tracking.uri",
-    "optuna_storage": "optuna_storage",
-    "artifacts": "artifacts",
-    "seed": "seed",
-    "sampler": "sampler.name",
-    "scheduler": "scheduler.name",
-    "finalist_seeds": "finalists.num_seeds",
-    "final_fit": "final_fit.images",
-    "warm_start": "warm_start",
-}
 
 
 def study_request(
@@ -53,24 +27,15 @@ def study_request(
     Args:
         study_file: YAML of a `StudyConfig`; None where flags say it all.
         assignments: ``path=value``; paths of the trial, or of the study.
-        flags: Named as in `TRIAL_FLAGS` and `STUDY_FLAGS`, and ``seed``; None is not given.
+        flags: As in `asked_study`.
 
     Raises:
         ConfigError: Naming every problem.
     """
-    asked = read_yaml(study_file, with_lines=True) if study_file else {}
-    asked = deep_merge(asked, nested(_given(STUDY_FLAGS, flags)))
-    trial = deep_merge(_mapping(asked, "trial"), nested(_trial_values(flags)))
-    for path, value in parse_assignments(assignments).items():
-        if path.split(".")[0] in StudyConfig.model_fields and not path.startswith("trial."):
-            asked = deep_merge(asked, nested({path: value}))
-        else:
-            trial = deep_merge(trial, nested({path.removeprefix("trial."): value}))
-    asked["trial"] = trial
-    folder = _data_folder(trial)
-    asked.setdefault("name", _name_of(folder))
-    defaults = _fitted(fitting_defaults(this_machine()), trial, folder)
-    defaults["resources"] = _fitting_resources(defaults, _mapping(asked, "resources"))
+    asked = asked_study(study_file, assignments, flags)
+    trial = asked["trial"]
+    defaults = _fitted(fitting_defaults(this_machine()), trial, data_folder(trial))
+    defaults["resources"] = _fitting_resources(defaults, mapping_of(asked, "resources"))
     config = StudyConfig.from_mapping(deep_merge(defaults, asked))
     return config, _say(defaults, asked)
 
@@ -83,11 +48,11 @@ def trial_request(
     The file may hold ``resources`` beside the settings of the trial, as a study's does.
     """
     trial = read_yaml(trial_file) if trial_file else {}
-    trial = deep_merge(trial, nested(_trial_values(flags)))
+    trial = deep_merge(trial, nested(trial_values(flags)))
     trial = deep_merge(trial, nested(parse_assignments(assignments)))
-    asked = _mapping(trial, "resources")
+    asked = mapping_of(trial, "resources")
     trial.pop("resources", None)
-    folder = _data_folder(trial)
+    folder = data_folder(trial)
     defaults = _fitted(fitting_defaults(this_machine()), trial, folder)
     preset = trial.pop("preset", None)
     config = TrialConfig.from_mapping(deep_merge(defaults["trial"], trial), preset=preset)
@@ -97,50 +62,14 @@ def trial_request(
     return config, resources, said
 
 
-def _given(names: Mapping[str, str], flags: Mapping[str, Any]) -> dict[str, Any]:
-    return {path: flags[flag] for flag, path in names.items() if flags.get(flag) not in (None, ())}
-
-
-def _trial_values(flags: Mapping[str, Any]) -> dict[str, Any]:
-    values = _given(TRIAL_FLAGS, flags)
-    if flags.get("seed") is not None:
-        values |= {"seed": flags["seed"], "data.view_seed": flags["seed"]}
-    return values
-
-
-def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """A group of settings.
-
-    Raises:
-        ConfigError: If it is something else.
-    """
-    group = values.get(key) or {}
-    if not isinstance(group, Mapping):
-        raise ConfigError(f"{key}={group!r} must be a mapping of settings")
-    return group
-
-
-def _data_folder(trial: Mapping[str, Any]) -> Path:
-    folder = _mapping(trial, "data").get("train")
-    if not folder:
-        raise ConfigError(
-            "data.train is missing: give --data DIR, a folder with one folder of images a class"
-        )
-    return Path(str(folder)).expanduser()
-
-
 def default_name(config: TrialConfig) -> str:
     """A name from the folder of images."""
-    return _name_of(Path(config.data.train).expanduser())
-
-
-def _name_of(folder: Path) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._") or "study"
+    return name_of(Path(config.data.train).expanduser())
 
 
 def _fitted(defaults: dict[str, Any], trial: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Defaults that agree with what was asked for."""
-    backbone = _mapping(trial, "backbone")
+    backbone = mapping_of(trial, "backbone")
     name, weights = backbone.get("name"), backbone.get("weights")
     chosen: dict[str, Any] = {}
     if name and name != defaults["trial"]["backbone"]["name"]:
@@ -148,7 +77,7 @@ def _fitted(defaults: dict[str, Any], trial: Mapping[str, Any], folder: Path) ->
     if weights == "demo" and not name:
         chosen["trial.backbone.name"] = DEMO_BACKBONE
     size = defaults["trial"]["training"]["batch_size"]
-    num_train = _num_train_at_least(folder, _mapping(trial, "data"))
+    num_train = _num_train_at_least(folder, mapping_of(trial, "data"))
     while size > max(num_train, 2):
         size //= 2
     chosen["trial.training.batch_size"] = size

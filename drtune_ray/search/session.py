@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -15,6 +14,7 @@ from typing import Any
 
 from drtune_ray.config import TrainingConfig
 from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.search.environment import job_config
 from drtune_ray.search.nodes import Capacity, read_capacity, trial_demand, trials_that_fit
 from drtune_ray.study_sections import ResourcesConfig
 
@@ -122,8 +122,7 @@ def worker_environment() -> dict[str, str]:
     # A checkout that is not installed may lie at the same path there; what is set there stays.
     paths = [path for path in sys.path if path and not path.startswith(installed)]
     wanted["PYTHONPATH"] = os.pathsep.join([*paths, "${PYTHONPATH}"])
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
-    set_by_job = (job.get("runtime_env") or {}).get("env_vars") or {}
+    set_by_job = (job_config().get("runtime_env") or {}).get("env_vars") or {}
     return {name: value for name, value in wanted.items() if name not in set_by_job}
 
 
@@ -138,7 +137,7 @@ def _check_address(address: str) -> None:
     if "://" in address:
         raise ConnectionError(
             "drtune-ray runs on a node of the cluster: give HOST:PORT as `ray start --head` says "
-            "it, or submit the command with `ray job submit`"
+            "it, or take `drtune-ray submit --address`"
         )
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():

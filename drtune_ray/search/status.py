@@ -16,6 +16,7 @@ from typing import Any
 from drtune_ray.config import StudyConfig
 from drtune_ray.results.trials import TrialSummary, summaries
 from drtune_ray.search.done import is_done as is_done_with
+from drtune_ray.search.environment import SUBMITTED_WITH, job_config
 from drtune_ray.search.holder import HOLDER_NAME, driver_of
 from drtune_ray.search.identity import (
     DONE_NAME,
@@ -169,8 +170,12 @@ def read_trials(folder: Path) -> tuple[TrialSummary, ...]:
 
 
 def write_command(folder: Path) -> None:
-    """Remember the command that this process was called with, for `Status.command`."""
-    content = {"arguments": sys.argv[1:], "folder": os.getcwd()}
+    """Remember the command that this process, or its job, was called with: `Status.command`."""
+    job = job_config()
+    submitted_with = (job.get("metadata") or {}).get(SUBMITTED_WITH)
+    arguments = json.loads(submitted_with) if submitted_with else sys.argv[1:]
+    # A job's own folder is gone after it, and its user's is on another machine.
+    content = {"arguments": arguments, "folder": None if job else os.getcwd()}
     temporary = folder / f".{COMMAND_NAME}.tmp"
     temporary.write_text(json.dumps(content))
     temporary.replace(folder / COMMAND_NAME)
@@ -183,7 +188,7 @@ def _read_command(folder: Path) -> str | None:
         return None
     command = shlex.join(["drtune-ray", *content["arguments"]])
     there = content["folder"]
-    return command if there == os.getcwd() else f"cd {shlex.quote(there)} && {command}"
+    return command if there in (None, os.getcwd()) else f"cd {shlex.quote(there)} && {command}"
 
 
 # ---- trials

@@ -242,8 +242,8 @@ def test_lines_for_people(preview):
         "process(es) at a time, 1 thread(s) each",
         "  Time        about 1 min 10 s (1 min 1 s to 1 min 19 s in 9 of 10 cases), 2 trials at a "
         "time",
-        "              of it 10 s to start and end, 5 s to prepare images and features, 3 s at most "
-        "for the final fit",
+        "              of it 10 s to start and end, 5 s to prepare images and features, 3 s at "
+        "most for the final fit",
         "  Memory      1.0 GiB a worker",
         "  Disk        17.6 KiB of checkpoints at most (one is 2.9 KiB, best weights 1000 B); "
         "10.7 KiB stay",

@@ -266,6 +266,24 @@ def test_command__as_it_was_given(made: Made, monkeypatch: pytest.MonkeyPatch, t
     assert f"goes on with      cd {tmp_path} && {command}" in said(found)
 
 
+@pytest.mark.parametrize(
+    ("metadata", "command"),
+    [
+        ({"drtune_arguments": '["submit", "my study.yaml"]'}, "drtune-ray submit 'my study.yaml'"),
+        ({"job_name": "raysubmit_1"}, "drtune-ray tune study.yaml"),
+    ],
+)
+def test_command__of_a_job(
+    made: Made, monkeypatch: pytest.MonkeyPatch, tmp_path, metadata: Any, command: str
+) -> None:
+    """Its folder is gone when it is over."""
+    monkeypatch.setattr(sys, "argv", ["/bin/drtune-ray", "tune", "study.yaml"])
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"metadata": metadata}))
+    status.write_command(made.folder)
+    monkeypatch.chdir(tmp_path)
+    assert read_status("flowers", str(made.folder.parent)).command == command
+
+
 def test_a_training(tmp_path: Path) -> None:
     folder = tmp_path / "flowers-train"
     folder.mkdir()

@@ -1,0 +1,52 @@
+"""Starting a study on a cluster, once."""
+
+from __future__ import annotations
+
+from drtune_ray.cluster.attempts import Attempt
+from drtune_ray.cluster.resources import EntrypointResources
+from drtune_ray.cluster.server import JobServer, UsedId
+from drtune_ray.cluster.submission import Submission
+from drtune_ray.errors import EnvironmentProblem
+
+MAX_RACES = 3  # lost to others who submit the same study at the same time
+
+
+def submit(
+    server: JobServer,
+    submission: Submission,
+    command: str,
+    resources: EntrypointResources,
+    arguments: tuple[str, ...],
+) -> tuple[Attempt, bool]:
+    """The attempt that runs a study, and whether it was started now.
+
+    One that is pending or running is taken as it is; else the next is started.
+
+    Args:
+        server: Of the cluster.
+        submission: The study.
+        command: What the job runs.
+        resources: For it.
+        arguments: Of the command that submits.
+
+    Raises:
+        EnvironmentProblem: If the cluster does not take it.
+    """
+    for _ in range(MAX_RACES):
+        former = [
+            attempt
+            for attempt in server.attempts()
+            if (attempt.study, attempt.storage) == (submission.study, submission.storage)
+        ]
+        for attempt in former:
+            if not attempt.is_over:
+                return attempt, False
+        number = max((attempt.number for attempt in former), default=0) + 1
+        try:
+            return server.start(submission, number, command, resources, arguments), True
+        except UsedId:
+            continue
+    raise EnvironmentProblem(
+        f"{server.address} has a job {submission.submission_id(number)} that is no attempt of this "
+        "study: delete it (`ray job delete`), or give the study another --name"
+    )

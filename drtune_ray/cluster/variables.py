@@ -1,0 +1,74 @@
+"""The environment variables that go to the cluster with a study: listed here, and no others.
+
+Whoever may talk to the job server can read them there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from drtune_ray.addresses import names_in
+from drtune_ray.config import StudyConfig
+
+# Of a server that is named by tracking.uri. Its certificates' files lie on this machine.
+MLFLOW = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+# Of s3:// artifacts, and of an MLflow server that leaves artifacts to its clients.
+S3 = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "MLFLOW_S3_ENDPOINT_URL",
+)
+AZURE = ("AZURE_TENANT_ID", "AZURE_CLIENT_ID", "AZURE_CLIENT_SECRET")
+HUB = ("HF_TOKEN",)
+
+
+@dataclass(frozen=True)
+class Variables:
+    """What of an environment a study needs.
+
+    Attributes:
+        sent: Names and values.
+        unset: Names in the study's addresses that are not set here: the cluster must know them.
+    """
+
+    sent: Mapping[str, str] = field(repr=False)
+    unset: tuple[str, ...]
+
+
+def needed_variables(config: StudyConfig, environment: Mapping[str, str]) -> Variables:
+    """Pick what a study needs.
+
+    Args:
+        config: The study.
+        environment: All variables of this process.
+    """
+    named = [name for uri in _addresses(config) for name in names_in(uri)]
+    wanted = dict.fromkeys([*named, *_listed(config)])
+    return Variables(
+        {name: environment[name] for name in wanted if environment.get(name)},
+        tuple(name for name in dict.fromkeys(named) if not environment.get(name)),
+    )
+
+
+def _addresses(config: StudyConfig) -> list[str]:
+    given = (config.optuna_storage, config.artifacts, config.tracking.uri)
+    return [uri for uri in given if uri]
+
+
+def _listed(config: StudyConfig) -> Iterator[str]:
+    artifacts, server = config.artifacts or "", config.tracking.uri or ""
+    is_http = server.startswith(("http://", "https://", "$"))
+    if is_http:
+        yield from MLFLOW
+    if is_http or artifacts.startswith(("s3://", "$")):
+        yield from S3
+    if artifacts.startswith(("abfs://", "abfss://", "$")):
+        yield from AZURE
+    if config.trial.backbone.weights == "timm":
+        yield from HUB

@@ -1,0 +1,106 @@
+"""What a command asks for: its file, flags and ``--set`` in one; defaults follow in `request`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from drtune_ray.config import StudyConfig
+from drtune_ray.errors import ConfigError
+from drtune_ray.values import deep_merge, nested, parse_assignments, read_yaml
+
+TRIAL_FLAGS = {
+    "data_folder": "data.train",
+    "backbone": "backbone.name",
+    "weights": "backbone.weights",
+    "epochs": "training.epochs",
+    "image_size": "data.image_size",
+    "workers": "training.workers",
+    "preset": "preset",
+}
+STUDY_FLAGS = {
+    "trials": "trials",
+    "space": "space",
+    "storage": "storage",
+    "name": "name",
+    "tracking_uri": "tracking.uri",
+    "optuna_storage": "optuna_storage",
+    "artifacts": "artifacts",
+    "seed": "seed",
+    "sampler": "sampler.name",
+    "scheduler": "scheduler.name",
+    "finalist_seeds": "finalists.num_seeds",
+    "final_fit": "final_fit.images",
+    "warm_start": "warm_start",
+}
+
+
+def asked_study(
+    study_file: Path | None, assignments: Iterable[str], flags: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The settings of a study that were asked for, its name and images among them.
+
+    Args:
+        study_file: YAML of a `StudyConfig`; None where flags say it all.
+        assignments: ``path=value``; paths of the trial, or of the study.
+        flags: Named as in `TRIAL_FLAGS` and `STUDY_FLAGS`, and ``seed``; None is not given.
+
+    Raises:
+        ConfigError: If it is not YAML, or names no images.
+    """
+    asked = read_yaml(study_file, with_lines=True) if study_file else {}
+    asked = deep_merge(asked, nested(_given(STUDY_FLAGS, flags)))
+    trial = deep_merge(mapping_of(asked, "trial"), nested(trial_values(flags)))
+    for path, value in parse_assignments(assignments).items():
+        if path.split(".")[0] in StudyConfig.model_fields and not path.startswith("trial."):
+            asked = deep_merge(asked, nested({path: value}))
+        else:
+            trial = deep_merge(trial, nested({path.removeprefix("trial."): value}))
+    asked["trial"] = trial
+    asked.setdefault("name", name_of(data_folder(trial)))
+    return asked
+
+
+def trial_values(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """What the flags say of a trial, by dotted path."""
+    values = _given(TRIAL_FLAGS, flags)
+    if flags.get("seed") is not None:
+        values |= {"seed": flags["seed"], "data.view_seed": flags["seed"]}
+    return values
+
+
+def mapping_of(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A group of settings.
+
+    Raises:
+        ConfigError: If it is something else.
+    """
+    group = values.get(key) or {}
+    if not isinstance(group, Mapping):
+        raise ConfigError(f"{key}={group!r} must be a mapping of settings")
+    return group
+
+
+def data_folder(trial: Mapping[str, Any]) -> Path:
+    """The folder of images that a trial names.
+
+    Raises:
+        ConfigError: If it names none.
+    """
+    folder = mapping_of(trial, "data").get("train")
+    if not folder:
+        raise ConfigError(
+            "data.train is missing: give --data DIR, a folder with one folder of images a class"
+        )
+    return Path(str(folder)).expanduser()
+
+
+def name_of(folder: Path) -> str:
+    """A study's name from its folder of images."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._") or "study"
+
+
+def _given(names: Mapping[str, str], flags: Mapping[str, Any]) -> dict[str, Any]:
+    return {path: flags[flag] for flag, path in names.items() if flags.get(flag) not in (None, ())}

@@ -1,0 +1,33 @@
+"""Environment variables: set for a time, and what the job server gives a job."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # that is its name
+SUBMITTED_WITH = "drtune_arguments"  # in a job's metadata: those of the command, as JSON
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Within, these variables are set."""
+    former = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in former.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def job_config() -> Mapping[str, Any]:
+    """What Ray's job server gave this process: ``runtime_env``, ``metadata``; empty without one."""
+    config: Mapping[str, Any] = json.loads(os.environ.get(JOB_CONFIG) or "{}")
+    return config

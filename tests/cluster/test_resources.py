@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+import pytest
+
+from drtune_ray.cluster.resources import custom_resources
+from drtune_ray.errors import ConfigError
+
+
+def test_custom_resources() -> None:
+    assert custom_resources(None) == {}
+    assert custom_resources('{"trial_driver": 1, "spot": 0.5}') == {"trial_driver": 1, "spot": 0.5}
+
+
+@pytest.mark.parametrize("text", ["x=1", "[1]", '{"x": "1"}', '{"x": true}', '{"x": 0}'])
+def test_custom_resources__refused(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        custom_resources(text)
+    assert str(caught.value) == (
+        f"--entrypoint-resources {text!r} must be names and amounts as JSON, like "
+        "'{\"trial_driver\": 1}'"
+    )
