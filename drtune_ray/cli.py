@@ -221,7 +221,7 @@ def train(
             name,
             Path(storage),
             resources=resources,
-            tracking=validated(TrackingConfig, {"uri": tracking_uri}),
+            tracking=validated(TrackingConfig, {"uri": tracking_uri}, "tracking."),
             artifacts=artifacts,
             observer=observe,
             on_notice=output.notice,

@@ -95,7 +95,7 @@ def read_yaml(path: Path, *, with_lines: bool = False) -> dict[str, Any]:
     try:
         content = _loaded(path, _LinedLoader if with_lines else yaml.SafeLoader)
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+        raise ConfigError(f"cannot read {path}: {error.strerror}; give a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(content, dict):

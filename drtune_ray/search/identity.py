@@ -142,25 +142,14 @@ def deciding_values(
     }
 
 
-def open_record(
-    folder: Path,
-    kind: str,
-    config: Mapping[str, Any],
-    deciding: dict[str, Any],
-    tracking: TrackingConfig,
-    artifacts: str | None = None,
-) -> Record:
-    """What lies in the folder if it decides the same, else a new record if the folder has none.
+def former_record(folder: Path, kind: str, deciding: Mapping[str, Any]) -> Record | None:
+    """What lies in the folder, if it decides the same; None if nothing does.
 
     Raises:
         ConfigError: If the name is taken by another configuration, with the differences.
     """
     if not (folder / RECORD_FILE).exists():
-        study_id = f"{folder.name}-{uuid.uuid4().hex[:12]}"
-        place = tracking.model_dump(mode="json")
-        record = Record(folder, study_id, kind, dict(config), deciding, place, artifacts)
-        record.write()
-        return record
+        return None
     former = read_record(folder)
     differences = [
         f"  {key}: {former.deciding.get(key)!r} there, {deciding.get(key)!r} here"
@@ -175,8 +164,29 @@ def open_record(
             f"the name {folder.name!r} under {folder.parent} is taken by another configuration; "
             "give this one another --name, or repeat the former command:\n" + "\n".join(differences)
         )
+    return former
+
+
+def open_record(
+    folder: Path,
+    kind: str,
+    config: Mapping[str, Any],
+    deciding: dict[str, Any],
+    tracking: TrackingConfig,
+    artifacts: str | None = None,
+) -> Record:
+    """What lies in the folder if it decides the same, else a new record if the folder has none.
+
+    Raises:
+        ConfigError: If the name is taken by another configuration, with the differences.
+    """
+    former = former_record(folder, kind, deciding)
     place = tracking.model_dump(mode="json")
-    record = replace(former, config=dict(config), tracking=place, artifacts=artifacts)
+    if former is None:
+        study_id = f"{folder.name}-{uuid.uuid4().hex[:12]}"
+        record = Record(folder, study_id, kind, dict(config), deciding, place, artifacts)
+    else:
+        record = replace(former, config=dict(config), tracking=place, artifacts=artifacts)
     record.write()
     return record
 

@@ -86,13 +86,16 @@ def check_inputs(
         EnvironmentProblem: If the weights cannot be fetched and nothing else is wrong.
     """
     problems: list[str] = []
+    of_environment: list[EnvironmentProblem] = []
 
     def attempt(check: Any) -> Any:
         try:
             return check()
         except ConfigError as error:
             problems.extend(error.problems)
-            return None
+        except EnvironmentProblem as error:
+            of_environment.append(error)
+        return None
 
     splits = attempt(lambda: _splits(config.data, storage))
     for check in others:
@@ -100,14 +103,11 @@ def check_inputs(
     if splits is not None:
         gpus = (resources or ResourcesConfig()).worker_gpus(config.training.max_workers)
         problems.extend(check_trial(config, splits.count(TRAIN), on_gpus=gpus > 0))
-    try:
-        loaded = attempt(lambda: load_backbone(config.backbone, config.data.image_size))
-    except EnvironmentProblem as error:
-        if not problems:
-            raise
-        problems.append(str(error))
+    loaded = attempt(lambda: load_backbone(config.backbone, config.data.image_size))
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError([*problems, *map(str, of_environment)])
+    if of_environment:
+        raise of_environment[0]
     backbone, report = loaded
     return Checked(splits, backbone, report)
 

@@ -14,7 +14,7 @@ from drtune_ray.config import DataConfig, StudyConfig, TrialConfig
 from drtune_ray.data.sources import IMAGE_SUFFIXES
 from drtune_ray.errors import ConfigError
 from drtune_ray.search.machine import fitting_defaults, this_machine
-from drtune_ray.section import validated
+from drtune_ray.section import not_a_mapping, validated
 from drtune_ray.study_sections import ResourcesConfig
 from drtune_ray.training.backbones import DEMO_BACKBONE
 from drtune_ray.values import deep_merge, flattened, nested, parse_assignments, read_yaml
@@ -115,7 +115,7 @@ def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """
     group = values.get(key) or {}
     if not isinstance(group, Mapping):
-        raise ConfigError(f"{key}={group!r} must be a mapping of settings")
+        raise ConfigError(not_a_mapping(key, group))
     return group
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
+from sqlalchemy import create_engine
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from drtune_ray.addresses import secrets_hidden, with_secrets
@@ -21,7 +22,7 @@ from drtune_ray.data.artifacts import Folder, check_folder, first_line, open_fol
 from drtune_ray.data.artifacts import as_problem as as_problem  # the driver takes it from here
 from drtune_ray.data.shelf import TableShelf
 from drtune_ray.data.store import CACHE_FOLDER
-from drtune_ray.errors import ConfigError, EnvironmentProblem
+from drtune_ray.errors import ConfigError, DrtuneError, EnvironmentProblem
 from drtune_ray.search.identity import (
     DONE_NAME,
     JOURNAL_NAME,
@@ -44,6 +45,23 @@ DATABASE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
 EXAMPLE = "postgresql+psycopg://USER:$PASSWORD@HOST/DATABASE"
 
 
+def check_addresses(optuna_storage: str | None, tracking_uri: str | None) -> None:
+    """Refuse what cannot be an address, before anything starts; nothing connects.
+
+    Raises:
+        ConfigError: If one of them is not, or names an environment variable that is not set.
+        EnvironmentProblem: If the package is missing that talks to such a database.
+    """
+    if optuna_storage is not None:
+        with _as_refusal(optuna_storage):
+            create_engine(with_secrets(optuna_storage)).dispose()
+    if tracking_uri is not None and "://" not in with_secrets(tracking_uri):
+        raise ConfigError(
+            f"tracking.uri={tracking_uri!r} is not valid: give http://HOST:PORT of an MLflow "
+            "server, or the URL of a database"
+        )
+
+
 def open_storage(folder: Path, url: str | None) -> BaseStorage:
     """Optuna's storage: the database that was named, else a file in the study's folder.
 
@@ -60,11 +78,19 @@ def open_storage(folder: Path, url: str | None) -> BaseStorage:
         with (folder / JOURNAL_NAME).open("a+b") as journal:
             drop_torn_end(journal)  # Optuna would write on behind it, and never read the file again
         return JournalStorage(JournalFileBackend(str(folder / JOURNAL_NAME)))
-    address = with_secrets(url)
+    with _as_refusal(url):
+        # A connection that the server dropped while a trial trained is opened anew.
+        return RDBStorage(with_secrets(url), engine_kwargs={"pool_pre_ping": True})
+
+
+@contextmanager
+def _as_refusal(url: str) -> Iterator[None]:
+    """Turn what a database's address is refused with into one message, without its secrets."""
     try:
         with secrets_hidden(url):
-            # A connection that the server dropped while a trial trained is opened anew.
-            return RDBStorage(address, engine_kwargs={"pool_pre_ping": True})
+            yield
+    except DrtuneError:
+        raise
     except (ArgumentError, ValueError) as error:  # the second: a port that is no number
         raise ConfigError(
             f"optuna_storage={url!r} is not valid: {first_line(error)}; write it like {EXAMPLE}"

@@ -22,10 +22,11 @@ from drtune_ray.search.identity import (
     deciding_values,
     driver_lease,
     find_study,
+    former_record,
     open_record,
     read_record,
 )
-from drtune_ray.search.nodes import Capacity
+from drtune_ray.search.nodes import Capacity, trial_demand
 from drtune_ray.search.objectives import direction
 from drtune_ray.search.outlook import StudyPlan, StudyResult
 from drtune_ray.search.points import start_points
@@ -41,6 +42,7 @@ from drtune_ray.search.proposals import FixedTrial
 from drtune_ray.search.samplers import check_sampler
 from drtune_ray.search.servers import (
     StudyArtifacts,
+    check_addresses,
     check_storage_of,
     database_as_problem,
     open_storage,
@@ -90,6 +92,7 @@ def run_study(
     config = config.model_copy(update={"space": _space_content(config), "trial": trial})
     values = config.to_mapping()
     deciding = deciding_values(values, checked.splits.content_digest(), checked.weights_digest)
+    former_record(config.folder, STUDY, deciding)  # a taken name is told before Ray is started
     with (
         full_disk_is_told(config.folder),
         _cluster(config) as capacity,
@@ -133,12 +136,16 @@ def check_study(
     checked = check_inputs(
         config.trial,
         Path(config.storage).expanduser().resolve(),
-        [lambda: found.append(SearchSpace.from_mapping(_space_content(config), config.trial))],
+        [
+            lambda: found.append(SearchSpace.from_mapping(_space_content(config), config.trial)),
+            lambda: check_sampler(config.sampler),
+            lambda: trial_demand(config.trial.training, config.resources),
+            lambda: check_addresses(config.optuna_storage, config.tracking.uri),
+        ],
         config.resources,
     )
     highest = checked.num_train
     space, notes = found[0].clamped(highest, len(checked.splits.classes))
-    check_sampler(config.sampler)
     start_points(space, config.start_with)
     checked = check_encoders(checked, table_variants(space, config.trial)[1:])
     references = []
