@@ -258,7 +258,7 @@ def evaluate(study: str, storage: str, again: bool) -> None:
 @cli.command()
 @click.argument("study")
 @_storage
-@click.option("--port", type=int, default=5000, show_default=True)
+@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True)
 def ui(study: str, storage: str, port: int) -> None:
     """Open MLflow's UI on a study's store."""
     from drtune_ray.addresses import with_secrets

@@ -64,10 +64,13 @@ def _sentences(section: type[Section], problems: Iterable[Any], prefix: str) -> 
 def _path(location: Iterable[Any], known: set[str], *, is_unknown: bool) -> str:
     """The dotted path: union members and validators stand in a location beside the keys."""
     keys: list[str] = []
-    for part in map(str, location):
-        if is_unknown or ".".join([*keys, part]) in known:
+    item = ""
+    for part in location:
+        if isinstance(part, int):
+            item = f"[{part}]"
+        elif is_unknown or ".".join([*keys, part]) in known:
             keys.append(part)
-    return ".".join(keys)
+    return ".".join(keys) + item
 
 
 def refusal(path: str, value: str, reasons: Iterable[str]) -> str:
@@ -91,7 +94,8 @@ def reason(problem: Any) -> str:
 def unknown_name(what: str, value: str, valid: Iterable[str]) -> str:
     """A sentence about a name that is not among the valid ones, with the nearest of them."""
     valid = list(valid)
-    nearest = difflib.get_close_matches(value, valid, n=1, cutoff=0.5)
+    others = [name for name in valid if not value.startswith(f"{name}.")]  # not its own group
+    nearest = difflib.get_close_matches(value, others, n=1, cutoff=0.5)
     if not nearest:
         leaf = value.rsplit(".", 1)[-1]
         nearest = [path for path in valid if path.rsplit(".", 1)[-1] == leaf][:1]

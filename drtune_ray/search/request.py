@@ -59,16 +59,14 @@ def study_request(
     """
     asked = read_yaml(study_file, with_lines=True) if study_file else {}
     asked = deep_merge(asked, nested(_given(STUDY_FLAGS, flags)))
-    trial = deep_merge(_mapping(asked, "trial"), nested(_trial_values(flags)))
+    asked["trial"] = deep_merge(_mapping(asked, "trial"), nested(_trial_values(flags)))
     for path, value in parse_assignments(assignments).items():
-        if path.split(".")[0] in StudyConfig.model_fields and not path.startswith("trial."):
-            asked = deep_merge(asked, nested({path: value}))
-        else:
-            trial = deep_merge(trial, nested({path.removeprefix("trial."): value}))
-    asked["trial"] = trial
-    folder = _data_folder(trial)
+        is_of_study = path.split(".")[0] in StudyConfig.model_fields
+        asked = deep_merge(asked, nested({path if is_of_study else f"trial.{path}": value}))
+    trial = _mapping(asked, "trial")
+    folder = _data_folder(trial, "trial.")
     asked.setdefault("name", _name_of(folder))
-    defaults = _fitted(fitting_defaults(this_machine()), trial, folder)
+    defaults = _fitted(fitting_defaults(this_machine()), trial, folder, "trial.")
     defaults["resources"] = _fitting_resources(defaults, _mapping(asked, "resources"))
     config = StudyConfig.from_mapping(deep_merge(defaults, asked))
     return config, _say(defaults, asked)
@@ -107,20 +105,25 @@ def _trial_values(flags: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _mapping(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def _mapping(values: Mapping[str, Any], key: str, prefix: str = "") -> Mapping[str, Any]:
     """A group of settings.
+
+    Args:
+        values: Hold it, or not.
+        key: Its name.
+        prefix: What to show before the name.
 
     Raises:
         ConfigError: If it is something else.
     """
     group = values.get(key) or {}
     if not isinstance(group, Mapping):
-        raise ConfigError(not_a_mapping(key, group))
+        raise ConfigError(not_a_mapping(prefix + key, group))
     return group
 
 
-def _data_folder(trial: Mapping[str, Any]) -> Path:
-    folder = _mapping(trial, "data").get("train")
+def _data_folder(trial: Mapping[str, Any], prefix: str = "") -> Path:
+    folder = _mapping(trial, "data", prefix).get("train")
     if not folder:
         raise ConfigError(
             "data.train is missing: give --data DIR, a folder with one folder of images a class"
@@ -137,9 +140,11 @@ def _name_of(folder: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._") or "study"
 
 
-def _fitted(defaults: dict[str, Any], trial: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _fitted(
+    defaults: dict[str, Any], trial: Mapping[str, Any], folder: Path, prefix: str = ""
+) -> dict[str, Any]:
     """Defaults that agree with what was asked for."""
-    backbone = _mapping(trial, "backbone")
+    backbone = _mapping(trial, "backbone", prefix)
     name, weights = backbone.get("name"), backbone.get("weights")
     chosen: dict[str, Any] = {}
     if name and name != defaults["trial"]["backbone"]["name"]:
@@ -172,7 +177,7 @@ def _num_train_at_least(folder: Path, data: Mapping[str, Any]) -> int:
     shares = [
         data.get(key, fields[key].default) for key in ("validation_fraction", "test_fraction")
     ]
-    if not all(isinstance(share, float) for share in shares):
+    if not all(isinstance(share, float) and 0.0 < share < 1.0 for share in shares):
         return images  # refused later, with its name
     return int(images * (1.0 - sum(shares))) - 2 * len(classes)
 
