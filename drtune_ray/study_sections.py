@@ -59,8 +59,7 @@ REFUSED_SCHEDULERS = {
 def _scheduler(value: Any) -> Any:
     if isinstance(value, str) and value.lower() in REFUSED_SCHEDULERS:
         raise ValueError(
-            f"{value!r} cannot work: {REFUSED_SCHEDULERS[value.lower()]}; "
-            "take asha, median or none"
+            f"{value!r} cannot work: {REFUSED_SCHEDULERS[value.lower()]}; take asha, median or none"
         )
     return value
 

@@ -6,6 +6,7 @@ needs (``needs``: functions of `tests.bad_places`) and flags beside the file (``
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +18,10 @@ import yaml
 TESTS = Path(__file__).parent
 FILES = {"tune": TESTS / "bad_studies", "train": TESTS / "bad_trials"}
 COMMANDS = TESTS / "bad_commands"
-# In the catalogue; the folder that a command runs in, and a version.
-HERE, VERSION = "HERE", "VERSION"
+# Words of the catalogue: the folder that a command runs in; timm's version; a hash; any picture.
+HERE, VERSION, DIGEST, PICTURE = "HERE", "VERSION", "DIGEST", "NN.png"
+# Flags of a study that is right.
+SMALL = "--data images --backbone test_efficientnet --weights weights.safetensors --image-size 32"
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,17 @@ class Example:
     file: Path | None = None
     needs: list[str] = field(default_factory=list)
 
-    def expected(self, here: Path) -> str:
-        """The message in a folder."""
-        return self.stderr.replace(HERE, str(here)).replace(VERSION, timm.__version__)
+    def arguments_in(self, here: Path) -> list[str]:
+        """The arguments in a folder."""
+        return [argument.replace(HERE, str(here)) for argument in self.arguments]
+
+    def in_its_words(self, text: str, here: Path) -> str:
+        """What was said in a folder, as the catalogue writes it."""
+        text = text.replace(str(here), HERE).replace(timm.__version__, VERSION)
+        for word, pattern in ((DIGEST, r"\b[0-9a-f]{16}\b"), (PICTURE, r"\b\d\d\.png")):
+            if word in self.stderr:
+                text = re.sub(pattern, word, text)
+        return text
 
 
 def header(text: str, key: str) -> list[str]:
@@ -76,12 +87,15 @@ def _of_file(command: str, path: Path) -> Example:
 
 
 def _of_line(name: str, line: dict[str, Any]) -> list[Example]:
-    """An example; ``each`` gives several, which differ in the word EACH."""
+    """An example; ``each`` gives several, which differ in the word EACH.
+
+    SMALL stands for the flags of a study that is right.
+    """
     words = line.get("each", ["EACH"])
     return [
         Example(
             f"{name}{word}" if "each" in line else name,
-            shlex.split(line["run"].replace("EACH", word)),
+            shlex.split(line["run"].replace("EACH", word).replace("SMALL", SMALL)),
             _stderr(line).replace("EACH", word),
             needs=line.get("needs", []),
         )

@@ -143,9 +143,9 @@ FLAGS = {
 }
 
 
-def begun_study(here: Path, patch: Patch) -> None:
+def begun_study(here: Path, patch: Patch, **flags: str) -> None:
     """Interrupted before its first trial."""
-    config, _ = study_request(None, [], FLAGS)
+    config, _ = study_request(None, [], FLAGS | flags)
     with Patch.context() as within, pytest.raises(KeyboardInterrupt):
         within.setattr("drtune_ray.search.study._cluster", lambda config: nullcontext())
         within.setattr("drtune_ray.search.study.StudyDriver.run", _interrupted)
@@ -155,6 +155,15 @@ def begun_study(here: Path, patch: Patch) -> None:
 def done_study(here: Path, patch: Patch) -> None:
     begun_study(here, patch)
     write_done(study_request(None, [], FLAGS)[0], 0)
+
+
+def done_study_in_a_database(here: Path, patch: Patch) -> None:
+    begun_study(here, patch, optuna_storage="sqlite:///search.db")
+    write_done(study_request(None, [], FLAGS)[0], 0)
+
+
+def lost_database(here: Path, patch: Patch) -> None:
+    (here / "search.db").unlink()
 
 
 def lost_journal(here: Path, patch: Patch) -> None:

@@ -36,10 +36,12 @@ class Rule:
     Attributes:
         where: File and function, setting or command.
         pattern: Is found in what is said of it, and of it alone.
+        sample: Of a sentence, with some value in each place.
     """
 
     where: str
     pattern: str
+    sample: str = ""
 
     def is_met_by(self, text: str) -> bool:
         return re.search(self.pattern, text, re.DOTALL) is not None
@@ -98,7 +100,11 @@ def sentence_rules(source: str, name: str) -> list[Rule]:
     visitor = _Sentences()
     visitor.visit(ast.parse(source))
     return [
-        Rule(f"{name}:{function}", "".join(re.escape(part) or ".*?" for part in parts))
+        Rule(
+            f"{name}:{function}",
+            "".join(re.escape(part) or ".*?" for part in parts),
+            "".join(part or "x" for part in parts),
+        )
         for function, parts in visitor.found
     ]
 

@@ -172,12 +172,11 @@ def check_storage_of(
         )
     if not artifacts.has_trials():  # its first run ended before there was one
         return
-    lost = f"the file {JOURNAL_NAME}" if url is None else "the database"
+    lost = f"lost with the file {JOURNAL_NAME}" if url is None else "lost with the database"
     raise ConfigError(
         f"study {name!r} has run trials, and optuna_storage={_place(url)} does not hold them: "
-        f"their settings, values and ends are lost with {lost}, and new trials would be mixed up "
-        f"with their checkpoints and MLflow runs. Bring {lost} back from a backup, or give the "
-        "study another --name"
+        f"their settings, values and ends are {lost}, and new trials would be mixed up with their "
+        "checkpoints and MLflow runs. Bring it back from a backup, or give the study another --name"
     )
 
 

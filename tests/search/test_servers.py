@@ -241,7 +241,7 @@ def test_check_storage_of__a_storage_that_was_lost(
     assert str(caught.value) == (
         f"study 'flowers' has run trials, and optuna_storage={place} does not hold them: their "
         f"settings, values and ends are lost with {lost}, and new trials would be mixed up with "
-        f"their checkpoints and MLflow runs. Bring {lost} back from a backup, or give the study "
+        f"their checkpoints and MLflow runs. Bring it back from a backup, or give the study "
         "another --name"
     )
     open_study(storage, former.study_id)  # brought back
