@@ -374,7 +374,9 @@ def _program() -> str:
 
 
 def _resolved(storage: str) -> Path:
-    return Path(storage).expanduser().resolve()
+    from drtune_ray.values import full_path
+
+    return full_path(storage)
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from drtune_ray.study_sections import (
     StudyName,
     TrackingConfig,
 )
-from drtune_ray.values import deep_merge, digest, flattened, nested
+from drtune_ray.values import deep_merge, digest, flattened, full_path, nested
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 
@@ -353,7 +353,7 @@ class StudyConfig(Section):
     @property
     def folder(self) -> Path:
         """The study's folder under the storage."""
-        return Path(self.storage).expanduser().resolve() / self.name
+        return full_path(self.storage) / self.name
 
     def to_mapping(self) -> dict[str, Any]:
         """Nested plain values, as they stand in YAML."""

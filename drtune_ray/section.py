@@ -13,6 +13,7 @@ from drtune_ray.errors import ConfigError
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 A_MAPPING = "it must be a mapping of settings"
+UNKNOWN = "extra_forbidden"
 # What pydantic says in the words of Python.
 PLAIN_WORDS = {"model_type": A_MAPPING, "dict_type": A_MAPPING, "tuple_type": "it must be a list"}
 
@@ -44,14 +45,14 @@ def _sentences(section: type[Section], problems: Iterable[Any], prefix: str) -> 
     known = set(known_paths(section))
 
     def place(problem: Any) -> tuple[str, str, str]:
-        kind = problem["type"] if problem["type"] in ("extra_forbidden", "missing") else ""
-        path = prefix + _path(problem["loc"], known, is_unknown=kind == "extra_forbidden")
-        return path, kind, repr(problem["input"])
+        kind = {"invalid_key": UNKNOWN}.get(problem["type"], problem["type"])  # a number, say
+        path = prefix + _path(problem["loc"], known, is_unknown=kind == UNKNOWN)
+        return path, kind if kind in (UNKNOWN, "missing") else "", repr(problem["input"])
 
     # Each member of a union has something to say of a value: that is one sentence.
     for (path, kind, value), of_value in itertools.groupby(problems, place):
         reasons = list(of_value)
-        if kind == "extra_forbidden":
+        if kind == UNKNOWN:
             yield unknown_name("key", path, [prefix + name for name in sorted(known)])
         elif kind == "missing":
             yield f"{path} is missing: give it a value"
@@ -66,10 +67,10 @@ def _path(location: Iterable[Any], known: set[str], *, is_unknown: bool) -> str:
     keys: list[str] = []
     item = ""
     for part in location:
-        if isinstance(part, int):
+        if is_unknown or ".".join([*keys, str(part)]) in known:
+            keys.append(str(part))
+        elif isinstance(part, int):
             item = f"[{part}]"
-        elif is_unknown or ".".join([*keys, part]) in known:
-            keys.append(part)
     return ".".join(keys) + item
 
 

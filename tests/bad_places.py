@@ -132,6 +132,10 @@ def file_for_storage(here: Path, patch: Patch) -> None:
     (here / "a-file").write_text("")
 
 
+def no_right_to_write(here: Path, patch: Patch) -> None:
+    patch.setattr("os.access", lambda path, mode: False)  # root has the right
+
+
 # ---- studies that are there
 
 STORAGE, STUDY, TRAINING = "drtune-studies", "images", "images-train"

@@ -17,7 +17,7 @@ import drtune_ray
 from drtune_ray.config import TRIAL_NOT_DECIDING
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.study_sections import TrackingConfig
-from drtune_ray.values import flattened_without, read_yaml, to_yaml
+from drtune_ray.values import flattened_without, full_path, read_yaml, to_yaml
 
 RECORD_FILE = "study.yaml"
 # What else lies in the folder of a study or training.
@@ -114,8 +114,8 @@ def find_study(name_or_folder: str, storage: str) -> Path:
     Raises:
         ConfigError: Naming the studies that there are.
     """
-    base = Path(storage).expanduser().resolve()
-    for folder in (Path(name_or_folder).expanduser().resolve(), base / name_or_folder):
+    base = full_path(storage)
+    for folder in (full_path(name_or_folder), base / name_or_folder):
         if (folder / RECORD_FILE).exists():
             return folder
     there = sorted(path.parent.name for path in base.glob(f"*/{RECORD_FILE}"))

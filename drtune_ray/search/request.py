@@ -17,7 +17,7 @@ from drtune_ray.search.machine import fitting_defaults, this_machine
 from drtune_ray.section import not_a_mapping, validated
 from drtune_ray.study_sections import ResourcesConfig
 from drtune_ray.training.backbones import DEMO_BACKBONE
-from drtune_ray.values import deep_merge, flattened, nested, parse_assignments, read_yaml
+from drtune_ray.values import deep_merge, flattened, full_path, nested, parse_assignments, read_yaml
 
 TRIAL_FLAGS = {
     "data_folder": "data.train",
@@ -128,16 +128,16 @@ def _data_folder(trial: Mapping[str, Any], prefix: str = "") -> Path:
         raise ConfigError(
             "data.train is missing: give --data DIR, a folder with one folder of images a class"
         )
-    return Path(str(folder)).expanduser()
+    return full_path(str(folder))
 
 
 def default_name(config: TrialConfig) -> str:
     """A name from the folder of images."""
-    return _name_of(Path(config.data.train).expanduser())
+    return _name_of(full_path(config.data.train))
 
 
 def _name_of(folder: Path) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._") or "study"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name).strip("-._") or "study"
 
 
 def _fitted(

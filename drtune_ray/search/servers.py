@@ -45,20 +45,28 @@ DATABASE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
 EXAMPLE = "postgresql+psycopg://USER:$PASSWORD@HOST/DATABASE"
 
 
-def check_addresses(optuna_storage: str | None, tracking_uri: str | None) -> None:
-    """Refuse what cannot be an address, before anything starts; nothing connects.
+def check_database(url: str | None) -> None:
+    """Refuse what cannot be the address of a database, before anything starts; nothing connects.
 
     Raises:
-        ConfigError: If one of them is not, or names an environment variable that is not set.
+        ConfigError: If it is not one, or names an environment variable that is not set.
         EnvironmentProblem: If the package is missing that talks to such a database.
     """
-    if optuna_storage is not None:
-        with _as_refusal(optuna_storage):
-            create_engine(with_secrets(optuna_storage)).dispose()
-    if tracking_uri is not None and "://" not in with_secrets(tracking_uri):
+    if url is not None:
+        with _as_refusal(url):
+            create_engine(with_secrets(url)).dispose()
+
+
+def check_tracking(uri: str | None) -> None:
+    """As :func:`check_database`, for MLflow.
+
+    Raises:
+        ConfigError: If it is no address, or names an environment variable that is not set.
+    """
+    if uri is not None and "://" not in with_secrets(uri):
         raise ConfigError(
-            f"tracking.uri={tracking_uri!r} is not valid: give http://HOST:PORT of an MLflow "
-            "server, or the URL of a database"
+            f"tracking.uri={uri!r} is not valid: give http://HOST:PORT of an MLflow server, or the "
+            "URL of a database"
         )
 
 

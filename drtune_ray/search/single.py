@@ -43,7 +43,7 @@ from drtune_ray.search.prepare import (
     write_manifest,
 )
 from drtune_ray.search.protocol import OBJECTIVE, OUT_OF_MEMORY, OUTCOME
-from drtune_ray.search.servers import StudyArtifacts, as_problem, check_addresses
+from drtune_ray.search.servers import StudyArtifacts, as_problem, check_tracking
 from drtune_ray.search.session import ready_cluster, scratch_folder, signals_as_interrupt
 from drtune_ray.search.shared import Cluster, shared_folder
 from drtune_ray.search.waiting import Notify, ResourceWait
@@ -62,7 +62,7 @@ from drtune_ray.tracking.mlflow_recorder import build_recorder
 from drtune_ray.tracking.spool import BackgroundWriter, Spool
 from drtune_ray.training.checkpoint import TrialFolder, trial_folder
 from drtune_ray.training.records import COMPLETED, PATIENCE, EpochRecord
-from drtune_ray.values import flattened
+from drtune_ray.values import flattened, full_path
 
 logger = logging.getLogger(__name__)
 
@@ -118,13 +118,13 @@ def run_training(
         study_name(name)
     except ValueError as error:
         raise ConfigError(f"name: {error}") from None
-    storage, resources = storage.expanduser().resolve(), resources or ResourcesConfig()
+    storage, resources = full_path(storage), resources or ResourcesConfig()
     kept = StudyArtifacts(artifacts, storage / name)
     kept.restore_shared(manifest_path(config.data, storage))
     tracking = tracking or TrackingConfig()
     others = [
         lambda: trial_demand(config.training, resources),
-        lambda: check_addresses(None, tracking.uri),
+        lambda: check_tracking(tracking.uri),
     ]
     checked = check_inputs(config, storage, others, resources)
     config = config.with_values({"data.train": str(data_root(config.data))})

@@ -42,8 +42,9 @@ from drtune_ray.search.proposals import FixedTrial
 from drtune_ray.search.samplers import check_sampler
 from drtune_ray.search.servers import (
     StudyArtifacts,
-    check_addresses,
+    check_database,
     check_storage_of,
+    check_tracking,
     database_as_problem,
     open_storage,
     open_study,
@@ -55,6 +56,7 @@ from drtune_ray.search.stored import stored_trials
 from drtune_ray.search.variants import table_variants
 from drtune_ray.search.waiting import Notify
 from drtune_ray.tracking.events import Sink
+from drtune_ray.values import full_path
 
 logger = logging.getLogger(__name__)
 
@@ -135,12 +137,13 @@ def check_study(
     found: list[SearchSpace] = []
     checked = check_inputs(
         config.trial,
-        Path(config.storage).expanduser().resolve(),
+        full_path(config.storage),
         [
             lambda: found.append(SearchSpace.from_mapping(_space_content(config), config.trial)),
             lambda: check_sampler(config.sampler),
             lambda: trial_demand(config.trial.training, config.resources),
-            lambda: check_addresses(config.optuna_storage, config.tracking.uri),
+            lambda: check_database(config.optuna_storage),
+            lambda: check_tracking(config.tracking.uri),
         ],
         config.resources,
     )
@@ -170,7 +173,7 @@ def _cluster(config: StudyConfig) -> AbstractContextManager[Capacity | None]:
 
 
 def _manifest(config: StudyConfig) -> Path:
-    return manifest_path(config.trial.data, Path(config.storage).expanduser().resolve())
+    return manifest_path(config.trial.data, full_path(config.storage))
 
 
 def _space_content(config: StudyConfig) -> dict[str, Any]:

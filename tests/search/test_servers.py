@@ -137,19 +137,6 @@ def test_open_storage__no_url(url: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert SECRET not in message
 
 
-@pytest.mark.parametrize(
-    "path", ["optuna_storage", "artifacts", "tracking.uri"], ids=lambda path: str(path)
-)
-def test_study_config__a_password_is_refused_and_not_shown(path: str) -> None:
-    values = {"name": "flowers", "trial.data.train": "images", path: f"x://me:{SECRET}@host/db"}
-    with pytest.raises(ConfigError) as caught:
-        StudyConfig.from_mapping(nested(values))
-    assert str(caught.value) == (
-        f"{path}: the password would be recorded with the study: write $NAME in its place, and "
-        "put the password into the environment variable NAME"
-    )
-
-
 def test_database_as_problem__an_error_within_another_of_tune() -> None:
     with pytest.raises(EnvironmentProblem) as caught, database_as_problem("postgresql://db"):
         try:
