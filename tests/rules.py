@@ -111,10 +111,25 @@ def sentence_rules(source: str, name: str) -> list[Rule]:
 
 def refuses(source: str) -> bool:
     """Whether a module refuses input."""
-    calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
-    return any(ast.unparse(node.func) in REFUSALS for node in calls) or bool(
-        VALIDATORS.search(source)
-    )
+    return any(_refusals(ast.parse(source))) or VALIDATORS.search(source) is not None
+
+
+def _refusals(tree: ast.AST) -> Iterator[ast.Call]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in REFUSALS:
+            yield node
+
+
+def wordless(source: str, name: str) -> set[str]:
+    """Functions of a module that refuse without a sentence of their own, such as with a list."""
+    found = set()
+    for function in ast.walk(ast.parse(source)):
+        for call in _refusals(function) if isinstance(function, ast.FunctionDef) else ():
+            visitor = _Sentences()
+            visitor.generic_visit(call)
+            if not visitor.found:
+                found.add(f"{name}:{function.name}")
+    return found
 
 
 # ---- settings

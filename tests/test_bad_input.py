@@ -25,6 +25,7 @@ from tests.rules import (
     sentence_rules,
     setting_rules,
     without_example,
+    wordless,
 )
 from tests.small import BACKBONE, write_coloured
 
@@ -68,6 +69,22 @@ WITHOUT_EXAMPLE = {
     "checkpoint x is of another trial or configuration": OWN_FILES,
     "x is not a drtune-ray checkpoint": OWN_FILES,
     "checkpoint x is torn (its checksum differs)": OWN_FILES,
+}
+# Functions that refuse with sentences of others.
+GATHERING = {
+    "config.py:from_mapping",
+    "data/artifacts.py:open_folder",
+    "data/sources.py:scan_class_folders",
+    "data/splits.py:make_splits",
+    "search/points.py:start_points",
+    "search/prepare.py:check_encoders",
+    "search/prepare.py:check_inputs",
+    "search/request.py:_mapping",
+    "search/samplers.py:check_sampler",
+    "search/single.py:run_training",
+    "section.py:validated",
+    "values.py:_loaded",
+    "values.py:parse_assignments",
 }
 # Run as users run them.
 IN_A_PROCESS = (
@@ -195,6 +212,12 @@ def test_rules__no_exemption_is_out_of_date() -> None:
     lacking = {rule.sample for rule in without_example(all_rules(), texts())}
     assert lacking >= WITHOUT_EXAMPLE.keys()
     assert {rule.where for rule in all_sentences()} >= NOT_OF_INPUT
+
+
+def test_rules__no_other_way_to_complain() -> None:
+    found = (wordless(source, name) for name, source in refusing_sources().items())
+    assert set().union(*found) == GATHERING
+    assert wordless("def check(): raise ConfigError('no')", "new.py") == {"new.py:check"}
 
 
 def test_rules__no_message_shows_another_rule() -> None:
