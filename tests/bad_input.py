@@ -1,7 +1,7 @@
 """Wrong input: the files of bad_studies and bad_trials, and the lines of bad_commands.
 
-Comments at the head of a wrong study or trial give what is said of it (``says``), what its folder
-needs (``needs``: functions of `tests.bad_places`) and flags beside the file (``flags``).
+Comments at the head of a wrong study or trial give what is said of it (``says``) and what its
+folder needs (``needs``: functions of `tests.bad_places`).
 """
 
 from __future__ import annotations
@@ -79,11 +79,10 @@ def all_examples() -> list[Example]:
 
 def _of_file(command: str, path: Path) -> Example:
     text = path.read_text()
-    flags = shlex.split(" ".join(header(text, "flags")))
     name = f"{path.parent.name}/{path.stem}"
     said = "drtune-ray: " + "\n".join(header(text, "says")) + "\n"
     needs = " ".join(header(text, "needs")).split()
-    return Example(name, [command, path.name, *flags], said, path, needs)
+    return Example(name, [command, path.name], said, path, needs)
 
 
 def _of_line(name: str, line: dict[str, Any]) -> list[Example]:

@@ -62,7 +62,7 @@ class _Sentences(ast.NodeVisitor):
         self.generic_visit(node)
         self._names.pop()
 
-    visit_ClassDef = visit_FunctionDef  # type: ignore[assignment]
+    visit_ClassDef = visit_FunctionDef
 
     def visit_Expr(self, node: ast.Expr) -> None:
         if not isinstance(node.value, ast.Constant):  # a docstring
@@ -91,7 +91,7 @@ class _Sentences(ast.NodeVisitor):
 def _parts(node: ast.expr) -> list[str]:
     """The words of a string; an empty one stands for each value in it."""
     if isinstance(node, ast.JoinedStr):
-        return [v.value if isinstance(v, ast.Constant) else "" for v in node.values]  # type: ignore[misc]
+        return [v.value if isinstance(v, ast.Constant) else "" for v in node.values]
     return [str(node.value)] if isinstance(node, ast.Constant) else [""]
 
 
