@@ -126,8 +126,12 @@ def test_study_from_mapping__fewer_trials_with_fewer_references() -> None:
 
 @pytest.mark.parametrize("name", ["", "-dash-first", "with/slash", "with space", "x" * 101])
 def test_study_from_mapping__name_is_a_folder_name(name: str) -> None:
-    with pytest.raises(ConfigError, match="^name="):
+    with pytest.raises(ConfigError) as caught:
         study({"name": name})
+    assert str(caught.value) == (
+        "name: a name has letters, digits, '.', '_' and '-', a letter or digit first, and at most "
+        f"100 of them, but got {name!r}"
+    )
 
 
 @pytest.mark.parametrize(
