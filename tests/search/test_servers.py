@@ -479,6 +479,7 @@ def test_losing_the_disk_that_held_the_search_does_not_begin_it_again(
     tmp_path: Path, weights_file: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(study_module, "_cluster", lambda config: nullcontext())
+    monkeypatch.setattr(study_module, "deciding_values", lambda *of: {})  # as `record` has it
     place = (tmp_path / "artifacts").as_uri()
     kept = open_folder(place).below("small")
     former = record(tmp_path / "lost" / "small", artifacts=place)
