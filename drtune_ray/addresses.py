@@ -20,7 +20,10 @@ def without_password(uri: str) -> str:
     Raises:
         ValueError: If it may not.
     """
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise ValueError(f"it is no address ({error}): write SCHEME://HOST:PORT/PATH") from None
     secrets = {"the password": parts.password or ""}
     secrets |= {f"the value of {k!r}": v for k, v in parse_qsl(parts.query) if _is_secret(k)}
     for what, secret in secrets.items():

@@ -170,7 +170,7 @@ def train(
             name,
             Path(storage),
             resources=resources,
-            tracking=validated(TrackingConfig, {"uri": tracking_uri}),
+            tracking=validated(TrackingConfig, {"uri": tracking_uri}, "tracking."),
             artifacts=artifacts,
             observer=observe,
             on_notice=output.notice,
@@ -210,7 +210,7 @@ def evaluate(study: str, storage: str, again: bool) -> None:
 @cli.command()
 @click.argument("study")
 @storage_option
-@click.option("--port", type=int, default=5000, show_default=True)
+@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True)
 def ui(study: str, storage: str, port: int) -> None:
     """Open MLflow's UI on a study's store."""
     from drtune_ray.addresses import with_secrets
@@ -325,7 +325,9 @@ def _run_study(
 
 
 def _resolved(storage: str) -> Path:
-    return Path(storage).expanduser().resolve()
+    from drtune_ray.values import full_path
+
+    return full_path(storage)
 
 
 def main() -> None:

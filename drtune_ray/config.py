@@ -10,18 +10,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import (
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from drtune_ray.addresses import ServerUri
 from drtune_ray.errors import ConfigError
 from drtune_ray.presets import PRESETS, PresetName
-from drtune_ray.section import Probability, Section, Workers, unknown_name, validated
+from drtune_ray.section import (
+    Probability,
+    Section,
+    Workers,
+    not_a_mapping,
+    unknown_name,
+    validated,
+)
 from drtune_ray.study_sections import (
     BudgetConfig,
     FinalFitConfig,
@@ -29,13 +30,12 @@ from drtune_ray.study_sections import (
     ResourcesConfig,
     SamplerConfig,
     SchedulerConfig,
+    StudyName,
     TrackingConfig,
 )
-from drtune_ray.values import deep_merge, digest, flattened, nested
+from drtune_ray.values import deep_merge, digest, flattened, full_path, nested
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
-StudyName = Annotated[str, Field(pattern=NAME_PATTERN)]
 
 
 class CalibrationConfig(Section):
@@ -209,7 +209,7 @@ class TrialConfig(Section):
         Raises:
             ConfigError: Naming every problem.
         """
-        return validated(cls, _on_preset(values, "preset", preset or "default"))
+        return validated(cls, _on_preset(values, preset or "default"))
 
     def to_mapping(self) -> dict[str, Any]:
         """Nested plain values, as they stand in YAML."""
@@ -349,26 +349,26 @@ class StudyConfig(Section):
         merged = dict(values)
         trial = merged.get("trial") or {}
         if not isinstance(trial, Mapping):
-            raise ConfigError(f"trial={trial!r} must be a mapping of settings")
-        merged["trial"] = _on_preset(trial, "trial.preset", "default")
+            raise ConfigError(not_a_mapping("trial", trial))
+        merged["trial"] = _on_preset(trial, "default")
         return validated(cls, merged)
 
     @property
     def folder(self) -> Path:
         """The study's folder under the storage."""
-        return Path(self.storage).expanduser().resolve() / self.name
+        return full_path(self.storage) / self.name
 
     def to_mapping(self) -> dict[str, Any]:
         """Nested plain values, as they stand in YAML."""
         return self.model_dump(mode="json")
 
 
-def _on_preset(values: Mapping[str, Any], key: str, default: str) -> dict[str, Any]:
+def _on_preset(values: Mapping[str, Any], default: str) -> dict[str, Any]:
     """The values on top of the preset that their key ``preset`` names."""
     rest = dict(values)
     preset = rest.pop("preset", None) or default
     if not isinstance(preset, str) or preset not in PRESETS:
-        raise ConfigError(unknown_name(key, str(preset), get_args(PresetName)))
+        raise ConfigError(unknown_name("preset", str(preset), get_args(PresetName)))
     return deep_merge(PRESETS[preset], rest)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from drtune_ray.config import StudyConfig
 from drtune_ray.errors import ConfigError
+from drtune_ray.search.prepare import check_storage
 from drtune_ray.search.space import read_space
 from drtune_ray.training.backbones import DEMO_BACKBONE
 
@@ -43,6 +44,7 @@ def write_digits(folder: Path) -> Path:
 
 def demo_config(storage: Path, seed: int = 0) -> StudyConfig:
     """The demo's study; its images are written under the storage first."""
+    check_storage(storage)
     data = write_digits(storage / "demo-data" / "digits")
     return StudyConfig.from_mapping(
         {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
@@ -11,6 +12,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from drtune_ray.errors import ConfigError
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+A_MAPPING = "it must be a mapping of settings"
+UNKNOWN = "extra_forbidden"
+# What pydantic says in the words of Python.
+PLAIN_WORDS = {"model_type": A_MAPPING, "dict_type": A_MAPPING, "tuple_type": "it must be a list"}
 
 
 def _workers(value: Any) -> int | tuple[int, int]:
@@ -47,33 +52,65 @@ def validated(section: type[S], values: Mapping[str, Any], prefix: str = "") -> 
     try:
         return section.model_validate(dict(values))
     except ValidationError as error:
-        problems = error.errors()
-        raise ConfigError(_sentence(section, problem, prefix) for problem in problems) from None
+        raise ConfigError(_sentences(section, error.errors(), prefix)) from None
 
 
-def _sentence(section: type[Section], problem: Any, prefix: str) -> str:
-    # Union members and validators appear in the location; only real keys are shown.
+def _sentences(section: type[Section], problems: Iterable[Any], prefix: str) -> Iterator[str]:
     known = set(known_paths(section))
+
+    def place(problem: Any) -> tuple[str, str, str]:
+        kind = {"invalid_key": UNKNOWN}.get(problem["type"], problem["type"])  # a number, say
+        path = prefix + _path(problem["loc"], known, is_unknown=kind == UNKNOWN)
+        return path, kind if kind in (UNKNOWN, "missing") else "", repr(problem["input"])
+
+    # Each member of a union has something to say of a value: that is one sentence.
+    for (path, kind, value), of_value in itertools.groupby(problems, place):
+        reasons = list(of_value)
+        if kind == UNKNOWN:
+            yield unknown_name("key", path, [prefix + name for name in sorted(known)])
+        elif kind == "missing":
+            yield f"{path} is missing: give it a value"
+        elif reasons[0]["type"] == "value_error":
+            yield (f"{path}: " if path else "") + reason(reasons[0])
+        else:
+            yield refusal(path, value, map(reason, reasons))
+
+
+def _path(location: Iterable[Any], known: set[str], *, is_unknown: bool) -> str:
+    """The dotted path: union members and validators stand in a location beside the keys."""
     keys: list[str] = []
-    for part in problem["loc"]:
-        if problem["type"] == "extra_forbidden" or ".".join([*keys, str(part)]) in known:
+    item = ""
+    for part in location:
+        if is_unknown or ".".join([*keys, str(part)]) in known:
             keys.append(str(part))
-    path = prefix + ".".join(keys)
-    if problem["type"] == "extra_forbidden":
-        return unknown_name("key", path, [prefix + name for name in sorted(known)])
-    if problem["type"] == "missing":
-        return f"{path} is missing: give it a value"
+        elif isinstance(part, int):
+            item = f"[{part}]"
+    return ".".join(keys) + item
+
+
+def refusal(path: str, value: str, reasons: Iterable[str]) -> str:
+    """A sentence about a value, given as it is shown, that a setting does not take."""
+    return f"{path}={value} is not valid: {' or '.join(dict.fromkeys(reasons))}"
+
+
+def not_a_mapping(path: str, value: Any) -> str:
+    """A sentence about a value where a group of settings must stand."""
+    return refusal(path, repr(value), [A_MAPPING])
+
+
+def reason(problem: Any) -> str:
+    """What is wrong with a value, from one of pydantic's errors."""
     if problem["type"] == "value_error":
-        prefix = f"{path}: " if path else ""
-        return prefix + str(problem["ctx"]["error"])
-    message = problem["msg"][:1].lower() + problem["msg"][1:]
-    return f"{path}={problem['input']!r} is not valid: {message}"
+        return str(problem["ctx"]["error"])
+    message = str(PLAIN_WORDS.get(problem["type"], problem["msg"]))
+    return message[:1].lower() + message[1:]
 
 
 def unknown_name(what: str, value: str, valid: Iterable[str]) -> str:
     """A sentence about a name that is not among the valid ones, with the nearest of them."""
     valid = list(valid)
-    nearest = difflib.get_close_matches(value, valid, n=1, cutoff=0.5)
+    others = [name for name in valid if not value.startswith(f"{name}.")]  # not its own group
+    nearest = difflib.get_close_matches(value, others, n=1, cutoff=0.5)
     if not nearest:
         leaf = value.rsplit(".", 1)[-1]
         nearest = [path for path in valid if path.rsplit(".", 1)[-1] == leaf][:1]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     NonNegativeFloat,
@@ -15,6 +17,23 @@ from pydantic import (
 
 from drtune_ray.addresses import ServerUri
 from drtune_ray.section import Probability, Section, Workers
+
+
+def study_name(name: str) -> str:
+    """The name of a study or training, if it can be that of a folder.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise ValueError(
+            "a name has letters, digits, '.', '_' and '-', a letter or digit first, and at most "
+            f"100 of them, but got {name!r}"
+        )
+    return name
+
+
+StudyName = Annotated[str, AfterValidator(study_name)]
 
 
 class SamplerConfig(Section):
@@ -40,8 +59,7 @@ REFUSED_SCHEDULERS = {
 def _scheduler(value: Any) -> Any:
     if isinstance(value, str) and value.lower() in REFUSED_SCHEDULERS:
         raise ValueError(
-            f"scheduler.name={value!r} cannot work: {REFUSED_SCHEDULERS[value.lower()]}; "
-            "take asha, median or none"
+            f"{value!r} cannot work: {REFUSED_SCHEDULERS[value.lower()]}; take asha, median or none"
         )
     return value
 

@@ -13,6 +13,22 @@ import yaml
 from drtune_ray.errors import ConfigError
 
 
+def full_path(path: str | Path) -> Path:
+    """An absolute path from one that a user gave, which may begin with ``~``.
+
+    Raises:
+        ConfigError: If it cannot be a path here.
+    """
+    try:
+        return Path(path).expanduser().resolve()
+    except RuntimeError:
+        raise ConfigError(
+            f"{str(path)!r} begins with a home that is not known here: write the whole path"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{str(path)!r} cannot be a path ({error}): correct it") from None
+
+
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     """``path=value`` strings to {path: value}; values are read as YAML.
 
@@ -27,7 +43,7 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
             continue
         try:
             values[path.strip()] = yaml.safe_load(text) if text.strip() else text
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # the second: a date that does not exist
             problems.append(f"--set {assignment!r} has a value that is not YAML: quote it")
     if problems:
         raise ConfigError(problems)
@@ -95,8 +111,10 @@ def read_yaml(path: Path, *, with_lines: bool = False) -> dict[str, Any]:
     try:
         content = _loaded(path, _LinedLoader if with_lines else yaml.SafeLoader)
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; give a YAML file") from None
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # the second: no text, a date that does not exist
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a mapping of keys to values")

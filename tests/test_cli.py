@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import safetensors.torch
-import torch
 
 from drtune_ray.errors import ConfigError
 from drtune_ray.search.machine import Machine
@@ -34,125 +32,12 @@ def images(tmp_path: Path) -> Path:
     return write_coloured(tmp_path / "images", per_class=6)
 
 
-def one_class(folder: Path) -> None:
-    for name in ("blue", "green"):
-        for path in (folder / name).iterdir():
-            path.unlink()
-        (folder / name).rmdir()
-
-
-def few_images(folder: Path) -> None:
-    for path in sorted((folder / "red").iterdir())[2:]:
-        path.unlink()
-
-
-def corrupt_image(folder: Path) -> None:
-    path = folder / "red" / "00.png"
-    path.write_bytes(path.read_bytes()[:60])
-
-
-def empty(folder: Path) -> None:
-    one_class(folder)
-    for path in (folder / "red").iterdir():
-        path.unlink()
-    (folder / "red").rmdir()
-
-
-BAD_FOLDERS = {
-    "one class": (one_class, "at least 2 class folders must be in data.train, but"),
-    "empty": (empty, "holds 0"),
-    "too few images": (few_images, "class 'red' has 2 different images but the splits need"),
-    "corrupt image": (corrupt_image, "00.png cannot be decoded as an image"),
-}
-
-
 def refused(done: subprocess.CompletedProcess[str], message: str, storage: Path) -> None:
     """One clear message, exit code 2, no traceback, nothing written."""
     assert done.returncode == 2, done.stdout + done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     assert not storage.exists()
-
-
-@pytest.mark.parametrize("spoil, message", BAD_FOLDERS.values(), ids=BAD_FOLDERS.keys())
-def test_bad_folders(images, tmp_path, weights_file, spoil, message):
-    spoil(images)
-    storage = tmp_path / "studies"
-    weights = ("--backbone", BACKBONE, "--weights", str(weights_file(BACKBONE)))
-    done = run("tune", "--data", str(images), "--storage", str(storage), *weights)
-    refused(done, message, storage)
-
-
-def test_a_missing_folder(tmp_path):
-    storage = tmp_path / "studies"
-    done = run("tune", "--data", str(tmp_path / "nowhere"), "--storage", str(storage))
-    refused(done, "nowhere' is not a folder: give a folder of class folders", storage)
-
-
-BAD_SETTINGS = {
-    "unknown backbone": (
-        ["--backbone", "resnet5"],
-        "backbone.name='resnet5' is not a model of timm",
-    ),
-    "K = 0": (["--set", "method.bank_size=0"], "method.bank_size=0 is not valid"),
-    "lambda < 0": (
-        ["--set", "method.regularization_weight=-1"],
-        "method.regularization_weight=-1 is not valid",
-    ),
-    "unknown setting": (
-        ["--set", "method.bank_siz=8"],
-        "unknown key 'trial.method.bank_siz'; did you mean 'trial.method.bank_size'?",
-    ),
-    "no assignment": (["--set", "epochs"], "--set 'epochs' must be path=value"),
-    "batch above the images": (
-        ["--set", "training.batch_size=64"],
-        "training.batch_size <= number of training images must hold, but got batch_size=64 with",
-    ),
-    "unknown space": (["--space", "quik"], "space 'quik' is neither a YAML file nor one of"),
-    "too few trials": (["--trials", "2"], "trials >= number of reference_trials must hold"),
-    "bad name": (["--name", "a/b"], "name='a/b' is not valid"),
-    "unknown flag": (["--epoch", "3"], "No such option"),
-}
-
-
-@pytest.mark.parametrize("arguments, message", BAD_SETTINGS.values(), ids=BAD_SETTINGS.keys())
-def test_bad_settings(images, tmp_path, weights_file, arguments, message):
-    storage = tmp_path / "studies"
-    given = ["--weights", str(weights_file(BACKBONE)), "--image-size", "32"]
-    if "--backbone" not in arguments:
-        given += ["--backbone", BACKBONE]
-    done = run("tune", "--data", str(images), "--storage", str(storage), *given, *arguments)
-    refused(done, message, storage)
-
-
-def test_weights_of_another_backbone(images, tmp_path):
-    file, storage = tmp_path / "other.safetensors", tmp_path / "studies"
-    safetensors.torch.save_file({"layer.weight": torch.zeros(3, 3)}, file)
-    given = ["--backbone", BACKBONE, "--weights", str(file), "--image-size", "32"]
-    done = run("tune", "--data", str(images), "--storage", str(storage), *given)
-    refused(done, f"fit 0% of '{BACKBONE}', at least 50% must", storage)
-
-
-def test_a_space_with_an_unknown_key_and_other_faults_are_told_together(images, tmp_path):
-    few_images(images)
-    space, storage = tmp_path / "space.yaml", tmp_path / "studies"
-    space.write_text("parameters:\n  method.bank_sise: {int: [1, 2]}\n")
-    given = ["--backbone", "resnet5", "--weights", "none.pt", "--space", str(space)]
-    done = run("tune", "--data", str(images), "--storage", str(storage), *given)
-    for message in (
-        "unknown key 'method.bank_sise'; did you mean 'method.bank_size'?",
-        "class 'red' has 2 different images",
-        "backbone.name='resnet5' is not a model of timm",
-    ):
-        refused(done, message, storage)
-
-
-@pytest.mark.parametrize("command", ["evaluate", "ui", "sync", "status"])
-def test_a_study_that_does_not_exist(tmp_path, command):
-    done = run(command, "nothing", "--storage", str(tmp_path))
-    assert done.returncode == 2
-    assert "there is no study 'nothing' under" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("command", ["tune", "train"])

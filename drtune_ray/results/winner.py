@@ -95,7 +95,9 @@ def read_winner(folder: Path) -> Winner:
         ConfigError: If there is none.
     """
     if not (folder / ABOUT_NAME).exists():
-        raise ConfigError(f"{folder} holds no model: has the study completed a trial?")
+        raise ConfigError(
+            f"{folder} holds no model yet: repeat the study's command until a trial completes"
+        )
     card = read_yaml(folder / ABOUT_NAME)
     trial = TrialConfig.from_mapping(card["trial"])
     normalization = card["normalization"]

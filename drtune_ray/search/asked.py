@@ -9,7 +9,8 @@ from typing import Any
 
 from drtune_ray.config import StudyConfig
 from drtune_ray.errors import ConfigError
-from drtune_ray.values import deep_merge, nested, parse_assignments, read_yaml
+from drtune_ray.section import not_a_mapping
+from drtune_ray.values import deep_merge, full_path, nested, parse_assignments, read_yaml
 
 TRIAL_FLAGS = {
     "data_folder": "data.train",
@@ -52,14 +53,11 @@ def asked_study(
     """
     asked = read_yaml(study_file, with_lines=True) if study_file else {}
     asked = deep_merge(asked, nested(_given(STUDY_FLAGS, flags)))
-    trial = deep_merge(mapping_of(asked, "trial"), nested(trial_values(flags)))
+    asked["trial"] = deep_merge(mapping_of(asked, "trial"), nested(trial_values(flags)))
     for path, value in parse_assignments(assignments).items():
-        if path.split(".")[0] in StudyConfig.model_fields and not path.startswith("trial."):
-            asked = deep_merge(asked, nested({path: value}))
-        else:
-            trial = deep_merge(trial, nested({path.removeprefix("trial."): value}))
-    asked["trial"] = trial
-    asked.setdefault("name", name_of(data_folder(trial)))
+        is_of_study = path.split(".")[0] in StudyConfig.model_fields
+        asked = deep_merge(asked, nested({path if is_of_study else f"trial.{path}": value}))
+    asked.setdefault("name", name_of(data_folder(mapping_of(asked, "trial"), "trial.")))
     return asked
 
 
@@ -71,35 +69,40 @@ def trial_values(flags: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def mapping_of(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def mapping_of(values: Mapping[str, Any], key: str, prefix: str = "") -> Mapping[str, Any]:
     """A group of settings.
+
+    Args:
+        values: Hold it, or not.
+        key: Its name.
+        prefix: What to show before the name.
 
     Raises:
         ConfigError: If it is something else.
     """
     group = values.get(key) or {}
     if not isinstance(group, Mapping):
-        raise ConfigError(f"{key}={group!r} must be a mapping of settings")
+        raise ConfigError(not_a_mapping(prefix + key, group))
     return group
 
 
-def data_folder(trial: Mapping[str, Any]) -> Path:
+def data_folder(trial: Mapping[str, Any], prefix: str = "") -> Path:
     """The folder of images that a trial names.
 
     Raises:
         ConfigError: If it names none.
     """
-    folder = mapping_of(trial, "data").get("train")
+    folder = mapping_of(trial, "data", prefix).get("train")
     if not folder:
         raise ConfigError(
             "data.train is missing: give --data DIR, a folder with one folder of images a class"
         )
-    return Path(str(folder)).expanduser()
+    return full_path(str(folder))
 
 
 def name_of(folder: Path) -> str:
     """A study's name from its folder of images."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._") or "study"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name).strip("-._") or "study"
 
 
 def _given(names: Mapping[str, str], flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -72,7 +71,7 @@ from drtune_ray.tracking.spool import BackgroundWriter, Spool
 from drtune_ray.training.backbones import read_backbone
 from drtune_ray.training.checkpoint import trial_folder
 from drtune_ray.training.complexity import complexity
-from drtune_ray.values import flattened
+from drtune_ray.values import flattened, full_path
 
 
 class StudyDriver:
@@ -107,7 +106,7 @@ class StudyDriver:
         self.notes, self.started = notes, time.monotonic()
         self._is_interruption_told = self._is_exhausted = False
         self._end: str | None = None
-        self.storage = Path(config.storage).expanduser().resolve()
+        self.storage = full_path(config.storage)
         self.base = config.trial.with_values(
             {"method.bank_size": min(config.trial.method.bank_size, checked.num_train)}
         )

@@ -17,7 +17,7 @@ import drtune_ray
 from drtune_ray.config import TRIAL_NOT_DECIDING
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.study_sections import TrackingConfig
-from drtune_ray.values import flattened_without, read_yaml, to_yaml
+from drtune_ray.values import flattened_without, full_path, read_yaml, to_yaml
 
 RECORD_FILE = "study.yaml"
 # What else lies in the folder of a study or training.
@@ -115,8 +115,8 @@ def find_study(name_or_folder: str, storage: str) -> Path:
     Raises:
         ConfigError: Naming the studies that there are.
     """
-    base = Path(storage).expanduser().resolve()
-    for folder in (Path(name_or_folder).expanduser().resolve(), base / name_or_folder):
+    base = full_path(storage)
+    for folder in (full_path(name_or_folder), base / name_or_folder):
         if (folder / RECORD_FILE).exists():
             return folder
     there = sorted(path.parent.name for path in base.glob(f"*/{RECORD_FILE}"))
@@ -143,25 +143,14 @@ def deciding_values(
     }
 
 
-def open_record(
-    folder: Path,
-    kind: str,
-    config: Mapping[str, Any],
-    deciding: dict[str, Any],
-    tracking: TrackingConfig,
-    artifacts: str | None = None,
-) -> Record:
-    """What lies in the folder if it decides the same, else a new record if the folder has none.
+def former_record(folder: Path, kind: str, deciding: Mapping[str, Any]) -> Record | None:
+    """What lies in the folder, if it decides the same; None if nothing does.
 
     Raises:
         ConfigError: If the name is taken by another configuration, with the differences.
     """
     if not (folder / RECORD_FILE).exists():
-        study_id = f"{folder.name}-{uuid.uuid4().hex[:12]}"
-        place = tracking.model_dump(mode="json")
-        record = Record(folder, study_id, kind, dict(config), deciding, place, artifacts)
-        record.write()
-        return record
+        return None
     former = read_record(folder)
     differences = [
         f"  {key}: {former.deciding.get(key)!r} there, {deciding.get(key)!r} here"
@@ -176,8 +165,29 @@ def open_record(
             f"the name {folder.name!r} under {folder.parent} is taken by another configuration; "
             "give this one another --name, or repeat the former command:\n" + "\n".join(differences)
         )
+    return former
+
+
+def open_record(
+    folder: Path,
+    kind: str,
+    config: Mapping[str, Any],
+    deciding: dict[str, Any],
+    tracking: TrackingConfig,
+    artifacts: str | None = None,
+) -> Record:
+    """What lies in the folder if it decides the same, else a new record if the folder has none.
+
+    Raises:
+        ConfigError: If the name is taken by another configuration, with the differences.
+    """
+    former = former_record(folder, kind, deciding)
     place = tracking.model_dump(mode="json")
-    record = replace(former, config=dict(config), tracking=place, artifacts=artifacts)
+    if former is None:
+        study_id = f"{folder.name}-{uuid.uuid4().hex[:12]}"
+        record = Record(folder, study_id, kind, dict(config), deciding, place, artifacts)
+    else:
+        record = replace(former, config=dict(config), tracking=place, artifacts=artifacts)
     record.write()
     return record
 

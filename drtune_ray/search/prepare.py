@@ -23,7 +23,7 @@ from drtune_ray.study_sections import ResourcesConfig
 from drtune_ray.training.backbones import Backbone, KeyReport, load_backbone
 from drtune_ray.training.frozen import prepare_tables
 from drtune_ray.training.model import check_trial
-from drtune_ray.values import digest
+from drtune_ray.values import digest, full_path
 
 
 @dataclass(frozen=True)
@@ -86,30 +86,47 @@ def check_inputs(
         EnvironmentProblem: If the weights cannot be fetched and nothing else is wrong.
     """
     problems: list[str] = []
+    of_environment: list[EnvironmentProblem] = []
 
     def attempt(check: Any) -> Any:
         try:
             return check()
         except ConfigError as error:
             problems.extend(error.problems)
-            return None
+        except EnvironmentProblem as error:
+            of_environment.append(error)
+        return None
 
+    attempt(lambda: check_storage(storage))
     splits = attempt(lambda: _splits(config.data, storage))
     for check in others:
         attempt(check)
     if splits is not None:
         gpus = (resources or ResourcesConfig()).worker_gpus(config.training.max_workers)
         problems.extend(check_trial(config, splits.count(TRAIN), on_gpus=gpus > 0))
-    try:
-        loaded = attempt(lambda: load_backbone(config.backbone, config.data.image_size))
-    except EnvironmentProblem as error:
-        if not problems:
-            raise
-        problems.append(str(error))
+    loaded = attempt(lambda: load_backbone(config.backbone, config.data.image_size))
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError([*problems, *map(str, of_environment)])
+    if of_environment:
+        raise of_environment[0]
     backbone, report = loaded
     return Checked(splits, backbone, report)
+
+
+def check_storage(storage: Path) -> None:
+    """Refuse a place where nothing can be written; nothing is.
+
+    Raises:
+        ConfigError: If it is no folder and cannot become one.
+    """
+    there = next(path for path in (storage, *storage.parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"storage={str(storage)!r}: {there} is a file; give another --storage")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"storage={str(storage)!r}: nothing can be written in {there}; give another --storage, "
+            "or the right to write there"
+        )
 
 
 def check_encoders(checked: Checked, configs: Iterable[TrialConfig]) -> Checked:
@@ -204,7 +221,7 @@ def _encoder_key(config: TrialConfig) -> str:
 
 def data_root(config: DataConfig) -> Path:
     """The folder of images."""
-    return Path(config.train).expanduser().resolve()
+    return full_path(config.train)
 
 
 def write_manifest(splits: Splits, path: Path) -> None:

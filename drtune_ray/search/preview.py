@@ -34,6 +34,7 @@ from drtune_ray.search.simulate import Pace, Simulated, Spread, simulated_studie
 from drtune_ray.search.space import SearchSpace
 from drtune_ray.search.study import check_study
 from drtune_ray.search.variants import table_variants
+from drtune_ray.values import full_path
 
 MAX_PROCESSES = 8  # measured side by side: more of them on one machine say little more
 # What is not measured here, as seen on two cores: the first two on the demo and on other images
@@ -180,7 +181,7 @@ def _is_local() -> bool:
 
 
 def _storage(config: StudyConfig) -> Path:
-    return Path(config.storage).expanduser().resolve()
+    return full_path(config.storage)
 
 
 def _trials_at_a_time(

@@ -16,7 +16,7 @@ from drtune_ray.search.machine import fitting_defaults, this_machine
 from drtune_ray.section import validated
 from drtune_ray.study_sections import ResourcesConfig
 from drtune_ray.training.backbones import DEMO_BACKBONE
-from drtune_ray.values import deep_merge, flattened, nested, parse_assignments, read_yaml
+from drtune_ray.values import deep_merge, flattened, full_path, nested, parse_assignments, read_yaml
 
 
 def study_request(
@@ -34,7 +34,9 @@ def study_request(
     """
     asked = asked_study(study_file, assignments, flags)
     trial = asked["trial"]
-    defaults = _fitted(fitting_defaults(this_machine()), trial, data_folder(trial))
+    defaults = _fitted(
+        fitting_defaults(this_machine()), trial, data_folder(trial, "trial."), "trial."
+    )
     defaults["resources"] = _fitting_resources(defaults, mapping_of(asked, "resources"))
     config = StudyConfig.from_mapping(deep_merge(defaults, asked))
     return config, _say(defaults, asked)
@@ -64,12 +66,14 @@ def trial_request(
 
 def default_name(config: TrialConfig) -> str:
     """A name from the folder of images."""
-    return name_of(Path(config.data.train).expanduser())
+    return name_of(full_path(config.data.train))
 
 
-def _fitted(defaults: dict[str, Any], trial: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _fitted(
+    defaults: dict[str, Any], trial: Mapping[str, Any], folder: Path, prefix: str = ""
+) -> dict[str, Any]:
     """Defaults that agree with what was asked for."""
-    backbone = mapping_of(trial, "backbone")
+    backbone = mapping_of(trial, "backbone", prefix)
     name, weights = backbone.get("name"), backbone.get("weights")
     chosen: dict[str, Any] = {}
     if name and name != defaults["trial"]["backbone"]["name"]:
@@ -102,7 +106,7 @@ def _num_train_at_least(folder: Path, data: Mapping[str, Any]) -> int:
     shares = [
         data.get(key, fields[key].default) for key in ("validation_fraction", "test_fraction")
     ]
-    if not all(isinstance(share, float) for share in shares):
+    if not all(isinstance(share, float) and 0.0 < share < 1.0 for share in shares):
         return images  # refused later, with its name
     return int(images * (1.0 - sum(shares))) - 2 * len(classes)
 

@@ -6,15 +6,18 @@ import copy
 import importlib.util
 import inspect
 import warnings
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from drtune_ray.errors import ConfigError
-from drtune_ray.section import unknown_name
+from drtune_ray.section import reason, refusal, unknown_name
 from drtune_ray.study_sections import SamplerConfig
 from drtune_ray.training.model import derived_seed
 
@@ -36,6 +39,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "qmc": {"scramble": True, "warn_independent_sampling": False},
 }
 PLAIN = (bool, int, float, str)
+KINDS = {kind.__name__: kind for kind in PLAIN} | {"None": type(None)}
 # A point of a sequence depends on all before it: the seed of the sequence must stay.
 SEQUENCES = ("qmc",)
 RANDOM_START = "n_startup_trials"
@@ -53,6 +57,7 @@ def check_sampler(config: SamplerConfig) -> None:
         for name in config.options
         if name not in valid
     ]
+    problems += _wrong_types(config)
     if config.name == "cma_es" and importlib.util.find_spec("cmaes") is None:
         problems.append("sampler.name=cma_es needs a package: pip install cmaes")
     if not problems:
@@ -155,6 +160,20 @@ def build_sampler(config: SamplerConfig, seed: int, number: int) -> optuna.sampl
             seed=derived_seed(seed, *parts) % 2**32, **options
         )
     return OfSearched(sampler)
+
+
+def _wrong_types(config: SamplerConfig) -> Iterator[str]:
+    """Sentences on values that Optuna would take now and stumble over when it samples."""
+    parameters = inspect.signature(SAMPLERS[config.name]).parameters
+    for name, value in config.options.items():
+        words = str(parameters[name].annotation).split(" | ") if name in parameters else []
+        kinds = tuple(KINDS[word] for word in words if word in KINDS)
+        if not kinds or len(kinds) < len(words):  # of something else too: Optuna's to check
+            continue
+        try:
+            TypeAdapter(reduce(or_, kinds), config=ConfigDict(strict=True)).validate_python(value)
+        except ValidationError as error:
+            yield refusal(f"sampler.options.{name}", repr(value), map(reason, error.errors()))
 
 
 def _options(name: str) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
+from sqlalchemy import create_engine
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from drtune_ray.addresses import secrets_hidden, with_secrets
@@ -21,7 +22,7 @@ from drtune_ray.data.artifacts import Folder, check_folder, first_line, open_fol
 from drtune_ray.data.artifacts import as_problem as as_problem  # the driver takes it from here
 from drtune_ray.data.shelf import TableShelf
 from drtune_ray.data.store import CACHE_FOLDER
-from drtune_ray.errors import ConfigError, EnvironmentProblem
+from drtune_ray.errors import ConfigError, DrtuneError, EnvironmentProblem
 from drtune_ray.search.identity import (
     DONE_NAME,
     JOURNAL_NAME,
@@ -44,6 +45,31 @@ DATABASE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
 EXAMPLE = "postgresql+psycopg://USER:$PASSWORD@HOST/DATABASE"
 
 
+def check_database(url: str | None) -> None:
+    """Refuse what cannot be the address of a database, before anything starts; nothing connects.
+
+    Raises:
+        ConfigError: If it is not one, or names an environment variable that is not set.
+        EnvironmentProblem: If the package is missing that talks to such a database.
+    """
+    if url is not None:
+        with _as_refusal(url):
+            create_engine(with_secrets(url)).dispose()
+
+
+def check_tracking(uri: str | None) -> None:
+    """As :func:`check_database`, for MLflow.
+
+    Raises:
+        ConfigError: If it is no address, or names an environment variable that is not set.
+    """
+    if uri is not None and "://" not in with_secrets(uri):
+        raise ConfigError(
+            f"tracking.uri={uri!r} is not valid: give http://HOST:PORT of an MLflow server, or the "
+            "URL of a database"
+        )
+
+
 def open_storage(folder: Path, url: str | None) -> BaseStorage:
     """Optuna's storage: the database that was named, else a file in the study's folder.
 
@@ -60,11 +86,19 @@ def open_storage(folder: Path, url: str | None) -> BaseStorage:
         with (folder / JOURNAL_NAME).open("a+b") as journal:
             drop_torn_end(journal)  # Optuna would write on behind it, and never read the file again
         return JournalStorage(JournalFileBackend(str(folder / JOURNAL_NAME)))
-    address = with_secrets(url)
+    with _as_refusal(url):
+        # A connection that the server dropped while a trial trained is opened anew.
+        return RDBStorage(with_secrets(url), engine_kwargs={"pool_pre_ping": True})
+
+
+@contextmanager
+def _as_refusal(url: str) -> Iterator[None]:
+    """Turn what a database's address is refused with into one message, without its secrets."""
     try:
         with secrets_hidden(url):
-            # A connection that the server dropped while a trial trained is opened anew.
-            return RDBStorage(address, engine_kwargs={"pool_pre_ping": True})
+            yield
+    except DrtuneError:
+        raise
     except (ArgumentError, ValueError) as error:  # the second: a port that is no number
         raise ConfigError(
             f"optuna_storage={url!r} is not valid: {first_line(error)}; write it like {EXAMPLE}"
@@ -146,12 +180,11 @@ def check_storage_of(
         )
     if not artifacts.has_trials():  # its first run ended before there was one
         return
-    lost = f"the file {JOURNAL_NAME}" if url is None else "the database"
+    lost = f"lost with the file {JOURNAL_NAME}" if url is None else "lost with the database"
     raise ConfigError(
         f"study {name!r} has run trials, and optuna_storage={_place(url)} does not hold them: "
-        f"their settings, values and ends are lost with {lost}, and new trials would be mixed up "
-        f"with their checkpoints and MLflow runs. Bring {lost} back from a backup, or give the "
-        "study another --name"
+        f"their settings, values and ends are {lost}, and new trials would be mixed up with their "
+        "checkpoints and MLflow runs. Bring it back from a backup, or give the study another --name"
     )
 
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from drtune_ray.config import TrialConfig
-from drtune_ray.section import known_paths
+from drtune_ray.section import known_paths, reason, refusal
 
 NUM_TRAIN, NUM_CLASSES = "data.num_train", "data.num_classes"
 # What is known of the images once they were read; expressions may use these.
@@ -88,15 +88,7 @@ def normal_value(path: str, value: Any) -> tuple[Any, str | None]:
     try:
         return adapter.dump_python(adapter.validate_python(value), mode="json"), None
     except ValidationError as error:
-        reasons = dict.fromkeys(_reason(problem) for problem in error.errors())
-        return value, f"{path}={value!r} is not valid: {' or '.join(reasons)}"
-
-
-def _reason(problem: Any) -> str:
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    message = str(problem["msg"])
-    return message[:1].lower() + message[1:]
+        return value, refusal(path, repr(value), map(reason, error.errors()))
 
 
 @functools.cache

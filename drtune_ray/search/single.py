@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import re
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from drtune_ray.config import NAME_PATTERN, TrialConfig
+from drtune_ray.config import TrialConfig
 from drtune_ray.data.artifacts import LocalFolder
 from drtune_ray.data.store import TableStore
 from drtune_ray.errors import ConfigError, DrtuneError, EnvironmentProblem
@@ -25,9 +24,10 @@ from drtune_ray.search.identity import (
     WINNER_NAME,
     deciding_values,
     driver_lease,
+    former_record,
     open_record,
 )
-from drtune_ray.search.nodes import WORKERS
+from drtune_ray.search.nodes import WORKERS, trial_demand
 from drtune_ray.search.prepare import (
     Checked,
     check_inputs,
@@ -38,11 +38,11 @@ from drtune_ray.search.prepare import (
     write_manifest,
 )
 from drtune_ray.search.protocol import OBJECTIVE, OUTCOME
-from drtune_ray.search.servers import StudyArtifacts, as_problem
+from drtune_ray.search.servers import StudyArtifacts, as_problem, check_tracking
 from drtune_ray.search.session import ready_cluster, signals_as_interrupt
 from drtune_ray.search.shared import Cluster, shared_folder
 from drtune_ray.search.waiting import Notify
-from drtune_ray.study_sections import ResourcesConfig, TrackingConfig
+from drtune_ray.study_sections import ResourcesConfig, TrackingConfig, study_name
 from drtune_ray.tracking.events import (
     FilesReady,
     RunFinished,
@@ -54,7 +54,7 @@ from drtune_ray.tracking.mlflow_recorder import build_recorder
 from drtune_ray.tracking.spool import BackgroundWriter, Spool
 from drtune_ray.training.checkpoint import TrialFolder, trial_folder
 from drtune_ray.training.records import COMPLETED, PATIENCE
-from drtune_ray.values import flattened
+from drtune_ray.values import flattened, full_path
 
 logger = logging.getLogger(__name__)
 
@@ -106,16 +106,24 @@ def run_training(
         EnvironmentProblem: If the machine cannot hold the workers.
         DrtuneError: If the loss diverged or the workers failed.
     """
-    if not re.match(NAME_PATTERN, name):
-        raise ConfigError(f"name={name!r} is not valid: use letters, digits, '.', '_' and '-'")
-    storage, resources = storage.expanduser().resolve(), resources or ResourcesConfig()
+    try:
+        study_name(name)
+    except ValueError as error:
+        raise ConfigError(f"name: {error}") from None
+    storage, resources = full_path(storage), resources or ResourcesConfig()
     kept = StudyArtifacts(artifacts, storage / name)
     kept.restore_shared(manifest_path(config.data, storage))
-    checked = check_inputs(config, storage, resources=resources)
+    tracking = tracking or TrackingConfig()
+    others = [
+        lambda: trial_demand(config.training, resources),
+        lambda: check_tracking(tracking.uri),
+    ]
+    checked = check_inputs(config, storage, others, resources)
     config = config.with_values({"data.train": str(data_root(config.data))})
     values = config.to_mapping()
     deciding = deciding_values(values, checked.splits.content_digest(), checked.weights_digest)
     folder = storage / name
+    former_record(folder, TRAINING, deciding)  # a taken name is told before Ray is started
     joining = ready_cluster({WORKERS: config.training}, resources, with_dashboard=True)
     with (
         full_disk_is_told(folder),
@@ -125,7 +133,6 @@ def run_training(
         signals_as_interrupt(),
         shared_folder(folder, capacity, kept.trials) as token,
     ):
-        tracking = tracking or TrackingConfig()
         kept.restore()
         record = open_record(folder, TRAINING, values, deciding, tracking, artifacts)
         spool = Spool(folder / SPOOL_NAME)

@@ -77,8 +77,9 @@ def _read_parameters(content: Mapping[str, Any], reading: Reading) -> None:
 
 
 def _read_constraints(content: Mapping[str, Any], reading: Reading) -> None:
-    texts = content.get(CONSTRAINTS) or []
-    place = place_below(content, CONSTRAINTS, Place(line=len(content.get(PARAMETERS) or ()) + 1))
+    texts, declared = content.get(CONSTRAINTS) or [], content.get(PARAMETERS)
+    num_before = len(declared) if isinstance(declared, Mapping) else 0
+    place = place_below(content, CONSTRAINTS, Place(line=num_before + 1))
     if not isinstance(texts, list):
         sentence = f"{CONSTRAINTS} must be a list of expressions, but got {texts!r}"
         reading.problems.append(Problem("constraints-list", place, sentence))

@@ -22,10 +22,11 @@ from drtune_ray.search.identity import (
     deciding_values,
     driver_lease,
     find_study,
+    former_record,
     open_record,
     read_record,
 )
-from drtune_ray.search.nodes import WORKERS, Capacity
+from drtune_ray.search.nodes import WORKERS, Capacity, trial_demand
 from drtune_ray.search.objectives import direction
 from drtune_ray.search.outlook import StudyPlan, StudyResult
 from drtune_ray.search.points import start_points
@@ -41,7 +42,9 @@ from drtune_ray.search.proposals import FixedTrial
 from drtune_ray.search.samplers import check_sampler
 from drtune_ray.search.servers import (
     StudyArtifacts,
+    check_database,
     check_storage_of,
+    check_tracking,
     database_as_problem,
     open_storage,
     open_study,
@@ -54,6 +57,7 @@ from drtune_ray.search.variants import table_variants
 from drtune_ray.search.waiting import Notify
 from drtune_ray.tracking.events import Sink
 from drtune_ray.training.model import check_trial
+from drtune_ray.values import full_path
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +95,7 @@ def run_study(
     config = config.model_copy(update={"space": _space_content(config), "trial": trial})
     values = config.to_mapping()
     deciding = deciding_values(values, checked.splits.content_digest(), checked.weights_digest)
+    former_record(config.folder, STUDY, deciding)  # a taken name is told before Ray is started
     with (
         full_disk_is_told(config.folder),
         _cluster(config) as capacity,
@@ -133,13 +138,18 @@ def check_study(
     found: list[SearchSpace] = []
     checked = check_inputs(
         config.trial,
-        Path(config.storage).expanduser().resolve(),
-        [lambda: found.append(SearchSpace.from_mapping(_space_content(config), config.trial))],
+        full_path(config.storage),
+        [
+            lambda: found.append(SearchSpace.from_mapping(_space_content(config), config.trial)),
+            lambda: check_sampler(config.sampler),
+            lambda: trial_demand(config.trial.training, config.resources),
+            lambda: check_database(config.optuna_storage),
+            lambda: check_tracking(config.tracking.uri),
+        ],
         config.resources,
     )
     highest = checked.num_train
     space, notes = found[0].clamped(highest, len(checked.splits.classes))
-    check_sampler(config.sampler)
     _check_final_fit(config, highest)
     start_points(space, config.start_with)
     checked = check_encoders(checked, table_variants(space, config.trial)[1:])
@@ -179,7 +189,7 @@ def _cluster(config: StudyConfig) -> AbstractContextManager[Capacity | None]:
 
 
 def _manifest(config: StudyConfig) -> Path:
-    return manifest_path(config.trial.data, Path(config.storage).expanduser().resolve())
+    return manifest_path(config.trial.data, full_path(config.storage))
 
 
 def _space_content(config: StudyConfig) -> dict[str, Any]:

@@ -276,7 +276,9 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if not isinstance(content, Mapping):
-        raise ConfigError(f"backbone.weights={str(path)!r} holds no state dict")
+        raise ConfigError(
+            f"backbone.weights={str(path)!r} holds no state dict: save model.state_dict() there"
+        )
     return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import timm
 import torch
 from torch import nn
 
@@ -161,8 +162,18 @@ def classifier(backbone_name: str, image_size: int, state: dict[str, torch.Tenso
     model.add_module("head", nn.Linear(num_features, num_classes))
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ConfigError(f"the weights are not of {backbone_name}: {error}") from None
+    except RuntimeError:
+        wanted = model.state_dict()
+        other = sorted(
+            name
+            for name in wanted.keys() | state.keys()
+            if name not in wanted or name not in state or wanted[name].shape != state[name].shape
+        )
+        raise ConfigError(
+            f"the weights are not of {backbone_name} as timm {timm.__version__} has it: "
+            f"{len(other)} tensors differ, such as {other[0]}; use the timm and the backbone that "
+            "they were trained with"
+        ) from None
     return model.eval()
 
 

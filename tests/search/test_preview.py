@@ -266,15 +266,6 @@ def drtune_ray(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_bad_input_is_told_as_tune_tells_it(tmp_path):
-    storage = tmp_path / "studies"
-    given = ["--data", str(tmp_path / "nowhere"), "--storage", str(storage)]
-    found, expected = (drtune_ray(command, *given) for command in ("preview", "tune"))
-    assert found.returncode == expected.returncode == 2
-    assert found.stderr == expected.stderr
-    assert not storage.exists()
-
-
 @pytest.mark.slow
 def test_a_preview_of_small_images(tmp_path, weights_file):
     values = small_values(write_coloured(tmp_path / "images"), weights_file)

@@ -630,7 +630,7 @@ def test_read_space__file(tmp_path: Path) -> None:
     ("name", "problem"),
     [
         ("quik", f"space 'quik' is neither a YAML file nor one of {sorted(shipped_spaces())}"),
-        ("missing.yaml", "cannot read missing.yaml: No such file or directory"),
+        ("missing.yaml", "cannot read missing.yaml: No such file or directory; give a YAML file"),
     ],
 )
 def test_read_space__unknown(name: str, problem: str) -> None:

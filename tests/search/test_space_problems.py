@@ -22,6 +22,7 @@ from drtune_ray.search.request import study_request
 from drtune_ray.search.space import SearchSpace, examined, read_space
 from drtune_ray.search.space_corners import MAX_POINTS, corners
 from drtune_ray.values import flattened
+from tests.bad_input import header
 from tests.conftest import MakeTrial
 
 BAD_SPACES = Path(__file__).parent / "bad_spaces"
@@ -34,11 +35,6 @@ SOURCES = sorted(
 )
 # Where these modules may raise by themselves: all problems at once; a name that is no file.
 RAISING = {"space_problems.py:refuse", "space.py:read_space"}
-
-
-def header(text: str, key: str) -> list[str]:
-    start = f"# {key}: "
-    return [line.removeprefix(start) for line in text.splitlines() if line.startswith(start)]
 
 
 def rules_in(source: str) -> list[str]:

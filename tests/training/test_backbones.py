@@ -305,7 +305,7 @@ def a_list(path: Path) -> None:
             "is neither a safetensors nor a PyTorch weights file (UnpicklingError): convert it to "
             "one of them",
         ),
-        ("a.pth", a_list, "holds no state dict"),
+        ("a.pth", a_list, "holds no state dict: save model.state_dict() there"),
     ],
 )
 def test_load_backbone__file_that_holds_no_weights(

