@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray.cloudpickle
 from ray.air.execution._internal import RayActorManager
 from ray.exceptions import (
     NodeDiedError,
@@ -19,6 +18,7 @@ from ray.exceptions import (
     RayError,
     RayTaskError,
 )
+from ray.tune.experiment import Trial
 
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.search.lifeline import STACKS
@@ -56,7 +56,7 @@ def failure_of(trial: Any, trial_folder: Path) -> Failure:
 
     Stacks that it left behind when it hung are moved: they are not of the next process.
     """
-    return failure_from(_error_of(trial), trial_folder)
+    return failure_from(getattr(trial.temporary_state, "error", None), trial_folder)
 
 
 def failure_from(error: BaseException | None, trial_folder: Path) -> Failure:
@@ -139,13 +139,24 @@ def _tells_more(failure: BaseException) -> bool:
     return _node_problem(failure) is not None or outcome_of(failure) != MACHINE_FAILURE
 
 
-def _error_of(trial: Any) -> BaseException | None:
-    # From Tune's own folder: what `get_error` reads is copied there later.
-    file = trial.pickled_error_file
-    if file is None or not Path(file).exists():
-        return None
-    error: BaseException = ray.cloudpickle.loads(Path(file).read_bytes())
-    return error
+@contextlib.contextmanager
+def errors_kept() -> Iterator[None]:
+    """Within, Tune's trials hold the error that ended their process, for :func:`failure_of`.
+
+    Tune pickles it into Ray's session folder, which every user of the machine may write to (Ray
+    2.60 makes it 0777): nothing is read from there.
+    """
+    former = Trial.handle_error
+
+    def handle_error(trial: Any, exc: Exception | None = None) -> None:
+        former(trial, exc)
+        trial.temporary_state.error = exc  # is never saved
+
+    Trial.handle_error = handle_error
+    try:
+        yield
+    finally:
+        Trial.handle_error = former
 
 
 def _hung(trial_folder: Path) -> Failure | None:

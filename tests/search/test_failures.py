@@ -104,12 +104,12 @@ def test_a_process_that_hung_left_its_stacks(tmp_path):
         'Thread 0x2 (most recent call first):\n  File "conv.py", line 7 in forward\n'
         '  File "loop.py", line 9 in train_epochs\n'
     )
-    failure = failure_of(SimpleNamespace(pickled_error_file=None), tmp_path)
+    failure = failure_of(SimpleNamespace(temporary_state=None), tmp_path)
     assert failure.outcome == "hung for 62.5 s"
     kept = tmp_path / HUNG_STACKS
     assert failure.error == f"hung for 62.5 s in forward (conv.py, line 7); its stacks: {kept}"
     # The next process that ends in this folder did not hang.
-    again = failure_of(SimpleNamespace(pickled_error_file=None), tmp_path)
+    again = failure_of(SimpleNamespace(temporary_state=None), tmp_path)
     assert again.outcome == "machine failure"
     clear_stacks(tmp_path, has_failed=True)
     assert kept.exists()
