@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from drtune_ray import __version__
+from drtune_ray.cli_doctor import doctor
 from drtune_ray.errors import ConfigError, DrtuneError
 
 if TYPE_CHECKING:
@@ -100,6 +101,9 @@ def _of_study(command: Callable[..., None]) -> Callable[..., None]:
 @click.version_option(__version__)
 def cli() -> None:
     """Find the best DR-Tune fine-tuning of a pretrained vision model for your images."""
+
+
+cli.add_command(doctor)
 
 
 @cli.command()

@@ -1,0 +1,1 @@
+"""Ray clusters: sending studies there, and looking at one before they run."""
