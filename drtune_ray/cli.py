@@ -282,7 +282,7 @@ def ui(study: str, storage: str, port: int) -> None:
     arguments = ["ui", "--host", "127.0.0.1", "--port", str(port)]
     command = [sys.executable, "-m", "mlflow", *arguments, "--workers", "1"]
     sys.stdout.flush()
-    os.execv(sys.executable, command)
+    os.execv(sys.executable, command)  # nosec B606 # no shell, of the input a number only
 
 
 @cli.command()

@@ -19,6 +19,9 @@ class State(StrEnum):
     SKIPPED = "skipped"
 
 
+LOST = (State.FAILED, State.SKIPPED)
+
+
 @dataclass(frozen=True)
 class Finding:
     """The outcome of a check.
@@ -58,14 +61,15 @@ class Examination:
                 everything else a failure.
             needs: Names of the checks without which this one means nothing.
         """
-        lost = [other for other in needs if self._states[other] in (State.FAILED, State.SKIPPED)]
+        lost = [other for other in needs if self._states[other] in LOST]
         if lost:
-            finding = Finding(name, State.SKIPPED, f"needs {lost[0]!r}, which failed")
+            became = "failed" if self._states[lost[0]] == State.FAILED else "was skipped"
+            finding = Finding(name, State.SKIPPED, f"needs {lost[0]!r}, which {became}")
         else:
             finding = _finding(name, look)
         self._states[name] = finding.state
         self._tell(finding)
-        return finding.state in (State.OK, State.WARNING)
+        return finding.state not in LOST
 
     def raise_if_failed(self) -> None:
         """Sum up.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import drtune_ray
 
-SHARED_MEMORY = Path("/dev/shm")  # nosec B108: where Linux has it, not a temporary file
+SHARED_MEMORY = Path("/dev/shm")  # nosec B108 # no file of ours lies there
 READ_BYTES = 2**16
 
 

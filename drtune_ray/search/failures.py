@@ -18,6 +18,7 @@ from ray.exceptions import (
     RayError,
     RayTaskError,
 )
+from ray.tune.analysis import ExperimentAnalysis
 from ray.tune.experiment import Trial
 
 from drtune_ray.errors import EnvironmentProblem
@@ -56,7 +57,7 @@ def failure_of(trial: Any, trial_folder: Path) -> Failure:
 
     Stacks that it left behind when it hung are moved: they are not of the next process.
     """
-    return failure_from(getattr(trial.temporary_state, "error", None), trial_folder)
+    return failure_from(_kept_error(trial), trial_folder)
 
 
 def failure_from(error: BaseException | None, trial_folder: Path) -> Failure:
@@ -140,23 +141,29 @@ def _tells_more(failure: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def errors_kept() -> Iterator[None]:
-    """Within, Tune's trials hold the error that ended their process, for :func:`failure_of`.
+def nothing_unpickled() -> Iterator[None]:
+    """Within, Tune reads no pickle from a disk; its trials hold their errors themselves.
 
-    Tune pickles it into Ray's session folder, which every user of the machine may write to (Ray
-    2.60 makes it 0777): nothing is read from there.
+    Tune (Ray 2.60) writes the error of a trial into Ray's session folder, which is open to all
+    users of the machine, and into its experiment folder under our storage, and unpickles it from
+    there at the end of ``fit``; of an experiment without trials it unpickles the state.
     """
-    former = Trial.handle_error
+    former = Trial.handle_error, Trial.get_pickled_error, ExperimentAnalysis._load_trials
 
     def handle_error(trial: Any, exc: Exception | None = None) -> None:
-        former(trial, exc)
+        former[0](trial, exc)
         trial.temporary_state.error = exc  # is never saved
 
-    Trial.handle_error = handle_error
+    Trial.handle_error, Trial.get_pickled_error = handle_error, _kept_error
+    ExperimentAnalysis._load_trials = lambda analysis: []
     try:
         yield
     finally:
-        Trial.handle_error = former
+        Trial.handle_error, Trial.get_pickled_error, ExperimentAnalysis._load_trials = former
+
+
+def _kept_error(trial: Any) -> BaseException | None:
+    return getattr(trial.temporary_state, "error", None)
 
 
 def _hung(trial_folder: Path) -> Failure | None:

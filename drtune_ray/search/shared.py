@@ -20,7 +20,7 @@ from drtune_ray.data.artifacts import Folder, LocalFolder, as_problem, first_lin
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.search.nodes import Capacity
 
-TOKEN_NAME = ".shared-token"
+TOKEN_NAME = ".shared-token"  # nosec B105 # the name of a file
 ANSWER_SECONDS = 180.0  # a node may have to start a process and to import torch first
 FIX = (
     "put --storage on a file system that every node mounts at the same path (NFS, Lustre, EFS, "

@@ -262,7 +262,8 @@ def _check_hub(name: str) -> None:
 
     request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
-        urllib.request.urlopen(request, timeout=HUB_TIMEOUT_SECONDS).close()
+        # The hub's own address: of https, unless this user's HF_ENDPOINT says otherwise.
+        urllib.request.urlopen(request, timeout=HUB_TIMEOUT_SECONDS).close()  # nosec B310
     except urllib.error.HTTPError:
         return  # it answered
     except OSError as error:
