@@ -210,13 +210,13 @@ def _gpu_problem(node: NodeReport) -> str:
     if node.facts.num_gpus >= node.num_gpus and not node.facts.gpu_problem:
         return ""
     why = f" ({node.facts.gpu_problem})" if node.facts.gpu_problem else ""
-    return f"Ray counts {node.num_gpus} GPUs, torch can use {node.facts.num_gpus}{why}"
+    return f"of GPUs Ray counts {node.num_gpus}, torch can use {node.facts.num_gpus}{why}"
 
 
 def _idle_gpus(node: NodeReport) -> str:
     if node.facts.num_gpus <= node.num_gpus:
         return ""
-    return f"torch can use {node.facts.num_gpus} GPUs, Ray counts {node.num_gpus}"
+    return f"of GPUs torch can use {node.facts.num_gpus}, Ray counts {node.num_gpus}"
 
 
 def _lack(space: Space, needed: int) -> str:

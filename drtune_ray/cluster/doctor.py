@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from drtune_ray.cluster.clocks import Skew
 from drtune_ray.cluster.findings import Examination, Finding
 from drtune_ray.cluster.node_facts import reading_problem
 from drtune_ray.config import BackboneConfig, StudyConfig, TrainingConfig
-from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.search.group import ADDRESS, environment
 from drtune_ray.search.nodes import Capacity, trial_demand, trials_that_fit
 from drtune_ray.search.session import ray_session, set_environment
@@ -166,7 +167,6 @@ def _examine_tracking(exam: Examination, setup: Setup) -> None:
         exam.check(ACCESS, lambda: _done(probe.check_access, "the store"))
     exam.check(RUNS, lambda: _done(probe.check_records, "a run with a metric"), [ACCESS])
     exam.check("mlflow artifacts", lambda: _done(probe.check_artifacts, "a file"), [RUNS])
-    probe.remove()
 
 
 def _examine_cluster(exam: Examination, setup: Setup) -> None:
@@ -206,7 +206,7 @@ def _examine_nodes(exam: Examination, setup: Setup) -> None:
     exam.check("shared memory", nodes.check_shared_memory, needs)
     exam.check("ray disk", nodes.check_disks, needs)
     for what, path in paths.items():
-        exam.check(f"{what} on nodes", lambda path=path: nodes.check_readable(path), needs)  # type: ignore[misc]
+        exam.check(f"{what} on nodes", partial(nodes.check_readable, path), needs)
 
 
 def _paths(setup: Setup) -> dict[str, str]:
@@ -214,8 +214,9 @@ def _paths(setup: Setup) -> dict[str, str]:
     found = {}
     if setup.data is not None:
         found["data"] = str(setup.data)
-    if setup.backbone is not None and (file := weights_file(setup.backbone)) is not None:
-        found["weights"] = str(file)
+    with suppress(ConfigError):  # was a finding
+        if setup.backbone is not None and (file := weights_file(setup.backbone)) is not None:
+            found["weights"] = str(file)
     return found
 
 

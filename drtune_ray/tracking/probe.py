@@ -111,16 +111,19 @@ class ServerProbe:
     def check_artifacts(self) -> None:
         """Upload a file to the run of :meth:`check_records`, and read it back.
 
+        The run is deleted then; ``mlflow gc`` removes what is left of it.
+
         Raises:
             EnvironmentProblem: If it is refused, or another comes back.
         """
         content = uuid.uuid4().hex
         try:
-            with secrets_hidden(self._uri), tempfile.TemporaryDirectory() as folder:
+            with secrets_hidden(self._uri):
                 client = self._client()
-                client.log_text(self._run_id, content, ARTIFACT)
-                path = client.download_artifacts(self._run_id, ARTIFACT, folder)
-                found = Path(path).read_text()
+                try:
+                    found = _sent_and_read(client, self._run_id, content)
+                finally:
+                    client.delete_run(self._run_id)
         except Exception as error:
             raise EnvironmentProblem(
                 f"{self._uri} takes no file ({_reason(error)}): check the server's "
@@ -128,11 +131,6 @@ class ServerProbe:
             ) from None
         if found != content:
             raise EnvironmentProblem(f"{self._uri} gives back another file than it was given")
-
-    def remove(self) -> None:
-        """Delete the run; ``mlflow gc`` removes what is left of it."""
-        if self._run_id:
-            self._client().delete_run(self._run_id)
 
     def _client(self) -> Any:
         quiet_mlflow()
@@ -156,6 +154,12 @@ class ServerProbe:
                 "MLFLOW_TRACKING_TOKEN, as the server knows them"
             )
         return f"does not do what it is asked ({_reason(error)}): see the server's log"
+
+
+def _sent_and_read(client: Any, run_id: str, content: str) -> str:
+    client.log_text(run_id, content, ARTIFACT)
+    with tempfile.TemporaryDirectory() as folder:
+        return Path(client.download_artifacts(run_id, ARTIFACT, folder)).read_text()
 
 
 def _reason(error: Exception) -> str:

@@ -24,7 +24,7 @@ from drtune_ray.cluster.checks_ray import COPY, OPEN
 from drtune_ray.cluster.clocks import FIX as CLOCK_FIX
 from tests.search.leftovers import free_port
 from tests.search.test_shared import can_mount
-from tests.servers import mlflow_server
+from tests.servers import object_store
 from tests.small import BACKBONE, write_coloured
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -61,7 +61,7 @@ def ray_node(
     finally:
         os.killpg(node.pid, signal.SIGTERM)
         try:
-            node.wait(timeout=20)
+            node.wait(timeout=5)
         except subprocess.TimeoutExpired:
             os.killpg(node.pid, signal.SIGKILL)
             node.wait()
@@ -147,16 +147,12 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             f"the cluster asks for a token, and none is sent: set RAY_AUTH_MODE=token, and {COPY}",
         ),
         (
-            {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64},
-            f"the cluster refuses the token of RAY_AUTH_TOKEN: {COPY}",
-        ),
-        (
             {"RAY_AUTH_MODE": "token"},
             "RAY_AUTH_MODE=token, and no token is in RAY_AUTH_TOKEN, in the file of "
             f"RAY_AUTH_TOKEN_PATH or in ~/.ray/auth_token: {COPY}",
         ),
     ],
-    ids=["none", "wrong", "mode alone"],
+    ids=["none", "mode alone"],
 )
 def test_a_token_that_is_not_the_clusters(
     head: str, tmp_path: Path, environment: dict[str, str], text: str
@@ -172,7 +168,7 @@ def test_a_token_that_is_not_the_clusters(
     assert not any(TOKEN in text for _, text in found.values())
 
 
-def test_a_file_with_a_wrong_token_is_named(head: str, tmp_path: Path) -> None:
+def test_a_wrong_token_is_named_by_its_file(head: str, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("f" * 64)
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
     found = examined("--address", head, "--storage", str(tmp_path), **environment)
@@ -184,8 +180,8 @@ def test_addresses_of_no_cluster(closed_port: str, tmp_path: Path) -> None:
     found = examined("--address", closed_port, "--storage", str(tmp_path))
     text = f"{closed_port}: nothing answers there (Connection refused)"
     assert found["ray address"] == ("failed", text)
-    with mlflow_server(tmp_path / "mlflow") as server:
-        address = server.removeprefix("http://")
+    with object_store() as store:
+        address = store["AWS_ENDPOINT_URL"].removeprefix("http://")
         found = examined("--address", address, "--storage", str(tmp_path))
     assert found["ray token"] == (
         "failed",
@@ -239,8 +235,9 @@ def test_a_node_that_is_odd_in_every_way(head: str, tmp_path: Path) -> None:
     texts = {}
     for check, (state, text) in found.items():
         if state != "ok":
-            assert text.count("node ") == 1, text
-            texts[check] = state, re.sub(r"node [\d.]+ \(\w{8}\)", "NODE", text)
+            told, num_nodes = re.subn(r"node [\d.]+ \(\w{8}\)", "NODE", text)
+            assert num_nodes == 1, text
+            texts[check] = state, told
     import platform
 
     clock = re.sub(r"3[56]\d\d\.\d", "3600", texts.pop("clocks")[1])
@@ -265,8 +262,8 @@ def test_a_node_that_is_odd_in_every_way(head: str, tmp_path: Path) -> None:
         ),
         "gpus": (
             "failed",
-            "NODE: Ray counts 1 GPUs, torch can use 0; install a torch for the CUDA of the node's "
-            "driver, or start Ray there with the --num-gpus that there are",
+            "NODE: of GPUs Ray counts 1, torch can use 0; install a torch for the CUDA of the "
+            "node's driver, or start Ray there with the --num-gpus that there are",
         ),
         "data on nodes": (
             "warning",
