@@ -94,9 +94,9 @@ def planted(tmp_path: Path) -> Iterator[Planted]:
         shutil.rmtree(made.sessions, ignore_errors=True)
 
 
-def servers(planted: Planted, folder: Path) -> Any:
+def secured_server(planted: Planted, folder: Path) -> Any:
     return mlflow_server(
-        folder / "mlflow",
+        folder,
         *("--app-name", "basic-auth"),
         MLFLOW_FLASK_SERVER_SECRET_KEY="k",
         MLFLOW_AUTH_ADMIN_PASSWORD=planted.secrets["MLFLOW_TRACKING_PASSWORD"],
@@ -111,7 +111,7 @@ def test_secrets_go_nowhere(planted: Planted, tmp_path: Path, weights_file: Any)
     values = study_values(tmp_path, weights_file, trials=2, reference_trials=[], artifacts=place)
     values["trial"]["training"]["epochs"] = 2
     file = tmp_path / "study.yaml"
-    log = tmp_path / "small" / "mlflow" / "log"
+    log = tmp_path / "mlflow" / "log"
 
     def write(address: str, url: str, name: str = "small", trials: int = 2) -> None:
         tracking = {"tracking": {"uri": address}, "optuna_storage": url}
@@ -119,7 +119,7 @@ def test_secrets_go_nowhere(planted: Planted, tmp_path: Path, weights_file: Any)
 
     with (
         database(tmp_path.parent / f"{tmp_path.name}-database") as plain,
-        servers(planted, tmp_path / "small") as mlflow,
+        secured_server(planted, tmp_path / "mlflow") as mlflow,
     ):
         url = plain.replace(":@", ":$DATABASE_PASSWORD@")
         write(mlflow, url)

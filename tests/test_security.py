@@ -40,12 +40,15 @@ METHODS = {
     "Tuner.restore": "reads Tune's experiment folder",
     "Tuner.can_restore": "reads Tune's experiment folder",
     "TorchTrainer.restore": "reads Tune's experiment folder",
-    "ResultGrid": "reads Tune's experiment folder",
-    "ExperimentAnalysis": "reads Tune's experiment folder",
     "load_model": "unpickles",
     "load_checkpoint": "unpickles",
-    "get_pickled_error": "unpickles",
     "pickled_error_file": "unpickles",
+}
+# As these, but their names may be spoken: `nothing_unpickled` replaces them.
+CALLS = {
+    "ExperimentAnalysis": "reads Tune's experiment folder",
+    "ResultGrid": "reads Tune's experiment folder",
+    "get_pickled_error": "unpickles",
 }
 # A call of the first is safe with the keyword of this value only.
 SAFE_WITH = {"torch.load": ("weights_only", True)}
@@ -102,14 +105,18 @@ def dotted(node: ast.expr, names: dict[str, str]) -> str:
 
 
 def name_problem(whole: str) -> str | None:
-    if whole in REFUSED:
-        return REFUSED[whole]
-    ends = (f".{whole}".endswith(f".{name}") for name in METHODS)
-    return next((METHODS[name] for name, is_it in zip(METHODS, ends, strict=True) if is_it), None)
+    return REFUSED.get(whole) or by_last_names(whole, METHODS)
+
+
+def by_last_names(whole: str, problems: dict[str, str]) -> str | None:
+    found = (name for name in problems if f".{whole}".endswith(f".{name}"))
+    return next((problems[name] for name in found), None)
 
 
 def call_problems(node: ast.Call, names: dict[str, str]) -> Iterator[str]:
     whole = dotted(node.func, names)
+    if problem := by_last_names(whole, CALLS):
+        yield f"{whole} {problem}"
     given = {
         keyword.arg: keyword.value.value if isinstance(keyword.value, ast.Constant) else None
         for keyword in node.keywords
@@ -170,6 +177,8 @@ def test_package__the_walk_sees_what_is_there() -> None:
         ("from ray import tune\ntune.Tuner.restore(p)", "2 ray.tune.Tuner.restore reads Tune's"),
         ("from ray.tune import Tuner\nTuner.can_restore(p)", "2 ray.tune.Tuner.can_restore reads"),
         ("import mlflow\nmlflow.pytorch.load_model(u)", "2 mlflow.pytorch.load_model unpickles"),
+        ("trial.get_pickled_error()", "1 trial.get_pickled_error unpickles"),
+        ("from ray.tune import ResultGrid\nResultGrid(x)", "2 ray.tune.ResultGrid reads Tune's"),
         ("open(trial.pickled_error_file)", "1 trial.pickled_error_file unpickles"),
         ("import os\nos.system(x)", "2 os.system runs a shell"),
         ("from os import popen\npopen(x)", "2 os.popen runs a shell"),
