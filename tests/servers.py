@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 BUCKET = "studies"
 
 
@@ -36,6 +38,15 @@ def object_store() -> Iterator[dict[str, str]]:
         }
     finally:
         server.stop()
+
+
+@contextmanager
+def object_store_here() -> Iterator[dict[str, str]]:
+    """As :func:`object_store`, with its variables set in this process."""
+    with object_store() as environment, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield environment
 
 
 @contextmanager

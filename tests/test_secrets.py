@@ -17,7 +17,7 @@ import pytest
 from drtune_ray.data.artifacts import Folder, open_folder
 from drtune_ray.values import to_yaml
 from tests.search.test_study import study_values
-from tests.servers import BUCKET, database, mlflow_server, object_store
+from tests.servers import BUCKET, database, mlflow_server, object_store_here
 
 COMMAND = str(Path(sys.executable).with_name("drtune-ray"))
 PLANTED = (
@@ -85,12 +85,9 @@ class Planted:
 
 @pytest.fixture
 def planted(tmp_path: Path) -> Iterator[Planted]:
-    with object_store() as store:
+    with object_store_here() as store:
         made = Planted(tmp_path, store["AWS_ENDPOINT_URL"])
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in store.items():
-                patch.setenv(name, value)
-            yield made
+        yield made
         shutil.rmtree(made.sessions, ignore_errors=True)
 
 

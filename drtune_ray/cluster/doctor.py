@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from drtune_ray.addresses import ServerUri
+from drtune_ray.addresses import ServerUri, with_secrets
 from drtune_ray.cluster.checks_nodes import Nodes
 from drtune_ray.cluster.checks_ray import (
     check_dashboard,
@@ -153,7 +153,7 @@ def _examine_tracking(exam: Examination, setup: Setup) -> None:
         exam.check(MLFLOW, lambda: _own_store(setup.places.storage), [STORAGE])
         return
     probe = ServerProbe(setup.tracking_uri)
-    if setup.tracking_uri.startswith(("http://", "https://")):
+    if _is_server(setup.tracking_uri):
         answers: list[Answer] = []
 
         def ask() -> str:
@@ -236,6 +236,13 @@ def _weights(backbone: BackboneConfig) -> str:
         return _readable(str(file), "--weights")
     check_hub_weights(backbone.name)
     return f"those of {backbone.name} are here, or their hub answers"
+
+
+def _is_server(uri: str) -> bool:
+    """Whether MLflow is asked over HTTP; the whole address may stand in ``$NAME``."""
+    with suppress(ConfigError):  # comes again as a finding
+        uri = with_secrets(uri)
+    return uri.startswith(("http://", "https://"))
 
 
 def _own_store(storage: Path) -> str:

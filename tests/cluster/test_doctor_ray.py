@@ -7,7 +7,6 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import pytest
 
 from drtune_ray.cluster.checks_ray import COPY, OPEN
 from drtune_ray.cluster.clocks import FIX as CLOCK_FIX
+from tests.search.clusters import ray_node
 from tests.search.leftovers import free_port
 from tests.search.test_shared import can_mount
 from tests.servers import object_store
@@ -42,32 +42,6 @@ def variables(**more: str) -> dict[str, str]:
 
 
 @contextmanager
-def ray_node(
-    log: Path, *options: str, mounted: str = "true", **environment: str
-) -> Iterator[subprocess.Popen[bytes]]:
-    """``ray start --block``, in a session and a mount namespace of its own."""
-    command = " ".join([str(BIN / "ray"), "start", "--block", "--num-cpus=1", *options])
-    script = f"{mounted} && exec {command} --object-store-memory=100000000"
-    with log.open("w") as sink:
-        node = subprocess.Popen(
-            ["unshare", "-rm", "sh", "-c", script],
-            stdout=sink,
-            stderr=sink,
-            env=variables(**environment),
-            start_new_session=True,
-        )
-    try:
-        yield node
-    finally:
-        os.killpg(node.pid, signal.SIGTERM)
-        try:
-            node.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            os.killpg(node.pid, signal.SIGKILL)
-            node.wait()
-
-
-@contextmanager
 def ray_head(folder: Path, *options: str, **environment: str) -> Iterator[str]:
     """A head on the loopback; yields its address."""
     port = free_port()
@@ -78,7 +52,9 @@ def ray_head(folder: Path, *options: str, **environment: str) -> Iterator[str]:
         pytest.skip("no mount namespaces here")
     started = ["--head", "--node-ip-address=127.0.0.1", f"--port={port}", f"--temp-dir={sessions}"]
     try:
-        with ray_node(folder / "head.log", *started, *options, **environment) as head:
+        with ray_node(
+            folder / "head.log", *started, *options, environment=variables(**environment)
+        ) as head:
             wait_for_port(address, head, folder / "head.log")
             yield address
     finally:
@@ -224,7 +200,8 @@ def test_a_node_that_is_odd_in_every_way(head: str, tmp_path: Path) -> None:
     )
     odd = {"ODD": "clock,versions", "PYTHONPATH": f"{ODD}:{os.environ.get('PYTHONPATH', '')}"}
     options = [f"--address={head}", "--num-gpus=1"]
-    with ray_node(tmp_path / "node.log", *options, mounted=mounted, **odd, **WITH_TOKEN):
+    environment = variables(**odd, **WITH_TOKEN)
+    with ray_node(tmp_path / "node.log", *options, mounted=mounted, environment=environment):
         wait_for_nodes(head, 2)
         found = examined(
             *("--address", head, "--storage", str(storage), "--data", str(images)),
@@ -279,7 +256,8 @@ def test_a_node_without_the_package(head: str, tmp_path: Path) -> None:
     """The other node is looked at all the same."""
     odd = {"ODD": "bare", "PYTHONPATH": f"{ODD}:{os.environ.get('PYTHONPATH', '')}"}
     artifacts = (tmp_path / "artifacts").as_uri()
-    with ray_node(tmp_path / "node.log", f"--address={head}", **odd, **WITH_TOKEN):
+    environment = variables(**odd, **WITH_TOKEN)
+    with ray_node(tmp_path / "node.log", f"--address={head}", environment=environment):
         wait_for_nodes(head, 2)
         found = examined(
             *("--address", head, "--storage", str(tmp_path / "s"), "--artifacts", artifacts),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.servers import BUCKET, database, object_store
+from tests.servers import BUCKET, database, object_store_here
 from tests.small import write_coloured
 
 COMMAND = str(Path(sys.executable).with_name("drtune-ray"))
@@ -22,9 +22,7 @@ UNSHARE = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[None]:
-    with object_store() as environment, pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
+    with object_store_here():
         yield
 
 
