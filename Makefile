@@ -11,7 +11,7 @@ help:
 	@echo "make test       checks and all tests"
 	@echo "make test-fast  the tests without Ray, several processes or a browser"
 	@echo "make test-chaos more kills, at random moments: an hour"
-	@echo "make check      ruff and mypy"
+	@echo "make check      ruff, mypy and bandit"
 	@echo "make install    .venv with everything"
 
 install: $(VENV)/.installed
@@ -37,6 +37,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive drtune_ray
 
 format: install
 	$(BIN)/ruff check --fix .

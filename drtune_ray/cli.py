@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from drtune_ray import __version__
+from drtune_ray.cli_doctor import doctor
 from drtune_ray.cli_jobs import insecure_http_option, logs, show_jobs, stop, submit
 from drtune_ray.cli_options import (
     DEFAULT_STORAGE,
@@ -49,6 +50,9 @@ INTERRUPTED = 130
 @click.version_option(__version__)
 def cli() -> None:
     """Find the best DR-Tune fine-tuning of a pretrained vision model for your images."""
+
+
+cli.add_command(doctor)
 
 
 @cli.command()
@@ -230,7 +234,7 @@ def ui(study: str, storage: str, port: int) -> None:
     arguments = ["ui", "--host", "127.0.0.1", "--port", str(port)]
     command = [sys.executable, "-m", "mlflow", *arguments, "--workers", "1"]
     sys.stdout.flush()
-    os.execv(sys.executable, command)
+    os.execv(sys.executable, command)  # nosec B606 # no shell, of the input a number only
 
 
 @cli.command()

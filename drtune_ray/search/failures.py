@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray.cloudpickle
 from ray.air.execution._internal import RayActorManager
 from ray.exceptions import (
     NodeDiedError,
@@ -19,6 +18,8 @@ from ray.exceptions import (
     RayError,
     RayTaskError,
 )
+from ray.tune.analysis import ExperimentAnalysis
+from ray.tune.experiment import Trial
 
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.search.lifeline import STACKS
@@ -56,7 +57,7 @@ def failure_of(trial: Any, trial_folder: Path) -> Failure:
 
     Stacks that it left behind when it hung are moved: they are not of the next process.
     """
-    return failure_from(_error_of(trial), trial_folder)
+    return failure_from(_kept_error(trial), trial_folder)
 
 
 def failure_from(error: BaseException | None, trial_folder: Path) -> Failure:
@@ -139,13 +140,30 @@ def _tells_more(failure: BaseException) -> bool:
     return _node_problem(failure) is not None or outcome_of(failure) != MACHINE_FAILURE
 
 
-def _error_of(trial: Any) -> BaseException | None:
-    # From Tune's own folder: what `get_error` reads is copied there later.
-    file = trial.pickled_error_file
-    if file is None or not Path(file).exists():
-        return None
-    error: BaseException = ray.cloudpickle.loads(Path(file).read_bytes())
-    return error
+@contextlib.contextmanager
+def nothing_unpickled() -> Iterator[None]:
+    """Within, Tune reads no pickle from a disk; its trials hold their errors themselves.
+
+    Tune (Ray 2.60) writes the error of a trial into Ray's session folder, which is open to all
+    users of the machine, and into its experiment folder under our storage, and unpickles it from
+    there at the end of ``fit``; of an experiment without trials it unpickles the state.
+    """
+    former = Trial.handle_error, Trial.get_pickled_error, ExperimentAnalysis._load_trials
+
+    def handle_error(trial: Any, exc: Exception | None = None) -> None:
+        former[0](trial, exc)
+        trial.temporary_state.error = exc  # is never saved
+
+    Trial.handle_error, Trial.get_pickled_error = handle_error, _kept_error
+    ExperimentAnalysis._load_trials = lambda analysis: []
+    try:
+        yield
+    finally:
+        Trial.handle_error, Trial.get_pickled_error, ExperimentAnalysis._load_trials = former
+
+
+def _kept_error(trial: Any) -> BaseException | None:
+    return getattr(trial.temporary_state, "error", None)
 
 
 def _hung(trial_folder: Path) -> Failure | None:

@@ -136,7 +136,7 @@ def _process(folder: Path, index: int, workload: Workload) -> Iterator[subproces
     command = [sys.executable, "-m", __name__, str(folder), str(index)]
     with (
         (folder / f"{index}.log").open("w") as log,
-        subprocess.Popen(
+        subprocess.Popen(  # nosec B603 # this interpreter, this module, a folder of ours
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -65,7 +65,7 @@ def ray_session(*, with_dashboard: bool = False) -> Iterator[Capacity]:
             # Without an address Ray would look for a cluster that runs on this machine.
             ray.init("local", num_cpus=num_cpus, include_dashboard=with_dashboard, **quiet)
         elif not was_joined:
-            _check_address(address)
+            check_address(address)
             ray.init(address, runtime_env={"env_vars": worker_environment()}, **quiet)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         ray.shutdown()  # of what it had begun
@@ -126,7 +126,7 @@ def worker_environment() -> dict[str, str]:
     return {name: value for name, value in wanted.items() if name not in set_by_job}
 
 
-def _check_address(address: str) -> None:
+def check_address(address: str) -> None:
     """Refuse at once what Ray would try for minutes.
 
     Raises:

@@ -20,7 +20,7 @@ from drtune_ray.data.artifacts import Folder, LocalFolder, as_problem, first_lin
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.search.nodes import Capacity
 
-TOKEN_NAME = ".shared-token"
+TOKEN_NAME = ".shared-token"  # nosec B105 # the name of a file
 ANSWER_SECONDS = 180.0  # a node may have to start a process and to import torch first
 FIX = (
     "put --storage on a file system that every node mounts at the same path (NFS, Lustre, EFS, "
@@ -96,8 +96,19 @@ def shared_folder(
     if capacity is None or capacity.is_local:
         yield None
         return
-    token, place = secrets.token_hex(16), SharedPlace(folder, artifacts)
-    with as_problem(place.address) if artifacts else nullcontext():
+    with shared_token(SharedPlace(folder, artifacts)) as token:
+        yield token
+
+
+@contextmanager
+def shared_token(place: SharedPlace) -> Iterator[str]:
+    """A token that every node has found in a place.
+
+    Raises:
+        EnvironmentProblem: Naming the nodes that did not, each with its reason.
+    """
+    token = secrets.token_hex(16)
+    with as_problem(place.address) if place.artifacts else nullcontext():
         place.files.write(TOKEN_NAME, token.encode())
     try:
         if problems := _ask_nodes(place, token):
@@ -200,11 +211,8 @@ def _problem(place: SharedPlace, token: str, node: str, ref: Any) -> str:
 
     try:
         problem: str = ray.get(ref, timeout=0)
-    except ray.exceptions.GetTimeoutError:
-        return f"did not answer in {ANSWER_SECONDS:g} s"
-    except Exception as error:  # whatever happened there, drtune-ray missing above all
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return f"cannot run drtune-ray: {lines[-1].strip()}"
+    except Exception as error:
+        return told_by_ray(error)
     if problem:
         return problem
     try:
@@ -212,6 +220,16 @@ def _problem(place: SharedPlace, token: str, node: str, ref: Any) -> str:
     except (OSError, ValueError):
         is_here = False
     return "" if is_here else f"what it wrote in {place.address} does not reach the driver"
+
+
+def told_by_ray(error: Exception) -> str:
+    """Why a node has no answer: whatever happened there, drtune-ray missing above all."""
+    import ray
+
+    if isinstance(error, ray.exceptions.GetTimeoutError):
+        return f"did not answer in {ANSWER_SECONDS:g} s"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"cannot run drtune-ray: {lines[-1].strip()}"
 
 
 def _remove(place: SharedPlace, name: str) -> None:

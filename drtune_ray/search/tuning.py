@@ -14,7 +14,7 @@ from drtune_ray.config import StudyConfig
 from drtune_ray.data.dataset import Tables
 from drtune_ray.search.actor import Workplace
 from drtune_ray.search.callback import StudyCallback
-from drtune_ray.search.failures import lost_processes_are_failures
+from drtune_ray.search.failures import lost_processes_are_failures, nothing_unpickled
 from drtune_ray.search.identity import SCRATCH_NAME, TRIALS_FOLDER
 from drtune_ray.search.interruption import saving_when_interrupted
 from drtune_ray.search.lifeline import ProgressWatch
@@ -118,6 +118,7 @@ class TuneRun:
             with (
                 giving_up(),
                 lost_processes_are_failures(),
+                nothing_unpickled(),
                 saving_when_interrupted(self.study_id, lambda: callback.running, self.on_interrupt),
             ):
                 tuner.fit()

@@ -52,6 +52,7 @@ _QUIET = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     # Would print the server's address, password included, at the end of every run.
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     # One outage must not hold the writer for minutes: it tries again by itself.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",

@@ -142,14 +142,27 @@ def load_backbone(config: BackboneConfig, image_size: int) -> tuple[Backbone, Ke
     """
     _check_name(config.name)
     if config.weights == "timm":
-        encoder = _from_hub(config.name, image_size)
+        check_hub_weights(config.name)
+        encoder = create_encoder(config.name, image_size, pretrained=True)
         report = KeyReport(1.0, (), (), False)
     else:
         encoder = create_encoder(config.name, image_size)
-        path = demo_weights_file() if config.weights == "demo" else Path(config.weights)
-        report = _load_state(encoder, _read_state(path), config)
+        report = _load_state(encoder, _read_state(_file_of(config.weights)), config)
     encoder.eval()
     return _described(config.name, image_size, encoder), report
+
+
+def weights_file(config: BackboneConfig) -> Path | None:
+    """The file that holds the weights; None where they come from timm's hub.
+
+    Raises:
+        ConfigError: If they are the demo's and its package is not installed.
+    """
+    return None if config.weights == "timm" else _file_of(config.weights).expanduser().resolve()
+
+
+def _file_of(weights: str) -> Path:
+    return demo_weights_file() if weights == "demo" else Path(weights)
 
 
 def demo_weights_file() -> Path:
@@ -218,7 +231,14 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _from_hub(name: str, image_size: int) -> nn.Module:
+def check_hub_weights(name: str) -> None:
+    """See that timm has the weights of a backbone here, or that its hub answers.
+
+    Raises:
+        ConfigError: If timm knows no weights of it.
+        EnvironmentProblem: If its hub cannot be reached.
+    """
+    _check_name(name)
     fetched = timm.get_pretrained_cfg(name)
     if fetched is None or not (fetched.hf_hub_id or fetched.url or fetched.file):
         raise ConfigError(
@@ -227,7 +247,6 @@ def _from_hub(name: str, image_size: int) -> nn.Module:
         )
     if fetched.hf_hub_id and not _is_cached(fetched.hf_hub_id):
         _check_hub(name)
-    return create_encoder(name, image_size, pretrained=True)
 
 
 def _is_cached(repository: str) -> bool:
@@ -243,7 +262,8 @@ def _check_hub(name: str) -> None:
 
     request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
-        urllib.request.urlopen(request, timeout=HUB_TIMEOUT_SECONDS).close()
+        # The hub's own address: of https, unless this user's HF_ENDPOINT says otherwise.
+        urllib.request.urlopen(request, timeout=HUB_TIMEOUT_SECONDS).close()  # nosec B310
     except urllib.error.HTTPError:
         return  # it answered
     except OSError as error:

@@ -20,14 +20,12 @@ from drtune_ray.data.artifacts import (
 from drtune_ray.data.shelf import TableShelf
 from drtune_ray.data.store import TableStore, damage, seal
 from drtune_ray.errors import ConfigError, EnvironmentProblem
-from tests.servers import BUCKET, object_store
+from tests.servers import BUCKET, object_store_here
 
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[None]:
-    with object_store() as environment, pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
+    with object_store_here():
         yield
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +235,16 @@ def test_decode__sixteen_bits_keep_their_contrast() -> None:
     greys = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
     pixels = np.asarray(decode(encoded(Image.fromarray(greys), "PNG")))[..., 0]
     assert np.abs(pixels - greys / 257.0).max() <= 1.0
+
+
+def test_scan__a_decompression_bomb_is_refused_by_its_header(class_folder: Path) -> None:
+    """48 kB that would take 1.2 GB: Pillow's limit holds, and nothing is decoded."""
+    bomb = class_folder / "dog" / "bomb.png"
+    Image.new("1", (20000, 20000)).save(bomb)
+    assert bomb.stat().st_size < 50_000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert problems_of(class_folder) == (
+        f"{bomb} cannot be decoded as an image (Image size (400000000 pixels) exceeds limit of "
+        "178956970 pixels, could be decompression bomb DOS attack.): replace or remove it",
+    )
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024

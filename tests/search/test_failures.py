@@ -6,8 +6,10 @@ import errno
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from ray import tune
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError
 from ray.train import WorkerGroupError
 
@@ -22,6 +24,7 @@ from drtune_ray.search.failures import (
     failure_from,
     failure_of,
     full_disk_is_told,
+    nothing_unpickled,
     outcome_of,
 )
 from drtune_ray.search.lifeline import Preempted, ProgressWatch
@@ -104,12 +107,12 @@ def test_a_process_that_hung_left_its_stacks(tmp_path):
         'Thread 0x2 (most recent call first):\n  File "conv.py", line 7 in forward\n'
         '  File "loop.py", line 9 in train_epochs\n'
     )
-    failure = failure_of(SimpleNamespace(pickled_error_file=None), tmp_path)
+    failure = failure_of(SimpleNamespace(temporary_state=None), tmp_path)
     assert failure.outcome == "hung for 62.5 s"
     kept = tmp_path / HUNG_STACKS
     assert failure.error == f"hung for 62.5 s in forward (conv.py, line 7); its stacks: {kept}"
     # The next process that ends in this folder did not hang.
-    again = failure_of(SimpleNamespace(pickled_error_file=None), tmp_path)
+    again = failure_of(SimpleNamespace(temporary_state=None), tmp_path)
     assert again.outcome == "machine failure"
     clear_stacks(tmp_path, has_failed=True)
     assert kept.exists()
@@ -186,3 +189,62 @@ def test_files_of_the_guard_are_gone_when_it_ends(tmp_path: Path):
         assert [path.name for path in (tmp_path / "00000").iterdir()] == ["hang-0.txt"]
         guard.progressed()
     assert not [*(tmp_path / "00000").iterdir()]
+
+
+class Planted:
+    """Whoever unpickles it makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+class Failing(tune.Trainable):
+    def step(self) -> dict[str, Any]:
+        raise KeyError("x")
+
+
+class Planting(tune.Callback):
+    """Another user of the machine and of the storage."""
+
+    def __init__(self, mark: Path) -> None:
+        self.planted, self.found = pickle.dumps(Planted(mark)), []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def on_trial_error(self, trial: Any, **info: Any) -> None:
+        Path(trial.pickled_error_file).write_bytes(self.planted)
+        (Path(trial.path) / "error.pkl").write_bytes(self.planted)
+        self.found.append(failure_of(trial, Path("/nonexistent")))
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        self.on_trial_error(trial=trials[0])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_tune_unpickles_nothing_that_others_may_have_written(tmp_path, monkeypatch):
+    import ray
+
+    def fit(name: str) -> tuple[bool, Planting, Any]:
+        mark = tmp_path / f"run-{name}"
+        planting = Planting(mark)
+        run = tune.RunConfig(name=name, storage_path=str(tmp_path), callbacks=[planting], verbose=0)
+        grid = tune.Tuner(Failing, run_config=run).fit()
+        return mark.exists(), planting, grid
+
+    monkeypatch.setenv("RAY_AIR_NEW_OUTPUT", "0")
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        is_run, _, _ = fit("tune-alone")
+        assert is_run, "Ray has learned not to unpickle: nothing_unpickled may go"
+        with nothing_unpickled():
+            is_run, planting, grid = fit("ours")
+    finally:
+        ray.shutdown()
+    assert not is_run
+    assert [failure.error for failure in planting.found] == ["KeyError: 'x'"] * 2
+    assert "KeyError" in str(grid[0].error)

@@ -49,7 +49,7 @@ from drtune_ray.tracking.spool import Spool
 from drtune_ray.training.checkpoint import TrialFolder, read_checkpoint
 from drtune_ray.values import nested, to_yaml
 from tests.search.test_actor import actor, run_to_end
-from tests.servers import BUCKET, database, mlflow_server, object_store
+from tests.servers import BUCKET, database, mlflow_server, object_store_here
 from tests.small import small_trial, small_values, write_coloured
 
 SECRET = "open-sesame"
@@ -58,9 +58,7 @@ NUM_TRIALS, NUM_EPOCHS = 5, 25
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[None]:
-    with object_store() as environment, pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
+    with object_store_here():
         yield
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,9 +29,9 @@ from drtune_ray.search.shared import (
     shared_folder,
 )
 from drtune_ray.search.study import run_study
-from tests.search.clusters import cluster_of
+from tests.search.clusters import cluster_of, ray_node
 from tests.search.test_study import study_values
-from tests.servers import BUCKET, object_store
+from tests.servers import BUCKET, object_store_here
 
 JOINED = Capacity((Node(1, 0), Node(1, 0)))
 VERSION = "0.1.0"
@@ -63,9 +60,7 @@ def place(request, tmp_path) -> SharedPlace:
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[dict[str, str]]:
-    with object_store() as environment, pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
+    with object_store_here() as environment:
         yield environment
 
 
@@ -168,23 +163,9 @@ def test_problem__whatever_ray_raises(error, problem, tmp_path, monkeypatch):
 @contextmanager
 def node_elsewhere(address: str, storage: Path, temporary: Path) -> Iterator[None]:
     """A node for which a tmpfs lies over the storage."""
-    start = (
-        f"mount -t tmpfs none {storage} && exec {Path(sys.executable).with_name('ray')} start "
-        f"--address={address} --num-cpus=1 --object-store-memory=100000000 --block"
-    )
-    with (temporary / "node.log").open("w") as log:
-        node = subprocess.Popen(
-            ["unshare", "-rm", "sh", "-c", start], stdout=log, stderr=log, start_new_session=True
-        )
-    try:
+    mounted = f"mount -t tmpfs none {storage}"
+    with ray_node(temporary / "node.log", f"--address={address}", mounted=mounted):
         yield
-    finally:
-        os.killpg(node.pid, signal.SIGTERM)
-        try:
-            node.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            os.killpg(node.pid, signal.SIGKILL)
-            node.wait()
 
 
 def wait_for_nodes(number: int, seconds: float = 60.0) -> None:

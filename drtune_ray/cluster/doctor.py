@@ -1,0 +1,285 @@
+"""Looks at everything that a study needs before one is started: the cluster, servers and files.
+
+All checks run, whatever becomes of the others; what cannot be looked at without another says so.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from drtune_ray.addresses import ServerUri, with_secrets
+from drtune_ray.cluster.checks_nodes import Nodes
+from drtune_ray.cluster.checks_ray import (
+    check_dashboard,
+    check_reachable,
+    check_token,
+    described,
+)
+from drtune_ray.cluster.checks_storage import Places
+from drtune_ray.cluster.clocks import FIX as CLOCK_FIX
+from drtune_ray.cluster.clocks import Skew
+from drtune_ray.cluster.findings import Examination, Finding
+from drtune_ray.cluster.node_facts import reading_problem
+from drtune_ray.config import BackboneConfig, StudyConfig, TrainingConfig
+from drtune_ray.errors import ConfigError, EnvironmentProblem
+from drtune_ray.search.environment import environment
+from drtune_ray.search.group import ADDRESS
+from drtune_ray.search.nodes import Capacity, trial_demand, trials_that_fit
+from drtune_ray.search.session import ray_session, set_environment
+from drtune_ray.section import Section, validated
+from drtune_ray.study_sections import ResourcesConfig
+from drtune_ray.tracking.mlflow_recorder import default_tracking_uri
+from drtune_ray.tracking.probe import Answer, ServerProbe
+from drtune_ray.training.backbones import check_hub_weights, weights_file
+
+STORAGE, SPACE, ARTIFACTS, DATABASE = "storage", "storage space", "artifacts", "optuna_storage"
+REACHABLE, TOKEN, RAY, NODES = "ray address", "ray token", "ray", "nodes"
+MLFLOW, ACCESS, RUNS = "mlflow", "mlflow access", "mlflow runs"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is to be looked at.
+
+    Attributes:
+        places: Where studies are kept.
+        address: Of the Ray cluster; None: one is started on this machine, as `tune` would.
+        tracking_uri: Of MLflow; None: SQLite under the storage.
+        data: Folder of images; None: is not looked at.
+        backbone: Whose weights are looked at.
+        training: How many workers a trial has; None: no trial is looked at.
+        resources: What they take.
+    """
+
+    places: Places
+    address: str | None = None
+    tracking_uri: str | None = None
+    data: Path | None = None
+    backbone: BackboneConfig | None = None
+    training: TrainingConfig | None = None
+    resources: ResourcesConfig = ResourcesConfig()
+
+
+def study_setup(config: StudyConfig, address: str | None) -> Setup:
+    """All that a study needs."""
+    return Setup(
+        Places(_absolute(config.storage), config.artifacts, config.optuna_storage),
+        address,
+        config.tracking.uri,
+        _absolute(config.trial.data.train),
+        config.trial.backbone,
+        config.trial.training,
+        config.resources,
+    )
+
+
+class _Named(Section):
+    """Places that are named without a study."""
+
+    storage: str
+    artifacts: ServerUri | None = None
+    optuna_storage: ServerUri | None = None
+    tracking_uri: ServerUri | None = None
+    backbone: str | None = None
+    weights: str | None = None
+
+
+def named_setup(values: Mapping[str, Any], address: str | None) -> Setup:
+    """What is named by itself, without images.
+
+    Args:
+        values: Named as the options of the command are.
+        address: Of the Ray cluster.
+
+    Raises:
+        ConfigError: Naming every problem.
+    """
+    named = validated(_Named, values)
+    given = {"name": named.backbone, "weights": named.weights}
+    chosen = {key: value for key, value in given.items() if value is not None}
+    return Setup(
+        Places(_absolute(named.storage), named.artifacts, named.optuna_storage),
+        address,
+        named.tracking_uri,
+        backbone=validated(BackboneConfig, chosen) if chosen else None,
+    )
+
+
+def examine(setup: Setup, tell: Callable[[Finding], None]) -> None:
+    """Run all checks.
+
+    Args:
+        setup: What is to be looked at.
+        tell: Takes the findings, as they come.
+
+    Raises:
+        EnvironmentProblem: If a check failed, naming those.
+    """
+    set_environment()  # before anything imports Ray
+    exam = Examination(tell)
+    with setup.places.left_as_they_were():
+        _examine_places(exam, setup.places)
+        _examine_files(exam, setup)
+        _examine_tracking(exam, setup)
+        _examine_cluster(exam, setup)
+    exam.raise_if_failed()
+
+
+def _examine_places(exam: Examination, places: Places) -> None:
+    exam.check(STORAGE, places.check_storage)
+    exam.check("storage owner", places.check_owner, [STORAGE])
+    exam.check(SPACE, places.check_space)
+    if places.artifacts:
+        exam.check(ARTIFACTS, places.check_artifacts)
+    if places.optuna_storage:
+        exam.check(DATABASE, places.check_database)
+
+
+def _examine_files(exam: Examination, setup: Setup) -> None:
+    """What the command itself reads."""
+    if setup.data is not None:
+        exam.check("data", lambda: _readable(str(setup.data), "--data"))
+    if setup.backbone is not None:
+        exam.check("weights", lambda: _weights(setup.backbone or BackboneConfig()))
+
+
+def _examine_tracking(exam: Examination, setup: Setup) -> None:
+    if setup.tracking_uri is None:
+        exam.check(MLFLOW, lambda: _own_store(setup.places.storage), [STORAGE])
+        return
+    probe = ServerProbe(setup.tracking_uri)
+    if _is_server(setup.tracking_uri):
+        answers: list[Answer] = []
+
+        def ask() -> str:
+            answers.append(probe.ask())
+            return f"{setup.tracking_uri} answers"
+
+        exam.check(MLFLOW, ask)
+        exam.check("mlflow clock", lambda: _server_clock(answers[0]), [MLFLOW])
+        exam.check(ACCESS, lambda: _done(probe.check_access, "host name and login"), [MLFLOW])
+    else:
+        exam.check(ACCESS, lambda: _done(probe.check_access, "the store"))
+    exam.check(RUNS, lambda: _done(probe.check_records, "a run with a metric"), [ACCESS])
+    exam.check("mlflow artifacts", lambda: _done(probe.check_artifacts, "a file"), [RUNS])
+
+
+def _examine_cluster(exam: Examination, setup: Setup) -> None:
+    address = setup.address or os.environ.get(ADDRESS, "local")
+    is_named = address not in ("local", "auto")
+    if is_named:
+        exam.check(REACHABLE, lambda: check_reachable(address))
+        exam.check(TOKEN, lambda: check_token(address), [REACHABLE])
+    with ExitStack() as stack:
+        found: list[Capacity] = []
+
+        def join() -> str:
+            stack.enter_context(environment({ADDRESS: address}))
+            # The State API is what trials of several workers need, and `train`.
+            found.append(stack.enter_context(ray_session(with_dashboard=True)))
+            return described(found[0])
+
+        exam.check(RAY, join, [TOKEN] if is_named else [])
+        if not is_named:
+            exam.check(TOKEN, lambda: check_token(_joined_address()), [RAY])
+        exam.check("ray state api", check_dashboard, [RAY])
+        if setup.training is not None:
+            training = setup.training
+            exam.check("trials", lambda: _fitting(training, setup.resources, found[0]), [RAY])
+        _examine_nodes(exam, setup)
+        exam.check("shared files", setup.places.check_shared, _shared_needs(setup.places))
+
+
+def _examine_nodes(exam: Examination, setup: Setup) -> None:
+    nodes, paths = Nodes(), _paths(setup)
+    exam.check(NODES, lambda: nodes.ask(list(paths.values())), [RAY])
+    # Some may have answered where others did not.
+    needs = [] if nodes.reports else [NODES]
+    exam.check("versions", nodes.check_versions, needs)
+    exam.check("clocks", nodes.check_clocks, needs)
+    exam.check("gpus", nodes.check_gpus, needs)
+    exam.check("shared memory", nodes.check_shared_memory, needs)
+    exam.check("ray disk", nodes.check_disks, needs)
+    for what, path in paths.items():
+        exam.check(f"{what} on nodes", partial(nodes.check_readable, path), needs)
+
+
+def _paths(setup: Setup) -> dict[str, str]:
+    """What nodes are asked to read, by what it is."""
+    found = {}
+    if setup.data is not None:
+        found["data"] = str(setup.data)
+    with suppress(ConfigError):  # was a finding
+        if setup.backbone is not None and (file := weights_file(setup.backbone)) is not None:
+            found["weights"] = str(file)
+    return found
+
+
+def _shared_needs(places: Places) -> list[str]:
+    return [RAY, ARTIFACTS if places.artifacts else STORAGE]
+
+
+def _readable(path: str, option: str) -> str:
+    if problem := reading_problem(path):
+        raise EnvironmentProblem(f"{path} cannot be read ({problem}): give {option} another path")
+    return f"{path} can be read"
+
+
+def _weights(backbone: BackboneConfig) -> str:
+    file = weights_file(backbone)
+    if file is not None:
+        return _readable(str(file), "--weights")
+    check_hub_weights(backbone.name)
+    return f"those of {backbone.name} are here, or their hub answers"
+
+
+def _is_server(uri: str) -> bool:
+    """Whether MLflow is asked over HTTP; the whole address may stand in ``$NAME``."""
+    with suppress(ConfigError):  # comes again as a finding
+        uri = with_secrets(uri)
+    return uri.startswith(("http://", "https://"))
+
+
+def _own_store(storage: Path) -> str:
+    uri = default_tracking_uri(storage)
+    if not (storage / "mlflow.db").exists():  # opening would make it
+        return f"{uri}, which the first study makes"
+    ServerProbe(uri).check_access()
+    return f"{uri} can be read"
+
+
+def _server_clock(answer: Answer) -> str:
+    if answer.server_seconds is None:
+        return "the server does not tell its time"
+    # Whole seconds are told, cut off.
+    middle = answer.server_seconds + 0.5 - (answer.asked + answer.answered) / 2
+    skew = Skew(middle, 0.5 + (answer.answered - answer.asked) / 2)
+    if skew.is_too_large:
+        raise EnvironmentProblem(f"the server's clock is {skew}; {CLOCK_FIX}")
+    return f"at most {abs(skew.seconds) + skew.uncertainty:.1f} s apart"
+
+
+def _fitting(training: TrainingConfig, resources: ResourcesConfig, capacity: Capacity) -> str:
+    number = trials_that_fit(trial_demand(training, resources), resources, capacity)
+    return f"{number} at a time"
+
+
+def _joined_address() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
+
+
+def _done(act: Callable[[], None], what: str) -> str:
+    act()
+    return f"{what}: accepted"
+
+
+def _absolute(path: str) -> Path:
+    return Path(path).expanduser().resolve()
