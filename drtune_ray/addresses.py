@@ -45,6 +45,11 @@ def _is_secret(option: str) -> bool:
 ServerUri = Annotated[str, AfterValidator(without_password)]
 
 
+def secret_names(uri: str) -> list[str]:
+    """The environment variables that a URI refers to, in its order."""
+    return [found[1] or found[2] for found in _REFERENCE.finditer(uri)]
+
+
 def with_secrets(uri: str) -> str:
     """The URI of a server with the environment's values for each ``$NAME``, for connecting only.
 

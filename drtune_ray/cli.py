@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from drtune_ray import __version__
+from drtune_ray.cli_deploy import deploy
 from drtune_ray.errors import ConfigError, DrtuneError
 
 if TYPE_CHECKING:
@@ -308,6 +309,9 @@ def status(study: str, storage: str, as_json: bool) -> None:
     from drtune_ray.display.standing import status_lines
 
     _echo(status_lines(found, _program()))
+
+
+cli.add_command(deploy)
 
 
 def _output(stream: TextIO, quiet: bool, as_json: bool, people: Quiet) -> Quiet:

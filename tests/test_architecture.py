@@ -36,7 +36,10 @@ LAYERS: dict[str, set[str]] = {
     "cluster": FLOOR | {"data", "training", "tracking", "results", "search"},
     "demo": FLOOR | {"training", "search"},
     "display": FLOOR | {"tracking", "results", "search"},
-    "cli": FLOOR | {"demo", "display", "training", "tracking", "results", "search", "cluster"},
+    "cli_deploy": {"cluster"},
+    "cli": FLOOR
+    | {"cli_deploy"}
+    | {"demo", "display", "training", "tracking", "results", "search", "cluster"},
 }
 # Who alone may import these.
 OWNERS = {

@@ -1,0 +1,1 @@
+"""Ray clusters that others run: Kubernetes manifests of a study."""
