@@ -51,9 +51,9 @@ def worker_pods(config: StudyConfig) -> WorkerPods:
     trials = trials_at_a_time(config)
     num_workers = trials * demand.num_workers
     num_gpus = math.ceil(demand.num_gpus)
-    is_shared = 0 < demand.num_gpus < 1
-    each = demand.bundles_on(Node(math.inf, 1)) if is_shared else 1
-    each = min(each, num_workers)
+    each = 1
+    if 0 < demand.num_gpus < 1:
+        each = min(num_workers, demand.bundles_on(Node(demand.num_cpus * num_workers, 1)))
     return WorkerPods(
         count=math.ceil(num_workers / each),
         workers_each=each,

@@ -1,0 +1,121 @@
+"""Which flows the network policies leave: all that are listed, and no other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tests.deploy.manifests import Object, Pod, pods
+
+DNS = "kube-system/k8s-app=kube-dns"
+OPERATOR = "kuberay-system/app.kubernetes.io/name=kuberay-operator"
+API = "0.0.0.0/0"
+OUTSIDE = "0.0.0.0/0 but 10.0.0.0/8, 172.16.0.0/12, 192.168.0.0/16"
+ROLES = ("mlflow", "postgres", "ray-head", "ray-worker", "submitter")
+RAY = ("ray-head", "ray-worker")
+
+Flow = tuple[str, str, str]  # from, to, protocol and port
+
+LISTED: set[Flow] = {
+    *((role, DNS, f"{protocol} 53") for role in ROLES for protocol in ("UDP", "TCP")),
+    *((one, other, "any") for one in RAY for other in RAY),
+    ("submitter", "ray-head", "TCP 8265"),
+    (OPERATOR, "ray-head", "TCP 8265"),
+    ("ray-head", "mlflow", "TCP 5000"),
+    ("ray-head", "postgres", "TCP 5432"),
+    ("mlflow", "postgres", "TCP 5432"),
+}
+# What a component adds.
+AUTOSCALER: set[Flow] = {("ray-head", API, f"TCP {port}") for port in (443, 6443)}
+OBJECT_STORE: set[Flow] = {(role, OUTSIDE, "TCP 443") for role in RAY}
+GKE: set[Flow] = {
+    (role, *rest)
+    for role in RAY
+    for rest in (("169.254.169.254/32", "TCP 80"), ("169.254.169.252/32", "TCP 988"))
+}
+EKS: set[Flow] = {(role, "169.254.170.23/32", "TCP 80") for role in RAY}
+ADDED = {
+    "base": set(),
+    "kind-cpu": set(),
+    "kueue": set(),
+    "gpu": AUTOSCALER,
+    "gpu-spot": AUTOSCALER,
+    "gke": AUTOSCALER | OBJECT_STORE | GKE,
+    "eks": AUTOSCALER | OBJECT_STORE | EKS,
+}
+
+
+def network_problems(objects: tuple[Object, ...], overlay: str) -> Iterator[str]:
+    policies = [one["spec"] for one in objects if one["kind"] == "NetworkPolicy"]
+    everything = {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    if everything not in policies:
+        yield "nothing denies by default"
+    yield from _idle(policies, pods(objects))
+    flows, wanted = set(_flows(policies, pods(objects))), LISTED | ADDED[overlay]
+    for flow in sorted(flows ^ wanted):
+        yield f"{'unlisted' if flow in flows else 'missing'} flow {flow}"
+
+
+def _idle(policies: list[Object], all_pods: list[Pod]) -> Iterator[str]:
+    """A policy says what it is about: a type without a rule denies, a rule without a type is lost."""
+    for policy in policies:
+        if not any(_matches(policy["podSelector"], pod.labels) for pod in all_pods):
+            yield f"{policy['podSelector']} selects no pod"
+        types, rules = policy.get("policyTypes"), policy.keys() & {"ingress", "egress"}
+        if rules and {one.lower() for one in types or []} != rules:
+            yield f"policyTypes {types} with {sorted(rules)}"
+
+
+def _flows(policies: list[Object], all_pods: list[Pod]) -> Iterator[Flow]:
+    """What both ends allow; an end outside of the namespace allows everything."""
+    out = {flow for pod in all_pods for flow in _ends(policies, pod, all_pods, "egress")}
+    into = {flow for pod in all_pods for flow in _ends(policies, pod, all_pods, "ingress")}
+    for role, other, port in out:
+        if other not in ROLES or (other, role, port) in into:
+            yield role, other, port
+    for role, other, port in into:
+        if other not in ROLES:
+            yield other, role, port
+
+
+def _ends(policies: list[Object], pod: Pod, all_pods: list[Pod], direction: str) -> Iterator[Flow]:
+    for policy in policies:
+        if not _matches(policy["podSelector"], pod.labels):
+            continue
+        for rule in policy.get(direction, []):
+            for peer in rule.get("to" if direction == "egress" else "from", [{}]):
+                for other in _others(peer, all_pods):
+                    for port in rule.get("ports", [{}]):
+                        yield pod.role, other, _port(port)
+
+
+def _port(port: Mapping[str, Any]) -> str:
+    if not port:
+        return "any"
+    return f"{port.get('protocol', 'TCP, unsaid')} {port.get('port', 'any')!r}"
+
+
+def _others(peer: Mapping[str, Any], all_pods: list[Pod]) -> Iterator[str]:
+    if not peer:
+        yield "everything"
+    elif "ipBlock" in peer:
+        block = peer["ipBlock"]
+        but = f" but {', '.join(block['except'])}" if "except" in block else ""
+        yield f"{block['cidr']}{but}"
+    elif "namespaceSelector" in peer:
+        space = peer["namespaceSelector"].get("matchLabels", {})
+        labels = peer.get("podSelector", {}).get("matchLabels", {})
+        name = space.get("kubernetes.io/metadata.name", "any")
+        yield f"{name}/{','.join(f'{k}={v}' for k, v in labels.items()) or 'any'}"
+    else:
+        yield from {pod.role for pod in all_pods if _matches(peer["podSelector"], pod.labels)}
+
+
+def _matches(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
+    if not selector.get("matchLabels", {}).items() <= labels.items():
+        return False
+    for expression in selector.get("matchExpressions", []):
+        assert expression["operator"] == "In", "the only one that we use"
+        if labels.get(expression["key"]) not in expression.get("values", []):
+            return False
+    return True
