@@ -51,13 +51,20 @@ def network_problems(objects: tuple[Object, ...], overlay: str) -> Iterator[str]
     if everything not in policies:
         yield "nothing denies by default"
     yield from _idle(policies, pods(objects))
-    flows, wanted = set(_flows(policies, pods(objects))), LISTED | ADDED[overlay]
-    for flow in sorted(flows ^ wanted):
-        yield f"{'unlisted' if flow in flows else 'missing'} flow {flow}"
+    wanted = LISTED | ADDED[overlay]
+    # Each end allows what is listed and no more, whatever the other end does.
+    ends = {
+        "egress": {flow for flow in wanted if flow[0] in ROLES},
+        "ingress": {flow for flow in wanted if flow[1] in ROLES},
+    }
+    for direction, expected in ends.items():
+        flows = set(_flows(policies, pods(objects), direction))
+        for flow in sorted(flows ^ expected):
+            yield f"{direction}: {'unlisted' if flow in flows else 'missing'} flow {flow}"
 
 
 def _idle(policies: list[Object], all_pods: list[Pod]) -> Iterator[str]:
-    """A policy says what it is about: a type without a rule denies, a rule without a type is lost."""
+    """A type without a rule denies; a rule without its type is lost."""
     for policy in policies:
         if not any(_matches(policy["podSelector"], pod.labels) for pod in all_pods):
             yield f"{policy['podSelector']} selects no pod"
@@ -66,49 +73,45 @@ def _idle(policies: list[Object], all_pods: list[Pod]) -> Iterator[str]:
             yield f"policyTypes {types} with {sorted(rules)}"
 
 
-def _flows(policies: list[Object], all_pods: list[Pod]) -> Iterator[Flow]:
-    """What both ends allow; an end outside of the namespace allows everything."""
-    out = {flow for pod in all_pods for flow in _ends(policies, pod, all_pods, "egress")}
-    into = {flow for pod in all_pods for flow in _ends(policies, pod, all_pods, "ingress")}
-    for role, other, port in out:
-        if other not in ROLES or (other, role, port) in into:
-            yield role, other, port
-    for role, other, port in into:
-        if other not in ROLES:
-            yield other, role, port
-
-
-def _ends(policies: list[Object], pod: Pod, all_pods: list[Pod], direction: str) -> Iterator[Flow]:
-    for policy in policies:
-        if not _matches(policy["podSelector"], pod.labels):
-            continue
-        for rule in policy.get(direction, []):
-            for peer in rule.get("to" if direction == "egress" else "from", [{}]):
-                for other in _others(peer, all_pods):
+def _flows(policies: list[Object], all_pods: list[Pod], direction: str) -> Iterator[Flow]:
+    """What one end allows."""
+    peers = "to" if direction == "egress" else "from"
+    for pod in all_pods:
+        for policy in policies:
+            if not _matches(policy["podSelector"], pod.labels):
+                continue
+            for rule in policy.get(direction, []):
+                for other in _others(rule.get(peers, [{}]), all_pods):
                     for port in rule.get("ports", [{}]):
-                        yield pod.role, other, _port(port)
+                        ends = (pod.role, other) if direction == "egress" else (other, pod.role)
+                        yield (*ends, _port(port))
 
 
 def _port(port: Mapping[str, Any]) -> str:
     if not port:
         return "any"
-    return f"{port.get('protocol', 'TCP, unsaid')} {port.get('port', 'any')!r}"
+    return f"{port.get('protocol', 'unsaid')} {port.get('port', 'any')!r}"
 
 
-def _others(peer: Mapping[str, Any], all_pods: list[Pod]) -> Iterator[str]:
-    if not peer:
-        yield "everything"
-    elif "ipBlock" in peer:
-        block = peer["ipBlock"]
-        but = f" but {', '.join(block['except'])}" if "except" in block else ""
-        yield f"{block['cidr']}{but}"
-    elif "namespaceSelector" in peer:
-        space = peer["namespaceSelector"].get("matchLabels", {})
-        labels = peer.get("podSelector", {}).get("matchLabels", {})
-        name = space.get("kubernetes.io/metadata.name", "any")
-        yield f"{name}/{','.join(f'{k}={v}' for k, v in labels.items()) or 'any'}"
-    else:
-        yield from {pod.role for pod in all_pods if _matches(peer["podSelector"], pod.labels)}
+def _others(peers: list[Mapping[str, Any]], all_pods: list[Pod]) -> Iterator[str]:
+    for peer in peers:
+        if "ipBlock" in peer:
+            block = peer["ipBlock"]
+            but = f" but {', '.join(block['except'])}" if "except" in block else ""
+            yield f"{block['cidr']}{but}"
+        elif "namespaceSelector" in peer:
+            yield _elsewhere(peer)
+        elif peer:
+            yield from {p.role for p in all_pods if _matches(peer["podSelector"], p.labels)}
+        else:
+            yield "everything"
+
+
+def _elsewhere(peer: Mapping[str, Any]) -> str:
+    space = peer["namespaceSelector"].get("matchLabels", {})
+    labels = peer.get("podSelector", {}).get("matchLabels", {})
+    name = space.get("kubernetes.io/metadata.name", "any")
+    return f"{name}/{','.join(f'{k}={v}' for k, v in labels.items()) or 'any'}"
 
 
 def _matches(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:

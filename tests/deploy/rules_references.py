@@ -1,4 +1,4 @@
-"""Whatever a manifest names exists: objects, keys, labels, ports, files; or a user is told to make it."""
+"""What a manifest names exists (objects, keys, labels, ports), or a user is told to make it."""
 
 from __future__ import annotations
 
@@ -198,5 +198,3 @@ def _claims(objects: tuple[Object, ...]) -> Iterator[str]:
                 r"\d+[GT]i", spec.get("resources", {}).get("requests", {}).get("storage", "")
             ):
                 yield f"claim {name} asks for no size"
-            if len(spec.get("accessModes", [])) != 1:
-                yield f"claim {name}: {spec.get('accessModes')}"
