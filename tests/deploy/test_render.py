@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from drtune_ray.cluster.overlays import overlaid_rayjob, overlay_names
 from drtune_ray.cluster.render import MAX_NAME, RenderOptions, object_name, render_study
 from drtune_ray.errors import ConfigError
 from drtune_ray.values import deep_merge
-from tests.deploy.manifests import OVERLAYS, RENDERS, STUDIES, Object, Render, key, rendered
+from tests.deploy.manifests import OVERLAYS, RENDERS, ROOT, STUDIES, Object, Render, key, rendered
 
 SERVERS: dict[str, Any] = {
     "optuna_storage": "postgresql+psycopg://drtune:$PG@postgres/drtune",
@@ -244,6 +247,30 @@ def test_refused__a_wrong_space(tmp_path: Path) -> None:
 
 
 # ---- the command
+
+
+def test_document__its_study_is_rendered(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "kubernetes.md").read_text()
+    (block,) = re.findall(r"```yaml\n# flowers.yaml\n(.*?)```", text, re.DOTALL)
+    file = tmp_path / "flowers.yaml"
+    file.write_text(block)
+    (command,) = re.findall(r"^drtune-ray (deploy render .*?) > rayjob", text, re.M | re.S)
+    arguments = shlex.split(command.replace("\\\n", " ").replace("flowers.yaml", str(file)))
+    result = CliRunner().invoke(deploy, arguments[1:])
+    assert result.exit_code == 0
+    made = {one["kind"]: one for one in yaml.safe_load_all(result.stdout)}["RayJob"]
+    assert made["metadata"]["name"] == "flowers"
+    assert workers(made)["maxReplicas"] == 4
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_wheel__holds_what_render_reads(overlay: str) -> None:
+    included = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    folders = included["targets"]["wheel"]["force-include"]
+    for part in ("base", "components", "overlays"):
+        assert folders[f"deploy/{part}"] == f"drtune_ray/deploy/{part}"
+    assert deploy_folder() == ROOT / "deploy"
+    assert overlaid_rayjob(overlay)["kind"] == "RayJob"
 
 
 def test_command__notes_go_to_stderr() -> None:
