@@ -42,8 +42,8 @@ def deploy() -> None:
 )
 @click.option(
     "--deadline-hours",
-    type=click.FloatRange(min=0.0, min_open=True),
-    default=24.0,
+    type=click.IntRange(min=1, max=24 * 365),
+    default=24,
     show_default=True,
     help="After so long the study is stopped.",
 )

@@ -4,7 +4,13 @@ import traceback
 
 import pytest
 
-from drtune_ray.addresses import secrets_hidden, with_secrets, without_password, without_secrets
+from drtune_ray.addresses import (
+    secret_names,
+    secrets_hidden,
+    with_secrets,
+    without_password,
+    without_secrets,
+)
 from drtune_ray.errors import ConfigError
 
 SECRET = "s3/cr:et"
@@ -130,3 +136,9 @@ def test_secrets_hidden__errors_and_what_they_came_from(error: Exception) -> Non
 def test_with_secrets__not_set() -> None:
     with pytest.raises(ConfigError, match="needs the environment variable NOT_SET: set it"):
         with_secrets("http://me:$NOT_SET@host")
+
+
+def test_secret_names__in_the_order_of_the_uri() -> None:
+    uri = "postgresql+psycopg://$ACCOUNT:${PASSWORD}@db/x?sslpassword=$OTHER"
+    assert secret_names(uri) == ["ACCOUNT", "PASSWORD", "OTHER"]
+    assert secret_names("s3://bucket/prefix") == []

@@ -30,6 +30,7 @@ from drtune_ray.values import read_yaml
 # KubeRay's own limit; it appends to the name, and a name in DNS begins with a letter.
 MAX_NAME = 47
 NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+OTHER_NAME = re.compile(r"(?!.{64})[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 STUDY_FOLDER = "/etc/drtune"
 STUDY_KEY, SPACE_KEY = "study.yaml", "space.yaml"
 SCRATCH = "50Gi"
@@ -61,7 +62,7 @@ class RenderOptions:
     image: str | None = None
     worker_memory_gib: int | None = None
     head_memory_gib: int | None = None
-    deadline_hours: float = 24.0
+    deadline_hours: int = 24
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ def _problems(
     pods: WorkerPods,
     options: RenderOptions,
 ) -> Iterator[str]:
+    yield from _name_problems(options)
     yield from durability.problems(
         config,
         asked,
@@ -133,9 +135,24 @@ def _problems(
     if (config.budget.max_seconds or 0) >= seconds:
         yield (
             f"budget.max_seconds={config.budget.max_seconds:g} must be below the deadline of "
-            f"{options.deadline_hours:g} hours, which ends finals too: raise --deadline-hours"
+            f"{options.deadline_hours} hours, which ends finals too: raise --deadline-hours"
         )
     yield from _space_problems(config)
+
+
+def _name_problems(options: RenderOptions) -> Iterator[str]:
+    names = {
+        "--namespace": options.namespace,
+        "--claim": options.claim,
+        "--data-claim": options.data_claim,
+        "--secret": options.secret,
+    }
+    for option, name in names.items():
+        if name is not None and not OTHER_NAME.fullmatch(name):
+            yield (
+                f"{option}={name!r} is no name that Kubernetes takes: up to 63 lower-case letters, "
+                "digits and '-', with a letter or digit at both ends"
+            )
 
 
 def _space_problems(config: StudyConfig) -> Iterator[str]:
@@ -168,7 +185,7 @@ def _entrypoint(asked: Mapping[str, Any], config: StudyConfig, files: Mapping[st
 
 def _fill(rayjob: dict[str, Any], name: str, options: RenderOptions) -> None:
     rayjob["metadata"]["name"] = name
-    rayjob["spec"]["activeDeadlineSeconds"] = round(options.deadline_hours * 3600)
+    rayjob["spec"]["activeDeadlineSeconds"] = options.deadline_hours * 3600
     if options.image is not None:
         spec = rayjob["spec"]
         cluster = spec["rayClusterSpec"]
@@ -221,7 +238,7 @@ def _mount(pod: dict[str, Any], name: str, options: RenderOptions) -> None:
             volume.pop("persistentVolumeClaim")
             volume |= _storage(options.claim)
         elif volume["name"] == "study":
-            volume["configMap"]["name"] = name
+            volume["configMap"]["name"] = _file_name(name)
             is_head = True
     if options.data_claim is not None and is_head:  # images and weights are read by the driver
         claim = {"claimName": options.data_claim, "readOnly": True}
@@ -264,8 +281,13 @@ def _set_secrets(pod: dict[str, Any], secret: str, keys: Iterable[dict[str, Any]
     ]
 
 
+def _file_name(name: str) -> str:
+    """Of the ConfigMap; no other of the namespace ends like this."""
+    return f"{name}-file"
+
+
 def _config_map(name: str, files: Mapping[str, str]) -> dict[str, Any]:
-    metadata = {"name": name, "labels": {"app.kubernetes.io/part-of": "drtune-ray"}}
+    metadata = {"name": _file_name(name), "labels": {"app.kubernetes.io/part-of": "drtune-ray"}}
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": dict(files)}
 
 

@@ -82,7 +82,7 @@ def applied(render: Render) -> tuple[Object, ...]:
 
 
 # Of the base's own study, which a rendered one replaces.
-OWN = {("RayJob", "study"), ("ConfigMap", "study"), ("PodDisruptionBudget", "study-head")}
+OWN = {("RayJob", "study"), ("ConfigMap", "study-file"), ("PodDisruptionBudget", "study-head")}
 
 
 def key(one: Mapping[str, Any]) -> tuple[str, str]:

@@ -60,7 +60,7 @@ def server_problems(objects: tuple[Object, ...]) -> Iterator[str]:
             yield from _postgres(pod, configs.get("postgres-init", {}))
     for one in objects:
         if one["kind"] == "RayJob":
-            yield from _study(one, configs.get(one["metadata"]["name"], {}))
+            yield from _study(one, configs.get(f"{one['metadata']['name']}-file", {}))
 
 
 @cache

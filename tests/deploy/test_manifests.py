@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 
+from drtune_ray.cluster.render import RenderOptions, render_study
 from tests.deploy.checks import rule_problems
 from tests.deploy.manifests import (
     KUSTOMIZED,
@@ -19,6 +21,7 @@ from tests.deploy.manifests import (
     cluster_spec,
     key,
     kustomized,
+    quantity,
     rendered,
 )
 from tests.deploy.rules_kuberay import refused_clusters, refused_jobs
@@ -56,16 +59,14 @@ def test_schemas__refuse_what_is_misspelt() -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_render__is_the_overlay_with_the_study_in_it(overlay: str, tmp_path: Any) -> None:
+def test_render__is_the_overlay_with_the_study_in_it(overlay: str, tmp_path: Path) -> None:
     """Two ways to the same RayJob: kustomize's patches, and ours."""
-    from drtune_ray.cluster.render import RenderOptions, render_study
-
     there = {key(one): one for one in kustomized(f"overlays/{overlay}")}
     expected = copy.deepcopy(there["RayJob", "study"])
     if overlay != "kueue":
         assert expected["spec"].pop("suspend") is True
     file = tmp_path / "study.yaml"
-    file.write_text(there["ConfigMap", "study"]["data"]["study.yaml"])
+    file.write_text(there["ConfigMap", "study-file"]["data"]["study.yaml"])
     options = RenderOptions(overlay=overlay, claim="storage")
     got = {key(one): one for one in render_study(file, options).objects}["RayJob", "study"]
     for one in (got, expected):
@@ -78,8 +79,6 @@ def test_render__is_the_overlay_with_the_study_in_it(overlay: str, tmp_path: Any
 
 
 def _in_mebibytes(spec: Object) -> None:
-    from tests.deploy.manifests import quantity
-
     shares = spec["containers"][0]["resources"]
     for share in (shares["requests"], shares["limits"]):
         share["memory"] = quantity(share["memory"])

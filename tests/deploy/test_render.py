@@ -148,8 +148,8 @@ def test_object_name(name: str, expected: str) -> None:
 
 
 def test_job__deadline_and_image(tmp_path: Path) -> None:
-    made = job(study(tmp_path), deadline_hours=1.5, image="example.org/drtune-ray@sha256:0")
-    assert made["spec"]["activeDeadlineSeconds"] == 5400
+    made = job(study(tmp_path), deadline_hours=2, image="example.org/drtune-ray@sha256:0")
+    assert made["spec"]["activeDeadlineSeconds"] == 7200
     assert yaml.safe_dump(made).count("image: example.org/drtune-ray@sha256:0\n") == 3
     assert "image: drtune-ray" not in yaml.safe_dump(made)
 
@@ -239,6 +239,17 @@ def test_refused__all_at_once(tmp_path: Path) -> None:
 def test_refused__a_path_that_leaves_the_volume(tmp_path: Path) -> None:
     file = study(tmp_path, trial={"data": {"train": "/storage/../etc"}})
     assert refusal(file).startswith("data.train='/storage/../etc' is not in a pod")
+
+
+def test_refused__names_that_kubernetes_does_not_take(tmp_path: Path) -> None:
+    problem = (
+        "is no name that Kubernetes takes: up to 63 lower-case letters, digits and '-', with a "
+        "letter or digit at both ends"
+    )
+    assert refusal(study(tmp_path), namespace="Mine", secret="a" * 64).splitlines() == [
+        f"--namespace='Mine' {problem}",
+        f"--secret='{'a' * 64}' {problem}",
+    ]
 
 
 def test_refused__a_wrong_space(tmp_path: Path) -> None:
