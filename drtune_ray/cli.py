@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from drtune_ray import __version__
+from drtune_ray.cli_deploy import deploy
 from drtune_ray.cli_doctor import doctor
 from drtune_ray.cli_jobs import insecure_http_option, logs, show_jobs, stop, submit
 from drtune_ray.cli_options import (
@@ -50,9 +51,6 @@ INTERRUPTED = 130
 @click.version_option(__version__)
 def cli() -> None:
     """Find the best DR-Tune fine-tuning of a pretrained vision model for your images."""
-
-
-cli.add_command(doctor)
 
 
 @cli.command()
@@ -273,7 +271,7 @@ def status(
     echo(status_lines(found, program()))
 
 
-for command in (submit, logs, stop):
+for command in (deploy, doctor, logs, stop, submit):
     cli.add_command(command)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from tests.search.leftovers import free_port
 
 BUCKET = "studies"
 
@@ -72,9 +73,7 @@ def mlflow_server(folder: Path, *options: str, **variables: str) -> Iterator[str
         variables: Of its environment.
     """
     folder.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--workers", "1"]
     command += ["--artifacts-destination", str(folder / "artifacts"), *options]
@@ -83,14 +82,14 @@ def mlflow_server(folder: Path, *options: str, **variables: str) -> Iterator[str
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=folder)
     address = f"http://127.0.0.1:{port}"
     try:
-        _wait_until_healthy(f"{address}/health", process)
+        wait_until_healthy(f"{address}/health", process)
         yield address
     finally:
         process.terminate()
         process.wait(timeout=30)
 
 
-def _wait_until_healthy(address: str, process: subprocess.Popen[bytes]) -> None:
+def wait_until_healthy(address: str, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         assert process.poll() is None, "the server ended by itself"

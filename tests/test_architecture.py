@@ -38,9 +38,10 @@ LAYERS: dict[str, set[str]] = {
     "display": FLOOR | {"tracking", "results", "search", "cluster"},
     "cli_options": set(),
     "cli_jobs": {"errors", "cli_options", "cluster", "display"},
+    "cli_deploy": {"cluster"},
     "cli_doctor": FLOOR | {"cli_options", "cluster", "display", "search"},
     "cli": FLOOR
-    | {"cli_doctor", "cli_jobs", "cli_options", "demo", "display"}
+    | {"cli_deploy", "cli_doctor", "cli_jobs", "cli_options", "demo", "display"}
     | {"training", "tracking", "results", "search", "cluster"},
 }
 # Who alone may import these.

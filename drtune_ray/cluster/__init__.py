@@ -1,1 +1,1 @@
-"""Ray clusters: sending studies there, and looking at one before they run."""
+"""Clusters elsewhere: sending studies there, manifests for them, and looking at one beforehand."""

@@ -1,0 +1,69 @@
+"""What a study needs to go on in a cluster of pods: each try of a RayJob is a new one.
+
+Everything that a pod writes on its own disk is gone with it (DESIGN.md, decision 12).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+from drtune_ray.config import StudyConfig
+
+STORAGE_PATH = "/storage"
+DATA_PATH = "/data"
+STUDIES_PATH = f"{STORAGE_PATH}/studies"
+
+
+def problems(
+    config: StudyConfig, asked: Mapping[str, Any], *, has_claim: bool, has_data_claim: bool
+) -> Iterator[str]:
+    """A sentence for each thing that a pod would lose or not find.
+
+    Args:
+        config: The study.
+        asked: What its file says, defaults left out.
+        has_claim: Whether a volume is mounted under ``/storage``.
+        has_data_claim: Whether one is mounted under ``/data``.
+    """
+    if not has_claim and (missing := list(_missing_servers(config))):
+        yield (
+            f"study {config.name!r} would lie on a pod's own disk, and each try of a RayJob is a "
+            "new cluster: give --claim NAME, a volume that all pods mount, or servers for "
+            f"{', '.join(missing)}"
+        )
+    if "storage" in asked and not _is_below(config.storage, STORAGE_PATH):
+        yield (
+            f"storage={config.storage!r} is not writable in a pod: leave it out, or put it below "
+            f"{STORAGE_PATH}"
+        )
+    mounts = {STORAGE_PATH: has_claim, DATA_PATH: has_data_claim}
+    for path, value in _files(config):
+        if not any(_is_below(value, mount) for mount, is_there in mounts.items() if is_there):
+            yield (
+                f"{path}={value!r} is not in a pod: put the files on a volume, give it with "
+                f"--claim (under {STORAGE_PATH}) or --data-claim (under {DATA_PATH}), and write "
+                "the path that they have there"
+            )
+
+
+def _missing_servers(config: StudyConfig) -> Iterator[str]:
+    """Settings that name no server: a file lies on the pod's disk."""
+    if (config.optuna_storage or "sqlite:").startswith("sqlite:"):
+        yield "optuna_storage"
+    if (config.artifacts or "file:").startswith("file:"):
+        yield "artifacts"
+    if not (config.tracking.uri or "").startswith(("http://", "https://")):
+        yield "tracking.uri"
+
+
+def _files(config: StudyConfig) -> Iterator[tuple[str, str]]:
+    """Settings of the trial that name files, which must be in the pod of the driver."""
+    yield "data.train", config.trial.data.train
+    if config.trial.backbone.weights not in ("timm", "demo"):
+        yield "backbone.weights", config.trial.backbone.weights
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return PurePosixPath(folder) in PurePosixPath(path).parents and ".." not in path.split("/")

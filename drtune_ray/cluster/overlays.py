@@ -1,0 +1,52 @@
+"""The RayJob of `deploy/`, as an overlay changes it.
+
+The same files are what `kubectl kustomize` reads: an overlay is a list of components, and each
+holds a JSON patch of the RayJob.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonpatch
+import yaml
+
+from drtune_ray.errors import ConfigError
+from drtune_ray.section import unknown_name
+from drtune_ray.values import read_yaml
+
+KUSTOMIZATION = "kustomization.yaml"
+RAYJOB = "rayjob.yaml"
+
+
+@cache
+def deploy_folder() -> Path:
+    """`deploy/`, from the wheel or the checkout."""
+    installed = Path(str(importlib.resources.files("drtune_ray") / "deploy"))
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "deploy"
+
+
+def overlay_names() -> list[str]:
+    """What `--overlay` takes."""
+    return sorted(path.name for path in (deploy_folder() / "overlays").iterdir() if path.is_dir())
+
+
+def overlaid_rayjob(overlay: str) -> dict[str, Any]:
+    """The base's RayJob with the patches of an overlay, awake unless Kueue is to wake it.
+
+    Raises:
+        ConfigError: If there is no such overlay.
+    """
+    if overlay not in overlay_names():
+        raise ConfigError(unknown_name("overlay", overlay, overlay_names()))
+    folder = deploy_folder() / "overlays" / overlay
+    rayjob = read_yaml(deploy_folder() / "base" / RAYJOB)
+    del rayjob["spec"]["suspend"]
+    for component in read_yaml(folder / KUSTOMIZATION)["components"]:
+        patch = folder / component / RAYJOB
+        if patch.exists():
+            rayjob = jsonpatch.apply_patch(rayjob, yaml.safe_load(patch.read_text()))
+    return rayjob

@@ -1,0 +1,322 @@
+"""The RayJob of one study, from its file and the templates of `deploy/`."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from drtune_ray.addresses import names_in
+from drtune_ray.cluster import durability
+from drtune_ray.cluster.durability import DATA_PATH, STUDIES_PATH
+from drtune_ray.cluster.overlays import overlaid_rayjob
+from drtune_ray.cluster.pods import (
+    DRIVER_GIB,
+    WorkerPods,
+    memory_mib,
+    set_resources,
+    trials_at_a_time,
+    worker_pods,
+)
+from drtune_ray.config import StudyConfig
+from drtune_ray.errors import ConfigError
+from drtune_ray.search.space import SearchSpace, read_space, shipped_spaces
+from drtune_ray.values import read_yaml
+
+# KubeRay's own limit; it appends to the name, and a name in DNS begins with a letter.
+MAX_NAME = 47
+NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
+OTHER_NAME = re.compile(r"(?!.{64})[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+STUDY_FOLDER = "/etc/drtune"
+STUDY_KEY, SPACE_KEY = "study.yaml", "space.yaml"
+SCRATCH = "50Gi"
+S3_NAMES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+MLFLOW_NAMES = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+
+
+@dataclass(frozen=True)
+class RenderOptions:
+    """Where a study runs, beside what its file says.
+
+    Attributes:
+        overlay: A folder of `deploy/overlays`.
+        namespace: Of all objects.
+        claim: A volume that every pod mounts under ``/storage``.
+        data_claim: A volume that the head mounts, read-only, under ``/data``.
+        secret: The Secret whose keys are the environment variables that the study names.
+        image: Instead of the template's.
+        worker_memory_gib: Of one worker of a trial; None: the template's.
+        head_memory_gib: Of the head; None: the template's, and more for waiting trials.
+        deadline_hours: Of the whole study, its retries included.
+    """
+
+    overlay: str
+    namespace: str = "drtune-ray"
+    claim: str | None = None
+    data_claim: str | None = None
+    secret: str = "drtune-study"
+    image: str | None = None
+    worker_memory_gib: int | None = None
+    head_memory_gib: int | None = None
+    deadline_hours: int = 24
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Objects for ``kubectl apply``, and sentences about what was chosen or must be there."""
+
+    objects: tuple[dict[str, Any], ...]
+    notes: tuple[str, ...]
+
+
+def render_study(study_file: Path, options: RenderOptions) -> Rendered:
+    """The RayJob of a study, its file as a ConfigMap, and a disruption budget of its head.
+
+    Raises:
+        ConfigError: Naming every problem.
+    """
+    asked = read_yaml(study_file, with_lines=True)
+    config = StudyConfig.from_mapping(asked)
+    rayjob = overlaid_rayjob(options.overlay)
+    pods = worker_pods(config)
+    if found := list(_problems(config, asked, rayjob, pods, options)):
+        raise ConfigError(found)
+    name = object_name(config.name)
+    files = _files(study_file, config)
+    _fill(rayjob, name, options)
+    rayjob["spec"]["entrypoint"] = _entrypoint(asked, config, files)
+    _fill_cluster(rayjob["spec"]["rayClusterSpec"], config, pods, name, options)
+    objects = (_config_map(name, files), _disruption_budget(name), rayjob)
+    for one in objects:
+        one["metadata"]["namespace"] = options.namespace
+    return Rendered(objects, tuple(_notes(asked, config, pods, options)))
+
+
+def object_name(study: str) -> str:
+    """The study's name, or one like it that Kubernetes takes and no other study gets."""
+    if NAME.fullmatch(study) and len(study) <= MAX_NAME:
+        return study
+    plain = re.sub(r"[^a-z0-9]+", "-", study.lower()).strip("-")
+    mark = hashlib.sha256(study.encode()).hexdigest()[:8]
+    plain = plain if plain[:1].isalpha() else f"study-{plain}"
+    return f"{plain[: MAX_NAME - len(mark) - 1].rstrip('-')}-{mark}"
+
+
+def _problems(
+    config: StudyConfig,
+    asked: Mapping[str, Any],
+    rayjob: Mapping[str, Any],
+    pods: WorkerPods,
+    options: RenderOptions,
+) -> Iterator[str]:
+    yield from _name_problems(options)
+    yield from durability.problems(
+        config,
+        asked,
+        has_claim=options.claim is not None,
+        has_data_claim=options.data_claim is not None,
+    )
+    if config.trial.backbone.weights == "demo":
+        yield (
+            "backbone.weights='demo' is not in the image, which holds no weights: put a file on a "
+            "volume and give its path"
+        )
+    group = rayjob["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["groupName"]
+    if (group == "gpu") != bool(pods.num_gpus):
+        yield (
+            f"overlay {options.overlay} has workers of group {group!r}, but a worker of the study "
+            f"takes {pods.num_gpus} GPUs: set resources.gpus_per_worker, or take another overlay"
+        )
+    seconds = options.deadline_hours * 3600
+    if (config.budget.max_seconds or 0) >= seconds:
+        yield (
+            f"budget.max_seconds={config.budget.max_seconds:g} must be below the deadline of "
+            f"{options.deadline_hours} hours, which ends finals too: raise --deadline-hours"
+        )
+    yield from _space_problems(config)
+
+
+def _name_problems(options: RenderOptions) -> Iterator[str]:
+    names = {
+        "--namespace": options.namespace,
+        "--claim": options.claim,
+        "--data-claim": options.data_claim,
+        "--secret": options.secret,
+    }
+    for option, name in names.items():
+        if name is not None and not OTHER_NAME.fullmatch(name):
+            yield (
+                f"{option}={name!r} is no name that Kubernetes takes: up to 63 lower-case letters, "
+                "digits and '-', with a letter or digit at both ends"
+            )
+
+
+def _space_problems(config: StudyConfig) -> Iterator[str]:
+    space = read_space(config.space) if isinstance(config.space, str) else config.space
+    try:
+        SearchSpace.from_mapping(space, config.trial)
+    except ConfigError as error:
+        yield from error.problems
+
+
+def _files(study_file: Path, config: StudyConfig) -> dict[str, str]:
+    """The study's file as it is, and that of its space where it names one."""
+    files = {STUDY_KEY: study_file.read_text()}
+    if isinstance(config.space, str) and config.space not in shipped_spaces():
+        files[SPACE_KEY] = Path(config.space).read_text()
+    return files
+
+
+def _entrypoint(asked: Mapping[str, Any], config: StudyConfig, files: Mapping[str, str]) -> str:
+    """What the head runs; settings that would follow from the head's own size are said."""
+    command = ["drtune-ray", "tune", f"{STUDY_FOLDER}/{STUDY_KEY}"]
+    if "storage" not in asked:
+        command += ["--storage", STUDIES_PATH]
+    if SPACE_KEY in files:
+        command += ["--space", f"{STUDY_FOLDER}/{SPACE_KEY}"]
+    command += ["--set", f"resources.trials_at_a_time={trials_at_a_time(config)}"]
+    command += ["--set", f"resources.cpus_per_worker={config.resources.cpus_per_worker}"]
+    return shlex.join(command)
+
+
+def _fill(rayjob: dict[str, Any], name: str, options: RenderOptions) -> None:
+    rayjob["metadata"]["name"] = name
+    rayjob["spec"]["activeDeadlineSeconds"] = options.deadline_hours * 3600
+    if options.image is not None:
+        spec = rayjob["spec"]
+        cluster = spec["rayClusterSpec"]
+        templates = [spec["submitterPodTemplate"], cluster["headGroupSpec"]["template"]]
+        templates += [group["template"] for group in cluster["workerGroupSpecs"]]
+        for template in templates:
+            template["spec"]["containers"][0]["image"] = options.image
+
+
+def _fill_cluster(
+    cluster: dict[str, Any],
+    config: StudyConfig,
+    pods: WorkerPods,
+    name: str,
+    options: RenderOptions,
+) -> None:
+    head, (workers,) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
+    head["resources"]["trial_driver"] = str(pods.num_drivers)
+    workers["maxReplicas"] = pods.count
+    if not cluster["enableInTreeAutoscaling"]:
+        workers["replicas"] = workers["minReplicas"] = pods.count
+    for template in (head["template"], workers["template"]):
+        template["metadata"]["labels"]["drtune-ray/cluster"] = name
+        _mount(template["spec"], name, options)
+    _set_sizes(head["template"]["spec"], workers["template"]["spec"], pods, options)
+    _set_secrets(head["template"]["spec"], options.secret, _head_secrets(config))
+    _set_secrets(workers["template"]["spec"], options.secret, _artifact_secrets(config))
+
+
+def _set_sizes(
+    head: dict[str, Any], worker: dict[str, Any], pods: WorkerPods, options: RenderOptions
+) -> None:
+    waiting = DRIVER_GIB * pods.num_drivers if pods.drivers_take_memory else 0.0
+    memory = memory_mib(head["containers"][0]) + round(1024 * waiting)
+    if options.head_memory_gib is not None:
+        memory = 1024 * options.head_memory_gib
+    set_resources(head, memory=memory)
+    each = memory_mib(worker["containers"][0])
+    if options.worker_memory_gib is not None:
+        each = 1024 * options.worker_memory_gib
+    memory = each * pods.workers_each
+    set_resources(worker, memory=memory, cpus=pods.num_cpus, gpus=pods.num_gpus)
+
+
+def _mount(pod: dict[str, Any], name: str, options: RenderOptions) -> None:
+    """Put the study's own volumes in the place of the template's."""
+    is_head = False
+    for volume in pod["volumes"]:
+        if volume["name"] == "storage":
+            volume.pop("persistentVolumeClaim")
+            volume |= _storage(options.claim)
+        elif volume["name"] == "study":
+            volume["configMap"]["name"] = _file_name(name)
+            is_head = True
+    if options.data_claim is not None and is_head:  # images and weights are read by the driver
+        claim = {"claimName": options.data_claim, "readOnly": True}
+        pod["volumes"].append({"name": "data", "persistentVolumeClaim": claim})
+        mount = {"name": "data", "mountPath": DATA_PATH, "readOnly": True}
+        pod["containers"][0]["volumeMounts"].append(mount)
+
+
+def _storage(claim: str | None) -> dict[str, Any]:
+    if claim is None:  # artifacts hold what must last
+        return {"emptyDir": {"sizeLimit": SCRATCH}}
+    return {"persistentVolumeClaim": {"claimName": claim}}
+
+
+def _head_secrets(config: StudyConfig) -> list[dict[str, Any]]:
+    """The driver alone opens the database and MLflow."""
+    addresses = [config.optuna_storage, config.tracking.uri]
+    needed = [name for uri in addresses for name in names_in(uri or "")]
+    if (config.tracking.uri or "").startswith(("http://", "https://")):
+        needed += MLFLOW_NAMES
+    of_artifacts = _artifact_secrets(config)
+    given = {secret["key"] for secret in of_artifacts}
+    return [{"key": name} for name in dict.fromkeys(needed) if name not in given] + of_artifacts
+
+
+def _artifact_secrets(config: StudyConfig) -> list[dict[str, Any]]:
+    """Where a pod has a role of its own, the Secret holds no keys of S3."""
+    uri = config.artifacts or ""
+    needed: list[dict[str, Any]] = [{"key": name} for name in names_in(uri)]
+    if uri.startswith("s3://"):
+        needed += [{"key": name, "optional": True} for name in S3_NAMES]
+    return needed
+
+
+def _set_secrets(pod: dict[str, Any], secret: str, keys: Iterable[dict[str, Any]]) -> None:
+    container = pod["containers"][0]
+    plain = [variable for variable in container["env"] if "valueFrom" not in variable]
+    container["env"] = plain + [
+        {"name": key["key"], "valueFrom": {"secretKeyRef": {"name": secret} | key}} for key in keys
+    ]
+
+
+def _file_name(name: str) -> str:
+    """Of the ConfigMap; no other of the namespace ends like this."""
+    return f"{name}-file"
+
+
+def _config_map(name: str, files: Mapping[str, str]) -> dict[str, Any]:
+    metadata = {"name": _file_name(name), "labels": {"app.kubernetes.io/part-of": "drtune-ray"}}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": dict(files)}
+
+
+def _disruption_budget(name: str) -> dict[str, Any]:
+    labels = {"drtune-ray/role": "ray-head", "drtune-ray/cluster": name}
+    return {
+        "apiVersion": "policy/v1",
+        "kind": "PodDisruptionBudget",
+        "metadata": {
+            "name": f"{name}-head",
+            "labels": {"app.kubernetes.io/part-of": "drtune-ray"},
+        },
+        "spec": {"minAvailable": 1, "selector": {"matchLabels": labels}},
+    }
+
+
+def _notes(
+    asked: Mapping[str, Any], config: StudyConfig, pods: WorkerPods, options: RenderOptions
+) -> Iterator[str]:
+    if config.resources.trials_at_a_time is None:
+        yield (
+            f"resources.trials_at_a_time is not set: {trials_at_a_time(config)} trials at a time, "
+            f"on {pods.count} pods"
+        )
+    keys = [key["key"] for key in _head_secrets(config) if not key.get("optional")]
+    if keys:
+        yield f"Secret {options.secret} in {options.namespace} must hold {', '.join(keys)}"
+    if config.trial.backbone.weights == "timm":
+        yield (
+            "backbone.weights=timm: the head fetches them from timm's hub, which the network "
+            "policies of deploy/base do not allow; component object-store does"
+        )
