@@ -49,7 +49,7 @@ def worker_pods(config: StudyConfig) -> WorkerPods:
     """
     demand = trial_demand(config.trial.training, config.resources)
     trials = trials_at_a_time(config)
-    num_workers = trials * demand.num_workers
+    num_workers = max(trials * demand.num_workers, _final_workers(config))
     num_gpus = math.ceil(demand.num_gpus)
     each = 1
     if 0 < demand.num_gpus < 1:
@@ -62,6 +62,14 @@ def worker_pods(config: StudyConfig) -> WorkerPods:
         num_drivers=trials,
         drivers_take_memory=demand.num_workers > 1,
     )
+
+
+def _final_workers(config: StudyConfig) -> int:
+    """Most that the final fit may have, where it asks for others than a trial."""
+    asked = config.final_fit
+    if asked.images == "none" or asked.workers is None:
+        return 0
+    return asked.workers if isinstance(asked.workers, int) else asked.workers[1]
 
 
 def trials_at_a_time(config: StudyConfig) -> int:

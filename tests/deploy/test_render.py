@@ -304,3 +304,11 @@ def test_command__a_refusal_is_one_message_and_code_2(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("drtune-ray: study 'flowers' would lie on a pod's own disk")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("asked", "count"), [(1, 2), (5, 5), ([1, 6], 6), (None, 2)])
+def test_the_pods_hold_the_final_fit_too(tmp_path: Path, asked: Any, count: int) -> None:
+    final_fit = {"images": "all", "workers": asked}
+    assert workers(job(study(tmp_path, final_fit=final_fit)))["maxReplicas"] == count
+    final_fit["images"] = "none"
+    assert workers(job(study(tmp_path, final_fit=final_fit)))["maxReplicas"] == 2
