@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tests.deploy.manifests import Object, cluster_spec, key
+from tests.deploy.rules_pods import DRAIN
 
 GPU_NODES = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
 GKE_SPOT = {
@@ -48,9 +49,9 @@ def _machines(one: Object, group: Object, overlay: str) -> Iterator[str]:
     tolerated = TOLERATED.get(overlay, [GPU_NODES]) if is_gpu else []
     if spec.get("tolerations", []) != tolerated:
         yield f"{name} tolerates {spec.get('tolerations')}"
-    # What is drained is looked at in rules_pods.
-    if ("lifecycle" in spec["containers"][0]) != (is_gpu and overlay in SPOT):
-        yield f"{name}: machines that may be taken away are drained, no other"
+    names = [variable["name"] for variable in spec["containers"][0]["env"]]
+    if (DRAIN in names) != (is_gpu and overlay in SPOT):
+        yield f"{name}: machines that may be taken away leave trials their time, no other"
 
 
 def _waking(one: Object, overlay: str) -> Iterator[str]:
