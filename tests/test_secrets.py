@@ -105,14 +105,15 @@ def secured_server(planted: Planted, folder: Path) -> Any:
 def test_secrets_go_nowhere(planted: Planted, tmp_path: Path, weights_file: Any) -> None:
     place = f"s3://{BUCKET}/secrets"
     artifacts = open_folder(place).below("small")
-    values = study_values(tmp_path, weights_file, trials=2, reference_trials=[], artifacts=place)
+    values = study_values(tmp_path, weights_file, trials=1, reference_trials=[], artifacts=place)
     values["trial"]["training"]["epochs"] = 2
     file = tmp_path / "study.yaml"
     log = tmp_path / "mlflow" / "log"
+    no_ray = (str(file), "--address", "127.0.0.1:9")
 
-    def write(address: str, url: str, name: str = "small", trials: int = 2) -> None:
+    def write(address: str, url: str, name: str = "small") -> None:
         tracking = {"tracking": {"uri": address}, "optuna_storage": url}
-        file.write_text(to_yaml(values | tracking | {"name": name, "trials": trials}))
+        file.write_text(to_yaml(values | tracking | {"name": name}))
 
     with (
         database(tmp_path.parent / f"{tmp_path.name}-database") as plain,
@@ -124,21 +125,21 @@ def test_secrets_go_nowhere(planted: Planted, tmp_path: Path, weights_file: Any)
         planted.run("tune", str(file), expected=0)
         # MLflow refuses: once by its login, once by that of its address.
         refusing = mlflow.replace("://", "://admin:$SERVER_PASSWORD@")
-        write(mlflow, url, "refused", 1)
+        write(mlflow, url, "refused")
         no_login = {"MLFLOW_TRACKING_PASSWORD": planted.secrets["SERVER_PASSWORD"]}
         planted.run("tune", str(file), expected=0, **no_login)
         planted.run("sync", str(tmp_path / "studies" / "refused"), expected=3, **no_login)
-        write(refusing, url, "refused", 1)
-        planted.run("doctor", str(file), expected=3, MLFLOW_TRACKING_USERNAME="")
+        write(refusing, url, "refused")
+        planted.run("doctor", *no_ray, expected=3, MLFLOW_TRACKING_USERNAME="")
     # All servers are away.
     away = url.split("@")[0] + "@127.0.0.1:9/none"
-    write("http://admin:$SERVER_PASSWORD@127.0.0.1:9", away, "away", 1)
+    write("http://admin:$SERVER_PASSWORD@127.0.0.1:9", away, "away")
     planted.run("tune", str(file), expected=3)
-    planted.run("doctor", str(file), expected=3)
+    planted.run("doctor", *no_ray, expected=3)
 
     assert planted.leaks(artifacts) == set()
     # The search would see them: in what was printed, in files, and in artifacts.
-    for name in ("Best of 2 trials", "cannot be used", "refuses", "does not answer"):
+    for name in ("Best of 1 trials", "cannot be used", "refuses", "does not answer"):
         assert name in planted.printed
     assert log.exists() and list(planted.sessions.glob("session_*/logs/*"))
     (tmp_path / "control").write_text(planted.secrets["RAY_AUTH_TOKEN"])
