@@ -13,8 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray import cloudpickle
 
 from drtune_ray.data.artifacts import Folder, open_folder
+from drtune_ray.search.budget import Budget
+from drtune_ray.search.callback import StudyCallback
+from drtune_ray.search.proposals import FinalistProposals
+from drtune_ray.search.searcher import StudySearch
+from drtune_ray.search.servers import open_storage, open_study
+from drtune_ray.study_sections import BudgetConfig
 from drtune_ray.values import to_yaml
 from tests.search.test_study import study_values
 from tests.servers import BUCKET, database, mlflow_server, object_store_here
@@ -79,7 +86,8 @@ class Planted:
             f"{name} in {place}"
             for place, content in contents.items()
             for name, secret in self.secrets.items()
-            if secret.encode() in content
+            # Tune writes pickles in hexadecimal.
+            if secret.encode() in content or secret.encode().hex().encode() in content
         }
 
 
@@ -148,3 +156,15 @@ def test_secrets_go_nowhere(planted: Planted, tmp_path: Path, weights_file: Any)
         f"RAY_AUTH_TOKEN in {tmp_path}/control",
         f"AWS_SESSION_TOKEN in {artifacts.address('control')}",
     }
+
+
+def test_what_tune_pickles_holds_no_address(tmp_path: Path) -> None:
+    """It lies in the experiment folder as long as a search runs, and after a kill."""
+    storage = open_storage(tmp_path, f"sqlite:///{tmp_path}/open-sesame.db")
+    study = open_study(storage, "small-1")
+    budget = Budget(3, BudgetConfig(), study)
+    search = StudySearch(FinalistProposals(study, []), budget)
+    assert b"open-sesame" in cloudpickle.dumps(study)
+    callback = StudyCallback(search, print, tmp_path, None, lambda: None, lambda: None)
+    for part in (budget, search, callback):
+        assert b"open-sesame" not in cloudpickle.dumps(part)

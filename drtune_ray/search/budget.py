@@ -43,6 +43,10 @@ class Budget(Stopper):  # type: ignore[misc]
         self._clock, self._started = clock, clock()
         self._seconds_before = float(study.user_attrs.get(SECONDS, 0.0))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune writes it to disks, and the address of the storage holds a password."""
+        return {}
+
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Whether Tune shall stop a trial at this epoch."""
         return self.has_reached_target(result) or self.hard_end() is not None

@@ -69,6 +69,10 @@ class StudySearch(Searcher):  # type: ignore[misc]
             for trial in self.study.get_trials(deepcopy=False)
         }
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune writes it to disks, and the address of the storage holds a password."""
+        return {}
+
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """The next trial as Tune's config, or FINISHED."""
         trial = self.proposals.next()
