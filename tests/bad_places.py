@@ -129,15 +129,21 @@ def list_file(here: Path, patch: Patch) -> None:
 
 
 def study_for_pods(here: Path, patch: Patch) -> None:
-    data = "{train: /storage/images}"
     (here / "study.yaml").write_text(
-        f"storage: /studies\ntrial:\n  data: {data}\n  backbone: {{weights: images.pth}}\n"
+        "name: flowers\n"
+        "storage: /studies\n"
+        "trial: {data: {train: /data/images}, backbone: {weights: images.pth}}\n"
     )
+
+
+def nameless_study(here: Path, patch: Patch) -> None:
+    (here / "study.yaml").write_text("trial: {data: {train: /data/images}}\n")
 
 
 def unfit_study_for_pods(here: Path, patch: Patch) -> None:
     """Its weights, workers, seconds and space do not fit what it is rendered with."""
     (here / "study.yaml").write_text(
+        "name: flowers\n"
         "budget: {max_seconds: 7200}\n"
         "space: {parameters: {optim.lr: {float: [0.1, 1.0]}}}\n"
         "trial: {data: {train: /data/images}, backbone: {weights: demo}}\n"

@@ -63,7 +63,6 @@ JOBS = "of the jobs that a job server knows: tests/cluster/test_unknown_jobs.py"
 OWN_FILES = "of a file that only the package writes: tests/training/test_checkpoint.py"
 # Sentences that no command line shows, each with the reason.
 WITHOUT_EXAMPLE = {
-    "x is missing: give it a value": "commands fill in or ask for what is needed",
     "x is not a study: it holds no x": "commands look for that file first",
     "x says that the study is done, but something is left to run: remove that file": (
         "of a study that was run to its end and then lost trials in its storage"
