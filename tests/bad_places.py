@@ -128,6 +128,28 @@ def list_file(here: Path, patch: Patch) -> None:
     (here / "list.yaml").write_text("- trials: 1\n")
 
 
+def study_for_pods(here: Path, patch: Patch) -> None:
+    (here / "study.yaml").write_text(
+        "name: flowers\n"
+        "storage: /studies\n"
+        "trial: {data: {train: /data/images}, backbone: {weights: images.pth}}\n"
+    )
+
+
+def nameless_study(here: Path, patch: Patch) -> None:
+    (here / "study.yaml").write_text("trial: {data: {train: /data/images}}\n")
+
+
+def unfit_study_for_pods(here: Path, patch: Patch) -> None:
+    """Its weights, workers, seconds and space do not fit what it is rendered with."""
+    (here / "study.yaml").write_text(
+        "name: flowers\n"
+        "budget: {max_seconds: 7200}\n"
+        "space: {parameters: {optim.lr: {float: [0.1, 1.0]}}}\n"
+        "trial: {data: {train: /data/images}, backbone: {weights: demo}}\n"
+    )
+
+
 def file_for_storage(here: Path, patch: Patch) -> None:
     (here / "a-file").write_text("")
 

@@ -75,6 +75,10 @@ class _Sentences(ast.NodeVisitor):
         elif name not in SAID_OTHERWISE:
             self.generic_visit(node)
 
+    def visit_keyword(self, node: ast.keyword) -> None:
+        if node.arg != "help":  # of an option
+            self.generic_visit(node)
+
     def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
         self._keep(_parts(node))
 
@@ -199,21 +203,35 @@ def _fields(schema: Any) -> dict[str, Any]:
 # ---- options
 
 
-def option_rules(group: click.Group) -> Iterator[Rule]:
+NUMBERS = (click.types.IntParamType, click.types.FloatParamType)
+
+
+def option_rules(group: click.Group, path: str = "drtune-ray") -> Iterator[Rule]:
     """A rule for each option, argument and number of a command line."""
-    yield Rule(str(group.name), "No such command ")
+    yield _option_rule(path, "No such command ")
+    yield _option_rule(path, "No such option ")
     for name, command in group.commands.items():
-        yield _option_rule(name, "No such option ")
-        yield _option_rule(name, "Got unexpected extra argument ")
-        for parameter in command.params:
-            if isinstance(parameter, click.Argument) and parameter.required:
-                yield _option_rule(name, f"Missing argument '{parameter.human_readable_name}'")
-            if isinstance(parameter.type, click.types.IntParamType):
-                yield _option_rule(name, f"Invalid value for '{parameter.opts[0]}': ")
+        if isinstance(command, click.Group):
+            yield from option_rules(command, f"{path} {name}")
+        else:
+            yield from _command_rules(command, f"{path} {name}")
 
 
-def _option_rule(command: str, message: str) -> Rule:
-    return Rule(command, rf"^Usage: drtune-ray {command} .*\nError: {re.escape(message)}")
+def _command_rules(command: click.Command, path: str) -> Iterator[Rule]:
+    yield _option_rule(path, "No such option ")
+    yield _option_rule(path, "Got unexpected extra argument ")
+    for parameter in command.params:
+        if parameter.required:
+            is_argument = isinstance(parameter, click.Argument)
+            kind = "argument" if is_argument else "option"
+            name = parameter.human_readable_name if is_argument else parameter.opts[0]
+            yield _option_rule(path, f"Missing {kind} '{name}'")
+        if isinstance(parameter.type, NUMBERS):
+            yield _option_rule(path, f"Invalid value for '{parameter.opts[0]}': ")
+
+
+def _option_rule(path: str, message: str) -> Rule:
+    return Rule(path, rf"^Usage: {path} \[OPTIONS\].*\nError: {re.escape(message)}")
 
 
 # ---- what a rule lacks

@@ -37,6 +37,13 @@ LEFT_BY_A_DRIVER = {"driver.lock", "driver.txt", "optuna.journal", "search.db", 
 OF_SPACES = ("space_*.py", "expression*.py", "parameters.py", "settings.py")
 # Functions of refusing modules whose sentences are about other things.
 NOT_OF_INPUT = {
+    "cli_jobs.py:_follow",
+    "cli_jobs.py:_server",
+    "cluster/attempts.py:_short",
+    "cluster/attempts.py:end_of",  # of a job
+    "cluster/render.py:_notes",
+    "cluster/submission.py:_notes",
+    "data/artifacts.py:probe_folder",  # exit code 3
     "search/driver.py:StudyDriver._finish",
     "search/driver.py:StudyDriver._tell_start",
     "search/identity.py:driver_lease",
@@ -44,9 +51,7 @@ NOT_OF_INPUT = {
     "search/nodes.py:NodeGroup.__str__",
     "search/prepare.py:Checked.summary",
     "search/prepare.py:preparing_device",
-    "search/request.py:_say",
     "search/single.py:_Training._train_and_write",
-    "search/single.py:_advice",  # exit code 1
     "search/space.py:SearchSpace.clamped",
     "section.py:refusal",  # the form of what is said of each setting, which has rules of its own
     "section.py:unknown_path_problem",  # of search spaces
@@ -54,16 +59,20 @@ NOT_OF_INPUT = {
     "training/backbones.py:_check_hub",
     "training/checkpoint.py:TrialFolder.save",
 }
+JOBS = "of the jobs that a job server knows: tests/cluster/test_unknown_jobs.py"
 OWN_FILES = "of a file that only the package writes: tests/training/test_checkpoint.py"
 # Sentences that no command line shows, each with the reason.
 WITHOUT_EXAMPLE = {
-    "x is missing: give it a value": "commands fill in or ask for what is needed",
     "x is not a study: it holds no x": "commands look for that file first",
-    "x says that the study is done, but trials are left to run: remove that file": (
+    "x says that the study is done, but something is left to run: remove that file": (
         "of a study that was run to its end and then lost trials in its storage"
     ),
     "backbone.name=x gives features of shape x instead of (1, D): choose a backbone that pools "
     "its features": "no model of timm 1.0 does",
+    "no study xx was submitted to x": JOBS,
+    "; it has x": JOBS,
+    "studies of the name x were submitted with the storages x: say which by --storage": JOBS,
+    "study x has no attempt x: there are x": JOBS,
     "cannot read checkpoint x: x": OWN_FILES,
     "x: remove it": OWN_FILES,
     "checkpoint x is of another trial or configuration": OWN_FILES,
@@ -72,16 +81,19 @@ WITHOUT_EXAMPLE = {
 }
 # Functions that refuse with sentences of others.
 GATHERING = {
+    "cluster/render.py:render_study",
+    "cluster/submission.py:study_submission",
     "config.py:from_mapping",
     "data/artifacts.py:open_folder",
     "data/sources.py:scan_class_folders",
     "data/splits.py:make_splits",
+    "search/asked.py:mapping_of",
     "search/points.py:start_points",
     "search/prepare.py:check_encoders",
     "search/prepare.py:check_inputs",
-    "search/request.py:_mapping",
     "search/samplers.py:check_sampler",
     "search/single.py:run_training",
+    "search/study.py:_check_final_fit",
     "section.py:validated",
     "values.py:_loaded",
     "values.py:parse_assignments",
@@ -233,7 +245,7 @@ def test_rules__no_message_shows_another_rule() -> None:
 
 
 def test_rules__the_walk_sees_them() -> None:
-    assert {"config.py", "search/request.py", "data/sources.py"} <= refusing_sources().keys()
+    assert {"config.py", "search/asked.py", "data/sources.py"} <= refusing_sources().keys()
     planted = '''
 def check(path: str) -> None:
     """A docstring of some words."""

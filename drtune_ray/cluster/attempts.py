@@ -104,7 +104,7 @@ def attempts_at(
         there = sorted({a.study for a in attempts})
         raise ConfigError(
             f"no study {study!r}{f' in {storage}' if storage else ''} was submitted to {address}"
-            + (f"; there are {there}" if there else "")
+            + (f"; it has {there}" if there else "")
         )
     if len(storages := sorted({a.storage for a in found})) > 1:
         raise ConfigError(

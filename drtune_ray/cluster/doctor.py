@@ -37,6 +37,7 @@ from drtune_ray.study_sections import ResourcesConfig
 from drtune_ray.tracking.mlflow_recorder import default_tracking_uri
 from drtune_ray.tracking.probe import Answer, ServerProbe
 from drtune_ray.training.backbones import check_hub_weights, weights_file
+from drtune_ray.values import full_path
 
 STORAGE, SPACE, ARTIFACTS, DATABASE = "storage", "storage space", "artifacts", "optuna_storage"
 REACHABLE, TOKEN, RAY, NODES = "ray address", "ray token", "ray", "nodes"
@@ -69,10 +70,10 @@ class Setup:
 def study_setup(config: StudyConfig, address: str | None) -> Setup:
     """All that a study needs."""
     return Setup(
-        Places(_absolute(config.storage), config.artifacts, config.optuna_storage),
+        Places(full_path(config.storage), config.artifacts, config.optuna_storage),
         address,
         config.tracking.uri,
-        _absolute(config.trial.data.train),
+        full_path(config.trial.data.train),
         config.trial.backbone,
         config.trial.training,
         config.resources,
@@ -104,7 +105,7 @@ def named_setup(values: Mapping[str, Any], address: str | None) -> Setup:
     given = {"name": named.backbone, "weights": named.weights}
     chosen = {key: value for key, value in given.items() if value is not None}
     return Setup(
-        Places(_absolute(named.storage), named.artifacts, named.optuna_storage),
+        Places(full_path(named.storage), named.artifacts, named.optuna_storage),
         address,
         named.tracking_uri,
         backbone=validated(BackboneConfig, chosen) if chosen else None,
@@ -279,7 +280,3 @@ def _joined_address() -> str:
 def _done(act: Callable[[], None], what: str) -> str:
     act()
     return f"{what}: accepted"
-
-
-def _absolute(path: str) -> Path:
-    return Path(path).expanduser().resolve()

@@ -25,6 +25,7 @@ from drtune_ray.config import BackboneConfig
 from drtune_ray.data.views import Normalization
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.training.folding import folded
+from drtune_ray.values import full_path
 
 HUB_TIMEOUT_SECONDS = 4.0
 DEMO_BACKBONE = "tf_efficientnet_lite0"
@@ -156,9 +157,10 @@ def weights_file(config: BackboneConfig) -> Path | None:
     """The file that holds the weights; None where they come from timm's hub.
 
     Raises:
-        ConfigError: If they are the demo's and its package is not installed.
+        ConfigError: If they are the demo's and its package is not installed, or their path cannot
+            be one here.
     """
-    return None if config.weights == "timm" else _file_of(config.weights).expanduser().resolve()
+    return None if config.weights == "timm" else full_path(_file_of(config.weights))
 
 
 def _file_of(weights: str) -> Path:

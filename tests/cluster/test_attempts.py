@@ -29,7 +29,7 @@ def test_attempts_at__none():
         with pytest.raises(ConfigError) as caught:
             attempts_at(there, study, storage, ADDRESS)
         assert str(caught.value) == (
-            f"no study {study!r}{where} was submitted to {ADDRESS}; there are ['b']"
+            f"no study {study!r}{where} was submitted to {ADDRESS}; it has ['b']"
         )
     with pytest.raises(ConfigError, match=rf"^no study 'a' was submitted to {ADDRESS}$"):
         attempts_at([], "a", None, ADDRESS)
