@@ -63,7 +63,7 @@ WITHOUT_EXAMPLE = {
         "of a study that was run to its end and then lost trials in its storage"
     ),
     "backbone.name=x gives features of shape x instead of (1, D): choose a backbone that pools "
-    "its features": "no model of timm 1.0 does",
+    "its features": "no model of timm 1.0 is known to do it",
     "cannot read checkpoint x: x": OWN_FILES,
     "x: remove it": OWN_FILES,
     "checkpoint x is of another trial or configuration": OWN_FILES,
