@@ -37,14 +37,16 @@ class Rule:
         where: File and function, setting or command.
         pattern: Is found in what is said of it, and of it alone.
         sample: Of a sentence, with some value in each place.
+        words: A part of the pattern that needs no regular expression to be looked for.
     """
 
     where: str
     pattern: str
     sample: str = ""
+    words: str = ""
 
     def is_met_by(self, text: str) -> bool:
-        return re.search(self.pattern, text, re.DOTALL) is not None
+        return self.words in text and re.search(self.pattern, text) is not None
 
 
 # ---- sentences
@@ -108,6 +110,7 @@ def sentence_rules(source: str, name: str) -> list[Rule]:
             f"{name}:{function}",
             "".join(re.escape(part) or ".*?" for part in parts),
             "".join(part or "x" for part in parts),
+            max(parts, key=len),
         )
         for function, parts in visitor.found
     ]
@@ -189,7 +192,9 @@ def _value_rules(schema: Any, path: str) -> Iterator[Rule]:
 
 
 def _setting_rule(path: str, reason: str) -> Rule:
-    return Rule(path, rf"(?m:^(drtune-ray: )?{re.escape(path)}=.*? is not valid: .*?{reason})")
+    return Rule(
+        path, rf"(?m:^(drtune-ray: )?{re.escape(path)}=.*? is not valid: .*?{reason})", "", reason
+    )
 
 
 def _fields(schema: Any) -> dict[str, Any]:
@@ -231,7 +236,7 @@ def _command_rules(command: click.Command, path: str) -> Iterator[Rule]:
 
 
 def _option_rule(path: str, message: str) -> Rule:
-    return Rule(path, rf"^Usage: {path} \[OPTIONS\].*\nError: {re.escape(message)}")
+    return Rule(path, rf"^Usage: {path} \[OPTIONS\](?s:.*)\nError: {re.escape(message)}")
 
 
 # ---- what a rule lacks

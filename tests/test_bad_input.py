@@ -68,7 +68,7 @@ WITHOUT_EXAMPLE = {
         "of a study that was run to its end and then lost trials in its storage"
     ),
     "backbone.name=x gives features of shape x instead of (1, D): choose a backbone that pools "
-    "its features": "no model of timm 1.0 does",
+    "its features": "no model of timm 1.0 is known to do it",
     "no study xx was submitted to x": JOBS,
     "; it has x": JOBS,
     "studies of the name x were submitted with the storages x: say which by --storage": JOBS,
