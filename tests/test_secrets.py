@@ -129,7 +129,7 @@ def test_secrets_go_nowhere(planted: Planted, tmp_path: Path, weights_file: Any)
     ):
         url = plain.replace(":@", ":$DATABASE_PASSWORD@")
         write(mlflow, url)
-        planted.run("doctor", str(file), expected=0)
+        planted.run("doctor", *no_ray, expected=3)
         planted.run("tune", str(file), expected=0)
         # MLflow refuses: once by its login, once by that of its address.
         refusing = mlflow.replace("://", "://admin:$SERVER_PASSWORD@")
@@ -149,7 +149,7 @@ def test_secrets_go_nowhere(planted: Planted, tmp_path: Path, weights_file: Any)
     # The search would see them: in what was printed, in files, and in artifacts.
     for name in ("Best of 1 trials", "cannot be used", "refuses", "does not answer"):
         assert name in planted.printed
-    assert log.exists() and list(planted.sessions.glob("session_*/logs/*"))
+    assert log.exists() and list(planted.sessions.glob("ray/session_*/logs/*"))
     (tmp_path / "control").write_text(planted.secrets["RAY_AUTH_TOKEN"])
     artifacts.write("control", planted.secrets["AWS_SESSION_TOKEN"].encode())
     assert planted.leaks(artifacts) == {
