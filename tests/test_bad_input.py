@@ -247,6 +247,7 @@ def test_rules__no_message_shows_another_rule() -> None:
 def test_rules__the_walk_sees_them() -> None:
     assert {"config.py", "search/asked.py", "data/sources.py"} <= refusing_sources().keys()
     planted = '''
+@click.option("--path", help="Where it lies.")
 def check(path: str) -> None:
     """A docstring of some words."""
     logger.warning("some other words")

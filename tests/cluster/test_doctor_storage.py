@@ -148,6 +148,14 @@ def test_mlflow__a_store_that_is_none(examined: Any, tmp_path: Path) -> None:
 # ---- images and weights
 
 
+def test_files__under_an_unknown_home(examined: Any, tmp_path: Path) -> None:
+    found = examined(storage=str(tmp_path), weights="~nobody-at-all/w.pth")
+    reason = (
+        "'~nobody-at-all/w.pth' begins with a home that is not known here: write the whole path"
+    )
+    assert found["weights"] == ("failed", reason)
+
+
 def test_files__not_there(examined: Any, tmp_path: Path) -> None:
     found = examined(storage=str(tmp_path), weights=str(tmp_path / "w.pth"))
     assert found["weights"] == (
