@@ -64,6 +64,7 @@ def submitted(cluster: JobCluster, file: Path, *arguments: str) -> subprocess.Po
     return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
+@pytest.mark.timeout(900)
 def test_the_demo__followed_left_stopped_killed_and_gone_on_with(cluster, tracking, tmp_path):
     file = demo_file(tmp_path, tracking)
     study = tmp_path / "studies" / "demo"
@@ -99,7 +100,7 @@ def test_the_demo__followed_left_stopped_killed_and_gone_on_with(cluster, tracki
     # Stopped: SIGTERM, of which it saves within Ray's three seconds.
     stopped = cluster.run("stop", "demo")
     assert (stopped.returncode, stopped.stdout) == (0, f"{job} is stopped\n")
-    said, told = following.communicate(timeout=60)
+    said, told = following.communicate(timeout=200)
     assert following.returncode == 130
     assert "Stopping: running trials save what they have" in said
     assert told.splitlines()[-1] == (
@@ -114,7 +115,7 @@ def test_the_demo__followed_left_stopped_killed_and_gone_on_with(cluster, tracki
     assert max(steps.values()) == 1  # nothing was trained twice
     (driver,) = cluster.drivers()
     kill(driver, signal.SIGKILL)
-    _, told = killed.communicate(timeout=60)
+    _, told = killed.communicate(timeout=200)
     assert killed.returncode == 3
     next_job = f"{job.removesuffix('-1')}-2"
     assert told.splitlines()[-1] == (
@@ -124,7 +125,7 @@ def test_the_demo__followed_left_stopped_killed_and_gone_on_with(cluster, tracki
     # And once more, to the end.
     (cluster.orders() / "hurry").touch()
     done = submitted(cluster, file)
-    said, told = done.communicate(timeout=120)
+    said, told = done.communicate(timeout=300)
     assert done.returncode == 0, said + told
     assert "Best of 3 trials: trial " in said
     attempts = cluster.jobs("demo")
@@ -216,6 +217,7 @@ def test_a_missing_token__is_said_before_anything_is_sent(cluster, tmp_path, wei
     assert f"no study 'unsent' was submitted to {cluster.address}" in found.stderr
 
 
+@pytest.mark.timeout(900)
 def test_two_nodes__train_a_submitted_study(tmp_path, weights_file):
     values: dict[str, Any] = study_values(tmp_path, weights_file, trials=4, reference_trials=[])
     values["scheduler"] = {"name": "none"}

@@ -32,6 +32,7 @@ def asked(folder: Any, weights_file: Any, **final_fit: Any) -> StudyConfig:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # three studies, two of them with Ray Train
 def test_the_winner_is_trained_again_on_validation_images_too(tmp_path, weights_file):
     config = asked(tmp_path, weights_file)
     events: list[Any] = []
