@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray._private.services import find_gcs_addresses
 
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.search.reaper import remove_leftovers
@@ -69,8 +70,9 @@ ray.get(service.start.remote())
     ],
 )
 def test_ray_session__an_address_that_is_wrong_is_one_message_at_once(monkeypatch, address, reason):
-    if address == "auto" and Path("/tmp/ray/ray_current_cluster").exists():
-        pytest.skip("a cluster runs or ran on this machine")
+    if address == "auto":
+        if Path("/tmp/ray/ray_current_cluster").exists() or find_gcs_addresses():
+            pytest.skip("a cluster runs or ran on this machine")
     monkeypatch.setenv("RAY_ADDRESS", address)
     start = time.monotonic()
     message = rf"^the Ray cluster of RAY_ADDRESS={address} cannot be joined: {reason}"
