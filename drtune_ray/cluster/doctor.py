@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from drtune_ray.search.environment import environment
 from drtune_ray.search.group import ADDRESS
 from drtune_ray.search.nodes import Capacity, trial_demand, trials_that_fit
 from drtune_ray.search.session import ray_session, set_environment
+from drtune_ray.search.study import study_trainings
 from drtune_ray.section import Section, validated
 from drtune_ray.study_sections import ResourcesConfig
 from drtune_ray.tracking.mlflow_recorder import default_tracking_uri
@@ -54,7 +55,8 @@ class Setup:
         tracking_uri: Of MLflow; None: SQLite under the storage.
         data: Folder of images; None: is not looked at.
         backbone: Whose weights are looked at.
-        training: How many workers a trial has; None: no trial is looked at.
+        trainings: How many workers each has, by the setting that says it; none is looked at
+            without a study.
         resources: What they take.
     """
 
@@ -63,7 +65,7 @@ class Setup:
     tracking_uri: str | None = None
     data: Path | None = None
     backbone: BackboneConfig | None = None
-    training: TrainingConfig | None = None
+    trainings: Mapping[str, TrainingConfig] = field(default_factory=dict)
     resources: ResourcesConfig = ResourcesConfig()
 
 
@@ -75,7 +77,7 @@ def study_setup(config: StudyConfig, address: str | None) -> Setup:
         config.tracking.uri,
         full_path(config.trial.data.train),
         config.trial.backbone,
-        config.trial.training,
+        study_trainings(config),
         config.resources,
     )
 
@@ -190,9 +192,8 @@ def _examine_cluster(exam: Examination, setup: Setup) -> None:
         if not is_named:
             exam.check(TOKEN, lambda: check_token(_joined_address()), [RAY])
         exam.check("ray state api", check_dashboard, [RAY])
-        if setup.training is not None:
-            training = setup.training
-            exam.check("trials", lambda: _fitting(training, setup.resources, found[0]), [RAY])
+        if setup.trainings:
+            exam.check("trials", lambda: _fitting(setup, found[0]), [RAY])
         _examine_nodes(exam, setup)
         exam.check("shared files", setup.places.check_shared, _shared_needs(setup.places))
 
@@ -266,9 +267,12 @@ def _server_clock(answer: Answer) -> str:
     return f"at most {abs(skew.seconds) + skew.uncertainty:.1f} s apart"
 
 
-def _fitting(training: TrainingConfig, resources: ResourcesConfig, capacity: Capacity) -> str:
-    number = trials_that_fit(trial_demand(training, resources), resources, capacity)
-    return f"{number} at a time"
+def _fitting(setup: Setup, capacity: Capacity) -> str:
+    numbers = [
+        trials_that_fit(trial_demand(training, setup.resources), setup.resources, capacity, setting)
+        for setting, training in setup.trainings.items()
+    ]
+    return f"{numbers[0]} at a time"
 
 
 def _joined_address() -> str:

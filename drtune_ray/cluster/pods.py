@@ -69,7 +69,7 @@ def _final_workers(config: StudyConfig) -> int:
     asked = config.final_fit
     if asked.images == "none" or asked.workers is None:
         return 0
-    return asked.workers if isinstance(asked.workers, int) else asked.workers[1]
+    return config.trial.training.model_copy(update={"workers": asked.workers}).max_workers
 
 
 def trials_at_a_time(config: StudyConfig) -> int:

@@ -158,7 +158,7 @@ def best_value(trial: FrozenTrial) -> float:
 def best_epoch(trial: FrozenTrial) -> int | None:
     """The first epoch with the best validation accuracy; None before the first epoch."""
     values = values_by_epoch(trial)
-    return min((e for e, v in values.items() if v == best_value(trial)), default=None)
+    return max(values, key=lambda epoch: (values[epoch], -epoch), default=None)
 
 
 def num_epochs(trial: FrozenTrial) -> int:

@@ -24,6 +24,7 @@ from drtune_ray.search.identity import TRIALS_FOLDER
 from drtune_ray.search.outlook import StudyResult
 from drtune_ray.search.prepare import Checked
 from drtune_ray.search.protocol import OUTCOME
+from drtune_ray.search.servers import as_problem
 from drtune_ray.study_sections import FinalFitConfig
 from drtune_ray.tracking.events import RunFinished, RunStarted
 from drtune_ray.training.checkpoint import (
@@ -85,9 +86,10 @@ class FinalFit:
             EnvironmentProblem: If the workers failed more often than they are retried.
         """
         checkpoints = self.checkpoints(fit)
-        # With a checkpoint to go on from it may not have told all of its epochs.
-        if checkpoints.newest() is None and self._is_trained(checkpoints, tables):
-            return COMPLETED
+        with as_problem(fit.artifacts.uri):
+            # With a checkpoint to go on from it may not have told all of its epochs.
+            if checkpoints.newest() is None and self._is_trained(checkpoints, tables):
+                return COMPLETED
         tags = {"drtune.final_fit": str(self.source)}
         fit.emit(RunStarted(self.name, self.name, flattened(self.config.to_mapping()), tags))
         try:

@@ -81,7 +81,9 @@ class Handover:
 
     def _tables(self, checked: Checked, config: TrialConfig) -> Tables:
         device = preparing_device(self.config.resources, self.fit.cluster.capacity)[0]
-        return build_tables(checked, config, self.store, device)
+        tables = build_tables(checked, config, self.store, device)
+        self.store.keep_limit()
+        return tables
 
     def _folder(self, number: int) -> TrialFolder:
         trials = self.config.folder / TRIALS_FOLDER

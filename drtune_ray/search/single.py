@@ -11,7 +11,7 @@ from drtune_ray.config import TrialConfig
 from drtune_ray.data.artifacts import LocalFolder
 from drtune_ray.data.store import TableStore
 from drtune_ray.errors import ConfigError, DrtuneError, EnvironmentProblem
-from drtune_ray.results.winner import read_winner, write_winner
+from drtune_ray.results.winner import read_about, write_winner
 from drtune_ray.search.failures import full_disk_is_told
 from drtune_ray.search.fit import Fit, advice
 from drtune_ray.search.identity import (
@@ -106,19 +106,12 @@ def run_training(
         EnvironmentProblem: If the machine cannot hold the workers.
         DrtuneError: If the loss diverged or the workers failed.
     """
-    try:
-        study_name(name)
-    except ValueError as error:
-        raise ConfigError(f"name: {error}") from None
+    _check_name(name)
     storage, resources = full_path(storage), resources or ResourcesConfig()
     kept = StudyArtifacts(artifacts, storage / name)
     kept.restore_shared(manifest_path(config.data, storage))
     tracking = tracking or TrackingConfig()
-    others = [
-        lambda: trial_demand(config.training, resources),
-        lambda: check_tracking(tracking.uri),
-    ]
-    checked = check_inputs(config, storage, others, resources)
+    checked = _checked(config, storage, resources, tracking)
     config = config.with_values({"data.train": str(data_root(config.data))})
     values = config.to_mapping()
     deciding = deciding_values(values, checked.splits.content_digest(), checked.weights_digest)
@@ -143,21 +136,33 @@ def run_training(
             kept.keep(RECORD_FILE, SPLITS_NAME)
             recorder = build_recorder(tracking, storage, record.study_id)
             with kept.unsent_kept(spool), BackgroundWriter(spool, recorder) as writer:
-                emit = fan_out(writer.emit, observer)
-                fit = Fit(
-                    folder,
-                    record.study_id,
-                    resources,
-                    kept,
-                    cluster,
-                    emit,
-                    lambda: writer.disk_error,
-                )
+                emit, lost = fan_out(writer.emit, observer), lambda: writer.disk_error
+                fit = Fit(folder, record.study_id, resources, kept, cluster, emit, lost)
                 _Training(config, checked, fit).run()
-        about = read_winner(folder / WINNER_NAME).about
-        return TrainingResult(
-            folder, about["val_accuracy"], about["outcome"], spool.num_unsent(), was_done
-        )
+        return _result(folder, spool.num_unsent(), was_done=was_done)
+
+
+def _result(folder: Path, num_unsent: int, *, was_done: bool) -> TrainingResult:
+    about = read_about(folder / WINNER_NAME)
+    return TrainingResult(folder, about["val_accuracy"], about["outcome"], num_unsent, was_done)
+
+
+def _checked(
+    config: TrialConfig, storage: Path, resources: ResourcesConfig, tracking: TrackingConfig
+) -> Checked:
+    """Everything that can be seen without a cluster; see `check_inputs`."""
+    others = [
+        lambda: trial_demand(config.training, resources),
+        lambda: check_tracking(tracking.uri),
+    ]
+    return check_inputs(config, storage, others, resources)
+
+
+def _check_name(name: str) -> None:
+    try:
+        study_name(name)
+    except ValueError as error:
+        raise ConfigError(f"name: {error}") from None
 
 
 @dataclass(frozen=True)

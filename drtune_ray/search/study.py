@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from drtune_ray.config import StudyConfig, reference_config
+from drtune_ray.config import StudyConfig, TrainingConfig, reference_config
 from drtune_ray.errors import ConfigError
 from drtune_ray.search.done import is_done
 from drtune_ray.search.driver import StudyDriver
@@ -180,12 +180,19 @@ def _cluster(config: StudyConfig) -> AbstractContextManager[Capacity | None]:
     """The cluster for the search; none is joined to show a study that is done."""
     if is_done(config.folder, config):
         return nullcontext()
-    trainings = {WORKERS: config.trial.training}
-    if config.final_fit.images != "none":  # it is run by Ray Train whatever its workers
-        again = with_final_workers(config.trial, config.final_fit)
-        trainings["final_fit.workers"] = again.training
+    trainings = study_trainings(config)
+    # The final fit is run by Ray Train whatever its workers.
     with_dashboard = len(trainings) > 1 or config.trial.training.max_workers > 1
     return ready_cluster(trainings, config.resources, with_dashboard=with_dashboard)
+
+
+def study_trainings(config: StudyConfig) -> dict[str, TrainingConfig]:
+    """What must fit on the cluster, by the setting that gives the workers."""
+    trainings = {WORKERS: config.trial.training}
+    if config.final_fit.images != "none":
+        again = with_final_workers(config.trial, config.final_fit)
+        trainings["final_fit.workers"] = again.training
+    return trainings
 
 
 def _manifest(config: StudyConfig) -> Path:

@@ -10,13 +10,14 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from drtune_ray.cluster.doctor import study_setup
 from drtune_ray.config import StudyConfig
 from drtune_ray.data.splits import TEST, VALIDATION
 from drtune_ray.display.outcome import result_facts, result_lines
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.results.winner import read_winner
 from drtune_ray.search.outcome import evaluate_study
-from drtune_ray.search.study import check_study, run_study
+from drtune_ray.search.study import check_study, run_study, study_trainings
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished, RunStarted
 from tests.search.test_finals import values_of
 from tests.search.test_study import mlflow_runs
@@ -136,6 +137,16 @@ def test_its_workers_are_checked_before_the_first_trial(tmp_path, weights_file):
         "final_fit.workers: training.batch_norm=local normalises over a part of the batch with "
         "training.workers=2: set frozen or synchronised"
     )
+
+
+def test_tune_and_doctor_look_at_its_workers(tmp_path, weights_file):
+    trainings = study_setup(asked(tmp_path, weights_file, workers=[1, 3]), None).trainings
+    assert trainings["training.workers"].max_workers == 1
+    assert trainings["final_fit.workers"].max_workers == 3
+    assert trainings == study_trainings(asked(tmp_path, weights_file, workers=[1, 3]))
+    assert list(study_trainings(asked(tmp_path, weights_file, images="none"))) == [
+        "training.workers"
+    ]
 
 
 @pytest.mark.ray
