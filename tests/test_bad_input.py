@@ -92,7 +92,7 @@ GATHERING = {
     "search/prepare.py:check_encoders",
     "search/prepare.py:check_inputs",
     "search/samplers.py:check_sampler",
-    "search/single.py:run_training",
+    "search/single.py:_check_name",
     "search/study.py:_check_final_fit",
     "section.py:validated",
     "values.py:_loaded",

@@ -14,6 +14,7 @@ from typing import Any
 
 from drtune_ray.addresses import secrets_hidden, with_secrets
 from drtune_ray.study_sections import TrackingConfig
+from drtune_ray.tracking.database import make_database
 from drtune_ray.tracking.events import (
     Event,
     FilesReady,
@@ -136,6 +137,7 @@ class MlflowRecorder:
         quiet_mlflow()
         import mlflow
 
+        make_database(self._uri)
         client = mlflow.MlflowClient(with_secrets(self._uri))
         experiment = client.get_experiment_by_name(self._experiment)
         if experiment is None:

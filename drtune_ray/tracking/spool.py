@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 EVENTS_NAME, SENT_NAME = "events.jsonl", "sent"
 RETRY_SECONDS = (1.0, 2.0, 5.0, 15.0, 60.0)
 CLOSING_RETRY_SECONDS = 0.5
+CLOSING_POLL_SECONDS = 0.1
 
 
 class Recorder(Protocol):
@@ -142,12 +143,21 @@ class BackgroundWriter:
         self.close()
 
     def close(self, timeout_seconds: float = 15.0) -> int:
-        """Send what is left within the time; returns how many events remain unsent."""
+        """Send what is left; returns how many events remain unsent.
+
+        Args:
+            timeout_seconds: The longest time without an event that is taken: a slow server gets
+                all of them, one that is away or hangs is not waited for.
+        """
         if not self._closing.is_set():
+            num_left = self._spool.num_unsent()
             self._deadline = time.monotonic() + timeout_seconds
             self._closing.set()
             self._wake.set()
-            self._thread.join(timeout_seconds)
+            while self._thread.is_alive() and not self._is_too_late():
+                self._thread.join(CLOSING_POLL_SECONDS)
+                if (num_now := self._spool.num_unsent()) < num_left:
+                    num_left, self._deadline = num_now, time.monotonic() + timeout_seconds
         return self._spool.num_unsent()
 
     def _run(self) -> None:

@@ -177,7 +177,7 @@ class Killed:
 
     def _check_mlflow(self, states: dict[int, str]) -> None:
         client, (parent,), children = mlflow_runs(self.folder)
-        assert parent.info.status == "FINISHED"
+        assert parent.info.status == "FINISHED", self.log.read_text()
         status = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}
         assert sorted(
             (int(run.data.tags["drtune.trial"]), run.info.status) for run in children

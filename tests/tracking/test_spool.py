@@ -236,6 +236,20 @@ def test_background_writer__sends_while_the_study_runs(tmp_path: Path) -> None:
     assert writer.close() == 0
 
 
+def test_background_writer__close_waits_while_events_are_taken(tmp_path: Path) -> None:
+    class Slow(Shelf):
+        def record(self, event: Event) -> None:
+            time.sleep(0.2)
+            super().record(event)
+
+    shelf = Slow()
+    writer = BackgroundWriter(Spool(tmp_path), shelf)
+    for step in range(8):
+        writer.emit(metric(step))
+    assert writer.close(timeout_seconds=0.6) == 0  # all of them take 1.6 s
+    assert len(shelf.taken) == 8
+
+
 @pytest.mark.usefixtures("short_retries")
 def test_background_writer__server_that_comes_back(tmp_path: Path) -> None:
     shelf = Shelf(num_failures=2)

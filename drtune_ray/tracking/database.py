@@ -1,0 +1,70 @@
+"""MLflow's SQLite database, made whole or not at all.
+
+MLflow makes an empty database by some fifty migrations that no transaction holds together: a
+process that is killed among them leaves a file that no later one can open, and two processes that
+start at once disturb each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+
+def make_database(uri: str) -> None:
+    """Make the database of a tracking URI if it is an SQLite file that does not exist.
+
+    Args:
+        uri: Tracking URI of any kind.
+    """
+    path = _sqlite_file(uri)
+    if path is None or path.exists():
+        return
+    content = _empty_database(path.parent / "mlartifacts")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        _publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    with contextlib.suppress(ArgumentError):  # a folder, which is no URL
+        url = make_url(uri)
+        if url.get_backend_name() == "sqlite" and url.database and url.database != ":memory:":
+            return Path(url.database)
+    return None
+
+
+def _empty_database(artifacts: Path) -> bytes:
+    """A database with all tables, made in memory."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    make_store: Any = SqlAlchemyStore  # MLflow has no types for it
+    engine = make_store("sqlite:///:memory:", str(artifacts)).engine
+    connection = engine.raw_connection()
+    try:
+        return bytes(connection.driver_connection.serialize())
+    finally:
+        connection.close()
+        engine.dispose()
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)  # unlike a rename, it does not replace another process's
+    except FileExistsError:
+        return
+    except OSError:  # a file system without hard links
+        if not path.exists():
+            temporary.replace(path)
