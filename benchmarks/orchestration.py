@@ -60,7 +60,7 @@ from drtune_ray.training.loop import train_epochs
 from drtune_ray.training.records import EpochReport
 from drtune_ray.values import deep_merge
 
-AT_A_TIME, EPOCHS, IMAGE_SIZE = 2, 6, 48
+AT_A_TIME, EPOCHS, IMAGE_SIZE = 2, 5, 48
 NUM_TRIALS = {"plain": 24, "resident": 24, "nested": 4}
 OVER_DEMO = {"trial": {"data": {"image_size": IMAGE_SIZE}, "training": {"epochs": EPOCHS}}}
 

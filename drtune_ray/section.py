@@ -114,8 +114,19 @@ def unknown_name(what: str, value: str, valid: Iterable[str]) -> str:
     if not nearest:
         leaf = value.rsplit(".", 1)[-1]
         nearest = [path for path in valid if path.rsplit(".", 1)[-1] == leaf][:1]
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; valid are {valid}"
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; valid are {_beside(value, valid)}"
     return f"unknown {what} {value!r}{hint}"
+
+
+def _beside(value: str, valid: list[str]) -> list[str]:
+    """The valid names of the group that a name stands in, or of the nearest one around it."""
+    group = value
+    while group:
+        group = group.rpartition(".")[0]
+        prefix = f"{group}." if group else ""
+        if found := [n for n in valid if n.startswith(prefix) and "." not in n[len(prefix) :]]:
+            return found
+    return valid
 
 
 def known_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:

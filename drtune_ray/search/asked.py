@@ -9,6 +9,7 @@ from typing import Any
 
 from drtune_ray.config import StudyConfig
 from drtune_ray.errors import ConfigError
+from drtune_ray.search.identity import STUDY
 from drtune_ray.section import not_a_mapping
 from drtune_ray.values import deep_merge, full_path, nested, parse_assignments, read_yaml
 
@@ -44,14 +45,15 @@ def asked_study(
     """The settings of a study that were asked for, its name and images among them.
 
     Args:
-        study_file: YAML of a `StudyConfig`; None where flags say it all.
+        study_file: YAML of a `StudyConfig`, or the record that a study keeps in its folder; None
+            where flags say it all.
         assignments: ``path=value``; paths of the trial, or of the study.
         flags: Named as in `TRIAL_FLAGS` and `STUDY_FLAGS`, and ``seed``; None is not given.
 
     Raises:
         ConfigError: If it is not YAML, or names no images.
     """
-    asked = read_yaml(study_file, with_lines=True) if study_file else {}
+    asked = _read_study(study_file) if study_file else {}
     asked = deep_merge(asked, nested(_given(STUDY_FLAGS, flags)))
     asked["trial"] = deep_merge(mapping_of(asked, "trial"), nested(trial_values(flags)))
     for path, value in parse_assignments(assignments).items():
@@ -103,6 +105,15 @@ def data_folder(trial: Mapping[str, Any], prefix: str = "") -> Path:
 def name_of(folder: Path) -> str:
     """A study's name from its folder of images."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name).strip("-._") or "study"
+
+
+def _read_study(path: Path) -> Mapping[str, Any]:
+    content = read_yaml(path, with_lines=True)
+    if not {"kind", "config"} <= content.keys():
+        return content
+    if content["kind"] != STUDY:
+        raise ConfigError(f"{path} is the record of a {content['kind']}, not a study file")
+    return mapping_of(content, "config")
 
 
 def _given(names: Mapping[str, str], flags: Mapping[str, Any]) -> dict[str, Any]:
