@@ -340,11 +340,11 @@ def main() -> None:
         error.show()
         sys.exit(ConfigError.exit_code)
     except (click.exceptions.Abort, KeyboardInterrupt):
-        # One more Ctrl-C must not cut off what Ray ends at exit.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         click.echo("\nInterrupted. The same command goes on where it stopped.", err=True)
-        sys.exit(INTERRUPTED)
+        code = INTERRUPTED
     except DrtuneError as error:
         click.echo(f"drtune-ray: {error}", err=True)
         sys.exit(error.exit_code)
+    if code == INTERRUPTED:  # one more Ctrl-C must not cut off what Ray ends at exit
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.exit(code if isinstance(code, int) else 0)
