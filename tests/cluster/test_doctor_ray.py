@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import secrets
 import shutil
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from drtune_ray.cluster.checks_ray import COPY, OPEN
 from drtune_ray.cluster.clocks import FIX as CLOCK_FIX
@@ -71,6 +73,19 @@ def wait_for_port(address: str, head: subprocess.Popen[bytes], log: Path) -> Non
         except OSError:
             time.sleep(0.2)
     raise AssertionError(log.read_text())
+
+
+def sessions_of(address: str) -> str:
+    """Where Ray's nodes write: all of them where the head does."""
+    script = (
+        "import sys, ray; ray.init(sys.argv[1], log_to_driver=False, logging_level='ERROR')\n"
+        "print(ray._private.worker.global_worker.node.get_temp_dir_path())"
+    )
+    command = [sys.executable, "-c", script, address]
+    told = subprocess.run(
+        command, env=variables(**WITH_TOKEN), check=True, timeout=90, capture_output=True, text=True
+    )
+    return told.stdout.split()[-1]
 
 
 def wait_for_nodes(address: str, number: int) -> None:
@@ -196,7 +211,8 @@ def test_a_node_that_is_odd_in_every_way(head: str, tmp_path: Path) -> None:
     storage.mkdir()
     mounted = (
         f"mount -t tmpfs none {storage} && mount -t tmpfs none {images} && "
-        "mount -t tmpfs -o size=32m none /dev/shm"
+        "mount -t tmpfs -o size=32m none /dev/shm && "
+        f"mount -t tmpfs -o size=600m none {sessions_of(head)}"
     )
     odd = {"ODD": "clock,versions", "PYTHONPATH": f"{ODD}:{os.environ.get('PYTHONPATH', '')}"}
     options = [f"--address={head}", "--num-gpus=1"]
@@ -215,14 +231,17 @@ def test_a_node_that_is_odd_in_every_way(head: str, tmp_path: Path) -> None:
             told, num_nodes = re.subn(r"node [\d.]+ \(\w{8}\)", "NODE", text)
             assert num_nodes == 1, text
             texts[check] = state, told
-    import platform
-
     clock = re.sub(r"3[56]\d\d\.\d", "3600", texts.pop("clocks")[1])
     assert clock == f"NODE: its clock is 3600 s ahead of this machine's; {CLOCK_FIX}"
     shared_memory = re.sub(r"0\.0\d", "0.03", texts.pop("shared memory")[1])
     assert shared_memory == (
         "NODE: 0.03 GiB free, at least 0.25 GiB must be; give the container more: --shm-size of "
         "docker, an emptyDir of medium Memory at /dev/shm in Kubernetes"
+    )
+    disk = re.sub(r"0\.[45]\d", "0.58", texts.pop("ray disk")[1])
+    assert disk == (
+        "NODE: 0.58 GiB free, at least 1.00 GiB must be; free space where Ray keeps its sessions "
+        "(/tmp/ray), or start it with another --temp-dir"
     )
     files = re.sub(r"\.doctor-\w+", ".doctor", texts.pop("shared files")[1])
     assert files == (
@@ -234,8 +253,9 @@ def test_a_node_that_is_odd_in_every_way(head: str, tmp_path: Path) -> None:
     assert texts == {
         "versions": (
             "failed",
-            f"NODE: has Python 3.0.1, here {platform.python_version()}; install the same versions "
-            "on every node, best from one image",
+            f"NODE: has Python 3.0.1, here {platform.python_version()}, torch 1.0.1, here "
+            f"{torch.__version__.partition('+')[0]}; install the same versions on every node, best "
+            "from one image",
         ),
         "gpus": (
             "failed",

@@ -15,8 +15,11 @@ if "clock" in ODD and (IS_WORKER or "mlflow" in " ".join(sys.orig_argv)):
     true_time = time.time
     time.time = lambda: true_time() + 3600.0
 if "versions" in ODD and IS_WORKER:
+    import importlib.metadata
     import platform
 
     platform.python_version = lambda: "3.0.1"
+    true_version = importlib.metadata.version
+    importlib.metadata.version = lambda name: "1.0.1+cpu" if name == "torch" else true_version(name)
 if "bare" in ODD and IS_WORKER:
     sys.modules["drtune_ray"] = None
