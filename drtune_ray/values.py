@@ -12,6 +12,10 @@ import yaml
 
 from drtune_ray.errors import ConfigError
 
+# Of PyYAML on a file. The second: no text, a date that does not exist; the third: !!timestamp of
+# something else.
+NOT_YAML = (yaml.YAMLError, ValueError, AttributeError)
+
 
 def full_path(path: str | Path) -> Path:
     """An absolute path from one that a user gave, which may begin with ``~``.
@@ -43,7 +47,7 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
             continue
         try:
             values[path.strip()] = yaml.safe_load(text) if text.strip() else text
-        except (yaml.YAMLError, ValueError):  # the second: a date that does not exist
+        except NOT_YAML:
             problems.append(f"--set {assignment!r} has a value that is not YAML: quote it")
     if problems:
         raise ConfigError(problems)
@@ -114,7 +118,7 @@ def read_yaml(path: Path, *, with_lines: bool = False) -> dict[str, Any]:
         raise ConfigError(f"cannot read {path}: {error.strerror}; give a YAML file") from None
     except ConfigError:
         raise
-    except (yaml.YAMLError, ValueError) as error:  # the second: no text, a date that does not exist
+    except NOT_YAML as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a mapping of keys to values")

@@ -164,7 +164,9 @@ def weights_file(config: BackboneConfig) -> Path | None:
 
 
 def _file_of(weights: str) -> Path:
-    return demo_weights_file() if weights == "demo" else Path(weights)
+    if weights == "demo":
+        return demo_weights_file()
+    return full_path(weights) if weights.startswith("~") else Path(weights)
 
 
 def demo_weights_file() -> Path:

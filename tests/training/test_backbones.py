@@ -3,6 +3,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import re
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -334,6 +335,15 @@ def test_load_backbone__size_below_one_patch(weights_file: WeightsFile) -> None:
 
 
 # ---- a Backbone
+
+
+def test_load_backbone__file_below_the_home(
+    tmp_path: Path, weights_file: WeightsFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(weights_file("test_vit"), tmp_path / "weights.safetensors")
+    backbone, _ = load("test_vit", Path("~/weights.safetensors"))
+    assert backbone.name == "test_vit"
 
 
 @pytest.mark.parametrize("name", TINY)
