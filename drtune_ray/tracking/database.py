@@ -24,6 +24,7 @@ def make_database(uri: str) -> None:
     if path is None or path.exists():
         return
     content = _empty_database(path.parent / "mlartifacts")
+    path.parent.mkdir(parents=True, exist_ok=True)  # as MLflow does
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -36,13 +37,15 @@ def make_database(uri: str) -> None:
 
 
 def _sqlite_file(uri: str) -> Path | None:
+    """The file of a plain SQLite address."""
     from sqlalchemy import make_url
     from sqlalchemy.exc import ArgumentError
 
     with contextlib.suppress(ArgumentError):  # a folder, which is no URL
         url = make_url(uri)
-        if url.get_backend_name() == "sqlite" and url.database and url.database != ":memory:":
-            return Path(url.database)
+        name = url.database or ""
+        if url.get_backend_name() == "sqlite" and name and not name.startswith((":", "file:")):
+            return Path(name)
     return None
 
 

@@ -35,7 +35,16 @@ def test_make_database__killed_among_the_migrations(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
 
 
-@pytest.mark.parametrize("uri", ["http://host:5000", "folder", "sqlite://", "sqlite:///:memory:"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://host:5000",
+        "folder",
+        "sqlite://",
+        "sqlite:///:memory:",
+        "sqlite:///file:mlflow.db?mode=ro&uri=true",
+    ],
+)
 def test_make_database__nothing_of_other_stores(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,6 +80,7 @@ def test_make_database__without_hard_links(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(database, "_empty_database", lambda artifacts: b"tables")
     monkeypatch.setattr(database.os, "link", no_links)
-    make_database(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    assert (tmp_path / "mlflow.db").read_bytes() == b"tables"
-    assert len(list(tmp_path.iterdir())) == 1
+    folder = tmp_path / "new"
+    make_database(f"sqlite:///{folder / 'mlflow.db'}")
+    assert (folder / "mlflow.db").read_bytes() == b"tables"
+    assert len(list(folder.iterdir())) == 1
