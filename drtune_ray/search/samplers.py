@@ -8,6 +8,7 @@ import inspect
 import warnings
 from collections.abc import Container, Iterator, Sequence
 from functools import reduce
+from itertools import takewhile
 from operator import or_
 from typing import Any
 
@@ -17,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from drtune_ray.errors import ConfigError
+from drtune_ray.results.trials import NOT_TRAINED
 from drtune_ray.section import reason, refusal, unknown_name
 from drtune_ray.study_sections import SamplerConfig
 from drtune_ray.training.model import derived_seed
@@ -43,6 +45,7 @@ KINDS = {kind.__name__: kind for kind in PLAIN} | {"None": type(None)}
 # A point of a sequence depends on all before it: the seed of the sequence must stay.
 SEQUENCES = ("qmc",)
 RANDOM_START = "n_startup_trials"
+MAX_REPEATS = 10
 
 
 def check_sampler(config: SamplerConfig) -> None:
@@ -70,31 +73,39 @@ def check_sampler(config: SamplerConfig) -> None:
 
 
 class OfSearched(optuna.samplers.BaseSampler):
-    """A sampler that sees only the trials that were sampled.
+    """A sampler that sees only the trials that were sampled, and does not repeat itself for ever.
 
     Reference trials outside of the space, and finalists, have no parameters. Optuna's TPE counts
     them among the best tenth all the same, which then holds nothing to learn from; GP, CMA-ES, QMC
     and the genetic samplers model the parameters that all trials have in common, and would draw
     everything at random, without a word (Optuna 5.0).
 
+    A repeated point teaches a sampler nothing, and GP proposes it again and again where parameters
+    have few values. After `MAX_REPEATS` proposals in a row that were not trained it is drawn at
+    random, so that a space is not taken for empty that is not.
+
     Args:
         sampler: The sampler.
+        random: Draws at random.
     """
 
-    def __init__(self, sampler: optuna.samplers.BaseSampler) -> None:
-        self._sampler = sampler
+    def __init__(
+        self, sampler: optuna.samplers.BaseSampler, random: optuna.samplers.BaseSampler
+    ) -> None:
+        self._sampler, self._random = sampler, random
 
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
         """What is drawn together."""
-        return self._sampler.infer_relative_search_space(_sampled_alone(study), trial)
+        return self._of(study, trial).infer_relative_search_space(_sampled_alone(study), trial)
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """Draw it."""
-        return self._sampler.sample_relative(_sampled_alone(study), trial, search_space)
+        sampler = self._of(study, trial)
+        return sampler.sample_relative(_sampled_alone(study), trial, search_space)
 
     def sample_independent(
         self,
@@ -104,13 +115,13 @@ class OfSearched(optuna.samplers.BaseSampler):
         param_distribution: BaseDistribution,
     ) -> Any:
         """Draw one of the others."""
-        return self._sampler.sample_independent(
+        return self._of(study, trial).sample_independent(
             _sampled_alone(study), trial, param_name, param_distribution
         )
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """As Optuna calls it."""
-        self._sampler.before_trial(_sampled_alone(study), trial)
+        self._of(study, trial).before_trial(_sampled_alone(study), trial)
 
     def after_trial(
         self,
@@ -120,7 +131,13 @@ class OfSearched(optuna.samplers.BaseSampler):
         values: Sequence[float] | None,
     ) -> None:
         """As Optuna calls it."""
-        self._sampler.after_trial(_sampled_alone(study), trial, state, values)
+        self._of(study, trial).after_trial(_sampled_alone(study), trial, state, values)
+
+    def _of(self, study: optuna.Study, trial: FrozenTrial) -> optuna.samplers.BaseSampler:
+        """The sampler of a trial, by what came before it: the same after a resume."""
+        before = study.get_trials(deepcopy=False)[: trial.number]
+        untrained = takewhile(lambda former: NOT_TRAINED in former.user_attrs, reversed(before))
+        return self._random if sum(1 for _ in untrained) >= MAX_REPEATS else self._sampler
 
 
 class _SampledAlone(optuna.Study):
@@ -159,7 +176,8 @@ def build_sampler(config: SamplerConfig, seed: int, number: int) -> optuna.sampl
         sampler: optuna.samplers.BaseSampler = SAMPLERS[config.name](
             seed=derived_seed(seed, *parts) % 2**32, **options
         )
-    return OfSearched(sampler)
+    random = optuna.samplers.RandomSampler(derived_seed(seed, "proposal", number) % 2**32)
+    return OfSearched(sampler, random)
 
 
 def _wrong_types(config: SamplerConfig) -> Iterator[str]:

@@ -88,6 +88,34 @@ def test_reference_trials_outside_of_the_space_do_not_blind_it(tmp_path, make_tr
     assert bare == {}, "Optuna has learned it: OfSearched may go"
 
 
+@pytest.mark.parametrize("name", ["tpe", "gp"])
+def test_every_point_of_a_small_space_is_found(tmp_path, make_trial, name):
+    """GP alone proposes its favourite again and again, and takes the space for empty."""
+    base, study = make_trial(), opened(tmp_path)
+    axes = {
+        "method.bank_size": {"ordered": [8, 16, 32]},
+        "optim.backbone_lr": {"ordered": [0.001, 0.003, 0.01, 0.03]},
+    }
+    proposals = SearchProposals(
+        study,
+        SearchSpace.from_mapping({"parameters": axes}, base),
+        base,
+        (),
+        Budget(40, BudgetConfig(), study),
+        partial(build_sampler, SamplerConfig(name=name, num_startup_trials=3), 5),
+    )
+    search = StudySearch(proposals)
+    found = set()
+    while isinstance(proposal := search.suggest(str(len(found))), dict):
+        values = json.loads(proposal["trial"])
+        at = values["optim"]["backbone_lr"], values["method"]["bank_size"]
+        accuracy = at[0] + at[1] / 1000
+        search.on_trial_complete(str(len(found)), result([accuracy], COMPLETED))
+        found.add(at)
+    assert len(found) == 12
+    assert proposals.is_exhausted
+
+
 def test_tpe_does_not_count_them_among_its_best(tmp_path, make_trial):
     """Two reference trials that beat all others; the best rates of the space are the high ones."""
     base, study = make_trial({"method.bank_size": 32}), opened(tmp_path)
