@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drtune_ray.display.text import duration, percent
-from drtune_ray.values import flattened
 
 FINALISTS = "finalists"
 NAME_WIDTH = 32
@@ -56,10 +55,8 @@ def result_lines(result: StudyResult, program: str) -> Iterator[str]:
         yield f"The search ended: {result.end}."
     winner = result.winner
     yield f"\nBest of {len(result.searched_trials)} trials: trial {winner.label}"
-    values = flattened(winner.config)
-    for path in result.searched:
-        if winner.reference is None or path in values:
-            yield f"  {path} = {values[path]}"
+    for path, value in result.settings.items():
+        yield f"  {path} = {value}"
     yield ""
     yield from _finalists(result) if result.finalists else _maximum(result)
     for trial in result.references:
@@ -199,6 +196,7 @@ def result_facts(result: StudyResult) -> dict[str, Any]:
         "end": result.end,
         "references": [vars(trial) for trial in result.references],
         "searched": list(result.searched),
+        "settings": result.settings,
         "num_trials": len(result.searched_trials),
         "num_unsent": result.num_unsent,
         "was_done": result.was_done,

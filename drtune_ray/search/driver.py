@@ -370,6 +370,7 @@ class StudyDriver:
             num_unsent,
             was_done,
             self._searched(),
+            self._settings(winner),
             time.monotonic() - self.started,
         )
 
@@ -383,6 +384,12 @@ class StudyDriver:
         alone = optuna.create_study(directions=self.study.directions)
         alone.add_trials(searched)
         return tuple(by_number[searched[trial.number].number] for trial in alone.best_trials)
+
+    def _settings(self, trial: TrialSummary) -> dict[str, Any]:
+        """What the space varies and this trial uses."""
+        config = TrialConfig.from_mapping(trial.config)
+        values = flattened(trial.config)
+        return {path: values[path] for path in self.space.active(config)}
 
     def _searched(self) -> tuple[str, ...]:
         return tuple(parameter.path for parameter in self.space.parameters)

@@ -32,6 +32,7 @@ class StudyResult:
         num_unsent: Events that the tracking server has not taken yet.
         was_done: Whether there was nothing left to run.
         searched: Paths that the search space varies.
+        settings: Those of them that the winner uses, with its values.
         seconds: How long this run took.
         final_fit: What the model's card says of the final fit; None where none was asked for.
     """
@@ -47,6 +48,7 @@ class StudyResult:
     num_unsent: int
     was_done: bool
     searched: tuple[str, ...]
+    settings: dict[str, Any]
     seconds: float
     final_fit: dict[str, Any] | None = None
 

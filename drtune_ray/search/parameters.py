@@ -181,6 +181,11 @@ class Parameter:
         return plain
 
 
+def path_of(name: str) -> str:
+    """The path of a parameter from its name in the Optuna study, see `Parameter.name`."""
+    return name.partition(" ")[0]
+
+
 @dataclass(frozen=True)
 class Resolved:
     """A point of a space.

@@ -146,6 +146,14 @@ class SearchSpace:
         sampled = (p for p in self.parameters if p.is_sampled and p.path in found.taken)
         return {p.name: p.stored(found.taken[p.path]) for p in sampled}
 
+    def active(self, config: TrialConfig) -> tuple[str, ...]:
+        """Paths of the parameters whose conditions hold in a configuration."""
+        values, inactive = self._values(config), set[str]()
+        for parameter in self.parameters:
+            if not parameter.when.holds(values, inactive):
+                inactive.add(parameter.path)
+        return tuple(p.path for p in self.parameters if p.path not in inactive)
+
     def violations(self, config: TrialConfig) -> dict[str, float]:
         """How far a configuration is from keeping each constraint, by the constraint's text.
 

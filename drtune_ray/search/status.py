@@ -8,8 +8,9 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from drtune_ray.search.identity import (
     find_study,
     read_record,
 )
+from drtune_ray.search.parameters import path_of
 from drtune_ray.search.stored import stored_trials
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished, RunStarted
 from drtune_ray.tracking.spool import EVENTS_NAME, Spool
@@ -60,6 +62,7 @@ class Status:
         num_epochs: Of a trial that is not stopped early.
         trials: All of them, by number; a training is one.
         searched: Paths that the search has varied so far.
+        sampled: Those of them that a trial was given, by its number.
         num_unsent: Events that MLflow has not taken.
         num_bytes: Disk that the folder takes; tables that studies share lie beside it.
         command: What goes on with it; None where it was not started from a command line.
@@ -75,6 +78,7 @@ class Status:
     num_epochs: int
     trials: tuple[TrialSummary, ...]
     searched: tuple[str, ...]
+    sampled: Mapping[int, tuple[str, ...]]
     num_unsent: int
     num_bytes: int
     command: str | None
@@ -137,7 +141,9 @@ def read_status(name_or_folder: str, storage: str) -> Status:
     record = read_record(find_study(name_or_folder, storage))
     folder, notes = record.folder, list[str]()
     is_study = record.kind == STUDY
-    trials, searched = _study_trials(record) if is_study else (_training(record), ())
+    frozen = stored_trials(record) if is_study else []
+    trials = summaries(frozen) if is_study else _training(record)
+    sampled = {trial.number: tuple(map(path_of, trial.distributions)) for trial in frozen}
     driver, is_alive = driver_of(record, notes)
     trial = record.config.get("trial", {}) if is_study else record.config
     num_trials = int(record.config.get("trials", 0)) if is_study else 1
@@ -151,7 +157,8 @@ def read_status(name_or_folder: str, storage: str) -> Status:
         num_trials=num_trials,
         num_epochs=int(trial.get("training", {}).get("epochs", 0)),
         trials=trials,
-        searched=searched,
+        searched=tuple(dict.fromkeys(chain.from_iterable(sampled.values()))),
+        sampled=sampled,
         num_unsent=Spool(spool).num_unsent() if spool.is_dir() else 0,  # it makes its folder
         num_bytes=sum(_sizes(folder)),
         command=_read_command(folder),
@@ -166,7 +173,7 @@ def read_trials(folder: Path) -> tuple[TrialSummary, ...]:
         ConfigError: If the folder holds no study.
         EnvironmentProblem: If its database does not answer.
     """
-    return _study_trials(read_record(folder))[0]
+    return summaries(stored_trials(read_record(folder)))
 
 
 def write_command(folder: Path) -> None:
@@ -192,13 +199,6 @@ def _read_command(folder: Path) -> str | None:
 
 
 # ---- trials
-
-
-def _study_trials(record: Record) -> tuple[tuple[TrialSummary, ...], tuple[str, ...]]:
-    """The trials, and the paths that the search has varied so far."""
-    frozen = stored_trials(record)
-    varied = dict.fromkeys(path for trial in frozen for path in trial.distributions)
-    return summaries(frozen), tuple(varied)
 
 
 def _training(record: Record) -> tuple[TrialSummary, ...]:
@@ -301,8 +301,9 @@ def facts(status: Status, now: float | None = None) -> dict[str, Any]:
 
 
 def best_settings(status: Status) -> dict[str, Any]:
-    """The settings of the best trial that the search varies."""
+    """The settings that the search gave the best trial; of one outside of the space all of them."""
     if status.best is None:
         return {}
     values = flattened(status.best.config)
-    return {path: values[path] for path in status.searched if path in values}
+    paths = status.sampled.get(status.best.number) or status.searched
+    return {path: values[path] for path in paths if path in values}

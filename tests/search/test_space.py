@@ -13,11 +13,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from optuna.trial import FixedTrial
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config import TrialConfig, reference_config
 from drtune_ray.errors import ConfigError
 from drtune_ray.search import settings
 from drtune_ray.search.expressions import Expression, UnknownFact
-from drtune_ray.search.parameters import Condition, Parameter
+from drtune_ray.search.parameters import Condition, Parameter, path_of
 from drtune_ray.search.space import SearchSpace, read_space, shipped_spaces
 from drtune_ray.values import flattened, to_yaml
 from tests.conftest import MakeTrial
@@ -376,6 +376,10 @@ def test_locate__is_the_inverse_of_suggest(base: TrialConfig) -> None:
     for trial in asked(120):
         config = searched.suggest(trial, base)
         assert searched.locate(config, base) == trial.params
+        drawn_paths = {path_of(name) for name in trial.params}
+        assert drawn_paths == {p.path for p in searched.parameters if p.is_sampled} & set(
+            searched.active(config)
+        )
         flat = flattened(config.to_mapping())
         if RANK in trial.params:
             assert flat["method.bank_size"] >= 100
@@ -393,6 +397,23 @@ def test_locate__is_the_inverse_of_suggest(base: TrialConfig) -> None:
     # Logarithmic ranges: half of the draws lie below the geometric mean.
     assert 40 < sum(value < 0.01 for value in drawn["optim.backbone_lr"]) < 80
     assert 40 < sum(value < 7 for value in drawn["training.patience_epochs"]) < 80
+
+
+def test_active__of_a_configuration_that_no_trial_had(base: TrialConfig) -> None:
+    parameters = {
+        "method.name": {"choice": ["ce_tuning", "dr_tune"]},
+        "method.bank_size": {"int": [8, 64], "when": {"method.name": "dr_tune"}},
+        "method.calibration.rotation": {"choice": [True], "when": {"method.name": "dr_tune"}},
+        "method.calibration.rotation_rank": {
+            "ordered": [4, 16],
+            "when": {"method.calibration.rotation": True},
+        },
+    }
+    searched = space(parameters, base)
+    assert searched.active(reference_config(base, "ce_tuning")) == ("method.name",)
+    assert set(searched.active(base)) == set(parameters)
+    without = base.with_values({"method.calibration.rotation": False})
+    assert set(searched.active(without)) == set(parameters) - {"method.calibration.rotation_rank"}
 
 
 @pytest.mark.parametrize(

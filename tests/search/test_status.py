@@ -45,6 +45,7 @@ with driver_lease(Path(sys.argv[1])):
     print("driving", flush=True)
     time.sleep(60)
 """
+SIZES = optuna.distributions.IntDistribution(0, 1)
 LR = optuna.distributions.FloatDistribution(1e-4, 1e-1, log=True)
 
 
@@ -134,6 +135,22 @@ def test_read_status__trials(made: Made) -> None:
     assert [(t.number, t.num_epochs) for t in found.unfinished] == [(3, 3)]
     assert found.searched == ("optim.backbone_lr",)
     assert found.num_bytes == sum(p.stat().st_size for p in made.folder.iterdir())
+
+
+def test_read_status__settings_of_the_best_trial_alone(made: Made) -> None:
+    # Another trial had a setting that this one does not use; `ordered` values have longer names.
+    found = made.study.ask({"optim.momentum": LR, "method.bank_size [64, 128]": SIZES})
+    made.study.tell(found, state=TrialState.FAIL)
+    last = made.study.ask({"optim.backbone_lr": LR, "method.bank_size [64, 128]": SIZES})
+    values = {"optim.backbone_lr": last.params["optim.backbone_lr"], "method.bank_size": 64}
+    config = made.config.trial.with_values(values).to_mapping()
+    last.set_user_attr(trials.CONFIG, json.dumps(config))
+    last.set_user_attr(trials.OUTCOME, "completed")
+    last.report(0.99, 1)
+    made.study.tell(last, 0.99)
+    found = read_status("flowers", str(made.folder.parent))
+    assert found.searched == ("optim.backbone_lr", "optim.momentum", "method.bank_size")
+    assert status.best_settings(found) == values
 
 
 def test_status_lines__a_study_that_was_interrupted(made: Made) -> None:
