@@ -80,6 +80,15 @@ def test_precedence_is_set_over_flag_over_file_over_machine(images, tmp_path):
     assert "trials" not in notes[0] and "space=quick" in notes[0]
 
 
+def test_a_space_in_the_file_is_no_default(images, tmp_path):
+    file = tmp_path / "study.yaml"
+    space = {"parameters": {"optim.backbone_lr": {"float": [0.001, 0.01]}}}
+    file.write_text(to_yaml({"trial": {"data": {"train": str(images)}}, "space": space}))
+    config, notes = study_request(file, [], {})
+    assert config.space == space
+    assert "space" not in notes[0] and "trials=" in notes[0]
+
+
 def test_defaults_fit_few_images(images):
     config, notes = study_request(None, [], {"data_folder": str(images)})
     # 18 images, of which training gets at least 4.

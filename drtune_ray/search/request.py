@@ -113,7 +113,9 @@ def _num_train_at_least(folder: Path, data: Mapping[str, Any]) -> int:
 
 def _say(defaults: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     given = flattened(asked)
-    chosen = [f"{k}={v}" for k, v in flattened(defaults).items() if k not in given]
+    # A space that is written out stands there as the paths below it.
+    groups = {path.partition(".")[0] for path in given}
+    chosen = [f"{k}={v}" for k, v in flattened(defaults).items() if k not in given.keys() | groups]
     if not chosen:
         return []
     return [f"Defaults for this machine ({this_machine().describe()}): {', '.join(chosen)}"]
