@@ -340,6 +340,7 @@ def main() -> None:
         error.show()
         sys.exit(ConfigError.exit_code)
     except (click.exceptions.Abort, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         click.echo("\nInterrupted. The same command goes on where it stopped.", err=True)
         code = INTERRUPTED
     except DrtuneError as error:

@@ -23,14 +23,25 @@ def full_path(path: str | Path) -> Path:
     Raises:
         ConfigError: If it cannot be a path here.
     """
+    there = at_home(path)
     try:
-        return Path(path).expanduser().resolve()
+        return there.resolve()
+    except ValueError as error:
+        raise ConfigError(f"{str(path)!r} cannot be a path ({error}): correct it") from None
+
+
+def at_home(path: str | Path) -> Path:
+    """A path that a user gave, which may begin with ``~``; links are not followed.
+
+    Raises:
+        ConfigError: If it begins with a home that is not known here.
+    """
+    try:
+        return Path(path).expanduser()
     except RuntimeError:
         raise ConfigError(
             f"{str(path)!r} begins with a home that is not known here: write the whole path"
         ) from None
-    except ValueError as error:
-        raise ConfigError(f"{str(path)!r} cannot be a path ({error}): correct it") from None
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from drtune_ray.values import flattened
 REFERENCE, FINALIST, START_POINT = "reference", "finalist", "start_point"
 # Why it was never run; and the trial of another study whose result it is.
 NOT_TRAINED, WARM_START = "not_trained", "warm_start"
+DUPLICATE = "duplicate of trial"  # why one was not trained
 CONFIG, OUTCOME, OBJECTIVES = "config", "outcome", "objectives"
 EPOCH_PREFIX = "epoch:"
 RESULT_STATES = (TrialState.COMPLETE, TrialState.PRUNED)

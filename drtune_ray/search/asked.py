@@ -9,7 +9,7 @@ from typing import Any
 
 from drtune_ray.config import StudyConfig
 from drtune_ray.errors import ConfigError
-from drtune_ray.search.identity import STUDY
+from drtune_ray.search.identity import STUDY, TRAINING
 from drtune_ray.section import not_a_mapping
 from drtune_ray.values import deep_merge, full_path, nested, parse_assignments, read_yaml
 
@@ -53,7 +53,7 @@ def asked_study(
     Raises:
         ConfigError: If it is not YAML, or names no images.
     """
-    asked = _read_study(study_file) if study_file else {}
+    asked = read_settings(study_file, STUDY) if study_file else {}
     asked = deep_merge(asked, nested(_given(STUDY_FLAGS, flags)))
     asked["trial"] = deep_merge(mapping_of(asked, "trial"), nested(trial_values(flags)))
     for path, value in parse_assignments(assignments).items():
@@ -69,6 +69,27 @@ def trial_values(flags: Mapping[str, Any]) -> dict[str, Any]:
     if flags.get("seed") is not None:
         values |= {"seed": flags["seed"], "data.view_seed": flags["seed"]}
     return values
+
+
+def read_settings(path: Path, kind: str) -> Mapping[str, Any]:
+    """The settings of a file, or of the record that a study or training keeps in its folder.
+
+    Args:
+        path: YAML.
+        kind: `STUDY` or `TRAINING`: whose settings are wanted.
+
+    Raises:
+        ConfigError: If it is not YAML, or the record of the other kind.
+    """
+    content = read_yaml(path, with_lines=True)
+    if not {"kind", "config"} <= content.keys():
+        return content
+    if content["kind"] != kind:
+        other = {STUDY: "train", TRAINING: "tune"}[kind]
+        raise ConfigError(
+            f"{path} is the record of a {content['kind']}: give it to `drtune-ray {other}`"
+        )
+    return mapping_of(content, "config")
 
 
 def mapping_of(values: Mapping[str, Any], key: str, prefix: str = "") -> Mapping[str, Any]:
@@ -105,15 +126,6 @@ def data_folder(trial: Mapping[str, Any], prefix: str = "") -> Path:
 def name_of(folder: Path) -> str:
     """A study's name from its folder of images."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name).strip("-._") or "study"
-
-
-def _read_study(path: Path) -> Mapping[str, Any]:
-    content = read_yaml(path, with_lines=True)
-    if not {"kind", "config"} <= content.keys():
-        return content
-    if content["kind"] != STUDY:
-        raise ConfigError(f"{path} is the record of a {content['kind']}, not a study file")
-    return mapping_of(content, "config")
 
 
 def _given(names: Mapping[str, str], flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from drtune_ray.values import digest, flattened_without
 
 # Infeasible or duplicate points that are proposed in a row before the space is taken for empty.
 MAX_UNTRAINED_IN_A_ROW = 100
-INFEASIBLE, DUPLICATE = "infeasible", "duplicate of trial"
+INFEASIBLE = "infeasible"
 FIXED = "fixed_params"  # Optuna's system attribute of a trial that was enqueued
 CUT_OFF = "cut off as it was proposed"
 SamplerFor = Callable[[int], optuna.samplers.BaseSampler]
@@ -218,7 +218,7 @@ class SearchProposals(Proposals):
                 continue
             former = self._seen.get(_content(json.dumps(config.to_mapping())))
             if former is not None:
-                trial.set_user_attr(trials.NOT_TRAINED, f"{DUPLICATE} {former}")
+                trial.set_user_attr(trials.NOT_TRAINED, f"{trials.DUPLICATE} {former}")
                 # Nothing new is known of the point: samplers pass over what failed.
                 self.study.tell(trial, state=TrialState.FAIL)
             else:

@@ -11,12 +11,20 @@ from typing import Any
 
 from drtune_ray.config import DataConfig, StudyConfig, TrialConfig
 from drtune_ray.data.sources import IMAGE_SUFFIXES
-from drtune_ray.search.asked import asked_study, data_folder, mapping_of, name_of, trial_values
+from drtune_ray.search.asked import (
+    asked_study,
+    data_folder,
+    mapping_of,
+    name_of,
+    read_settings,
+    trial_values,
+)
+from drtune_ray.search.identity import TRAINING
 from drtune_ray.search.machine import fitting_defaults, this_machine
 from drtune_ray.section import validated
 from drtune_ray.study_sections import ResourcesConfig
 from drtune_ray.training.backbones import DEMO_BACKBONE
-from drtune_ray.values import deep_merge, flattened, full_path, nested, parse_assignments, read_yaml
+from drtune_ray.values import deep_merge, flattened, full_path, nested, parse_assignments
 
 
 def study_request(
@@ -25,7 +33,7 @@ def study_request(
     """A study's configuration, and sentences about the defaults that were chosen.
 
     Args:
-        study_file: YAML of a `StudyConfig`; None where flags say it all.
+        study_file: YAML of a `StudyConfig`, or a study's record; None where flags say it all.
         assignments: ``path=value``; paths of the trial, or of the study.
         flags: As in `asked_study`.
 
@@ -49,7 +57,7 @@ def trial_request(
 
     The file may hold ``resources`` beside the settings of the trial, as a study's does.
     """
-    trial = read_yaml(trial_file) if trial_file else {}
+    trial = read_settings(trial_file, TRAINING) if trial_file else {}
     trial = deep_merge(trial, nested(trial_values(flags)))
     trial = deep_merge(trial, nested(parse_assignments(assignments)))
     asked = mapping_of(trial, "resources")

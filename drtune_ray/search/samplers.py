@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from drtune_ray.errors import ConfigError
-from drtune_ray.results.trials import NOT_TRAINED
+from drtune_ray.results.trials import DUPLICATE, NOT_TRAINED
 from drtune_ray.section import reason, refusal, unknown_name
 from drtune_ray.study_sections import SamplerConfig
 from drtune_ray.training.model import derived_seed
@@ -80,8 +80,8 @@ class OfSearched(optuna.samplers.BaseSampler):
     and the genetic samplers model the parameters that all trials have in common, and would draw
     everything at random, without a word (Optuna 5.0).
 
-    A repeated point teaches a sampler nothing, and GP proposes it again and again where parameters
-    have few values. After `MAX_REPEATS` proposals in a row that were not trained it is drawn at
+    A repeated point teaches a sampler nothing, and where parameters have few values it is proposed
+    again and again, by GP for ever. After `MAX_REPEATS` of them in a row points are drawn at
     random, so that a space is not taken for empty that is not.
 
     Args:
@@ -93,6 +93,7 @@ class OfSearched(optuna.samplers.BaseSampler):
         self, sampler: optuna.samplers.BaseSampler, random: optuna.samplers.BaseSampler
     ) -> None:
         self._sampler, self._random = sampler, random
+        self._repeats: dict[int, int] = {}  # in a row before a trial
 
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
@@ -135,9 +136,14 @@ class OfSearched(optuna.samplers.BaseSampler):
 
     def _of(self, study: optuna.Study, trial: FrozenTrial) -> optuna.samplers.BaseSampler:
         """The sampler of a trial, by what came before it: the same after a resume."""
-        before = study.get_trials(deepcopy=False)[: trial.number]
-        untrained = takewhile(lambda former: NOT_TRAINED in former.user_attrs, reversed(before))
-        return self._random if sum(1 for _ in untrained) >= MAX_REPEATS else self._sampler
+        if trial.number not in self._repeats:
+            before = study.get_trials(deepcopy=False)[: trial.number]
+            self._repeats[trial.number] = sum(1 for _ in takewhile(_is_repeat, reversed(before)))
+        return self._random if self._repeats[trial.number] >= MAX_REPEATS else self._sampler
+
+
+def _is_repeat(trial: FrozenTrial) -> bool:
+    return str(trial.user_attrs.get(NOT_TRAINED, "")).startswith(DUPLICATE)
 
 
 class _SampledAlone(optuna.Study):

@@ -147,10 +147,17 @@ class SearchSpace:
         return {p.name: p.stored(found.taken[p.path]) for p in sampled}
 
     def active(self, config: TrialConfig) -> tuple[str, ...]:
-        """Paths of the parameters whose conditions hold in a configuration."""
+        """Paths of the parameters whose conditions hold in a configuration, of any origin.
+
+        One outside of the space may have values that a condition cannot be computed from.
+        """
         values, inactive = self._values(config), set[str]()
         for parameter in self.parameters:
-            if not parameter.when.holds(values, inactive):
+            try:
+                holds = parameter.when.holds(values, inactive)
+            except ExpressionError:
+                holds = False
+            if not holds:
                 inactive.add(parameter.path)
         return tuple(p.path for p in self.parameters if p.path not in inactive)
 

@@ -286,7 +286,8 @@ def facts(status: Status, now: float | None = None) -> dict[str, Any]:
         status: The status.
         now: Seconds since 1970; None: the present.
     """
-    kept = {key: value for key, value in vars(status).items() if key not in ("kind", "trials")}
+    left_out = ("kind", "trials", "sampled")
+    kept = {key: value for key, value in vars(status).items() if key not in left_out}
     best = status.best
     return kept | {
         "of": status.kind,
@@ -294,6 +295,7 @@ def facts(status: Status, now: float | None = None) -> dict[str, Any]:
         "num_done": status.num_done,
         "outcomes": status.outcomes,
         "best": vars(best) if best else None,
+        "settings": best_settings(status),
         "references": [vars(trial) for trial in status.references],
         "finals": [vars(trial) for trial in status.finals],
         "unfinished": [vars(trial) for trial in status.unfinished],

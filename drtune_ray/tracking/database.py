@@ -7,9 +7,9 @@ start at once disturb each other.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ def make_database(uri: str) -> None:
     """Make the database of a tracking URI if it is an SQLite file that does not exist.
 
     Args:
-        uri: Tracking URI of any kind.
+        uri: Tracking URI of any kind, as it is opened.
     """
     path = _sqlite_file(uri)
     if path is None or path.exists():
         return
-    content = _empty_database(path.parent / "mlartifacts")
+    content = _empty_database(path.parent / "mlartifacts")  # where a kill leaves nothing here
     path.parent.mkdir(parents=True, exist_ok=True)  # as MLflow does
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -39,28 +39,22 @@ def make_database(uri: str) -> None:
 def _sqlite_file(uri: str) -> Path | None:
     """The file of a plain SQLite address."""
     from sqlalchemy import make_url
-    from sqlalchemy.exc import ArgumentError
 
-    with contextlib.suppress(ArgumentError):  # a folder, which is no URL
-        url = make_url(uri)
-        name = url.database or ""
-        if url.get_backend_name() == "sqlite" and name and not name.startswith((":", "file:")):
-            return Path(name)
-    return None
+    if not uri.startswith("sqlite"):
+        return None
+    name = make_url(uri).database or ""
+    return None if not name or name.startswith((":", "file:")) else Path(name)
 
 
 def _empty_database(artifacts: Path) -> bytes:
-    """A database with all tables, made in memory."""
+    """A database with all tables."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     make_store: Any = SqlAlchemyStore  # MLflow has no types for it
-    engine = make_store("sqlite:///:memory:", str(artifacts)).engine
-    connection = engine.raw_connection()
-    try:
-        return bytes(connection.driver_connection.serialize())
-    finally:
-        connection.close()
-        engine.dispose()
+    with tempfile.TemporaryDirectory(prefix="mlflow-") as folder:
+        path = Path(folder) / "mlflow.db"
+        make_store(f"sqlite:///{path}", str(artifacts)).engine.dispose()
+        return path.read_bytes()
 
 
 def _publish(temporary: Path, path: Path) -> None:

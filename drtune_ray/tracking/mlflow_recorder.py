@@ -137,8 +137,9 @@ class MlflowRecorder:
         quiet_mlflow()
         import mlflow
 
-        make_database(self._uri)
-        client = mlflow.MlflowClient(with_secrets(self._uri))
+        uri = with_secrets(self._uri)
+        make_database(uri)
+        client = mlflow.MlflowClient(uri)
         experiment = client.get_experiment_by_name(self._experiment)
         if experiment is None:
             location = self._artifacts.as_uri() if self._artifacts else None
@@ -185,7 +186,7 @@ class MlflowRecorder:
         self._client.set_terminated(run_id, STATUS[event.state], event.time_ms)
 
     def _set_tags(self, run_id: str, tags: dict[str, str]) -> None:
-        """All tags by one call; MLflow takes a hundred."""
+        """All by one call: an event has a few."""
         from mlflow.entities import RunTag
 
         self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
@@ -233,7 +234,9 @@ def runs_page(uri: str, experiment: str) -> str:
     import mlflow
 
     with secrets_hidden(uri):
-        found = mlflow.MlflowClient(with_secrets(uri)).get_experiment_by_name(experiment)
+        address = with_secrets(uri)
+        make_database(address)
+        found = mlflow.MlflowClient(address).get_experiment_by_name(experiment)
     if found is None:
         return "/"
     view = f"workflowType=machine_learning&viewStateShareKey={VIEW_KEY}"

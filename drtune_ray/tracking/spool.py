@@ -22,6 +22,7 @@ EVENTS_NAME, SENT_NAME = "events.jsonl", "sent"
 RETRY_SECONDS = (1.0, 2.0, 5.0, 15.0, 60.0)
 CLOSING_RETRY_SECONDS = 0.5
 CLOSING_POLL_SECONDS = 0.1
+MAX_CLOSING_SECONDS = 120.0
 
 
 class Recorder(Protocol):
@@ -57,7 +58,7 @@ class Spool:
         if not self._events.exists():
             return None
         with self._events.open("rb") as file:
-            file.seek(self._offset())
+            file.seek(self.position)
             line = file.readline()
             if not line.endswith(b"\n"):
                 return None
@@ -74,7 +75,7 @@ class Spool:
         if not self._events.exists():
             return 0
         with self._events.open("rb") as file:
-            file.seek(self._offset())
+            file.seek(self.position)
             return sum(line.endswith(b"\n") for line in file)
 
     def unsent(self) -> bytes:
@@ -82,14 +83,16 @@ class Spool:
         if not self._events.exists():
             return b""
         with self._events.open("rb") as file:
-            file.seek(self._offset())
+            file.seek(self.position)
             return file.read()
 
     def restore(self, unsent: bytes) -> None:
         """Begin with the events that a lost spool had not sent."""
         self._events.write_bytes(unsent)
 
-    def _offset(self) -> int:
+    @property
+    def position(self) -> int:
+        """The mark: how far it was sent, in bytes."""
         # An empty mark is one that a power cut took; sending everything again changes nothing.
         text = self._sent.read_text() if self._sent.exists() else ""
         return int(text or 0)
@@ -139,25 +142,29 @@ class BackgroundWriter:
     def __enter__(self) -> BackgroundWriter:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *error: object) -> None:
+        # Who interrupted it, or a job server, does not wait for minutes.
+        self.close(max_seconds=MAX_CLOSING_SECONDS if kind is None else 0.0)
 
-    def close(self, timeout_seconds: float = 15.0) -> int:
+    def close(self, timeout_seconds: float = 15.0, max_seconds: float = MAX_CLOSING_SECONDS) -> int:
         """Send what is left; returns how many events remain unsent.
 
         Args:
-            timeout_seconds: The longest time without an event that is taken: a slow server gets
-                all of them, one that is away or hangs is not waited for.
+            timeout_seconds: How long to wait; and again after each event that is taken: a slow
+                server gets all of them, one that is away or hangs is not waited for.
+            max_seconds: The longest time in all, if it is more.
         """
         if not self._closing.is_set():
-            num_left = self._spool.num_unsent()
-            self._deadline = time.monotonic() + timeout_seconds
+            started, sent = time.monotonic(), self._spool.position
+            self._deadline = started + timeout_seconds
+            latest = max(self._deadline, started + max_seconds)
             self._closing.set()
             self._wake.set()
             while self._thread.is_alive() and not self._is_too_late():
                 self._thread.join(CLOSING_POLL_SECONDS)
-                if (num_now := self._spool.num_unsent()) < num_left:
-                    num_left, self._deadline = num_now, time.monotonic() + timeout_seconds
+                if self._spool.position > sent:
+                    sent = self._spool.position
+                    self._deadline = min(time.monotonic() + timeout_seconds, latest)
         return self._spool.num_unsent()
 
     def _run(self) -> None:

@@ -25,7 +25,7 @@ from drtune_ray.config import BackboneConfig
 from drtune_ray.data.views import Normalization
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.training.folding import folded
-from drtune_ray.values import full_path
+from drtune_ray.values import at_home, full_path
 
 HUB_TIMEOUT_SECONDS = 4.0
 DEMO_BACKBONE = "tf_efficientnet_lite0"
@@ -164,9 +164,7 @@ def weights_file(config: BackboneConfig) -> Path | None:
 
 
 def _file_of(weights: str) -> Path:
-    if weights == "demo":
-        return demo_weights_file()
-    return full_path(weights) if weights.startswith("~") else Path(weights)
+    return demo_weights_file() if weights == "demo" else at_home(weights)
 
 
 def demo_weights_file() -> Path:

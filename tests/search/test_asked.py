@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from drtune_ray.config import StudyConfig
-from drtune_ray.search.asked import asked_study
-from drtune_ray.search.identity import RECORD_FILE, STUDY, Record
+from drtune_ray.search.asked import asked_study, read_settings
+from drtune_ray.search.identity import RECORD_FILE, STUDY, TRAINING, Record
 from drtune_ray.section import unknown_name
 
 
@@ -18,6 +18,11 @@ def test_asked_study__record_of_a_study_is_a_study_file(tmp_path: Path) -> None:
     assert asked["name"] == "again"
     assert asked["trial"]["training"]["epochs"] == 3
     assert StudyConfig.from_mapping(asked).trials == 7
+
+
+def test_read_settings__record_of_a_training(tmp_path: Path) -> None:
+    Record(tmp_path, "one-0", TRAINING, {"training": {"epochs": 3}}, {}, {}).write()
+    assert read_settings(tmp_path / RECORD_FILE, TRAINING) == {"training": {"epochs": 3}}
 
 
 def test_asked_study__key_of_a_record_in_a_study_file(tmp_path: Path) -> None:

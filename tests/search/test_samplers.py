@@ -90,7 +90,7 @@ def test_reference_trials_outside_of_the_space_do_not_blind_it(tmp_path, make_tr
 
 @pytest.mark.parametrize("name", ["tpe", "gp"])
 def test_every_point_of_a_small_space_is_found(tmp_path, make_trial, name):
-    """GP alone proposes its favourite again and again, and takes the space for empty."""
+    """Alone they propose what was trained again and again, and take the space for empty."""
     base, study = make_trial(), opened(tmp_path)
     axes = {
         "method.bank_size": {"ordered": [8, 16, 32]},
@@ -114,6 +114,25 @@ def test_every_point_of_a_small_space_is_found(tmp_path, make_trial, name):
         found.add(at)
     assert len(found) == 12
     assert proposals.is_exhausted
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_small_feasible_part_is_found(tmp_path, make_trial, seed):
+    """What breaks a constraint teaches the sampler: it is not left for random points."""
+    base, study = make_trial(), opened(tmp_path)
+    parameters = {
+        "method.bank_size": {"int": [8, 4096], "log": True},
+        "training.batch_size": {"int": [8, 4096], "log": True},
+        "optim.backbone_lr": {"float": [1e-4, 1.0], "log": True},
+    }
+    constraints = ["method.bank_size <= 12", "training.batch_size <= 12"]  # of the logs 0.4 %
+    space = SearchSpace.from_mapping({"parameters": parameters, "constraints": constraints}, base)
+    budget = Budget(20, BudgetConfig(), study)
+    sampler_for = partial(build_sampler, SamplerConfig(), seed)
+    search = StudySearch(SearchProposals(study, space, base, (), budget, sampler_for))
+    for index in range(20):
+        assert isinstance(search.suggest(str(index)), dict), index
+        search.on_trial_complete(str(index), result([0.5], COMPLETED))
 
 
 def test_tpe_does_not_count_them_among_its_best(tmp_path, make_trial):

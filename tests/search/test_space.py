@@ -412,6 +412,10 @@ def test_active__of_a_configuration_that_no_trial_had(base: TrialConfig) -> None
     searched = space(parameters, base)
     assert searched.active(reference_config(base, "ce_tuning")) == ("method.name",)
     assert set(searched.active(base)) == set(parameters)
+    # The authors' weight is a word, from which this condition cannot be computed.
+    condition = {"int": [8, 64], "when": "method.regularization_weight > 0.5"}
+    of_weight = space({"method.bank_size": condition}, base)
+    assert of_weight.active(reference_config(base, "authors")) == ()
     without = base.with_values({"method.calibration.rotation": False})
     assert set(searched.active(without)) == set(parameters) - {"method.calibration.rotation_rank"}
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,8 +31,11 @@ MlflowRecorder(sys.argv[1], "flowers", "study").run_id(None)
 def test_make_database__killed_among_the_migrations(tmp_path: Path) -> None:
     # MLflow by itself leaves a half-made file then, which nobody can open again.
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    code = subprocess.run([sys.executable, "-c", KILLED, uri], check=False).returncode
-    assert code == 9
+    (tmp_path / "aside").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "aside")}
+    command = [sys.executable, "-c", KILLED, uri]
+    assert subprocess.run(command, check=False, env=environment).returncode == 9
+    shutil.rmtree(tmp_path / "aside")
     assert MlflowRecorder(uri, "flowers", "study").run_id(None) is None
     assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
 
@@ -39,6 +44,8 @@ def test_make_database__killed_among_the_migrations(tmp_path: Path) -> None:
     "uri",
     [
         "http://host:5000",
+        "http://host:$PORT",
+        "http://host:",
         "folder",
         "sqlite://",
         "sqlite:///:memory:",
@@ -51,6 +58,15 @@ def test_make_database__nothing_of_other_stores(
     monkeypatch.chdir(tmp_path)
     make_database(uri)
     assert not list(tmp_path.iterdir())
+
+
+def test_make_database__at_an_address_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEAM", "red")
+    uri = f"sqlite:///{tmp_path}/$TEAM.db"
+    assert MlflowRecorder(uri, "flowers", "study").run_id(None) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["red.db"]
 
 
 @pytest.mark.parametrize("has_links", [True, False])

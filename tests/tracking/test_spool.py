@@ -239,15 +239,33 @@ def test_background_writer__sends_while_the_study_runs(tmp_path: Path) -> None:
 def test_background_writer__close_waits_while_events_are_taken(tmp_path: Path) -> None:
     class Slow(Shelf):
         def record(self, event: Event) -> None:
-            time.sleep(0.2)
+            time.sleep(0.1)
             super().record(event)
 
     shelf = Slow()
     writer = BackgroundWriter(Spool(tmp_path), shelf)
-    for step in range(8):
+    for step in range(30):
         writer.emit(metric(step))
-    assert writer.close(timeout_seconds=0.6) == 0  # all of them take 1.6 s
-    assert len(shelf.taken) == 8
+    assert writer.close(timeout_seconds=1.0) == 0  # all of them take 3 s
+    assert len(shelf.taken) == 30
+
+
+def test_background_writer__interrupted_it_does_not_wait_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BackgroundWriter.close, "__defaults__", (0.5, 60.0))
+
+    class Slow(Shelf):
+        def record(self, event: Event) -> None:
+            time.sleep(0.1)
+            super().record(event)
+
+    spool_of_it = Spool(tmp_path)
+    with pytest.raises(KeyboardInterrupt), BackgroundWriter(spool_of_it, Slow()) as writer:
+        for step in range(40):
+            writer.emit(metric(step))
+        raise KeyboardInterrupt
+    assert spool_of_it.num_unsent() > 20  # all of them would take 4 s
 
 
 @pytest.mark.usefixtures("short_retries")
