@@ -7,6 +7,7 @@ import signal
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,15 @@ def submitted(cluster: JobCluster, file: Path, *arguments: str) -> subprocess.Po
     pipe = subprocess.PIPE
     command = cluster.command("submit", str(file), *arguments)
     environment = cluster.user(MLFLOW_TRACKING_PASSWORD="planted-1", OTHER_SECRET="planted-2")
-    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+    # Where the tests run in a shell's background, Ctrl-C is ignored, and children inherit that.
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 @pytest.mark.timeout(900)
