@@ -340,12 +340,17 @@ def main() -> None:
         error.show()
         sys.exit(ConfigError.exit_code)
     except (click.exceptions.Abort, KeyboardInterrupt):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _ignore_interrupts()
         click.echo("\nInterrupted. The same command goes on where it stopped.", err=True)
-        code = INTERRUPTED
+        sys.exit(INTERRUPTED)
     except DrtuneError as error:
         click.echo(f"drtune-ray: {error}", err=True)
         sys.exit(error.exit_code)
-    if code == INTERRUPTED:  # one more Ctrl-C must not cut off what Ray ends at exit
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if code == INTERRUPTED:
+        _ignore_interrupts()
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _ignore_interrupts() -> None:
+    """One more Ctrl-C must not cut off what Ray ends at exit."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

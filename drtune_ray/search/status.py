@@ -61,8 +61,7 @@ class Status:
         num_trials: That the study is to have.
         num_epochs: Of a trial that is not stopped early.
         trials: All of them, by number; a training is one.
-        searched: Paths that the search has varied so far.
-        sampled: Those of them that a trial was given, by its number.
+        sampled: Paths that the search gave a trial, by its number.
         num_unsent: Events that MLflow has not taken.
         num_bytes: Disk that the folder takes; tables that studies share lie beside it.
         command: What goes on with it; None where it was not started from a command line.
@@ -77,12 +76,16 @@ class Status:
     num_trials: int
     num_epochs: int
     trials: tuple[TrialSummary, ...]
-    searched: tuple[str, ...]
     sampled: Mapping[int, tuple[str, ...]]
     num_unsent: int
     num_bytes: int
     command: str | None
     notes: tuple[str, ...]
+
+    @property
+    def searched(self) -> tuple[str, ...]:
+        """Paths that the search has varied so far."""
+        return tuple(dict.fromkeys(chain.from_iterable(self.sampled.values())))
 
     @property
     def num_done(self) -> int:
@@ -157,7 +160,6 @@ def read_status(name_or_folder: str, storage: str) -> Status:
         num_trials=num_trials,
         num_epochs=int(trial.get("training", {}).get("epochs", 0)),
         trials=trials,
-        searched=tuple(dict.fromkeys(chain.from_iterable(sampled.values()))),
         sampled=sampled,
         num_unsent=Spool(spool).num_unsent() if spool.is_dir() else 0,  # it makes its folder
         num_bytes=sum(_sizes(folder)),
@@ -296,6 +298,7 @@ def facts(status: Status, now: float | None = None) -> dict[str, Any]:
         "outcomes": status.outcomes,
         "best": vars(best) if best else None,
         "settings": best_settings(status),
+        "searched": status.searched,
         "references": [vars(trial) for trial in status.references],
         "finals": [vars(trial) for trial in status.finals],
         "unfinished": [vars(trial) for trial in status.unfinished],
