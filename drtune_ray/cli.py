@@ -215,8 +215,8 @@ def evaluate(study: str, storage: str, again: bool) -> None:
 @click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True)
 def ui(study: str, storage: str, port: int) -> None:
     """Open MLflow's UI on a study's store."""
-    from drtune_ray.addresses import with_secrets
     from drtune_ray.search.outcome import tracking_of
+    from drtune_ray.server_uri import with_secrets
     from drtune_ray.tracking.mlflow_recorder import runs_page
 
     uri, experiment = tracking_of(study, storage)

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from drtune_ray.addresses import ServerUri
 from drtune_ray.errors import ConfigError
 from drtune_ray.presets import PRESETS, PresetName
 from drtune_ray.section import (
@@ -23,6 +22,7 @@ from drtune_ray.section import (
     unknown_name,
     validated,
 )
+from drtune_ray.server_uri import ServerUri
 from drtune_ray.study_sections import (
     BudgetConfig,
     FinalFitConfig,

@@ -15,8 +15,8 @@ from pydantic import (
     model_validator,
 )
 
-from drtune_ray.addresses import ServerUri
 from drtune_ray.section import Probability, Section, Workers
+from drtune_ray.server_uri import ServerUri
 
 
 def study_name(name: str) -> str:

@@ -4,14 +4,14 @@ import traceback
 
 import pytest
 
-from drtune_ray.addresses import (
+from drtune_ray.errors import ConfigError
+from drtune_ray.server_uri import (
     names_in,
     secrets_hidden,
     with_secrets,
     without_password,
     without_secrets,
 )
-from drtune_ray.errors import ConfigError
 
 SECRET = "s3/cr:et"
 

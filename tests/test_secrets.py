@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from ray import cloudpickle
 
-from drtune_ray.data.artifacts import Folder, open_folder
+from drtune_ray.folders import Folder, open_folder
 from drtune_ray.search.budget import Budget
 from drtune_ray.search.callback import StudyCallback
 from drtune_ray.search.proposals import FinalistProposals

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from drtune_ray.addresses import ServerUri, with_secrets
 from drtune_ray.cluster.checks_nodes import Nodes
 from drtune_ray.cluster.checks_ray import (
     check_dashboard,
@@ -34,6 +33,7 @@ from drtune_ray.search.nodes import Capacity, trial_demand, trials_that_fit
 from drtune_ray.search.session import ray_session, set_environment
 from drtune_ray.search.study import study_trainings
 from drtune_ray.section import Section, validated
+from drtune_ray.server_uri import ServerUri, with_secrets
 from drtune_ray.study_sections import ResourcesConfig
 from drtune_ray.tracking.mlflow_recorder import default_tracking_uri
 from drtune_ray.tracking.probe import Answer, ServerProbe

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from drtune_ray.data.artifacts import first_line
 from drtune_ray.errors import DrtuneError, EnvironmentProblem
+from drtune_ray.folders import first_line
 
 
 class State(StrEnum):

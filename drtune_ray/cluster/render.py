@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drtune_ray.addresses import names_in
 from drtune_ray.cluster import durability
 from drtune_ray.cluster.durability import DATA_PATH, STUDIES_PATH
 from drtune_ray.cluster.overlays import overlaid_rayjob
@@ -25,6 +24,7 @@ from drtune_ray.cluster.pods import (
 from drtune_ray.config import StudyConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.search.space import SearchSpace, read_space, shipped_spaces
+from drtune_ray.server_uri import names_in
 from drtune_ray.values import read_yaml
 
 # KubeRay's own limit; it appends to the name, and a name in DNS begins with a letter.

@@ -7,10 +7,10 @@ import logging
 import math
 from pathlib import Path
 
-from drtune_ray.data.artifacts import Folder
 from drtune_ray.data.dataset import Tables
 from drtune_ray.data.store import TableStore, damage, seal_of
 from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.folders import Folder
 
 logger = logging.getLogger(__name__)
 

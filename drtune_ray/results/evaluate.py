@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from drtune_ray.data.artifacts import Folder, as_problem
 from drtune_ray.data.sources import decode, read_bytes
 from drtune_ray.data.splits import TEST, VALIDATION
 from drtune_ray.data.views import ViewMaker
 from drtune_ray.errors import ConfigError, EnvironmentProblem
+from drtune_ray.folders import Folder, as_problem
 from drtune_ray.results.winner import Winner, read_winner
 from drtune_ray.tracking.events import now_ms
 from drtune_ray.training.frozen import Normalizer

@@ -17,9 +17,9 @@ import torch
 from ray import tune
 
 from drtune_ray.config import DataConfig, TrialConfig
-from drtune_ray.data.artifacts import Folder
 from drtune_ray.data.dataset import Tables, TrainingData
 from drtune_ray.data.shelf import TableShelf, fetch_tables
+from drtune_ray.folders import Folder
 from drtune_ray.search.lifeline import Lifeline
 from drtune_ray.search.protocol import (
     CONFIG_NUMBER,

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from drtune_ray.config import StudyConfig
-from drtune_ray.data.artifacts import LocalFolder
+from drtune_ray.folders import LocalFolder
 from drtune_ray.search.identity import DONE_NAME
 
 

@@ -7,7 +7,7 @@ import os
 import socket
 from pathlib import Path
 
-from drtune_ray.data.artifacts import open_folder
+from drtune_ray.folders import open_folder
 from drtune_ray.search.identity import Record
 from drtune_ray.search.lease import LEASE_NAME, this_machine
 

@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from drtune_ray.data.artifacts import Folder, as_problem, first_line
 from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.folders import Folder, as_problem, first_line
 
 logger = logging.getLogger(__name__)
 

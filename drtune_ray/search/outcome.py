@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 
 from drtune_ray.config import StudyConfig, TrialConfig
-from drtune_ray.data.artifacts import open_folder
 from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.folders import open_folder
 from drtune_ray.results.evaluate import Evaluation, evaluate
 from drtune_ray.search.identity import (
     SPLITS_NAME,

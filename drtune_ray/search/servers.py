@@ -17,12 +17,16 @@ from optuna.storages.journal import JournalFileBackend
 from sqlalchemy import create_engine
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from drtune_ray.addresses import secrets_hidden, with_secrets
-from drtune_ray.data.artifacts import Folder, check_folder, first_line, open_folder
-from drtune_ray.data.artifacts import as_problem as as_problem  # the driver takes it from here
 from drtune_ray.data.shelf import TableShelf
 from drtune_ray.data.store import CACHE_FOLDER
 from drtune_ray.errors import ConfigError, DrtuneError, EnvironmentProblem
+from drtune_ray.folders import (
+    Folder,
+    check_folder,
+    first_line,
+    open_folder,
+)
+from drtune_ray.folders import as_problem as as_problem
 from drtune_ray.search.identity import (
     DONE_NAME,
     JOURNAL_NAME,
@@ -36,6 +40,7 @@ from drtune_ray.search.identity import (
 )
 from drtune_ray.search.lease import BEAT_SECONDS, LEASE_NAME, Lease, artifacts_lease, repeated
 from drtune_ray.search.objectives import Direction
+from drtune_ray.server_uri import secrets_hidden, with_secrets
 from drtune_ray.tracking.spool import Spool, drop_torn_end
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import drtune_ray
-from drtune_ray.data.artifacts import Folder, LocalFolder, as_problem, first_line
 from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.folders import (
+    Folder,
+    LocalFolder,
+    as_problem,
+    first_line,
+)
 from drtune_ray.search.nodes import Capacity
 
 TOKEN_NAME = ".shared-token"  # nosec B105 # the name of a file

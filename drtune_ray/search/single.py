@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from drtune_ray.config import TrialConfig
-from drtune_ray.data.artifacts import LocalFolder
 from drtune_ray.data.store import TableStore
 from drtune_ray.errors import ConfigError, DrtuneError, EnvironmentProblem
+from drtune_ray.folders import LocalFolder
 from drtune_ray.results.winner import read_about, write_winner
 from drtune_ray.search.failures import full_disk_is_told
 from drtune_ray.search.fit import Fit, advice

@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from drtune_ray.addresses import secrets_hidden, with_secrets
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.search.identity import JOURNAL_NAME, Record
+from drtune_ray.server_uri import secrets_hidden, with_secrets
 
 
 def stored_trials(record: Record) -> list[Any]:

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from drtune_ray.addresses import secrets_hidden, with_secrets
+from drtune_ray.server_uri import secrets_hidden, with_secrets
 from drtune_ray.study_sections import TrackingConfig
 from drtune_ray.tracking.database import make_database
 from drtune_ray.tracking.events import (

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from drtune_ray.addresses import secrets_hidden, with_secrets
 from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.server_uri import secrets_hidden, with_secrets
 from drtune_ray.tracking.mlflow_recorder import quiet_mlflow
 
 EXPERIMENT = "drtune-ray-doctor"

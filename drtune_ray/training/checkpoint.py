@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from drtune_ray.config import TRIAL_NOT_DECIDING, TrialConfig
-from drtune_ray.data.artifacts import Folder, LocalFolder
 from drtune_ray.errors import CheckpointError
+from drtune_ray.folders import Folder, LocalFolder
 from drtune_ray.training.distributed import ProcessGroup, gather_objects
 from drtune_ray.values import digest, flattened_without
 

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from drtune_ray.data.artifacts import (
+from drtune_ray.data.shelf import TableShelf
+from drtune_ray.data.store import TableStore, damage, seal
+from drtune_ray.errors import ConfigError, EnvironmentProblem
+from drtune_ray.folders import (
     Folder,
     LocalFolder,
     ObjectFolder,
     check_folder,
     open_folder,
 )
-from drtune_ray.data.shelf import TableShelf
-from drtune_ray.data.store import TableStore, damage, seal
-from drtune_ray.errors import ConfigError, EnvironmentProblem
 from tests.servers import BUCKET, object_store_here
 
 

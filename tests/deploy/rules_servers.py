@@ -9,9 +9,9 @@ from functools import cache
 
 import yaml
 
-from drtune_ray.addresses import names_in
 from drtune_ray.config import StudyConfig
 from drtune_ray.search.nodes import trial_demand
+from drtune_ray.server_uri import names_in
 from tests.deploy.manifests import Object, Pod, key, pods
 
 AUTH_KEYS = {

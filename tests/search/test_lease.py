@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from drtune_ray.data.artifacts import LocalFolder
 from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.folders import LocalFolder
 from drtune_ray.search import lease
 from drtune_ray.search.lease import LEASE_NAME, Lease, artifacts_lease, repeated
 

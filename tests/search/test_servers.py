@@ -24,10 +24,10 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 
 from drtune_ray.config import StudyConfig
-from drtune_ray.data.artifacts import LocalFolder, open_folder
 from drtune_ray.data.shelf import TableShelf
 from drtune_ray.data.store import TableStore
 from drtune_ray.errors import ConfigError, EnvironmentProblem
+from drtune_ray.folders import LocalFolder, open_folder
 from drtune_ray.results import evaluate as evaluate_module
 from drtune_ray.results.evaluate import _record_opening, read_openings
 from drtune_ray.results.winner import read_winner

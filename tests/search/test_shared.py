@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from drtune_ray.config import StudyConfig
-from drtune_ray.data.artifacts import LocalFolder, open_folder
 from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.folders import LocalFolder, open_folder
 from drtune_ray.search import shared
 from drtune_ray.search.actor import Workplace, Workshop
 from drtune_ray.search.nodes import Capacity, Node

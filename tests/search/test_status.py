@@ -20,9 +20,9 @@ import pytest
 from optuna.trial import TrialState
 
 from drtune_ray.config import StudyConfig
-from drtune_ray.data.artifacts import LocalFolder
 from drtune_ray.display.standing import status_lines
 from drtune_ray.errors import ConfigError, EnvironmentProblem
+from drtune_ray.folders import LocalFolder
 from drtune_ray.results import trials
 from drtune_ray.search import holder, status
 from drtune_ray.search.done import write_done

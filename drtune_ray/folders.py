@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
-from drtune_ray.addresses import secrets_hidden, with_secrets, without_password
 from drtune_ray.errors import ConfigError, EnvironmentProblem
+from drtune_ray.server_uri import secrets_hidden, with_secrets, without_password
 
 Content = bytes | memoryview
 OBJECT_STORES = ("s3", "gs", "gcs", "abfs", "abfss")
