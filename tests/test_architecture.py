@@ -242,7 +242,8 @@ def loaded_by(code: str) -> tuple[str, list[str]]:
 
 
 needs_cli = pytest.mark.skipif(
-    importlib.util.find_spec("drtune_ray.cli") is None, reason="drtune_ray/cli.py is not there yet"
+    importlib.util.find_spec("drtune_ray.cli.main") is None,
+    reason="drtune_ray/cli.py is not there yet",
 )
 
 

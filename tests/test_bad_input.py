@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
-from drtune_ray.cli import cli, main
+from drtune_ray.cli.main import cli, main
 from drtune_ray.config import StudyConfig
 from drtune_ray.section import Section
 from tests import bad_places

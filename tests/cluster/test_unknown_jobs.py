@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from drtune_ray.cli import main
+from drtune_ray.cli.main import main
 from tests.cluster.answering import MODE, answering, mode
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from click.testing import CliRunner
 
-from drtune_ray.cli_deploy import deploy
+from drtune_ray.cli.deploy import deploy
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

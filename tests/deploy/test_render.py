@@ -14,7 +14,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from drtune_ray.cli_deploy import deploy
+from drtune_ray.cli.deploy import deploy
 from drtune_ray.cluster.overlays import deploy_folder, overlaid_rayjob, overlay_names
 from drtune_ray.cluster.render import MAX_NAME, RenderOptions, object_name, render_study
 from drtune_ray.errors import ConfigError

@@ -11,7 +11,6 @@ from typing import Any
 import click
 
 DEFAULT_STORAGE = "./drtune-studies"
-
 storage_option = click.option(
     "--storage", default=DEFAULT_STORAGE, show_default=True, help="Folder for everything written."
 )
@@ -46,8 +45,6 @@ quiet_option = click.option(
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="JSON lines on stdout, one an event (docs/json.md)."
 )
-
-
 _STUDY_OPTIONS: tuple[Callable[..., Any], ...] = (
     click.argument("study_file", required=False, type=click.Path(path_type=Path)),
     data_option,

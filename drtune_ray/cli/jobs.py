@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from drtune_ray.cli_options import echo, json_option, of_study, program, quiet_option
+from drtune_ray.cli.options import echo, json_option, of_study, program, quiet_option
 from drtune_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from drtune_ray.cluster.attempts import Attempt
     from drtune_ray.cluster.server import JobServer
     from drtune_ray.display.jobs import JsonLog
+
 
 _address_option = click.option(
     "--address", required=True, metavar="URL", help="Of the job server, http(s)://HOST:PORT."

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from drtune_ray.cli_options import (
+from drtune_ray.cli.options import (
     DEFAULT_STORAGE,
     artifacts_option,
     backbone_option,

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from drtune_ray import __version__
-from drtune_ray.cli_deploy import deploy
-from drtune_ray.cli_doctor import doctor
-from drtune_ray.cli_jobs import insecure_http_option, logs, show_jobs, stop, submit
-from drtune_ray.cli_options import (
+from drtune_ray.cli.deploy import deploy
+from drtune_ray.cli.doctor import doctor
+from drtune_ray.cli.jobs import insecure_http_option, logs, show_jobs, stop, submit
+from drtune_ray.cli.options import (
     DEFAULT_STORAGE,
     artifacts_option,
     backbone_option,
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from drtune_ray.config import StudyConfig
     from drtune_ray.display.output import Quiet
     from drtune_ray.search.outlook import StudyPlan
+
 
 INTERRUPTED = 130
 
