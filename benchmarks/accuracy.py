@@ -32,7 +32,8 @@ from typing import Any, NamedTuple
 import torch
 from report import describe_machine
 
-from drtune_ray.config import TrialConfig, reference_config
+from drtune_ray.config.study import reference_config
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import Tables, TrainingData
 from drtune_ray.data.store import TableStore
 from drtune_ray.demo import write_digits

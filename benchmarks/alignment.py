@@ -37,7 +37,7 @@ from report import describe_machine
 from torch import Tensor
 from torch.nn import functional as F
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import Tables, TrainingData
 from drtune_ray.method import FeatureBank
 from drtune_ray.method.class_rows import ClassRows

@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from drtune_ray.config import OptimConfig, TrialConfig
+from drtune_ray.config.trial import OptimConfig, TrialConfig
 from drtune_ray.data.dataset import Tables, TrainingData
 from drtune_ray.data.store import TableStore
 from drtune_ray.demo import demo_config

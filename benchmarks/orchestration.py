@@ -36,7 +36,7 @@ import ray
 import torch
 from ray import tune
 
-from drtune_ray.config import StudyConfig
+from drtune_ray.config.study import StudyConfig
 from drtune_ray.data.dataset import Tables, TrainingData
 from drtune_ray.data.store import TableStore
 from drtune_ray.demo import demo_config

@@ -32,7 +32,8 @@ from curves import BASE, EPOCHS, GRID, RUNGS, SCHEDULES
 from report import describe_machine
 from scipy.stats import spearmanr
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.study import BudgetConfig, SamplerConfig, SchedulerConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.search.budget import Budget
 from drtune_ray.search.points import start_points
 from drtune_ray.search.proposals import SearchProposals
@@ -48,7 +49,6 @@ from drtune_ray.search.samplers import build_sampler
 from drtune_ray.search.scheduler import build_scheduler
 from drtune_ray.search.searcher import StudySearch
 from drtune_ray.search.space import SearchSpace
-from drtune_ray.study_sections import BudgetConfig, SamplerConfig, SchedulerConfig
 from drtune_ray.training.records import COMPLETED
 from drtune_ray.values import flattened
 

@@ -24,7 +24,7 @@ import torch
 from report import describe_machine
 from torch import Tensor
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.views import Normalization
 from drtune_ray.method import DRTune
 from drtune_ray.training.backbones import Backbone

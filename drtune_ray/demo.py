@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from drtune_ray.config import StudyConfig
+from drtune_ray.config.study import StudyConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.search.prepare import check_storage
 from drtune_ray.search.space import read_space

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.values import nested
 
 WriteImages = Callable[..., Path]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import Tables, TrainingData
 from drtune_ray.data.store import TableStore
 from drtune_ray.search.prepare import check_inputs, prepare

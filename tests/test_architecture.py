@@ -268,7 +268,7 @@ def test_help__is_light(command: list[str]) -> None:
 @pytest.mark.parametrize(
     ("module", "heavy"),
     [
-        ("drtune_ray.config", []),
+        ("drtune_ray.config.trial", []),
         ("drtune_ray.search.space", []),
         ("drtune_ray.search.identity", []),
         ("drtune_ray.tracking.spool", []),
@@ -283,6 +283,6 @@ def test_import__light_modules(module: str, heavy: list[str]) -> None:
 def test_package__exported_names() -> None:
     assert sorted(drtune_ray.__all__) == drtune_ray.__all__
     assert set(drtune_ray.__all__) == set(drtune_ray._HOMES)
-    assert drtune_ray.TrialConfig.__module__ == "drtune_ray.config"
+    assert drtune_ray.TrialConfig.__module__ == "drtune_ray.config.trial"
     with pytest.raises(AttributeError, match="^module 'drtune_ray' has no attribute 'tune'$"):
         drtune_ray.tune  # noqa: B018

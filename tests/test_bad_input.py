@@ -13,8 +13,8 @@ import pytest
 from pydantic import Field
 
 from drtune_ray.cli.main import cli, main
-from drtune_ray.config import StudyConfig
-from drtune_ray.section import Section
+from drtune_ray.config.section import Section
+from drtune_ray.config.study import StudyConfig
 from tests import bad_places
 from tests.bad_input import Example, all_examples
 from tests.rules import (

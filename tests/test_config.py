@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from drtune_ray.config import StudyConfig, TrialConfig, reference_config
+from drtune_ray.config.presets import PRESETS
+from drtune_ray.config.section import Section, known_paths, unknown_path_problem
+from drtune_ray.config.study import StudyConfig, reference_config
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import ConfigError
-from drtune_ray.presets import PRESETS
-from drtune_ray.section import Section, known_paths, unknown_path_problem
 from drtune_ray.values import (
     deep_merge,
     digest,

@@ -40,7 +40,7 @@ from drtune_ray.cli.options import (
 from drtune_ray.errors import ConfigError, DrtuneError
 
 if TYPE_CHECKING:
-    from drtune_ray.config import StudyConfig
+    from drtune_ray.config.study import StudyConfig
     from drtune_ray.display.output import Quiet
     from drtune_ray.search.outlook import StudyPlan
 
@@ -146,13 +146,13 @@ def train(
     **flags: Any,
 ) -> None:
     """Train one configuration on Ray Train; the same command resumes, or shows the result."""
+    from drtune_ray.config.section import validated
+    from drtune_ray.config.study import TrackingConfig
     from drtune_ray.display.outcome import training_facts, training_lines
     from drtune_ray.display.output import TrainingLines, json_stdout, write_json
     from drtune_ray.search.request import default_name, trial_request
     from drtune_ray.search.single import run_training
     from drtune_ray.search.status import write_command
-    from drtune_ray.section import validated
-    from drtune_ray.study_sections import TrackingConfig
     from drtune_ray.tracking.events import Event, RunStarted
 
     with json_stdout(is_wanted=as_json) as stream:

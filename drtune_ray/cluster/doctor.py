@@ -25,16 +25,16 @@ from drtune_ray.cluster.clocks import FIX as CLOCK_FIX
 from drtune_ray.cluster.clocks import Skew
 from drtune_ray.cluster.findings import Examination, Finding
 from drtune_ray.cluster.node_facts import reading_problem
-from drtune_ray.config import BackboneConfig, StudyConfig, TrainingConfig
+from drtune_ray.config.section import Section, validated
+from drtune_ray.config.study import ResourcesConfig, StudyConfig
+from drtune_ray.config.trial import BackboneConfig, TrainingConfig
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.search.environment import environment
 from drtune_ray.search.group import ADDRESS
 from drtune_ray.search.nodes import Capacity, trial_demand, trials_that_fit
 from drtune_ray.search.session import ray_session, set_environment
 from drtune_ray.search.study import study_trainings
-from drtune_ray.section import Section, validated
 from drtune_ray.server_uri import ServerUri, with_secrets
-from drtune_ray.study_sections import ResourcesConfig
 from drtune_ray.tracking.mlflow_recorder import default_tracking_uri
 from drtune_ray.tracking.probe import Answer, ServerProbe
 from drtune_ray.training.backbones import check_hub_weights, weights_file

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from drtune_ray.config import StudyConfig
+from drtune_ray.config.study import StudyConfig
 
 STORAGE_PATH = "/storage"
 DATA_PATH = "/data"

@@ -14,8 +14,8 @@ from typing import Any
 import jsonpatch
 import yaml
 
+from drtune_ray.config.section import unknown_name
 from drtune_ray.errors import ConfigError
-from drtune_ray.section import unknown_name
 from drtune_ray.values import read_yaml
 
 KUSTOMIZATION = "kustomization.yaml"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from drtune_ray.config import StudyConfig
+from drtune_ray.config.study import StudyConfig
 from drtune_ray.search.nodes import Node, trial_demand
 
 DEFAULT_TRIALS_AT_A_TIME = 2

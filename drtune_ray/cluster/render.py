@@ -21,7 +21,7 @@ from drtune_ray.cluster.pods import (
     trials_at_a_time,
     worker_pods,
 )
-from drtune_ray.config import StudyConfig
+from drtune_ray.config.study import StudyConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.search.space import SearchSpace, read_space, shipped_spaces
 from drtune_ray.server_uri import names_in

@@ -18,9 +18,9 @@ from urllib.parse import urlsplit
 from drtune_ray.cluster.address import is_loopback
 from drtune_ray.cluster.attempts import NUMBER_KEY, SETTINGS_KEY, STORAGE_KEY, STUDY_KEY
 from drtune_ray.cluster.variables import Variables, needed_variables
-from drtune_ray.config import StudyConfig
+from drtune_ray.config.sources import asked_study
+from drtune_ray.config.study import StudyConfig
 from drtune_ray.errors import ConfigError
-from drtune_ray.search.asked import asked_study
 from drtune_ray.search.environment import SUBMITTED_WITH
 from drtune_ray.search.points import start_points
 from drtune_ray.search.space import SearchSpace, read_space

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from drtune_ray.config import DataConfig
+from drtune_ray.config.trial import DataConfig
 from drtune_ray.data.cache import ImageRows, MappedArray, read_images
 from drtune_ray.data.views import Pixels, ViewMaker
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from drtune_ray.config import DataConfig
+from drtune_ray.config.trial import DataConfig
 from drtune_ray.data.sources import ImageFolder
 from drtune_ray.errors import ConfigError
 from drtune_ray.values import digest

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from drtune_ray.config import DataConfig
+from drtune_ray.config.trial import DataConfig
 from drtune_ray.values import digest
 
 Pixels = NDArray[np.uint8]

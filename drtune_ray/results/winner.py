@@ -10,7 +10,7 @@ from typing import Any
 import safetensors.torch
 from torch import nn
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.views import Normalization
 from drtune_ray.errors import ConfigError
 from drtune_ray.training.backbones import read_backbone

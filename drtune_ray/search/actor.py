@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from ray import tune
 
-from drtune_ray.config import DataConfig, TrialConfig
+from drtune_ray.config.trial import DataConfig, TrialConfig
 from drtune_ray.data.dataset import Tables, TrainingData
 from drtune_ray.data.shelf import TableShelf, fetch_tables
 from drtune_ray.folders import Folder

@@ -10,9 +10,9 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune import Stopper
 
+from drtune_ray.config.study import BudgetConfig
 from drtune_ray.results import trials
 from drtune_ray.search.protocol import OBJECTIVE
-from drtune_ray.study_sections import BudgetConfig
 
 SECONDS = "seconds"  # user attribute of the Optuna study: what its searches took so far
 STOPPED_BY_BUDGET, REACHED_TARGET = "stopped by the budget", "reached the target accuracy"

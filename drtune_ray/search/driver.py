@@ -13,7 +13,8 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from drtune_ray.config import StudyConfig, TrialConfig
+from drtune_ray.config.study import StudyConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import Tables
 from drtune_ray.data.store import TableStore
 from drtune_ray.errors import ConfigError, NoTrialCompleted

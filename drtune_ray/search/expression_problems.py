@@ -6,11 +6,11 @@ import ast
 from collections.abc import Iterator
 from typing import Any
 
+from drtune_ray.config.section import unknown_name
 from drtune_ray.search.expression_trees import ORDERS, depth_of, parsed_expression, tree_of
 from drtune_ray.search.expressions import FUNCTIONS
 from drtune_ray.search.settings import FACTS, normal_value, setting_paths
 from drtune_ray.search.space_problems import Place, Problem
-from drtune_ray.section import unknown_name
 
 MAX_LENGTH, MAX_DEPTH = 500, 40
 ALLOWED = (ast.BoolOp, ast.UnaryOp, ast.BinOp, ast.Compare, ast.IfExp, ast.List, ast.Tuple)

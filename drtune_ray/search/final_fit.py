@@ -14,7 +14,8 @@ from typing import Any
 import pyarrow as pa
 from optuna.trial import TrialState
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.study import FinalFitConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import Tables
 from drtune_ray.data.splits import TRAIN, VALIDATION
 from drtune_ray.errors import CheckpointError
@@ -25,7 +26,6 @@ from drtune_ray.search.outlook import StudyResult
 from drtune_ray.search.prepare import Checked
 from drtune_ray.search.protocol import OUTCOME
 from drtune_ray.search.servers import as_problem
-from drtune_ray.study_sections import FinalFitConfig
 from drtune_ray.tracking.events import RunFinished, RunStarted
 from drtune_ray.training.checkpoint import (
     IDENTITY,

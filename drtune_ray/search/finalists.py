@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from optuna.trial import TrialState
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.study import FinalistsConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.results.trials import TrialSummary, best_first
 from drtune_ray.search.proposals import FixedTrial
-from drtune_ray.study_sections import FinalistsConfig
 
 CE_TUNING = "ce_tuning"
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.study import ResourcesConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import Tables
 from drtune_ray.search.actor import Workplace
 from drtune_ray.search.failures import FULL_DISK
@@ -20,7 +21,6 @@ from drtune_ray.search.session import scratch_folder
 from drtune_ray.search.shared import Cluster
 from drtune_ray.search.waiting import ResourceWait
 from drtune_ray.search.workers import controllers_ended, train_on_workers
-from drtune_ray.study_sections import ResourcesConfig
 from drtune_ray.tracking.events import MetricsRecorded, RunKey, Sink, StepsRecorded
 from drtune_ray.training.checkpoint import TrialFolder
 from drtune_ray.training.records import EpochRecord

@@ -10,10 +10,10 @@ import ray
 from ray.train.v2._internal import constants
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
-from drtune_ray.config import TrainingConfig
+from drtune_ray.config.study import ResourcesConfig
+from drtune_ray.config.trial import TrainingConfig
 from drtune_ray.search.environment import environment
 from drtune_ray.search.lifeline import ask_to_save, listen_for_sigterm
-from drtune_ray.study_sections import ResourcesConfig
 
 ADDRESS = "RAY_ADDRESS"
 # A group that may be smaller is asked for by what Ray believed of the cluster some seconds ago:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from drtune_ray.config import StudyConfig, TrialConfig
+from drtune_ray.config.study import StudyConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import Tables
 from drtune_ray.data.store import TableStore
 from drtune_ray.results.trials import TrialSummary, best_first

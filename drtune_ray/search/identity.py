@@ -14,9 +14,9 @@ from typing import Any
 import filelock
 
 import drtune_ray
-from drtune_ray.config import TRIAL_NOT_DECIDING
+from drtune_ray.config.study import TrackingConfig
+from drtune_ray.config.trial import TRIAL_NOT_DECIDING
 from drtune_ray.errors import ConfigError, EnvironmentProblem
-from drtune_ray.study_sections import TrackingConfig
 from drtune_ray.values import flattened_without, full_path, read_yaml, to_yaml
 
 RECORD_FILE = "study.yaml"
@@ -25,7 +25,6 @@ JOURNAL_NAME, SPLITS_NAME, TRIALS_NAME = "optuna.journal", "splits.parquet", "tr
 WINNER_NAME, SPOOL_NAME, TRIALS_FOLDER = "winner", "spool", "trials"
 DONE_NAME = "done"  # written last
 SCRATCH_NAME = ".tune"  # Ray's own folders; nothing in them is needed again
-STUDY, TRAINING = "study", "training"
 # Raised when a change of the package changes the numbers that a trial gives.
 NUMERIC_VERSION = 2
 # Settings that may differ between two runs of the same study, or of the same training.

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 import torch
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import Tables, TrainingData
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.training.backbones import Backbone, read_backbone

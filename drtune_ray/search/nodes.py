@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from drtune_ray.config import TrainingConfig
+from drtune_ray.config.study import ResourcesConfig
+from drtune_ray.config.trial import TrainingConfig
 from drtune_ray.errors import ConfigError, EnvironmentProblem
-from drtune_ray.study_sections import ResourcesConfig
 
 # A cluster may declare this resource, to say on which nodes the process may live that waits for a
 # trial's workers, and how many of them. Elsewhere it goes to the head node and takes no CPU.

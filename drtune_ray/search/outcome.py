@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import logging
 
-from drtune_ray.config import StudyConfig, TrialConfig
+from drtune_ray.config.study import STUDY, StudyConfig, TrackingConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.folders import open_folder
 from drtune_ray.results.evaluate import Evaluation, evaluate
 from drtune_ray.search.identity import (
     SPLITS_NAME,
     SPOOL_NAME,
-    STUDY,
     WINNER_NAME,
     Record,
     find_study,
     read_record,
 )
 from drtune_ray.search.prepare import data_root
-from drtune_ray.study_sections import TrackingConfig
 from drtune_ray.tracking.events import MetricsRecorded
 from drtune_ray.tracking.mlflow_recorder import build_recorder, default_tracking_uri
 from drtune_ray.tracking.spool import Spool, send_unsent

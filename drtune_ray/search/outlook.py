@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drtune_ray.config import StudyConfig
+from drtune_ray.config.study import StudyConfig
 from drtune_ray.results.trials import TrialSummary
 from drtune_ray.search.finalists import Finalist, best_finalist
 from drtune_ray.training.records import COMPLETED

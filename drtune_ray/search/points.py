@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from drtune_ray.config.section import unknown_name
 from drtune_ray.errors import ConfigError
 from drtune_ray.search.space import SearchSpace
-from drtune_ray.section import unknown_name
 from drtune_ray.values import flattened
 
 

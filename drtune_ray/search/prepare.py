@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
-from drtune_ray.config import DataConfig, TrialConfig
+from drtune_ray.config.study import ResourcesConfig
+from drtune_ray.config.trial import DataConfig, TrialConfig
 from drtune_ray.data.cache import table_name, write_images
 from drtune_ray.data.dataset import Tables
 from drtune_ray.data.sources import scan_class_folders
@@ -19,7 +20,6 @@ from drtune_ray.data.splits import TRAIN, VALIDATION, Splits, make_splits
 from drtune_ray.data.store import TableStore
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.search.nodes import Capacity
-from drtune_ray.study_sections import ResourcesConfig
 from drtune_ray.training.backbones import Backbone, KeyReport, load_backbone
 from drtune_ray.training.frozen import prepare_tables
 from drtune_ray.training.model import check_trial

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from drtune_ray.config import StudyConfig, TrialConfig
+from drtune_ray.config.study import StudyConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.splits import VALIDATION
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.search.final_fit import with_final_workers, without_validation

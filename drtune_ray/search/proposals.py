@@ -12,7 +12,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from drtune_ray.config import TRIAL_NOT_DECIDING, TrialConfig
+from drtune_ray.config.trial import TRIAL_NOT_DECIDING, TrialConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.results import trials
 from drtune_ray.search.budget import Budget

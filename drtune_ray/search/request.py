@@ -9,9 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from drtune_ray.config import DataConfig, StudyConfig, TrialConfig
-from drtune_ray.data.sources import IMAGE_SUFFIXES
-from drtune_ray.search.asked import (
+from drtune_ray.config.section import validated
+from drtune_ray.config.sources import (
     asked_study,
     data_folder,
     mapping_of,
@@ -19,10 +18,10 @@ from drtune_ray.search.asked import (
     read_settings,
     trial_values,
 )
-from drtune_ray.search.identity import TRAINING
+from drtune_ray.config.study import TRAINING, ResourcesConfig, StudyConfig
+from drtune_ray.config.trial import DataConfig, TrialConfig
+from drtune_ray.data.sources import IMAGE_SUFFIXES
 from drtune_ray.search.machine import fitting_defaults, this_machine
-from drtune_ray.section import validated
-from drtune_ray.study_sections import ResourcesConfig
 from drtune_ray.training.backbones import DEMO_BACKBONE
 from drtune_ray.values import deep_merge, flattened, full_path, nested, parse_assignments
 

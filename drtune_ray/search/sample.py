@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import Tables
 from drtune_ray.data.splits import TRAIN, VALIDATION, Splits
 from drtune_ray.data.store import CACHE_FOLDER, TableStore

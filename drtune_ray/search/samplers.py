@@ -17,10 +17,10 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from drtune_ray.config.section import reason, refusal, unknown_name
+from drtune_ray.config.study import SamplerConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.results.trials import DUPLICATE, NOT_TRAINED
-from drtune_ray.section import reason, refusal, unknown_name
-from drtune_ray.study_sections import SamplerConfig
 from drtune_ray.training.model import derived_seed
 
 SAMPLERS: dict[str, Any] = {

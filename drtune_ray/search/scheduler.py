@@ -13,9 +13,9 @@ from typing import Any, Protocol
 from optuna.trial import FrozenTrial
 from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
 
+from drtune_ray.config.study import SchedulerConfig
 from drtune_ray.results.trials import values_by_epoch
 from drtune_ray.search.protocol import CONFIG_NUMBER, EPOCH, OBJECTIVE
-from drtune_ray.study_sections import SchedulerConfig
 
 
 class StudyScheduler(Protocol):

@@ -22,7 +22,7 @@ from typing import Any
 from optuna.trial import Trial, TrialState
 from ray.tune.search import Searcher
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.results import trials
 from drtune_ray.search.budget import REACHED_TARGET, STOPPED_BY_BUDGET, Budget
 from drtune_ray.search.objectives import final_values

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from drtune_ray.config import TrainingConfig
+from drtune_ray.config.study import ResourcesConfig
+from drtune_ray.config.trial import TrainingConfig
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.search.environment import job_config
 from drtune_ray.search.nodes import Capacity, read_capacity, trial_demand, trials_that_fit
-from drtune_ray.study_sections import ResourcesConfig
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from drtune_ray.config import TrialConfig
-from drtune_ray.section import known_paths, reason, refusal
+from drtune_ray.config.section import known_paths, reason, refusal
+from drtune_ray.config.trial import TrialConfig
 
 NUM_TRAIN, NUM_CLASSES = "data.num_train", "data.num_classes"
 # What is known of the images once they were read; expressions may use these.

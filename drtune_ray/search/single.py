@@ -7,7 +7,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.study import TRAINING, ResourcesConfig, TrackingConfig, study_name
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.store import TableStore
 from drtune_ray.errors import ConfigError, DrtuneError, EnvironmentProblem
 from drtune_ray.folders import LocalFolder
@@ -19,7 +20,6 @@ from drtune_ray.search.identity import (
     RECORD_FILE,
     SPLITS_NAME,
     SPOOL_NAME,
-    TRAINING,
     TRIALS_FOLDER,
     WINNER_NAME,
     deciding_values,
@@ -42,7 +42,6 @@ from drtune_ray.search.servers import StudyArtifacts, as_problem, check_tracking
 from drtune_ray.search.session import ready_cluster, signals_as_interrupt
 from drtune_ray.search.shared import Cluster, shared_folder
 from drtune_ray.search.waiting import Notify
-from drtune_ray.study_sections import ResourcesConfig, TrackingConfig, study_name
 from drtune_ray.tracking.events import (
     FilesReady,
     RunFinished,

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.search.expressions import Expression, ExpressionError
 from drtune_ray.search.parameters import Parameter, resolve

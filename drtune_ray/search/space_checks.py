@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations_with_replacement, product
 from typing import Any
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.search.expressions import Expression, ExpressionError, UnknownFact
 from drtune_ray.search.parameters import ALWAYS, RANGES, Condition, Parameter, Resolved, resolve

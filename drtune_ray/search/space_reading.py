@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
+from drtune_ray.config.section import unknown_name
 from drtune_ray.search.expression_problems import expression_problems
 from drtune_ray.search.expressions import Expression
 from drtune_ray.search.parameters import (
@@ -20,7 +21,6 @@ from drtune_ray.search.parameters import (
 )
 from drtune_ray.search.settings import normal_value, restriction_of, setting_paths
 from drtune_ray.search.space_problems import Place, Problem, place_below
-from drtune_ray.section import unknown_name
 
 PARAMETERS, CONSTRAINTS = "parameters", "constraints"
 KEYS = (PARAMETERS, CONSTRAINTS)

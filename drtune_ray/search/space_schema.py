@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.search.parameters import CATEGORIES, KINDS, RANGES
 from drtune_ray.search.settings import FACTS, restriction_of, setting_paths
 from drtune_ray.search.space_reading import CONSTRAINTS, OPTIONS, PARAMETERS

@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from drtune_ray.config import StudyConfig
+from drtune_ray.config.study import STUDY, StudyConfig
 from drtune_ray.results.trials import TrialSummary, summaries
 from drtune_ray.search.done import is_done as is_done_with
 from drtune_ray.search.environment import SUBMITTED_WITH, job_config
@@ -23,7 +23,6 @@ from drtune_ray.search.identity import (
     DONE_NAME,
     JOURNAL_NAME,
     SPOOL_NAME,
-    STUDY,
     TRIALS_FOLDER,
     Record,
     find_study,

@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from drtune_ray.config import StudyConfig, TrainingConfig, reference_config
+from drtune_ray.config.study import STUDY, StudyConfig, reference_config
+from drtune_ray.config.trial import TrainingConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.search.done import is_done
 from drtune_ray.search.driver import StudyDriver
@@ -17,7 +18,6 @@ from drtune_ray.search.final_fit import with_final_workers
 from drtune_ray.search.identity import (
     RECORD_FILE,
     SPLITS_NAME,
-    STUDY,
     Record,
     deciding_values,
     driver_lease,

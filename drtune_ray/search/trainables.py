@@ -7,7 +7,7 @@ from typing import Any
 from ray import tune
 from ray.tune.execution import class_cache
 
-from drtune_ray.config import StudyConfig
+from drtune_ray.config.study import StudyConfig
 from drtune_ray.search.actor import TrialActor, Workplace
 from drtune_ray.search.nodes import Capacity
 from drtune_ray.search.workers import drive_trial

@@ -10,7 +10,7 @@ from pathlib import Path
 from ray.tune import Stopper
 from ray.tune.schedulers import TrialScheduler
 
-from drtune_ray.config import StudyConfig
+from drtune_ray.config.study import StudyConfig
 from drtune_ray.data.dataset import Tables
 from drtune_ray.search.actor import Workplace
 from drtune_ray.search.callback import StudyCallback

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from drtune_ray.config import TABLES_PATHS, TrialConfig
+from drtune_ray.config.trial import TABLES_PATHS, TrialConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.search.space import SearchSpace
 from drtune_ray.search.space_corners import corners, needed_for, thresholds_in

@@ -10,7 +10,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
-from drtune_ray.config import TRIAL_NOT_DECIDING, TrialConfig
+from drtune_ray.config.trial import TRIAL_NOT_DECIDING, TrialConfig
 from drtune_ray.results import trials
 from drtune_ray.search.identity import DATA_DIGEST, NUMERICS, WEIGHTS_DIGEST, Record
 from drtune_ray.search.space import SearchSpace

@@ -23,7 +23,8 @@ import torch
 from ray.exceptions import RayActorError
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.study import ResourcesConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.search.actor import Workplace, Workshop
 from drtune_ray.search.failures import failure_from
@@ -38,7 +39,6 @@ from drtune_ray.search.protocol import (
     trial_result,
 )
 from drtune_ray.search.reaper import remove_orphans
-from drtune_ray.study_sections import ResourcesConfig
 from drtune_ray.training.checkpoint import TrialFolder
 from drtune_ray.training.records import EpochRecord, EpochReport
 

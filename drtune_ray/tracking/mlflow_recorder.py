@@ -12,8 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from drtune_ray.config.study import TrackingConfig
 from drtune_ray.server_uri import secrets_hidden, with_secrets
-from drtune_ray.study_sections import TrackingConfig
 from drtune_ray.tracking.database import make_database
 from drtune_ray.tracking.events import (
     Event,

@@ -21,7 +21,7 @@ import torch
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
-from drtune_ray.config import BackboneConfig
+from drtune_ray.config.trial import BackboneConfig
 from drtune_ray.data.views import Normalization
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.training.folding import folded

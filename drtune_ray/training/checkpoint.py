@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from drtune_ray.config import TRIAL_NOT_DECIDING, TrialConfig
+from drtune_ray.config.trial import TRIAL_NOT_DECIDING, TrialConfig
 from drtune_ray.errors import CheckpointError
 from drtune_ray.folders import Folder, LocalFolder
 from drtune_ray.training.distributed import ProcessGroup, gather_objects

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from drtune_ray.config import DataConfig
+from drtune_ray.config.trial import DataConfig
 from drtune_ray.data.cache import read_images, table_name, write_array
 from drtune_ray.data.dataset import Tables, TrainingData
 from drtune_ray.data.store import TableStore

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import TrainingData
 from drtune_ray.training.backbones import Backbone
 from drtune_ray.training.records import DIVERGED, EpochReport, SavePoint

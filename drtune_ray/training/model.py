@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-from drtune_ray.config import TrainingConfig, TrialConfig
+from drtune_ray.config.trial import TrainingConfig, TrialConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.method import CETuning, DRTune, FeatureBank, SemanticCalibration
 from drtune_ray.training.backbones import Backbone, create_encoder

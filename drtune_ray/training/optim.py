@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from drtune_ray.config import OptimConfig
+from drtune_ray.config.trial import OptimConfig
 
 BACKBONE, HEAD = "backbone", "head"
 

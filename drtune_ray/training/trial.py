@@ -12,7 +12,7 @@ import torch
 from timm.layers import convert_sync_batchnorm  # type: ignore[attr-defined]
 from torch import Tensor
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import TrainingData
 from drtune_ray.method import DRTune
 from drtune_ray.training.backbones import Backbone

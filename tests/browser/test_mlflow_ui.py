@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from drtune_ray.search.identity import STUDY, Record
-from drtune_ray.study_sections import TrackingConfig
+from drtune_ray.config.study import STUDY, TrackingConfig
+from drtune_ray.search.identity import Record
 from drtune_ray.tracking.events import Event, MetricsRecorded, RunFinished, RunStarted
 from drtune_ray.tracking.mlflow_recorder import MlflowRecorder, default_tracking_uri
 

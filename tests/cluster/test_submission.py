@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from drtune_ray.cluster.submission import Submission, study_submission
-from drtune_ray.config import StudyConfig
+from drtune_ray.config.study import StudyConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.search.space import read_space
 

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from drtune_ray.config import DataConfig
+from drtune_ray.config.trial import DataConfig
 from drtune_ray.data import cache
 from drtune_ray.data.cache import (
     MappedArray,

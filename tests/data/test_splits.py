@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from drtune_ray.config import DataConfig
+from drtune_ray.config.trial import DataConfig
 from drtune_ray.data.sources import FILE_SCHEMA, ImageFolder
 from drtune_ray.data.splits import TEST, TRAIN, VALIDATION, Splits, make_splits
 from drtune_ray.errors import ConfigError

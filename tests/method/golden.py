@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import torch
 
-from drtune_ray.config import TrialConfig, reference_config
+from drtune_ray.config.study import reference_config
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.training.model import build_method
 from tests.method.tiny import C, D, batches_of, descend, make_encoder, randomise, run_step
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.presets import PRESETS
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.method import CETuning, DRTune, FeatureBank
 from drtune_ray.method.objective import combine
-from drtune_ray.presets import PRESETS
 from drtune_ray.training.model import build_method, method_scale
 from tests.method.reference import AUTHORS, PAPER
 from tests.method.tiny import (

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.search.actor import TrialActor, Workplace
 from drtune_ray.search.protocol import OUT_OF_MEMORY
 from drtune_ray.training.checkpoint import TrialFolder

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from drtune_ray.cluster.doctor import study_setup
-from drtune_ray.config import StudyConfig
+from drtune_ray.config.study import StudyConfig
 from drtune_ray.data.splits import TEST, VALIDATION
 from drtune_ray.display.outcome import result_facts, result_lines
 from drtune_ray.errors import ConfigError, EnvironmentProblem

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.study import FinalistsConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.results.trials import TrialSummary
 from drtune_ray.search.finalists import best_finalist, finalists, repetitions
-from drtune_ray.study_sections import FinalistsConfig
 
 
 @pytest.fixture

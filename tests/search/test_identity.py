@@ -12,13 +12,11 @@ from typing import Any
 import pytest
 
 import drtune_ray
-from drtune_ray.config import StudyConfig
+from drtune_ray.config.study import STUDY, TRAINING, StudyConfig, TrackingConfig
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.search.identity import (
     NUMERIC_VERSION,
     RECORD_FILE,
-    STUDY,
-    TRAINING,
     Record,
     deciding_values,
     driver_lease,
@@ -27,7 +25,6 @@ from drtune_ray.search.identity import (
     read_record,
 )
 from drtune_ray.search.space import read_space
-from drtune_ray.study_sections import TrackingConfig
 from drtune_ray.values import flattened, nested, read_yaml
 
 DRIVER = """

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from drtune_ray.config import StudyConfig, TrainingConfig
+from drtune_ray.config.study import ResourcesConfig, StudyConfig
+from drtune_ray.config.trial import TrainingConfig
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.search.nodes import (
     Capacity,
@@ -20,7 +21,6 @@ from drtune_ray.search.nodes import (
     trials_that_fit,
 )
 from drtune_ray.search.study import run_study
-from drtune_ray.study_sections import ResourcesConfig
 from tests.search.clusters import cluster_of
 from tests.search.test_study import study_values
 

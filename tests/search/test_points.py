@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.search.points import start_points
 from drtune_ray.search.space import SearchSpace
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.cache import MappedArray, read_images, read_table
 from drtune_ray.data.dataset import Tables, TrainingData
 from drtune_ray.data.sources import content_hash

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from drtune_ray.config import StudyConfig
+from drtune_ray.config.study import StudyConfig
 from drtune_ray.data.store import TableStore
 from drtune_ray.search.machine import Machine
 from drtune_ray.search.measure import Measured, Measurement

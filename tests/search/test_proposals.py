@@ -10,7 +10,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.results.trials import summaries
 from drtune_ray.search.proposals import (
     MAX_UNTRAINED_IN_A_ROW,

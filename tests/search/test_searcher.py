@@ -12,7 +12,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.results.trials import best_trial, summary
 from drtune_ray.search.callback import StudyCallback

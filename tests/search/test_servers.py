@@ -23,7 +23,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 
-from drtune_ray.config import StudyConfig
+from drtune_ray.config.study import StudyConfig
 from drtune_ray.data.shelf import TableShelf
 from drtune_ray.data.store import TableStore
 from drtune_ray.errors import ConfigError, EnvironmentProblem

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from drtune_ray.config import StudyConfig
+from drtune_ray.config.study import StudyConfig
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.folders import LocalFolder, open_folder
 from drtune_ray.search import shared

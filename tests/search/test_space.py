@@ -13,7 +13,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from optuna.trial import FixedTrial
 
-from drtune_ray.config import TrialConfig, reference_config
+from drtune_ray.config.study import reference_config
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.search import settings
 from drtune_ray.search.expressions import Expression, UnknownFact

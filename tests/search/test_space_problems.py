@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import drtune_ray
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.search.request import study_request
 from drtune_ray.search.space import SearchSpace, examined, read_space

@@ -14,7 +14,8 @@ import pytest
 import yaml
 from optuna.trial import FixedTrial
 
-from drtune_ray.config import StudyConfig, TrialConfig, reference_config
+from drtune_ray.config.study import StudyConfig, reference_config
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.search.expressions import FUNCTIONS
 from drtune_ray.search.parameters import KINDS, Parameter
 from drtune_ray.search.samplers import check_sampler

@@ -19,19 +19,18 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from drtune_ray.config import StudyConfig
+from drtune_ray.config.study import STUDY, TRAINING, StudyConfig, TrackingConfig
 from drtune_ray.display.standing import status_lines
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.folders import LocalFolder
 from drtune_ray.results import trials
 from drtune_ray.search import holder, status
 from drtune_ray.search.done import write_done
-from drtune_ray.search.identity import DONE_NAME, STUDY, TRAINING, driver_lease, open_record
+from drtune_ray.search.identity import DONE_NAME, driver_lease, open_record
 from drtune_ray.search.lease import LEASE_NAME
 from drtune_ray.search.servers import open_storage, open_study
 from drtune_ray.search.space import read_space
 from drtune_ray.search.status import DONE, FAILED, INTERRUPTED, NOT_SEEN, RUNNING, read_status
-from drtune_ray.study_sections import TrackingConfig
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished, RunStarted, StepsRecorded
 from drtune_ray.tracking.spool import Spool
 from drtune_ray.values import nested

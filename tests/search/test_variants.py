@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.search.space import SearchSpace
 from drtune_ray.search.variants import MAX_VARIANTS, table_variants

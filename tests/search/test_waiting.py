@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 
-from drtune_ray.config import StudyConfig
+from drtune_ray.config.study import ResourcesConfig, StudyConfig
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.search import waiting
 from drtune_ray.search.nodes import Demand
 from drtune_ray.search.single import run_training
 from drtune_ray.search.study import run_study
 from drtune_ray.search.waiting import Placements, ResourceWait
-from drtune_ray.study_sections import ResourcesConfig
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished
 from tests.search.clusters import cluster_of
 from tests.search.test_study import study_values

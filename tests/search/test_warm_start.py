@@ -11,7 +11,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.results.trials import summaries
 from drtune_ray.search.identity import DATA_DIGEST, NUMERICS, WEIGHTS_DIGEST, Record
 from drtune_ray.search.space import SearchSpace

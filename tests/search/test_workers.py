@@ -25,7 +25,8 @@ from ray.train.v2._internal.exceptions import (
 )
 from ray.util.placement_group import placement_group
 
-from drtune_ray.config import StudyConfig, TrainingConfig
+from drtune_ray.config.study import ResourcesConfig, StudyConfig
+from drtune_ray.config.trial import TrainingConfig
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.search import scheduler as scheduler_module
 from drtune_ray.search.actor import Workplace
@@ -37,7 +38,6 @@ from drtune_ray.search.scheduler import StudyASHA
 from drtune_ray.search.session import ray_session, set_environment
 from drtune_ray.search.study import run_study
 from drtune_ray.search.trainables import tune_trainable
-from drtune_ray.study_sections import ResourcesConfig
 from drtune_ray.tracking.events import RunFinished
 from drtune_ray.values import to_yaml
 from tests.search import leftovers

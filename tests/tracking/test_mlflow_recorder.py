@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from drtune_ray.study_sections import TrackingConfig
+from drtune_ray.config.study import TrackingConfig
 from drtune_ray.tracking.events import (
     Event,
     FilesReady,

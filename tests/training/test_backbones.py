@@ -16,7 +16,7 @@ import timm
 import torch
 from torch import Tensor
 
-from drtune_ray.config import BackboneConfig
+from drtune_ray.config.trial import BackboneConfig
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.training.backbones import (
     DEMO_BACKBONE,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import CheckpointError
 from drtune_ray.training.checkpoint import (
     MAGIC,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import TrainingData
 from drtune_ray.data.store import TableStore
 from drtune_ray.errors import ConfigError

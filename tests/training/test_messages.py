@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from drtune_ray.config import CalibrationConfig
+from drtune_ray.config.trial import CalibrationConfig
 from tests.method.tiny import D, make_data, make_method
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from drtune_ray.config import ResourcesConfig
+from drtune_ray.config.study import ResourcesConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.search.prepare import check_inputs
 from drtune_ray.training.model import check_trial, derived_seed

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from drtune_ray.config import OptimConfig
+from drtune_ray.config.trial import OptimConfig
 from drtune_ray.training.optim import build_optimizer, build_schedule, learning_rates
 
 NUM_EPOCHS, STEPS = 4, 5

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from drtune_ray.config import TrialConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.training.model import method_scale
 from drtune_ray.training.optim import build_optimizer, build_schedule
 from drtune_ray.training.trial import Trial

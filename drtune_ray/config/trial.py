@@ -7,33 +7,14 @@ Precedence: ``--set path=value`` > file > preset > default. ``TrialConfig`` deci
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
+from drtune_ray.config.presets import PRESETS, PresetName
+from drtune_ray.config.section import Probability, Section, Workers, unknown_name, validated
 from drtune_ray.errors import ConfigError
-from drtune_ray.presets import PRESETS, PresetName
-from drtune_ray.section import (
-    Probability,
-    Section,
-    Workers,
-    not_a_mapping,
-    unknown_name,
-    validated,
-)
-from drtune_ray.server_uri import ServerUri
-from drtune_ray.study_sections import (
-    BudgetConfig,
-    FinalFitConfig,
-    FinalistsConfig,
-    ResourcesConfig,
-    SamplerConfig,
-    SchedulerConfig,
-    StudyName,
-    TrackingConfig,
-)
-from drtune_ray.values import deep_merge, digest, flattened, full_path, nested
+from drtune_ray.values import deep_merge, digest, flattened, nested
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 
@@ -249,120 +230,6 @@ TRIAL_NOT_DECIDING = (
 )
 
 
-ReferenceName = Literal["default", "ce_tuning", "authors", "paper"]
-ObjectiveName = Literal[
-    "val_accuracy",
-    "worst_class_accuracy",
-    "calibration_error",
-    "latency_ms",
-    "num_parameters",
-    "flops",
-]
-
-
-class StudyConfig(Section):
-    """A search over trials.
-
-    `trial` is the configuration that the search space varies; `space` the name of a shipped search
-    space, a YAML file, or its content (see `drtune_ray.search.space`).
-
-    `optuna_storage` is the URL of a database that holds the search (None: a file in the study's
-    folder), `artifacts` the URI of a folder or object store for all that the next driver needs and
-    nodes without a common file system hand each other (None: everything lies under `storage`).
-
-    Of several `objectives` validation accuracy is the first: early stopping, the finalists and the
-    winner go by it, and the others are weighed against it in the Pareto front.
-
-    `start_with` are points of the space to run first; what one leaves open is sampled.
-    `warm_start` names studies of comparable trials for the sampler to learn from.
-    """
-
-    name: StudyName
-    storage: str = "./drtune-studies"
-    optuna_storage: ServerUri | None = None
-    artifacts: ServerUri | None = None
-    trial: TrialConfig
-    space: str | dict[str, Any] = "quick"
-    objectives: tuple[ObjectiveName, ...] = ("val_accuracy",)
-    trials: PositiveInt = 20
-    start_with: tuple[dict[str, Any], ...] = ()
-    warm_start: tuple[str, ...] = ()
-    seed: int = 0
-    reference_trials: tuple[ReferenceName, ...] = ("default", "ce_tuning", "authors")
-    sampler: SamplerConfig = SamplerConfig()
-    scheduler: SchedulerConfig = SchedulerConfig()
-    budget: BudgetConfig = BudgetConfig()
-    finalists: FinalistsConfig = FinalistsConfig()
-    final_fit: FinalFitConfig = FinalFitConfig()
-    resources: ResourcesConfig = ResourcesConfig()
-    tracking: TrackingConfig = TrackingConfig()
-
-    @model_validator(mode="after")
-    def _references_fit(self) -> Self:
-        if len(set(self.reference_trials)) != len(self.reference_trials):
-            raise ValueError(f"reference_trials must differ, but got {list(self.reference_trials)}")
-        num_given = len(self.reference_trials) + len(self.start_with)
-        if num_given > self.trials:
-            what = "reference_trials and start_with" if self.start_with else "reference_trials"
-            points = f" and {len(self.start_with)} points of your own" if self.start_with else ""
-            raise ValueError(
-                f"trials >= number of {what} must hold, but got "
-                f"trials={self.trials} with {len(self.reference_trials)} reference trials{points}; "
-                f"set trials to at least {num_given} or shorten {what}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _accuracy_comes_first(self) -> Self:
-        if self.objectives[:1] != ("val_accuracy",):
-            raise ValueError(
-                f"objectives must begin with val_accuracy, but got {list(self.objectives)}: early "
-                "stopping, the finalists and the winner go by it"
-            )
-        if len(set(self.objectives)) != len(self.objectives):
-            raise ValueError(f"objectives must differ, but got {list(self.objectives)}")
-        if len(self.objectives) > 1 and self.sampler.name == "cma_es":
-            raise ValueError(
-                "sampler.name=cma_es takes one objective, but got "
-                f"{list(self.objectives)}: take tpe, gp, nsga2 or nsga3"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _workers_are_fixed(self) -> Self:
-        training = self.trial.training
-        if training.min_workers != training.max_workers:
-            raise ValueError(
-                "a study needs one number of workers, but got trial.training.workers="
-                f"[{training.min_workers}, {training.max_workers}]; a range is for "
-                "`drtune-ray train`"
-            )
-        return self
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
-        """Validate a nested mapping; ``trial`` may name a ``preset``.
-
-        Raises:
-            ConfigError: Naming every problem.
-        """
-        merged = dict(values)
-        trial = merged.get("trial") or {}
-        if not isinstance(trial, Mapping):
-            raise ConfigError(not_a_mapping("trial", trial))
-        merged["trial"] = _on_preset(trial, "default")
-        return validated(cls, merged)
-
-    @property
-    def folder(self) -> Path:
-        """The study's folder under the storage."""
-        return full_path(self.storage) / self.name
-
-    def to_mapping(self) -> dict[str, Any]:
-        """Nested plain values, as they stand in YAML."""
-        return self.model_dump(mode="json")
-
-
 def _on_preset(values: Mapping[str, Any], default: str) -> dict[str, Any]:
     """The values on top of the preset that their key ``preset`` names."""
     rest = dict(values)
@@ -370,30 +237,3 @@ def _on_preset(values: Mapping[str, Any], default: str) -> dict[str, Any]:
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ConfigError(unknown_name("preset", str(preset), get_args(PresetName)))
     return deep_merge(PRESETS[preset], rest)
-
-
-def reference_config(base: TrialConfig, reference: str) -> TrialConfig:
-    """A reference trial: a preset's method and recipe on `base`'s backbone, epochs and data.
-
-    Args:
-        base: The study's trial configuration.
-        reference: ``ce_tuning`` or the name of a preset.
-    """
-    if reference == "ce_tuning":
-        return base.with_values({"method.name": "ce_tuning"})
-    if reference == "default":
-        return base.with_values({"method.name": "dr_tune"})
-    preset = PRESETS[reference]
-    training = deep_merge(base.training.model_dump(), preset["training"])
-    if base.training.max_workers > 1:  # statistics of a part of the batch would be another method
-        training["batch_norm"] = base.training.batch_norm
-    optim = {"name": base.optim.name, "backbone_lr": base.optim.backbone_lr}
-    return validated(
-        TrialConfig,
-        base.model_dump()
-        | {
-            "method": preset["method"],
-            "optim": deep_merge(optim, preset.get("optim", {})),
-            "training": training,
-        },
-    )

@@ -7,10 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from drtune_ray.config import StudyConfig
+from drtune_ray.config.section import not_a_mapping
+from drtune_ray.config.study import STUDY, TRAINING, StudyConfig
 from drtune_ray.errors import ConfigError
-from drtune_ray.search.identity import STUDY, TRAINING
-from drtune_ray.section import not_a_mapping
 from drtune_ray.values import deep_merge, full_path, nested, parse_assignments, read_yaml
 
 TRIAL_FLAGS = {

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 PresetName = Literal["default", "paper", "authors"]
-
-
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     # Eq. 5-14 as printed: raw features, dot-product confidence, R fresh at every step.

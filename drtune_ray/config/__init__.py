@@ -1,0 +1,1 @@
+"""Settings of a trial and of a study: typed, frozen, unknown keys refused."""
