@@ -35,7 +35,7 @@ from report import describe_machine
 from drtune_ray.config.study import reference_config
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import Tables, TrainingData
-from drtune_ray.data.store import TableStore
+from drtune_ray.data.table_store import TableStore
 from drtune_ray.demo import write_digits
 from drtune_ray.search.prepare import check_inputs, prepare
 from drtune_ray.training.backbones import DEMO_BACKBONE, read_backbone

@@ -35,7 +35,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from drtune_ray.config.trial import OptimConfig, TrialConfig
 from drtune_ray.data.dataset import Tables, TrainingData
-from drtune_ray.data.store import TableStore
+from drtune_ray.data.table_store import TableStore
 from drtune_ray.demo import demo_config
 from drtune_ray.search.prepare import check_inputs, prepare
 from drtune_ray.training import trial as trial_module

@@ -38,7 +38,7 @@ from ray import tune
 
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.data.dataset import Tables, TrainingData
-from drtune_ray.data.store import TableStore
+from drtune_ray.data.table_store import TableStore
 from drtune_ray.demo import demo_config
 from drtune_ray.search import tuning
 from drtune_ray.search.actor import Workplace

@@ -12,7 +12,7 @@ from PIL import Image
 
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import Tables, TrainingData
-from drtune_ray.data.store import TableStore
+from drtune_ray.data.table_store import TableStore
 from drtune_ray.search.prepare import check_inputs, prepare
 from drtune_ray.training.backbones import Backbone, read_backbone
 from drtune_ray.values import nested

@@ -18,7 +18,7 @@ from ray import tune
 
 from drtune_ray.config.trial import DataConfig, TrialConfig
 from drtune_ray.data.dataset import Tables, TrainingData
-from drtune_ray.data.shelf import TableShelf, fetch_tables
+from drtune_ray.data.remote_tables import TableShelf, fetch_tables
 from drtune_ray.folders import Folder
 from drtune_ray.search.lifeline import Lifeline
 from drtune_ray.search.protocol import (

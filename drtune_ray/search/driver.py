@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import Tables
-from drtune_ray.data.store import TableStore
+from drtune_ray.data.table_store import TableStore
 from drtune_ray.errors import ConfigError, NoTrialCompleted
 from drtune_ray.results.trials import (
     CONFIG,

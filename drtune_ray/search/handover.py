@@ -9,7 +9,7 @@ from pathlib import Path
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import Tables
-from drtune_ray.data.store import TableStore
+from drtune_ray.data.table_store import TableStore
 from drtune_ray.results.trials import TrialSummary, best_first
 from drtune_ray.results.winner import write_winner
 from drtune_ray.search.final_fit import FinalFit, final_fit

@@ -13,7 +13,7 @@ import pyarrow as pa
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import Tables
 from drtune_ray.data.splits import TRAIN, VALIDATION, Splits
-from drtune_ray.data.store import CACHE_FOLDER, TableStore
+from drtune_ray.data.table_store import CACHE_FOLDER, TableStore
 from drtune_ray.data.views import ViewMaker
 from drtune_ray.search.prepare import Checked, backbone_name, build_tables, images_name
 from drtune_ray.training.frozen import table_names, table_sizes

@@ -17,8 +17,8 @@ from optuna.storages.journal import JournalFileBackend
 from sqlalchemy import create_engine
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from drtune_ray.data.shelf import TableShelf
-from drtune_ray.data.store import CACHE_FOLDER
+from drtune_ray.data.remote_tables import TableShelf
+from drtune_ray.data.table_store import CACHE_FOLDER
 from drtune_ray.errors import ConfigError, DrtuneError, EnvironmentProblem
 from drtune_ray.folders import (
     Folder,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from drtune_ray.config.study import TRAINING, ResourcesConfig, TrackingConfig, study_name
 from drtune_ray.config.trial import TrialConfig
-from drtune_ray.data.store import TableStore
+from drtune_ray.data.table_store import TableStore
 from drtune_ray.errors import ConfigError, DrtuneError, EnvironmentProblem
 from drtune_ray.folders import LocalFolder
 from drtune_ray.results.winner import read_about, write_winner

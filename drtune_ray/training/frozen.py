@@ -15,7 +15,7 @@ from torch import Tensor
 from drtune_ray.config.trial import DataConfig
 from drtune_ray.data.cache import read_images, table_name, write_array
 from drtune_ray.data.dataset import Tables, TrainingData
-from drtune_ray.data.store import TableStore
+from drtune_ray.data.table_store import TableStore
 from drtune_ray.data.views import Normalization, Pixels, ViewMaker
 from drtune_ray.errors import ConfigError
 from drtune_ray.training.backbones import Backbone, read_backbone

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from drtune_ray.data.cache import write_array
-from drtune_ray.data.store import TableStore
+from drtune_ray.data.table_store import TableStore
 
 NAME = "rows-0.arrow"
 ROWS = np.arange(24, dtype=np.float32).reshape(8, 3)

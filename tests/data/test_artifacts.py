@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from drtune_ray.data.shelf import TableShelf
-from drtune_ray.data.store import TableStore, damage, seal
+from drtune_ray.data.remote_tables import TableShelf
+from drtune_ray.data.table_store import TableStore, damage, seal
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.folders import (
     Folder,

@@ -14,7 +14,13 @@ import numpy as np
 import pytest
 
 from drtune_ray.data.cache import MappedArray, write_array
-from drtune_ray.data.store import LOCKS_FOLDER, TableStore, damage, seal, seal_of
+from drtune_ray.data.table_store import (
+    LOCKS_FOLDER,
+    TableStore,
+    damage,
+    seal,
+    seal_of,
+)
 from tests.data.builder import NAME, ROWS, write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -71,7 +77,7 @@ def test_table__is_verified_once_a_store(tmp_path: Path, monkeypatch: pytest.Mon
     def count(path: Path) -> None:
         seen.append(path)
 
-    monkeypatch.setattr("drtune_ray.data.store.damage", count)
+    monkeypatch.setattr("drtune_ray.data.table_store.damage", count)
     with TableStore(tmp_path, 1.0) as store:
         assert store.table(NAME, refuse) == store.table(NAME, refuse)
     assert len(seen) == 1

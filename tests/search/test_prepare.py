@@ -15,7 +15,7 @@ from drtune_ray.data.cache import MappedArray, read_images, read_table
 from drtune_ray.data.dataset import Tables, TrainingData
 from drtune_ray.data.sources import content_hash
 from drtune_ray.data.splits import TEST
-from drtune_ray.data.store import TABLE_SUFFIXES, TableStore
+from drtune_ray.data.table_store import TABLE_SUFFIXES, TableStore
 from drtune_ray.data.views import ViewMaker
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.search.prepare import Checked, check_inputs, manifest_path, prepare

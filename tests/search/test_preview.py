@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from drtune_ray.config.study import StudyConfig
-from drtune_ray.data.store import TableStore
+from drtune_ray.data.table_store import TableStore
 from drtune_ray.search.machine import Machine
 from drtune_ray.search.measure import Measured, Measurement
 from drtune_ray.search.prepare import check_inputs, prepare

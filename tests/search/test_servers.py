@@ -24,8 +24,8 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 
 from drtune_ray.config.study import StudyConfig
-from drtune_ray.data.shelf import TableShelf
-from drtune_ray.data.store import TableStore
+from drtune_ray.data.remote_tables import TableShelf
+from drtune_ray.data.table_store import TableStore
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.folders import LocalFolder, open_folder
 from drtune_ray.results import evaluate as evaluate_module

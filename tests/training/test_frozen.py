@@ -13,7 +13,7 @@ import torch
 
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import TrainingData
-from drtune_ray.data.store import TableStore
+from drtune_ray.data.table_store import TableStore
 from drtune_ray.errors import ConfigError
 from drtune_ray.search.prepare import check_inputs, prepare
 from drtune_ray.training import frozen

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 
 from drtune_ray.data.dataset import Tables
-from drtune_ray.data.store import TableStore, damage, seal_of
+from drtune_ray.data.table_store import TableStore, damage, seal_of
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.folders import Folder
 

@@ -25,7 +25,6 @@ from drtune_ray.data.cache import read_table
 from drtune_ray.data.locks import EXCLUSIVE, EXCLUSIVE_AT_ONCE, SHARED, flocked
 
 logger = logging.getLogger(__name__)
-
 CACHE_FOLDER, LOCKS_FOLDER = "cache", ".locks"
 ARROW_SUFFIX = ".arrow"
 TABLE_SUFFIXES = frozenset({ARROW_SUFFIX, ".safetensors"})
