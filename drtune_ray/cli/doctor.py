@@ -40,7 +40,7 @@ def doctor(study_file: Path | None, address: str | None, as_json: bool, **flags:
     """
     from drtune_ray.cluster.doctor import examine
     from drtune_ray.cluster.findings import Finding
-    from drtune_ray.display.output import json_stdout, write_json
+    from drtune_ray.display.outputs import json_stdout, write_json
 
     with json_stdout(is_wanted=as_json) as stream:
 

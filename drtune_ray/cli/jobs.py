@@ -80,7 +80,7 @@ def submit(
     from drtune_ray.cluster.resources import EntrypointResources, custom_resources
     from drtune_ray.cluster.submission import STUDY_FILE, study_submission
     from drtune_ray.display.jobs import JsonLog, job_facts, submit_lines
-    from drtune_ray.display.output import json_stdout, write_json
+    from drtune_ray.display.outputs import json_stdout, write_json
 
     with json_stdout(is_wanted=as_json) as stream:
         address = checked_address(address, insecure_http=insecure_http)
@@ -153,7 +153,7 @@ def show_jobs(
 ) -> None:
     """What `status` says of a cluster."""
     from drtune_ray.display.jobs import job_facts, job_lines
-    from drtune_ray.display.output import write_json
+    from drtune_ray.display.outputs import write_json
 
     server, attempts = _attempts(study, storage, address, insecure_http)
     if as_json:

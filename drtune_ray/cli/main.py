@@ -41,7 +41,7 @@ from drtune_ray.errors import ConfigError, DrtuneError
 
 if TYPE_CHECKING:
     from drtune_ray.config.study import StudyConfig
-    from drtune_ray.display.output import Quiet
+    from drtune_ray.display.outputs import Quiet
     from drtune_ray.search.outlook import StudyPlan
 
 
@@ -101,8 +101,8 @@ def preview(
 
     Trains for seconds on some of the images; nothing is written under the storage.
     """
-    from drtune_ray.display.foresight import preview_facts, preview_lines
-    from drtune_ray.display.output import json_stdout, write_json
+    from drtune_ray.display.outputs import json_stdout, write_json
+    from drtune_ray.display.preview import preview_facts, preview_lines
     from drtune_ray.search.preview import preview_study
     from drtune_ray.search.request import study_request
 
@@ -148,8 +148,8 @@ def train(
     """Train one configuration on Ray Train; the same command resumes, or shows the result."""
     from drtune_ray.config.section import validated
     from drtune_ray.config.study import TrackingConfig
-    from drtune_ray.display.outcome import training_facts, training_lines
-    from drtune_ray.display.output import TrainingLines, json_stdout, write_json
+    from drtune_ray.display.outputs import TrainingLines, json_stdout, write_json
+    from drtune_ray.display.result import training_facts, training_lines
     from drtune_ray.search.request import default_name, trial_request
     from drtune_ray.search.single import run_training
     from drtune_ray.search.status import write_command
@@ -263,11 +263,11 @@ def status(
 
     found = read_status(study, storage or DEFAULT_STORAGE)
     if as_json:
-        from drtune_ray.display.output import write_json
+        from drtune_ray.display.outputs import write_json
 
         write_json(sys.stdout, "status", facts(found))
         return
-    from drtune_ray.display.standing import status_lines
+    from drtune_ray.display.status import status_lines
 
     echo(status_lines(found, program()))
 
@@ -278,7 +278,7 @@ for command in (deploy, doctor, logs, stop, submit):
 
 def _output(stream: TextIO, quiet: bool, as_json: bool, people: Quiet) -> Quiet:
     """The output that the options ask for."""
-    from drtune_ray.display.output import JsonLines, Quiet
+    from drtune_ray.display.outputs import JsonLines, Quiet
 
     if quiet:
         return Quiet()
@@ -290,9 +290,19 @@ def _run_study(
 ) -> None:
     from rich.console import Console
 
-    from drtune_ray.display.outcome import plan_facts, plan_lines, result_facts, result_lines
-    from drtune_ray.display.output import People, is_live, json_stdout, write_json
+    from drtune_ray.display.outputs import (
+        People,
+        is_live,
+        json_stdout,
+        write_json,
+    )
     from drtune_ray.display.progress import StudyProgress
+    from drtune_ray.display.result import (
+        plan_facts,
+        plan_lines,
+        result_facts,
+        result_lines,
+    )
     from drtune_ray.search.status import read_trials, write_command
     from drtune_ray.search.study import run_study
 

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from drtune_ray.cluster.attempts import PENDING, RUNNING, Attempt, end_of
 from drtune_ray.cluster.submission import STUDY_FILE, Submission
-from drtune_ray.display.output import write_json
+from drtune_ray.display.outputs import write_json
 from drtune_ray.display.text import duration
 
 

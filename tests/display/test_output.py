@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from drtune_ray.display.output import (
+from drtune_ray.display.outputs import (
     STOPPING,
     JsonLines,
     People,

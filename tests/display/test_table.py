@@ -8,7 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
-from drtune_ray.display.table import drawn
+from drtune_ray.display.live_table import drawn
 from tests.display.study import Clock, earlier, events, progress_of
 
 

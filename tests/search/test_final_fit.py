@@ -13,7 +13,7 @@ import pytest
 from drtune_ray.cluster.doctor import study_setup
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.data.splits import TEST, VALIDATION
-from drtune_ray.display.outcome import result_facts, result_lines
+from drtune_ray.display.result import result_facts, result_lines
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.results.winner import read_winner
 from drtune_ray.search.outcome import evaluate_study

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from drtune_ray.config.study import StudyConfig
-from drtune_ray.display.outcome import result_lines
+from drtune_ray.display.result import result_lines
 from drtune_ray.results.winner import read_winner
 from drtune_ray.search.outlook import StudyPlan, StudyResult
 from drtune_ray.search.study import run_study

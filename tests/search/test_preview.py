@@ -228,7 +228,7 @@ def test_totals(preview):
 
 
 def test_lines_for_people(preview):
-    from drtune_ray.display.foresight import preview_lines
+    from drtune_ray.display.preview import preview_lines
 
     title, note, *lines = preview_lines(preview)
     assert title.startswith("Preview of study 's': ")
@@ -253,7 +253,7 @@ def test_lines_for_people(preview):
 
 
 def test_facts_are_documented(preview):
-    from drtune_ray.display.foresight import preview_facts
+    from drtune_ray.display.preview import preview_facts
 
     documented = (Path(__file__).parents[2] / "docs/json.md").read_text()
     assert [key for key in preview_facts(preview) if f"`{key}`" not in documented] == []

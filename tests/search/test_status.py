@@ -20,7 +20,7 @@ import pytest
 from optuna.trial import TrialState
 
 from drtune_ray.config.study import STUDY, TRAINING, StudyConfig, TrackingConfig
-from drtune_ray.display.standing import status_lines
+from drtune_ray.display.status import status_lines
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.folders import LocalFolder
 from drtune_ray.results import trials

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from drtune_ray.search.preview import Preview
     from drtune_ray.search.simulate import Spread
 
+
 NAME_WIDTH = 12
 
 

@@ -13,8 +13,8 @@ from typing import Any, TextIO
 import click
 from rich.console import Console
 
+from drtune_ray.display.live_table import LiveTable
 from drtune_ray.display.progress import INTERRUPTED, StudyProgress, TrialRow
-from drtune_ray.display.table import LiveTable
 from drtune_ray.display.text import percent
 from drtune_ray.errors import DrtuneError
 from drtune_ray.search.environment import JOB_CONFIG

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from drtune_ray.display.text import duration, percent
 
-FINALISTS = "finalists"
-NAME_WIDTH = 32
-
 if TYPE_CHECKING:
     from drtune_ray.search.outlook import StudyPlan, StudyResult
     from drtune_ray.search.single import TrainingResult
+
+
+FINALISTS = "finalists"
+NAME_WIDTH = 32
 
 
 def plan_lines(plan: StudyPlan) -> Iterator[str]:
