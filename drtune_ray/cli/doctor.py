@@ -17,7 +17,7 @@ from drtune_ray.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from drtune_ray.cluster.doctor import Setup
+    from drtune_ray.doctor.examine import Setup
 
 
 @click.command()
@@ -38,9 +38,9 @@ def doctor(study_file: Path | None, address: str | None, as_json: bool, **flags:
     Ray is started on this machine, as tune would. Of a study file, or of --data, the images, the
     weights and the room for a trial are looked at too.
     """
-    from drtune_ray.cluster.doctor import examine
-    from drtune_ray.cluster.findings import Finding
     from drtune_ray.display.outputs import json_stdout, write_json
+    from drtune_ray.doctor.examine import examine
+    from drtune_ray.doctor.findings import Finding
 
     with json_stdout(is_wanted=as_json) as stream:
 
@@ -59,7 +59,7 @@ def doctor(study_file: Path | None, address: str | None, as_json: bool, **flags:
 
 def _setup(study_file: Path | None, address: str | None, flags: dict[str, Any]) -> Setup:
     """What the options name."""
-    from drtune_ray.cluster.doctor import named_setup, study_setup
+    from drtune_ray.doctor.examine import named_setup, study_setup
     from drtune_ray.search.request import study_request
 
     if study_file is not None or flags["data_folder"]:

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from drtune_ray.cluster import doctor
-from drtune_ray.cluster.findings import Finding
+from drtune_ray.doctor.findings import Finding
 from drtune_ray.errors import EnvironmentProblem
 
 Examined = dict[str, tuple[str, str]]

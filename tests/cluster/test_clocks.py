@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from drtune_ray.cluster.clocks import MAX_SKEW_SECONDS, Skew, measured_skew
+from drtune_ray.doctor.clock_skew import MAX_SKEW_SECONDS, Skew, measured_skew
 
 
 def ticking(*seconds: float) -> Iterator[float]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from drtune_ray.cluster.clocks import FIX
+from drtune_ray.doctor.clock_skew import FIX
 from drtune_ray.tracking.probe import EXPERIMENT
 from tests.servers import mlflow_server, object_store
 

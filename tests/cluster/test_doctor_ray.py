@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 import torch
 
-from drtune_ray.cluster.checks_ray import COPY, OPEN
-from drtune_ray.cluster.clocks import FIX as CLOCK_FIX
+from drtune_ray.doctor.check_ray import COPY, OPEN
+from drtune_ray.doctor.clock_skew import FIX as CLOCK_FIX
 from tests.search.clusters import ray_node
 from tests.search.leftovers import free_port
 from tests.search.test_shared import can_mount

@@ -6,7 +6,12 @@ from collections.abc import Callable
 
 import pytest
 
-from drtune_ray.cluster.findings import Doubt, Examination, Finding, State
+from drtune_ray.doctor.findings import (
+    Doubt,
+    Examination,
+    Finding,
+    State,
+)
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 
 

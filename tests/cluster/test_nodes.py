@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from drtune_ray.cluster.checks_nodes import NodeReport, Nodes
-from drtune_ray.cluster.clocks import Skew
-from drtune_ray.cluster.findings import Doubt
-from drtune_ray.cluster.node_facts import NodeFacts, Space
+from drtune_ray.doctor.check_nodes import NodeReport, Nodes
+from drtune_ray.doctor.clock_skew import Skew
+from drtune_ray.doctor.findings import Doubt
+from drtune_ray.doctor.node_probe import NodeFacts, Space
 from drtune_ray.errors import EnvironmentProblem
 
 ROOM = Space(2**40, 2**41)

@@ -10,10 +10,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from drtune_ray.cluster.doctor import study_setup
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.data.splits import TEST, VALIDATION
 from drtune_ray.display.result import result_facts, result_lines
+from drtune_ray.doctor.examine import study_setup
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.results.winner import read_winner
 from drtune_ray.search.outcome import evaluate_study

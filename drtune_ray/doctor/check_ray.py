@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from drtune_ray.cluster.findings import Doubt
+from drtune_ray.doctor.findings import Doubt
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.search.nodes import Capacity
 from drtune_ray.search.reaper import check_state_api

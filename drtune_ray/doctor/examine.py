@@ -13,21 +13,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from drtune_ray.cluster.checks_nodes import Nodes
-from drtune_ray.cluster.checks_ray import (
-    check_dashboard,
-    check_reachable,
-    check_token,
-    described,
-)
-from drtune_ray.cluster.checks_storage import Places
-from drtune_ray.cluster.clocks import FIX as CLOCK_FIX
-from drtune_ray.cluster.clocks import Skew
-from drtune_ray.cluster.findings import Examination, Finding
-from drtune_ray.cluster.node_facts import reading_problem
 from drtune_ray.config.section import Section, validated
 from drtune_ray.config.study import ResourcesConfig, StudyConfig
 from drtune_ray.config.trial import BackboneConfig, TrainingConfig
+from drtune_ray.doctor.check_nodes import Nodes
+from drtune_ray.doctor.check_ray import check_dashboard, check_reachable, check_token, described
+from drtune_ray.doctor.check_storage import Places
+from drtune_ray.doctor.clock_skew import FIX as CLOCK_FIX
+from drtune_ray.doctor.clock_skew import Skew
+from drtune_ray.doctor.findings import Examination, Finding
+from drtune_ray.doctor.node_probe import reading_problem
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.search.environment import environment
 from drtune_ray.search.group import ADDRESS

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from drtune_ray.cluster.clocks import FIX as CLOCK_FIX
-from drtune_ray.cluster.clocks import Skew, measured_skew
-from drtune_ray.cluster.findings import Doubt
-from drtune_ray.cluster.node_facts import NodeFacts, NodeProbe, Space, own_versions
+from drtune_ray.doctor.clock_skew import FIX as CLOCK_FIX
+from drtune_ray.doctor.clock_skew import Skew, measured_skew
+from drtune_ray.doctor.findings import Doubt
+from drtune_ray.doctor.node_probe import NodeFacts, NodeProbe, Space, own_versions
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.search import shared
 

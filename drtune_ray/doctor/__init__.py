@@ -1,0 +1,1 @@
+"""Whether this machine, its cluster and its servers are fit for a study."""
