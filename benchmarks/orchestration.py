@@ -40,16 +40,15 @@ from drtune_ray.config.study import StudyConfig
 from drtune_ray.data.dataset import Tables, TrainingData
 from drtune_ray.data.table_store import TableStore
 from drtune_ray.demo import demo_config
+from drtune_ray.execution.capacity import Capacity, Cluster
+from drtune_ray.execution.session import ray_session
+from drtune_ray.execution.worker import Workplace
 from drtune_ray.search import tuning
-from drtune_ray.search.actor import Workplace
 from drtune_ray.search.identity import TRIALS_FOLDER
-from drtune_ray.search.nodes import Capacity
 from drtune_ray.search.prepare import check_inputs, prepare
 from drtune_ray.search.proposals import FinalistProposals, FixedTrial
 from drtune_ray.search.searcher import StudySearch
 from drtune_ray.search.servers import StudyArtifacts, open_storage, open_study
-from drtune_ray.search.session import ray_session
-from drtune_ray.search.shared import Cluster
 from drtune_ray.search.trainables import tune_trainable
 from drtune_ray.search.tuning import TuneRun
 from drtune_ray.search.workers import drive_trial

@@ -16,10 +16,10 @@ import timm
 import torch
 
 from drtune_ray.data.sources import content_hash
+from drtune_ray.execution.capacity import Capacity
 from drtune_ray.results.evaluate import evaluate
 from drtune_ray.results.winner import write_winner
 from drtune_ray.search.done import write_done
-from drtune_ray.search.nodes import Capacity
 from drtune_ray.search.prepare import check_inputs
 from drtune_ray.search.request import study_request, trial_request
 from drtune_ray.search.single import run_training

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from drtune_ray.config.study import StudyConfig
-from drtune_ray.search.nodes import Node, trial_demand
+from drtune_ray.execution.capacity import Node, trial_demand
 
 DEFAULT_TRIALS_AT_A_TIME = 2
 # Of the head, for what waits there for the workers of a trial: a guess to be measured.

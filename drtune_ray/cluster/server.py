@@ -26,7 +26,7 @@ from drtune_ray.cluster.token import (
     unreachable,
 )
 from drtune_ray.errors import EnvironmentProblem
-from drtune_ray.search.environment import environment
+from drtune_ray.execution.environment import environment
 
 REQUEST_SECONDS = 30.0
 # Ray's client prefers these to the address that it is given.

@@ -21,7 +21,7 @@ from drtune_ray.cluster.variables import Variables, needed_variables
 from drtune_ray.config.sources import asked_study
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.errors import ConfigError
-from drtune_ray.search.environment import SUBMITTED_WITH
+from drtune_ray.execution.environment import SUBMITTED_WITH
 from drtune_ray.search.points import start_points
 from drtune_ray.search.space import SearchSpace, read_space
 from drtune_ray.values import digest, to_yaml

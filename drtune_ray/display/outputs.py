@@ -17,7 +17,7 @@ from drtune_ray.display.live_table import LiveTable
 from drtune_ray.display.progress import INTERRUPTED, StudyProgress, TrialRow
 from drtune_ray.display.text import percent
 from drtune_ray.errors import DrtuneError
-from drtune_ray.search.environment import JOB_CONFIG
+from drtune_ray.execution.environment import JOB_CONFIG
 from drtune_ray.tracking.events import Event, MetricsRecorded, RunFinished, StepsRecorded, to_plain
 
 STANDING_SECONDS = 60.0

@@ -13,7 +13,6 @@ from drtune_ray.doctor.clock_skew import Skew, measured_skew
 from drtune_ray.doctor.findings import Doubt
 from drtune_ray.doctor.node_probe import NodeFacts, NodeProbe, Space, own_versions
 from drtune_ray.errors import EnvironmentProblem
-from drtune_ray.search import shared
 
 MIN_DISK_BYTES = 2**30
 MIN_SHARED_MEMORY_BYTES = 2**28

@@ -8,9 +8,9 @@ from typing import Any
 
 from drtune_ray.doctor.findings import Doubt
 from drtune_ray.errors import EnvironmentProblem
-from drtune_ray.search.nodes import Capacity
-from drtune_ray.search.reaper import check_state_api
-from drtune_ray.search.session import check_address
+from drtune_ray.execution.capacity import Capacity
+from drtune_ray.execution.placement_groups import check_state_api
+from drtune_ray.execution.session import check_address
 
 ANSWER_SECONDS = 10.0
 COPY = "copy ~/.ray/auth_token of the head node to this machine"

@@ -24,10 +24,9 @@ from drtune_ray.doctor.clock_skew import Skew
 from drtune_ray.doctor.findings import Examination, Finding
 from drtune_ray.doctor.node_probe import reading_problem
 from drtune_ray.errors import ConfigError, EnvironmentProblem
-from drtune_ray.search.environment import environment
-from drtune_ray.search.group import ADDRESS
-from drtune_ray.search.nodes import Capacity, trial_demand, trials_that_fit
-from drtune_ray.search.session import ray_session, set_environment
+from drtune_ray.execution.capacity import Capacity, trial_demand, trials_that_fit
+from drtune_ray.execution.environment import ADDRESS, environment
+from drtune_ray.execution.session import ray_session, set_environment
 from drtune_ray.search.study import study_trainings
 from drtune_ray.server_uri import ServerUri, with_secrets
 from drtune_ray.tracking.mlflow_recorder import default_tracking_uri

@@ -14,9 +14,14 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune import Callback
 
 from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.execution.failures import (
+    FULL_DISK,
+    HUNG,
+    Failure,
+    failure_of,
+)
+from drtune_ray.execution.heartbeat import ProgressWatch
 from drtune_ray.results.trials import FINALIST, OUTCOME, REFERENCE, START_POINT
-from drtune_ray.search.failures import FULL_DISK, HUNG, Failure, failure_of
-from drtune_ray.search.lifeline import ProgressWatch
 from drtune_ray.search.protocol import CONFIG_NUMBER, CONFIG_TRIAL, result_history
 from drtune_ray.search.searcher import StudySearch
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished, RunStarted, Sink

@@ -18,6 +18,8 @@ from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import Tables
 from drtune_ray.data.table_store import TableStore
 from drtune_ray.errors import ConfigError, NoTrialCompleted
+from drtune_ray.execution.capacity import Cluster
+from drtune_ray.execution.failures import clear_stacks
 from drtune_ray.results.trials import (
     CONFIG,
     RESULT_STATES,
@@ -32,7 +34,6 @@ from drtune_ray.results.winner import read_about
 from drtune_ray.search.budget import Budget
 from drtune_ray.search.callback import run_finished, run_started
 from drtune_ray.search.done import is_done, write_done
-from drtune_ray.search.failures import clear_stacks
 from drtune_ray.search.finalists import Finalist, best_finalist, finalists, repetitions
 from drtune_ray.search.fit import Fit
 from drtune_ray.search.handover import Handover
@@ -54,7 +55,6 @@ from drtune_ray.search.samplers import build_sampler
 from drtune_ray.search.scheduler import build_scheduler
 from drtune_ray.search.searcher import StudySearch
 from drtune_ray.search.servers import StudyArtifacts
-from drtune_ray.search.shared import Cluster
 from drtune_ray.search.space import SearchSpace
 from drtune_ray.search.tuning import TuneRun
 from drtune_ray.search.variants import table_variants

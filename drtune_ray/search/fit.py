@@ -10,16 +10,15 @@ from typing import Any
 from drtune_ray.config.study import ResourcesConfig
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import Tables
-from drtune_ray.search.actor import Workplace
-from drtune_ray.search.failures import FULL_DISK
+from drtune_ray.execution.capacity import Cluster, trial_demand
+from drtune_ray.execution.failures import FULL_DISK
+from drtune_ray.execution.interrupts import saving_when_interrupted
+from drtune_ray.execution.resource_wait import ResourceWait
+from drtune_ray.execution.session import scratch_folder
+from drtune_ray.execution.worker import Workplace
 from drtune_ray.search.identity import SCRATCH_NAME, TRIALS_FOLDER
-from drtune_ray.search.interruption import saving_when_interrupted
-from drtune_ray.search.nodes import trial_demand
 from drtune_ray.search.protocol import OUT_OF_MEMORY
 from drtune_ray.search.servers import StudyArtifacts
-from drtune_ray.search.session import scratch_folder
-from drtune_ray.search.shared import Cluster
-from drtune_ray.search.waiting import ResourceWait
 from drtune_ray.search.workers import controllers_ended, train_on_workers
 from drtune_ray.tracking.events import MetricsRecorded, RunKey, Sink, StepsRecorded
 from drtune_ray.training.checkpoint import TrialFolder

@@ -6,16 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import ray
-from ray.train.v2._internal import constants
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from drtune_ray.config.study import ResourcesConfig
 from drtune_ray.config.trial import TrainingConfig
-from drtune_ray.search.environment import environment
-from drtune_ray.search.lifeline import ask_to_save, listen_for_sigterm
+from drtune_ray.execution.environment import environment, own_cluster
+from drtune_ray.execution.guard import listen_for_sigterm
+from drtune_ray.execution.heartbeat import ask_to_save
 
-ADDRESS = "RAY_ADDRESS"
 # A group that may be smaller is asked for by what Ray believed of the cluster some seconds ago:
 # where a node has gone meanwhile, the request must soon be made again.
 ELASTIC_START_SECONDS = 30.0
@@ -78,17 +76,4 @@ def train_environment(resources: ResourcesConfig, training: TrainingConfig) -> I
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(start_seconds(resources, training)),
     }
     with own_cluster(), environment(values):
-        yield
-
-
-@contextmanager
-def own_cluster() -> Iterator[None]:
-    """Within, Ray's dashboard is looked for in this process's own cluster.
-
-    Ray looks for it in the one that was started last on the machine (Ray 2.60), also when an actor
-    of Ray Train's asks whether a controller lives: that of another cluster knows no such
-    controller, and the actor would remove the workers of one that trains.
-    """
-    constants.ENV_VARS_TO_PROPAGATE.add(ADDRESS)
-    with environment({ADDRESS: ray.get_runtime_context().gcs_address}):
         yield

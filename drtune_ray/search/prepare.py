@@ -19,7 +19,7 @@ from drtune_ray.data.sources import scan_class_folders
 from drtune_ray.data.splits import TRAIN, VALIDATION, Splits, make_splits
 from drtune_ray.data.table_store import TableStore
 from drtune_ray.errors import ConfigError, EnvironmentProblem
-from drtune_ray.search.nodes import Capacity
+from drtune_ray.execution.capacity import Capacity
 from drtune_ray.training.backbones import Backbone, KeyReport, load_backbone
 from drtune_ray.training.frozen import prepare_tables
 from drtune_ray.training.model import check_trial

@@ -18,10 +18,16 @@ from drtune_ray.config.study import StudyConfig
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.splits import VALIDATION
 from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.execution.capacity import (
+    Capacity,
+    Demand,
+    Node,
+    trial_demand,
+    trials_that_fit,
+)
 from drtune_ray.search.final_fit import with_final_workers, without_validation
 from drtune_ray.search.machine import Machine, this_machine
 from drtune_ray.search.measure import Measured, Measurement, Workload, measured
-from drtune_ray.search.nodes import Capacity, Demand, Node, trial_demand, trials_that_fit
 from drtune_ray.search.prepare import Checked, preparing_device
 from drtune_ray.search.proposals import FixedTrial
 from drtune_ray.search.sample import (

@@ -11,9 +11,14 @@ from drtune_ray.config.study import TRAINING, ResourcesConfig, TrackingConfig, s
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.table_store import TableStore
 from drtune_ray.errors import ConfigError, DrtuneError, EnvironmentProblem
+from drtune_ray.execution.capacity import WORKERS, Cluster, trial_demand
+from drtune_ray.execution.failures import full_disk_is_told
+from drtune_ray.execution.interrupts import signals_as_interrupt
+from drtune_ray.execution.resource_wait import Notify
+from drtune_ray.execution.session import ready_cluster
+from drtune_ray.execution.shared_storage import shared_folder
 from drtune_ray.folders import LocalFolder
 from drtune_ray.results.winner import read_about, write_winner
-from drtune_ray.search.failures import full_disk_is_told
 from drtune_ray.search.fit import Fit, advice
 from drtune_ray.search.identity import (
     DONE_NAME,
@@ -27,7 +32,6 @@ from drtune_ray.search.identity import (
     former_record,
     open_record,
 )
-from drtune_ray.search.nodes import WORKERS, trial_demand
 from drtune_ray.search.prepare import (
     Checked,
     check_inputs,
@@ -39,9 +43,6 @@ from drtune_ray.search.prepare import (
 )
 from drtune_ray.search.protocol import OBJECTIVE, OUTCOME
 from drtune_ray.search.servers import StudyArtifacts, as_problem, check_tracking
-from drtune_ray.search.session import ready_cluster, signals_as_interrupt
-from drtune_ray.search.shared import Cluster, shared_folder
-from drtune_ray.search.waiting import Notify
 from drtune_ray.tracking.events import (
     FilesReady,
     RunFinished,

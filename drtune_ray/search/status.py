@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from drtune_ray.config.study import STUDY, StudyConfig
+from drtune_ray.execution.environment import SUBMITTED_WITH, job_config
 from drtune_ray.results.trials import TrialSummary, summaries
 from drtune_ray.search.done import is_done as is_done_with
-from drtune_ray.search.environment import SUBMITTED_WITH, job_config
 from drtune_ray.search.holder import HOLDER_NAME, driver_of
 from drtune_ray.search.identity import (
     DONE_NAME,

@@ -11,9 +11,14 @@ from typing import Any
 from drtune_ray.config.study import STUDY, StudyConfig, reference_config
 from drtune_ray.config.trial import TrainingConfig
 from drtune_ray.errors import ConfigError
+from drtune_ray.execution.capacity import WORKERS, Capacity, Cluster, trial_demand
+from drtune_ray.execution.failures import full_disk_is_told
+from drtune_ray.execution.interrupts import signals_as_interrupt
+from drtune_ray.execution.resource_wait import Notify
+from drtune_ray.execution.session import ready_cluster
+from drtune_ray.execution.shared_storage import shared_folder
 from drtune_ray.search.done import is_done
 from drtune_ray.search.driver import StudyDriver
-from drtune_ray.search.failures import full_disk_is_told
 from drtune_ray.search.final_fit import with_final_workers
 from drtune_ray.search.identity import (
     RECORD_FILE,
@@ -26,7 +31,6 @@ from drtune_ray.search.identity import (
     open_record,
     read_record,
 )
-from drtune_ray.search.nodes import WORKERS, Capacity, trial_demand
 from drtune_ray.search.objectives import direction
 from drtune_ray.search.outlook import StudyPlan, StudyResult
 from drtune_ray.search.points import start_points
@@ -49,12 +53,9 @@ from drtune_ray.search.servers import (
     open_storage,
     open_study,
 )
-from drtune_ray.search.session import ready_cluster, signals_as_interrupt
-from drtune_ray.search.shared import Cluster, shared_folder
 from drtune_ray.search.space import SearchSpace, read_space
 from drtune_ray.search.stored import stored_trials
 from drtune_ray.search.variants import table_variants
-from drtune_ray.search.waiting import Notify
 from drtune_ray.tracking.events import Sink
 from drtune_ray.training.model import check_trial
 from drtune_ray.values import full_path

@@ -8,8 +8,9 @@ from ray import tune
 from ray.tune.execution import class_cache
 
 from drtune_ray.config.study import StudyConfig
-from drtune_ray.search.actor import TrialActor, Workplace
-from drtune_ray.search.nodes import Capacity
+from drtune_ray.execution.capacity import Capacity
+from drtune_ray.execution.resident_actor import TrialActor
+from drtune_ray.execution.worker import Workplace
 from drtune_ray.search.workers import drive_trial
 
 

@@ -12,20 +12,19 @@ from ray.tune.schedulers import TrialScheduler
 
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.data.dataset import Tables
-from drtune_ray.search.actor import Workplace
+from drtune_ray.execution.capacity import Cluster, Demand, trial_demand, trials_that_fit
+from drtune_ray.execution.failures import lost_processes_are_failures, nothing_unpickled
+from drtune_ray.execution.heartbeat import ProgressWatch
+from drtune_ray.execution.interrupts import saving_when_interrupted
+from drtune_ray.execution.placement_groups import Reaper
+from drtune_ray.execution.resource_wait import ResourceWait, WaitCallback, giving_up
+from drtune_ray.execution.session import scratch_folder
+from drtune_ray.execution.worker import Workplace
 from drtune_ray.search.callback import StudyCallback
-from drtune_ray.search.failures import lost_processes_are_failures, nothing_unpickled
 from drtune_ray.search.identity import SCRATCH_NAME, TRIALS_FOLDER
-from drtune_ray.search.interruption import saving_when_interrupted
-from drtune_ray.search.lifeline import ProgressWatch
-from drtune_ray.search.nodes import Demand, trial_demand, trials_that_fit
-from drtune_ray.search.reaper import Reaper
 from drtune_ray.search.searcher import StudySearch
 from drtune_ray.search.servers import StudyArtifacts
-from drtune_ray.search.session import scratch_folder
-from drtune_ray.search.shared import Cluster
 from drtune_ray.search.trainables import tune_trainable
-from drtune_ray.search.waiting import ResourceWait, WaitCallback, giving_up
 from drtune_ray.tracking.events import Sink
 from drtune_ray.training.checkpoint import trial_folder
 

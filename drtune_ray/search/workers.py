@@ -26,11 +26,13 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from drtune_ray.config.study import ResourcesConfig
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import EnvironmentProblem
-from drtune_ray.search.actor import Workplace, Workshop
-from drtune_ray.search.failures import failure_from
+from drtune_ray.execution.failures import failure_from
+from drtune_ray.execution.guard import Lifeline
+from drtune_ray.execution.placement_groups import remove_orphans
+from drtune_ray.execution.ray_state import _controllers
+from drtune_ray.execution.worker import Workplace, Workshop
 from drtune_ray.search.group import GroupCare, start_seconds, train_environment
 from drtune_ray.search.identity import SCRATCH_NAME
-from drtune_ray.search.lifeline import Lifeline
 from drtune_ray.search.protocol import (
     CONFIG_NUMBER,
     CONFIG_TRIAL,
@@ -38,12 +40,10 @@ from drtune_ray.search.protocol import (
     failed_by_point,
     trial_result,
 )
-from drtune_ray.search.reaper import remove_orphans
 from drtune_ray.training.checkpoint import TrialFolder
 from drtune_ray.training.records import EpochRecord, EpochReport
 
 logger = logging.getLogger(__name__)
-
 # Of a single training, without an epoch in between. A study leaves the count to Tune.
 MAX_FAILURES = 2
 # Infinite by default: workers that cannot start would be started for ever, in silence.
@@ -52,8 +52,6 @@ MAX_CONTROLLER_FAILURES = 3
 COLLECTIVE_GRACE_SECONDS = 60
 # How often Ray Train looks whether it could have more workers.
 RESIZE_SECONDS = 60.0
-# Ray Train's class, and how long it may take to end one.
-CONTROLLER_CLASS = "TrainController"
 CONTROLLER_END_SECONDS = 1.0
 # How long a trial's driver waits for Tune to end it, once Tune was told the last result.
 END_SECONDS = 600.0
@@ -331,17 +329,6 @@ def _fit_in_thread(trainer: TorchTrainer, on_turn: Callable[[], None]) -> Any:
     if isinstance(outcome[0], BaseException):
         raise outcome[0]
     return outcome[0]
-
-
-def _controllers() -> set[str]:
-    """Ids of the living controllers of Ray Train that belong to this job."""
-    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
-    actors = ray._private.state.actors(job_id=job).values()
-    return {
-        actor["ActorID"]
-        for actor in actors
-        if actor["ActorClassName"] == CONTROLLER_CLASS and actor["State"] != "DEAD"
-    }
 
 
 @contextlib.contextmanager

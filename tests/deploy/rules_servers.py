@@ -10,7 +10,7 @@ from functools import cache
 import yaml
 
 from drtune_ray.config.study import StudyConfig
-from drtune_ray.search.nodes import trial_demand
+from drtune_ray.execution.capacity import trial_demand
 from drtune_ray.server_uri import names_in
 from tests.deploy.manifests import Object, Pod, key, pods
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from drtune_ray.config.trial import TrialConfig
-from drtune_ray.search.actor import TrialActor, Workplace
+from drtune_ray.execution.resident_actor import TrialActor
+from drtune_ray.execution.worker import Workplace
 from drtune_ray.search.protocol import OUT_OF_MEMORY
 from drtune_ray.training.checkpoint import TrialFolder
 from drtune_ray.training.records import COMPLETED, DIVERGED

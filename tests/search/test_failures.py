@@ -14,8 +14,7 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTa
 from ray.train import WorkerGroupError
 
 from drtune_ray.errors import EnvironmentProblem
-from drtune_ray.search import lifeline
-from drtune_ray.search.failures import (
+from drtune_ray.execution.failures import (
     HUNG_STACKS,
     UNFIT_NODE,
     ProcessLost,
@@ -27,7 +26,8 @@ from drtune_ray.search.failures import (
     nothing_unpickled,
     outcome_of,
 )
-from drtune_ray.search.lifeline import Preempted, ProgressWatch
+from drtune_ray.execution.guard import Preempted
+from drtune_ray.execution.heartbeat import ProgressWatch
 
 DIED = (
     "The actor died unexpectedly before finishing this task.\n\tactor_id: 1\n\tpid: 2\n"

@@ -11,15 +11,15 @@ import pytest
 from drtune_ray.config.study import ResourcesConfig, StudyConfig
 from drtune_ray.config.trial import TrainingConfig
 from drtune_ray.errors import ConfigError, EnvironmentProblem
-from drtune_ray.search.nodes import (
+from drtune_ray.execution.capacity import (
     Capacity,
     Demand,
     Node,
     NodeGroup,
-    read_capacity,
     trial_demand,
     trials_that_fit,
 )
+from drtune_ray.execution.ray_state import read_capacity
 from drtune_ray.search.study import run_study
 from tests.search.clusters import cluster_of
 from tests.search.test_study import study_values

@@ -27,13 +27,13 @@ from drtune_ray.config.study import StudyConfig
 from drtune_ray.data.remote_tables import TableShelf
 from drtune_ray.data.table_store import TableStore
 from drtune_ray.errors import ConfigError, EnvironmentProblem
+from drtune_ray.execution.worker import Workplace
 from drtune_ray.folders import LocalFolder, open_folder
 from drtune_ray.results import evaluate as evaluate_module
 from drtune_ray.results.evaluate import _record_opening, read_openings
 from drtune_ray.results.winner import read_winner
 from drtune_ray.search import servers
 from drtune_ray.search import study as study_module
-from drtune_ray.search.actor import Workplace
 from drtune_ray.search.identity import Record, deciding_values, read_record
 from drtune_ray.search.prepare import check_inputs, prepare
 from drtune_ray.search.request import study_request

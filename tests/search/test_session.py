@@ -15,8 +15,8 @@ import pytest
 from ray._private.services import find_gcs_addresses
 
 from drtune_ray.errors import EnvironmentProblem
-from drtune_ray.search.reaper import remove_leftovers
-from drtune_ray.search.session import ray_session, worker_environment
+from drtune_ray.execution.placement_groups import remove_leftovers
+from drtune_ray.execution.session import ray_session, worker_environment
 from tests.search.clusters import cluster_of
 
 LEAVES_A_GROUP = """

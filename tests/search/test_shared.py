@@ -15,11 +15,8 @@ import pytest
 
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.errors import EnvironmentProblem
-from drtune_ray.folders import LocalFolder, open_folder
-from drtune_ray.search import shared
-from drtune_ray.search.actor import Workplace, Workshop
-from drtune_ray.search.nodes import Capacity, Node
-from drtune_ray.search.shared import (
+from drtune_ray.execution.capacity import Capacity, Node
+from drtune_ray.execution.shared_storage import (
     ARTIFACTS_FIX,
     TOKEN_NAME,
     SharedPlace,
@@ -28,6 +25,8 @@ from drtune_ray.search.shared import (
     check_token,
     shared_folder,
 )
+from drtune_ray.execution.worker import Workplace, Workshop
+from drtune_ray.folders import LocalFolder, open_folder
 from drtune_ray.search.study import run_study
 from tests.search.clusters import cluster_of, ray_node
 from tests.search.test_study import study_values

@@ -12,11 +12,11 @@ import pytest
 
 from drtune_ray.config.study import ResourcesConfig, StudyConfig
 from drtune_ray.errors import EnvironmentProblem
-from drtune_ray.search import waiting
-from drtune_ray.search.nodes import Demand
+from drtune_ray.execution.capacity import Demand
+from drtune_ray.execution.ray_state import Placements
+from drtune_ray.execution.resource_wait import ResourceWait
 from drtune_ray.search.single import run_training
 from drtune_ray.search.study import run_study
-from drtune_ray.search.waiting import Placements, ResourceWait
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished
 from tests.search.clusters import cluster_of
 from tests.search.test_study import study_values

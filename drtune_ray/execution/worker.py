@@ -7,28 +7,19 @@ in a fresh process bit for bit.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from ray import tune
 
 from drtune_ray.config.trial import DataConfig, TrialConfig
 from drtune_ray.data.dataset import Tables, TrainingData
 from drtune_ray.data.remote_tables import TableShelf, fetch_tables
+from drtune_ray.execution.guard import Lifeline
+from drtune_ray.execution.shared_storage import check_token
 from drtune_ray.folders import Folder
-from drtune_ray.search.lifeline import Lifeline
-from drtune_ray.search.protocol import (
-    CONFIG_NUMBER,
-    CONFIG_TRIAL,
-    OUT_OF_MEMORY,
-    failed_by_point,
-    trial_result,
-)
-from drtune_ray.search.shared import check_token
 from drtune_ray.training.backbones import Backbone, read_backbone
 from drtune_ray.training.checkpoint import TrialFolder, trial_folder, trial_identity
 from drtune_ray.training.loop import train_epochs
@@ -124,60 +115,3 @@ class _Opened:
     tables: Tables
     backbone: Backbone
     data: TrainingData
-
-
-class TrialActor(tune.Trainable):  # type: ignore[misc]
-    """Ray Tune's class trainable; one step is one epoch."""
-
-    def setup(self, config: dict[str, Any], workplace: Workplace) -> None:
-        """Open what the trials share."""
-        self._epochs: Iterator[EpochReport | SavePoint] = iter(())
-        self._last: dict[str, Any] | None = None
-        self._lifeline = Lifeline(workplace.study_id, workplace.hang_seconds)
-        with self._lifeline.guarding(workplace.folder(config[CONFIG_NUMBER]).path):
-            self._workshop = Workshop(workplace)
-            self._begin(config)
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Begin another trial in the same process."""
-        self._begin(new_config)
-        return True
-
-    def step(self) -> dict[str, Any]:
-        """Train until the end of the next epoch.
-
-        What the point itself causes comes back as a result; only the machine's failures are
-        exceptions, which Tune retries.
-
-        Raises:
-            Preempted: If the process was told to leave; all that was trained is saved.
-        """
-        self._lifeline.leave_if_told()  # between two epochs everything is saved
-        try:
-            with self._lifeline.guarding(self._folder.path):
-                for event in self._epochs:
-                    event.save(self._folder)
-                    if isinstance(event, EpochReport):
-                        self._last = trial_result(event, self._workshop.workplace.num_threads)
-                        return self._last
-                    self._lifeline.leave_if_told()
-        except torch.OutOfMemoryError:
-            return failed_by_point(OUT_OF_MEMORY, self._last)
-        raise RuntimeError("the trial ended without saying how")
-
-    def cleanup(self) -> None:
-        """Drop the trial."""
-        self._epochs = iter(())
-
-    def _begin(self, config: dict[str, Any]) -> None:
-        trial = TrialConfig.from_mapping(json.loads(config[CONFIG_TRIAL]))
-        self._folder = self._workshop.workplace.folder(config[CONFIG_NUMBER])
-        self._last = None
-        self._epochs = self._first_step_begins(trial, self._folder)
-
-    def _first_step_begins(
-        self, trial: TrialConfig, folder: TrialFolder
-    ) -> Iterator[EpochReport | SavePoint]:
-        # Tune may have given the trial of an actor that takes long to start to one that is free
-        # meanwhile. Only the one that is told to step may touch its folder.
-        yield from self._workshop.epochs(trial, folder, self._lifeline)

@@ -5,31 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import ray
 from ray.tune import Callback
-from ray.util import placement_group_table
 
 from drtune_ray.errors import EnvironmentProblem
-from drtune_ray.search.nodes import Demand, free_text
+from drtune_ray.execution.capacity import Demand
+from drtune_ray.execution.ray_state import Placements, free_text, placements
 
 Notify = Callable[[str], None]
-
 FIRST_NOTICE_SECONDS = 10.0
 NOTICE_EVERY_SECONDS = 60.0
 LOOK_EVERY_SECONDS = 1.0
 # Ray Train takes a pending request back and makes it again; the time between is still waiting.
 GAP_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class Placements:
-    """Of this job's trials: is one waiting for resources, has one its resources?"""
-
-    is_pending: bool
-    is_placed: bool
 
 
 class ResourceWait:
@@ -136,19 +125,6 @@ class WaitCallback(Callback):  # type: ignore[misc]
             self._wait.check()
         except EnvironmentProblem as problem:
             raise _GaveUp(problem) from None
-
-
-def placements(demand: Demand) -> Placements:
-    """How this job's placement groups stand; those of the workers count as placed."""
-    job = ray.get_runtime_context().get_job_id()
-    # A group's id ends with its job's.
-    groups = [g for key, g in placement_group_table().items() if key.endswith(job)]
-    return Placements(
-        is_pending=any(g["state"] in ("PENDING", "RESCHEDULING") for g in groups),
-        is_placed=any(
-            g["state"] == "CREATED" and demand.bundle() in g["bundles"].values() for g in groups
-        ),
-    )
 
 
 def _time(seconds: float) -> str:

@@ -1,15 +1,46 @@
-"""An interrupted driver leaves a study that loses nothing."""
+"""TODO docstring."""
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from drtune_ray.search.lifeline import ask_to_save, forget
+from drtune_ray.execution.heartbeat import ask_to_save, forget
 
 # A job that Ray stops is killed three seconds after SIGTERM.
 SAVE_SECONDS = 1.5
+
+
+@contextmanager
+def signals_as_interrupt() -> Iterator[None]:
+    """SIGTERM and Ctrl-C both become KeyboardInterrupt and leave a resumable study.
+
+    Whatever error an interruption causes on its way, it is an interruption that is reported.
+    """
+    was_interrupted = False
+
+    def interrupt(signum: int, frame: Any) -> None:
+        nonlocal was_interrupted
+        was_interrupted = True
+        raise KeyboardInterrupt
+
+    try:
+        former = {s: signal.signal(s, interrupt) for s in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not the main thread: signals are the caller's
+        yield
+        return
+    try:
+        yield
+    except Exception as error:
+        if was_interrupted:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

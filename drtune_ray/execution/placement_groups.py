@@ -15,23 +15,27 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
-from ray import ActorID, PlacementGroupID
-from ray.core.generated import gcs_pb2
+from ray import PlacementGroupID
 from ray.experimental import internal_kv
 from ray.tune import Callback
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.state import list_nodes
 
 from drtune_ray.errors import EnvironmentProblem
-from drtune_ray.search.group import own_cluster
-from drtune_ray.search.lifeline import NAMESPACE
+from drtune_ray.execution.environment import own_cluster
+from drtune_ray.execution.ray_state import (
+    BY_DRIVER,
+    NAMESPACE,
+    _groups,
+    _has_no_living_creator,
+    _num_workers,
+    _own_job,
+)
 from drtune_ray.search.protocol import CONFIG_NUMBER
 
 LOOK_SECONDS = 1.0
 END_SECONDS = 15.0
 STATE_API_SECONDS = 10
-WORKER_CLASS = "RayTrainWorker"
-BY_DRIVER = (b"", ActorID.nil().binary())  # the creator of what a driver itself asked for
 
 
 class Reaper(Callback):  # type: ignore[misc]
@@ -140,31 +144,5 @@ def _orphans() -> Iterator[PlacementGroup]:
             yield PlacementGroup(PlacementGroupID(group.placement_group_id))
 
 
-def _has_no_living_creator(group: Any) -> bool:
-    if group.creator_actor_id in BY_DRIVER:
-        return True
-    creator = ray._private.state.actors(actor_id=group.creator_actor_id.hex())
-    return not creator or creator.get("State") == "DEAD"
-
-
-def _own_job() -> str:
-    return str(ray.get_runtime_context().get_job_id())
-
-
 def _job_key(job: str) -> bytes:
     return f"jobs/{job}".encode()
-
-
-def _groups() -> Iterator[Any]:
-    """The placement groups of all jobs that are not removed."""
-    accessor = ray._private.state.state._connect_and_get_accessor()
-    for entry in accessor.get_placement_group_table():
-        group = gcs_pb2.PlacementGroupTableData.FromString(entry)
-        if group.state != gcs_pb2.PlacementGroupTableData.REMOVED:
-            yield group
-
-
-def _num_workers() -> int:
-    job = ray.JobID.from_hex(_own_job())
-    actors = ray._private.state.actors(job_id=job, actor_state_name="ALIVE").values()
-    return sum(actor["ActorClassName"].startswith(WORKER_CLASS) for actor in actors)

@@ -11,18 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ray.air.execution._internal import RayActorManager
-from ray.exceptions import (
-    NodeDiedError,
-    OutOfMemoryError,
-    RayActorError,
-    RayError,
-    RayTaskError,
-)
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.tune.analysis import ExperimentAnalysis
 from ray.tune.experiment import Trial
 
 from drtune_ray.errors import EnvironmentProblem
-from drtune_ray.search.lifeline import STACKS
+from drtune_ray.execution.guard import STACKS
 
 HOST_OUT_OF_MEMORY = "out of memory on the host"
 DISK_FULL = "disk full"
@@ -32,7 +26,6 @@ HUNG = "hung"  # for so many seconds
 HUNG_STACKS = "hung.txt"
 UNFIT_NODE = "a node that is not fit"
 MACHINE_FAILURE = "machine failure"
-
 PROBLEM = re.compile(rf"{EnvironmentProblem.__name__}: (.+)")
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +16,7 @@ from drtune_ray.errors import ConfigError, EnvironmentProblem
 TRIAL_DRIVER = "trial_driver"
 HEAD_NODE = "node:__internal_head__"
 HEAD_SHARE = 0.001
-
 WORKERS = "training.workers"  # the setting that gives them
-
 _UNITS = 10_000  # Ray counts resources in ten-thousandths
 
 
@@ -210,73 +207,6 @@ def trials_that_fit(
     return asked if ever is None else min(asked, fitting)
 
 
-def read_capacity(*, is_local: bool) -> Capacity:
-    """Ask the cluster that this process has joined."""
-    import ray
-    from ray._private.state import state
-
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    drivers = [resources[TRIAL_DRIVER] for resources in alive if TRIAL_DRIVER in resources]
-    config = state.get_cluster_config()
-    return Capacity(
-        nodes=tuple(_node(resources) for resources in alive),
-        groups=tuple(map(_group, config.node_group_configs)) if config else (),
-        limits=_limits(config.max_resources) if config else (),
-        has_autoscaler=not is_local and _has_autoscaler(),
-        num_trial_drivers=int(sum(drivers)) if drivers else None,
-        is_local=is_local,
-    )
-
-
-def free_text() -> str:
-    """What nobody uses now, of what there is."""
-    import ray
-    from ray._private.state import state
-
-    free = state.available_resources_per_node().values()
-    total = ray.cluster_resources()
-    parts = [
-        f"{sum(node.get(name, 0.0) for node in free):g} of {total.get(name, 0.0):g} {name}s"
-        for name in ("CPU", "GPU")
-        if total.get(name)
-    ]
-    return " and ".join(parts or ["0 CPUs"]) + f" on {_count(list(free))}"
-
-
-def _has_autoscaler() -> bool:
-    """Whether nodes have a type: only where an autoscaler watches do they get a name for it.
-
-    Version 1 leaves its state in the key-value store, version 2 in the cluster's status.
-    """
-    import ray
-    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
-
-    client = ray._private.worker.global_worker.gcs_client
-    found = client.internal_kv_get(ray._private.ray_constants.DEBUG_AUTOSCALING_STATUS.encode())
-    report = (json.loads(found) if found else {}).get("autoscaler_report") or {}
-    # Where nothing scales, version 1 reports each node as a type of its own, named for its id.
-    ids = {f"node_{node['NodeID']}" for node in ray.nodes()}
-    if set(report.get("active_nodes") or {}) - ids:
-        return True
-    status = GetClusterStatusReply()
-    status.ParseFromString(client.get_cluster_status())
-    states = status.cluster_resource_state.node_states
-    return status.HasField("autoscaling_state") and any(n.ray_node_type_name for n in states)
-
-
-def _node(resources: Mapping[str, float]) -> Node:
-    return Node(float(resources.get("CPU", 0.0)), float(resources.get("GPU", 0.0)))
-
-
-def _group(config: Any) -> NodeGroup:
-    count = None if config.max_count < 0 else int(config.max_count)
-    return NodeGroup(config.name, _node(config.resources), count)
-
-
-def _limits(resources: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
-    return tuple((name, float(resources[name])) for name in ("CPU", "GPU") if name in resources)
-
-
 def _units(amount: float) -> int:
     return round(amount * _UNITS)
 
@@ -288,3 +218,18 @@ def _count(nodes: Iterable[Any]) -> str:
 
 def _bundle_text(bundle: Mapping[str, float]) -> str:
     return "{" + ", ".join(f"{name}: {amount:g}" for name, amount in bundle.items()) + "}"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where trials run.
+
+    Attributes:
+        capacity: What it holds.
+        token: What its nodes must find in the shared place; None: nothing needs to be shared.
+        on_notice: Takes a line for the user.
+    """
+
+    capacity: Capacity
+    token: str | None
+    on_notice: Callable[[str], None]

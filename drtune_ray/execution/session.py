@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from drtune_ray.config.study import ResourcesConfig
 from drtune_ray.config.trial import TrainingConfig
 from drtune_ray.errors import EnvironmentProblem
-from drtune_ray.search.environment import job_config
-from drtune_ray.search.nodes import Capacity, read_capacity, trial_demand, trials_that_fit
+from drtune_ray.execution.capacity import Capacity, trial_demand, trials_that_fit
+from drtune_ray.execution.environment import job_config
+from drtune_ray.execution.interrupts import signals_as_interrupt
+from drtune_ray.execution.ray_state import read_capacity
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -72,7 +72,7 @@ def ray_session(*, with_dashboard: bool = False) -> Iterator[Capacity]:
         raise EnvironmentProblem(_unreachable(address, error)) from None
     try:
         if not is_local:
-            from drtune_ray.search.reaper import register_job, remove_leftovers
+            from drtune_ray.execution.placement_groups import register_job, remove_leftovers
 
             remove_leftovers()
             register_job()
@@ -105,7 +105,7 @@ def ready_cluster(
         for setting, demand in demands.items():
             trials_that_fit(demand, resources, capacity, setting)
         if with_dashboard:
-            from drtune_ray.search.reaper import check_state_api
+            from drtune_ray.execution.placement_groups import check_state_api
 
             check_state_api()
         yield capacity
@@ -155,35 +155,6 @@ def _unreachable(address: str, error: Exception) -> str:
     if reason.startswith("Failed to connect"):  # though something answered
         reason += " (if it asks for a token: set RAY_AUTH_MODE=token, and copy ~/.ray/auth_token)"
     return f"the Ray cluster of RAY_ADDRESS={address} cannot be joined: {reason}"
-
-
-@contextmanager
-def signals_as_interrupt() -> Iterator[None]:
-    """SIGTERM and Ctrl-C both become KeyboardInterrupt and leave a resumable study.
-
-    Whatever error an interruption causes on its way, it is an interruption that is reported.
-    """
-    was_interrupted = False
-
-    def interrupt(signum: int, frame: Any) -> None:
-        nonlocal was_interrupted
-        was_interrupted = True
-        raise KeyboardInterrupt
-
-    try:
-        former = {s: signal.signal(s, interrupt) for s in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not the main thread: signals are the caller's
-        yield
-        return
-    try:
-        yield
-    except Exception as error:
-        if was_interrupted:
-            raise KeyboardInterrupt from error
-        raise
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,8 @@ from typing import Any
 
 import drtune_ray
 from drtune_ray.errors import EnvironmentProblem
-from drtune_ray.folders import (
-    Folder,
-    LocalFolder,
-    as_problem,
-    first_line,
-)
-from drtune_ray.search.nodes import Capacity
+from drtune_ray.execution.capacity import Capacity
+from drtune_ray.folders import Folder, LocalFolder, as_problem, first_line
 
 TOKEN_NAME = ".shared-token"  # nosec B105 # the name of a file
 ANSWER_SECONDS = 180.0  # a node may have to start a process and to import torch first
@@ -36,21 +31,6 @@ ARTIFACTS_FIX = (
     "starts there the credentials of an object store, and have drtune-ray of the same version on "
     "every node"
 )
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Where trials run.
-
-    Attributes:
-        capacity: What it holds.
-        token: What its nodes must find in the shared place; None: nothing needs to be shared.
-        on_notice: Takes a line for the user.
-    """
-
-    capacity: Capacity
-    token: str | None
-    on_notice: Callable[[str], None]
 
 
 @dataclass(frozen=True)
