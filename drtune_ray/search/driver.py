@@ -20,6 +20,7 @@ from drtune_ray.data.table_store import TableStore
 from drtune_ray.errors import ConfigError, NoTrialCompleted
 from drtune_ray.execution.capacity import Cluster
 from drtune_ray.execution.failures import clear_stacks
+from drtune_ray.execution.ray_train.fit import Fit
 from drtune_ray.results.trials import (
     CONFIG,
     RESULT_STATES,
@@ -35,7 +36,6 @@ from drtune_ray.search.budget import Budget
 from drtune_ray.search.callback import run_finished, run_started
 from drtune_ray.search.done import is_done, write_done
 from drtune_ray.search.finalists import Finalist, best_finalist, finalists, repetitions
-from drtune_ray.search.fit import Fit
 from drtune_ray.search.handover import Handover
 from drtune_ray.search.identity import (
     DONE_NAME,

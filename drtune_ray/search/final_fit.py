@@ -19,8 +19,8 @@ from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import Tables
 from drtune_ray.data.splits import TRAIN, VALIDATION
 from drtune_ray.errors import CheckpointError
+from drtune_ray.execution.ray_train.fit import Fit
 from drtune_ray.search.finalists import best_finalist
-from drtune_ray.search.fit import Fit
 from drtune_ray.search.identity import TRIALS_FOLDER
 from drtune_ray.search.outlook import StudyResult
 from drtune_ray.search.prepare import Checked

@@ -14,12 +14,12 @@ from drtune_ray.errors import ConfigError, DrtuneError, EnvironmentProblem
 from drtune_ray.execution.capacity import WORKERS, Cluster, trial_demand
 from drtune_ray.execution.failures import full_disk_is_told
 from drtune_ray.execution.interrupts import signals_as_interrupt
+from drtune_ray.execution.ray_train.fit import Fit, advice
 from drtune_ray.execution.resource_wait import Notify
 from drtune_ray.execution.session import ready_cluster
 from drtune_ray.execution.shared_storage import shared_folder
 from drtune_ray.folders import LocalFolder
 from drtune_ray.results.winner import read_about, write_winner
-from drtune_ray.search.fit import Fit, advice
 from drtune_ray.search.identity import (
     DONE_NAME,
     RECORD_FILE,

@@ -9,9 +9,9 @@ from ray.tune.execution import class_cache
 
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.execution.capacity import Capacity
+from drtune_ray.execution.ray_train.trainer import drive_trial
 from drtune_ray.execution.resident_actor import TrialActor
 from drtune_ray.execution.worker import Workplace
-from drtune_ray.search.workers import drive_trial
 
 
 def tune_trainable(config: StudyConfig, workplace: Workplace, capacity: Capacity) -> Any:

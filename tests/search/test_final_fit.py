@@ -109,8 +109,8 @@ def test_it_takes_as_many_workers_as_there_are(tmp_path, weights_file):
 def test_one_that_diverges_is_said_to_and_the_best_seed_is_handed_back(
     tmp_path, weights_file, monkeypatch
 ):
+    from drtune_ray.execution.ray_train.fit import Fit
     from drtune_ray.search import final_fit
-    from drtune_ray.search.fit import Fit
 
     def diverged(self: Any, config: Any, *rest: Any) -> dict[str, Any]:
         return Fit_train(self, config.with_values({"optim.backbone_lr": 1e30}), *rest)

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import ray
 
-from drtune_ray.search import workers
 from drtune_ray.search.single import TrainingResult, run_training
 from drtune_ray.search.tuning import MAX_MACHINE_FAILURES
 from drtune_ray.values import to_yaml

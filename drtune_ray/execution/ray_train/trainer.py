@@ -8,30 +8,22 @@ for a trial of a study, or `train_on_workers`.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
-import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
-from ray.exceptions import RayActorError
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from drtune_ray.config.study import ResourcesConfig
 from drtune_ray.config.trial import TrialConfig
-from drtune_ray.errors import EnvironmentProblem
-from drtune_ray.execution.failures import failure_from
 from drtune_ray.execution.guard import Lifeline
-from drtune_ray.execution.placement_groups import remove_orphans
-from drtune_ray.execution.ray_state import _controllers
+from drtune_ray.execution.ray_train.worker_group import GroupCare, start_seconds, train_environment
 from drtune_ray.execution.worker import Workplace, Workshop
-from drtune_ray.search.group import GroupCare, start_seconds, train_environment
 from drtune_ray.search.identity import SCRATCH_NAME
 from drtune_ray.search.protocol import (
     CONFIG_NUMBER,
@@ -41,18 +33,15 @@ from drtune_ray.search.protocol import (
     trial_result,
 )
 from drtune_ray.training.checkpoint import TrialFolder
-from drtune_ray.training.records import EpochRecord, EpochReport
+from drtune_ray.training.records import EpochReport
 
 logger = logging.getLogger(__name__)
-# Of a single training, without an epoch in between. A study leaves the count to Tune.
-MAX_FAILURES = 2
 # Infinite by default: workers that cannot start would be started for ever, in silence.
 MAX_CONTROLLER_FAILURES = 3
 # Who waits for a worker that hangs must outlast the guard that ends it.
 COLLECTIVE_GRACE_SECONDS = 60
 # How often Ray Train looks whether it could have more workers.
 RESIZE_SECONDS = 60.0
-CONTROLLER_END_SECONDS = 1.0
 # How long a trial's driver waits for Tune to end it, once Tune was told the last result.
 END_SECONDS = 600.0
 
@@ -211,142 +200,7 @@ def drive_trial(
     time.sleep(END_SECONDS)
 
 
-def train_on_workers(
-    config: TrialConfig,
-    workplace: Workplace,
-    resources: ResourcesConfig,
-    folder: TrialFolder,
-    scratch: Path,
-    on_epoch: Callable[[EpochRecord], None],
-    on_turn: Callable[[], None],
-) -> dict[str, Any]:
-    """Train one configuration on Ray Train and tell each epoch as it ends.
-
-    What the machine breaks goes on from the last save, as long as it does not fail over and over
-    within one epoch. What `on_turn` raises, called several times a second, ends the training.
-
-    Returns:
-        The trial's last result.
-
-    Raises:
-        EnvironmentProblem: If the workers failed more often than they are retried.
-    """
-
-    def start() -> TorchTrainer:
-        return build_trainer(
-            config,
-            workplace,
-            resources,
-            folder,
-            name=folder.path.name,
-            scratch=scratch,
-            queue=queue,
-        )
-
-    queue, epochs = _queue_here(), _Epochs(on_epoch)
-    listener = threading.Thread(target=epochs.listen, args=(queue,), daemon=True)
-    listener.start()
-    with train_environment(resources, config.training):
-        result = _fit_until_it_ends(start, folder, epochs, on_turn)
-    queue.put(None)
-    listener.join(timeout=30)
-    queue.shutdown()
-    return result
-
-
-def _fit_until_it_ends(
-    start: Callable[[], TorchTrainer],
-    folder: TrialFolder,
-    epochs: _Epochs,
-    on_turn: Callable[[], None],
-) -> dict[str, Any]:
-    num_failures, num_told = 0, 0
-    while True:
-        try:
-            result: dict[str, Any] = _fit_in_thread(start(), on_turn).return_value
-            return result
-        except (ray.train.TrainingFailedError, RayActorError) as error:  # the latter: controller
-            if point := _point_failed(error):
-                return point.result()
-            num_failures = num_failures + 1 if epochs.num_told == num_told else 1
-            num_told = epochs.num_told
-            failure = failure_from(error, folder.path)
-            if num_failures > MAX_FAILURES:
-                raise EnvironmentProblem(
-                    f"the workers failed {num_failures} times within one epoch, last: "
-                    f"{failure.outcome} ({failure.error}). Nothing that was saved is lost: the "
-                    "same command goes on"
-                ) from error
-            logger.warning("training goes on from its last save: %s", failure.error)
-            remove_orphans()  # they would compete with the next workers
-
-
 def _point_failed(error: BaseException) -> PointFailed | None:
     """What a worker said of its configuration, if one did."""
     failures = getattr(error, "worker_failures", {}).values()
     return next((failure for failure in failures if isinstance(failure, PointFailed)), None)
-
-
-class _Epochs:
-    """Tells each epoch once: workers that were started again begin with those before."""
-
-    def __init__(self, on_epoch: Callable[[EpochRecord], None]) -> None:
-        self._on_epoch = on_epoch
-        self.num_told = 0
-
-    def listen(self, queue: Any) -> None:
-        while (records := queue.get()) is not None:
-            for record in records:
-                if record.epoch > self.num_told:
-                    self._on_epoch(record)
-                    self.num_told = record.epoch
-
-
-def _queue_here() -> Any:
-    """A queue that lives as long as this node: that of a worker may go at any time."""
-    from ray.util.queue import Queue
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-
-
-def _fit_in_thread(trainer: TorchTrainer, on_turn: Callable[[], None]) -> Any:
-    """``trainer.fit()`` off the main thread: on it, Ray would take Ctrl-C and leave with code 0."""
-    outcome: list[Any] = []
-
-    def fit() -> None:
-        try:
-            outcome.append(trainer.fit())
-        except BaseException as error:  # raised again on the main thread
-            outcome.append(error)
-
-    thread = threading.Thread(target=fit, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(timeout=0.2)
-        on_turn()
-    if isinstance(outcome[0], BaseException):
-        raise outcome[0]
-    return outcome[0]
-
-
-@contextlib.contextmanager
-def controllers_ended() -> Iterator[None]:
-    """Around a training that may be given up: where Ray runs on, it would train on for nobody."""
-    former = _controllers()
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(Exception):  # a cluster whose head is gone ends them itself
-            _end(_controllers() - former)
-        raise
-
-
-def _end(controllers: set[str]) -> None:
-    for controller in controllers:
-        core_worker = ray._private.worker.global_worker.core_worker
-        core_worker.kill_actor(ray.ActorID.from_hex(controller), True)
-    deadline = time.monotonic() + CONTROLLER_END_SECONDS
-    while time.monotonic() < deadline and (_controllers() & controllers or remove_orphans()):
-        time.sleep(0.1)

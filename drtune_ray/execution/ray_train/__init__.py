@@ -1,0 +1,1 @@
+"""Trials of several workers, on Ray Train."""

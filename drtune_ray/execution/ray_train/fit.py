@@ -1,0 +1,277 @@
+"""One training over Ray Train's workers, and what its driver watches meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+from ray.exceptions import RayActorError
+from ray.train.torch import TorchTrainer
+
+from drtune_ray.config.study import ResourcesConfig
+from drtune_ray.config.trial import TrialConfig
+from drtune_ray.data.dataset import Tables
+from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.execution.capacity import Cluster, trial_demand
+from drtune_ray.execution.failures import FULL_DISK, failure_from
+from drtune_ray.execution.interrupts import saving_when_interrupted
+from drtune_ray.execution.placement_groups import remove_orphans
+from drtune_ray.execution.ray_state import _controllers
+from drtune_ray.execution.ray_train.trainer import _point_failed, build_trainer, logger
+from drtune_ray.execution.ray_train.worker_group import train_environment
+from drtune_ray.execution.resource_wait import ResourceWait
+from drtune_ray.execution.session import scratch_folder
+from drtune_ray.execution.worker import Workplace
+from drtune_ray.search.identity import SCRATCH_NAME, TRIALS_FOLDER
+from drtune_ray.search.protocol import OUT_OF_MEMORY
+from drtune_ray.search.servers import StudyArtifacts
+from drtune_ray.tracking.events import MetricsRecorded, RunKey, Sink, StepsRecorded
+from drtune_ray.training.checkpoint import TrialFolder
+from drtune_ray.training.records import EpochRecord
+
+# Of a single training, without an epoch in between. A study leaves the count to Tune.
+MAX_FAILURES = 2
+CONTROLLER_END_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A training that no search steers.
+
+    Attributes:
+        folder: Of the study or training that it belongs to.
+        study_id: Of that.
+        resources: What a worker takes.
+        artifacts: What outlives this machine's disk.
+        cluster: Where the workers run.
+        emit: Takes the events.
+        disk_error: Why an event was lost, if one was.
+    """
+
+    folder: Path
+    study_id: str
+    resources: ResourcesConfig
+    artifacts: StudyArtifacts
+    cluster: Cluster
+    emit: Sink
+    disk_error: Callable[[], OSError | None]
+
+    def train(
+        self,
+        config: TrialConfig,
+        tables: Tables,
+        checkpoints: TrialFolder,
+        run: RunKey,
+        on_interrupt: Callable[[], None],
+    ) -> dict[str, Any]:
+        """Train, or go on from the newest checkpoint.
+
+        Args:
+            config: What to train, on how many workers.
+            tables: What it reads.
+            checkpoints: Its folder.
+            run: Under which the epochs are told.
+            on_interrupt: Called when the training is interrupted.
+
+        Returns:
+            The last result.
+
+        Raises:
+            EnvironmentProblem: If the workers failed more often than they are retried.
+        """
+        demand = trial_demand(config.training, self.resources)
+        wait = ResourceWait(demand, self.resources.wait_seconds, self.cluster.on_notice)
+
+        def on_turn() -> None:
+            self.artifacts.check_lease()
+            wait.check()
+            if (error := self.disk_error()) is not None and error.errno in FULL_DISK:
+                raise error
+
+        with (
+            scratch_folder(self.folder / SCRATCH_NAME) as scratch,
+            controllers_ended(),
+            saving_when_interrupted(self.study_id, lambda: [checkpoints.path.name], on_interrupt),
+        ):
+            return train_on_workers(
+                config,
+                self._workplace(config, tables, "cuda" if demand.num_gpus else "cpu"),
+                self.resources,
+                checkpoints,
+                scratch,
+                lambda record: self._tell(run, record),
+                on_turn,
+            )
+
+    def _workplace(self, config: TrialConfig, tables: Tables, device: str) -> Workplace:
+        return Workplace(
+            {config.tables_key: tables.to_mapping()},
+            self.folder / TRIALS_FOLDER,
+            self.resources.cpus_per_worker,
+            device,
+            self.artifacts.trials,
+            self.artifacts.shelf,
+            token=self.cluster.token,
+            study_id=self.study_id,
+            hang_seconds=self.resources.hang_seconds,
+        )
+
+    def _tell(self, run: RunKey, record: EpochRecord) -> None:
+        self.emit(MetricsRecorded(run, record.epoch, record.metrics, record.time_ms))
+        first = (record.epoch - 1) * len(record.steps) + 1
+        self.emit(StepsRecorded(run, first, record.steps, record.time_ms))
+
+
+def advice(outcome: str, config: TrialConfig) -> str:
+    """What to do about a configuration that cannot be trained."""
+    if outcome == OUT_OF_MEMORY:
+        return (
+            f"the GPU's memory does not hold this training: lower "
+            f"training.batch_size={config.training.batch_size} or "
+            f"data.image_size={config.data.image_size}, or add workers"
+        )
+    return (
+        f"training {outcome}: lower optim.backbone_lr={config.optim.backbone_lr} or "
+        f"method.head_lr_multiplier={config.method.head_lr_multiplier}"
+    )
+
+
+def train_on_workers(
+    config: TrialConfig,
+    workplace: Workplace,
+    resources: ResourcesConfig,
+    folder: TrialFolder,
+    scratch: Path,
+    on_epoch: Callable[[EpochRecord], None],
+    on_turn: Callable[[], None],
+) -> dict[str, Any]:
+    """Train one configuration on Ray Train and tell each epoch as it ends.
+
+    What the machine breaks goes on from the last save, as long as it does not fail over and over
+    within one epoch. What `on_turn` raises, called several times a second, ends the training.
+
+    Returns:
+        The trial's last result.
+
+    Raises:
+        EnvironmentProblem: If the workers failed more often than they are retried.
+    """
+
+    def start() -> TorchTrainer:
+        return build_trainer(
+            config,
+            workplace,
+            resources,
+            folder,
+            name=folder.path.name,
+            scratch=scratch,
+            queue=queue,
+        )
+
+    queue, epochs = _queue_here(), _Epochs(on_epoch)
+    listener = threading.Thread(target=epochs.listen, args=(queue,), daemon=True)
+    listener.start()
+    with train_environment(resources, config.training):
+        result = _fit_until_it_ends(start, folder, epochs, on_turn)
+    queue.put(None)
+    listener.join(timeout=30)
+    queue.shutdown()
+    return result
+
+
+def _fit_until_it_ends(
+    start: Callable[[], TorchTrainer],
+    folder: TrialFolder,
+    epochs: _Epochs,
+    on_turn: Callable[[], None],
+) -> dict[str, Any]:
+    num_failures, num_told = 0, 0
+    while True:
+        try:
+            result: dict[str, Any] = _fit_in_thread(start(), on_turn).return_value
+            return result
+        except (ray.train.TrainingFailedError, RayActorError) as error:  # the latter: controller
+            if point := _point_failed(error):
+                return point.result()
+            num_failures = num_failures + 1 if epochs.num_told == num_told else 1
+            num_told = epochs.num_told
+            failure = failure_from(error, folder.path)
+            if num_failures > MAX_FAILURES:
+                raise EnvironmentProblem(
+                    f"the workers failed {num_failures} times within one epoch, last: "
+                    f"{failure.outcome} ({failure.error}). Nothing that was saved is lost: the "
+                    "same command goes on"
+                ) from error
+            logger.warning("training goes on from its last save: %s", failure.error)
+            remove_orphans()  # they would compete with the next workers
+
+
+class _Epochs:
+    """Tells each epoch once: workers that were started again begin with those before."""
+
+    def __init__(self, on_epoch: Callable[[EpochRecord], None]) -> None:
+        self._on_epoch = on_epoch
+        self.num_told = 0
+
+    def listen(self, queue: Any) -> None:
+        while (records := queue.get()) is not None:
+            for record in records:
+                if record.epoch > self.num_told:
+                    self._on_epoch(record)
+                    self.num_told = record.epoch
+
+
+def _queue_here() -> Any:
+    """A queue that lives as long as this node: that of a worker may go at any time."""
+    from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+
+
+def _fit_in_thread(trainer: TorchTrainer, on_turn: Callable[[], None]) -> Any:
+    """``trainer.fit()`` off the main thread: on it, Ray would take Ctrl-C and leave with code 0."""
+    outcome: list[Any] = []
+
+    def fit() -> None:
+        try:
+            outcome.append(trainer.fit())
+        except BaseException as error:  # raised again on the main thread
+            outcome.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(timeout=0.2)
+        on_turn()
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
+
+
+@contextlib.contextmanager
+def controllers_ended() -> Iterator[None]:
+    """Around a training that may be given up: where Ray runs on, it would train on for nobody."""
+    former = _controllers()
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):  # a cluster whose head is gone ends them itself
+            _end(_controllers() - former)
+        raise
+
+
+def _end(controllers: set[str]) -> None:
+    for controller in controllers:
+        core_worker = ray._private.worker.global_worker.core_worker
+        core_worker.kill_actor(ray.ActorID.from_hex(controller), True)
+    deadline = time.monotonic() + CONTROLLER_END_SECONDS
+    while time.monotonic() < deadline and (_controllers() & controllers or remove_orphans()):
+        time.sleep(0.1)
