@@ -42,16 +42,14 @@ from drtune_ray.data.table_store import TableStore
 from drtune_ray.demo import demo_config
 from drtune_ray.execution.capacity import Capacity, Cluster
 from drtune_ray.execution.ray_train.trainer import drive_trial
+from drtune_ray.execution.ray_tune.run import TuneRun, tune_trainable
+from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.execution.session import ray_session
 from drtune_ray.execution.worker import Workplace
-from drtune_ray.search import tuning
 from drtune_ray.search.identity import TRIALS_FOLDER
 from drtune_ray.search.prepare import check_inputs, prepare
 from drtune_ray.search.proposals import FinalistProposals, FixedTrial
-from drtune_ray.search.searcher import StudySearch
 from drtune_ray.search.servers import StudyArtifacts, open_storage, open_study
-from drtune_ray.search.trainables import tune_trainable
-from drtune_ray.search.tuning import TuneRun
 from drtune_ray.tracking.events import Event, MetricsRecorded, RunFinished
 from drtune_ray.training.backbones import read_backbone
 from drtune_ray.training.checkpoint import trial_folder

@@ -16,11 +16,11 @@ import pytest
 from ray import cloudpickle
 
 from drtune_ray.config.study import BudgetConfig
+from drtune_ray.execution.ray_tune.callbacks import StudyCallback
+from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.folders import Folder, open_folder
 from drtune_ray.search.budget import Budget
-from drtune_ray.search.callback import StudyCallback
 from drtune_ray.search.proposals import FinalistProposals
-from drtune_ray.search.searcher import StudySearch
 from drtune_ray.search.servers import open_storage, open_study
 from drtune_ray.values import to_yaml
 from tests.search.test_study import study_values

@@ -5,15 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ray.air.execution._internal import RayActorManager
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
-from ray.tune.analysis import ExperimentAnalysis
-from ray.tune.experiment import Trial
 
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.execution.guard import STACKS
@@ -43,14 +39,6 @@ class Failure:
     outcome: str
     error: str
     problem: EnvironmentProblem | None = None
-
-
-def failure_of(trial: Any, trial_folder: Path) -> Failure:
-    """What ended the process of a Tune trial.
-
-    Stacks that it left behind when it hung are moved: they are not of the next process.
-    """
-    return failure_from(_kept_error(trial), trial_folder)
 
 
 def failure_from(error: BaseException | None, trial_folder: Path) -> Failure:
@@ -133,32 +121,6 @@ def _tells_more(failure: BaseException) -> bool:
     return _node_problem(failure) is not None or outcome_of(failure) != MACHINE_FAILURE
 
 
-@contextlib.contextmanager
-def nothing_unpickled() -> Iterator[None]:
-    """Within, Tune reads no pickle from a disk; its trials hold their errors themselves.
-
-    Tune (Ray 2.60) writes the error of a trial into Ray's session folder, which is open to all
-    users of the machine, and into its experiment folder under our storage, and unpickles it from
-    there at the end of ``fit``; of an experiment without trials it unpickles the state.
-    """
-    former = Trial.handle_error, Trial.get_pickled_error, ExperimentAnalysis._load_trials
-
-    def handle_error(trial: Any, exc: Exception | None = None) -> None:
-        former[0](trial, exc)
-        trial.temporary_state.error = exc  # is never saved
-
-    Trial.handle_error, Trial.get_pickled_error = handle_error, _kept_error
-    ExperimentAnalysis._load_trials = lambda analysis: []
-    try:
-        yield
-    finally:
-        Trial.handle_error, Trial.get_pickled_error, ExperimentAnalysis._load_trials = former
-
-
-def _kept_error(trial: Any) -> BaseException | None:
-    return getattr(trial.temporary_state, "error", None)
-
-
 def _hung(trial_folder: Path) -> Failure | None:
     for path in sorted(trial_folder.glob(STACKS.format("*"))):
         stacks = path.read_text(errors="replace")
@@ -200,10 +162,6 @@ def clear_stacks(trial_folder: Path, *, has_failed: bool) -> None:
         (trial_folder / HUNG_STACKS).unlink(missing_ok=True)
 
 
-class ProcessLost(RayActorError):  # type: ignore[misc]
-    """What Ray said of an actor in words that Tune does not know."""
-
-
 @contextlib.contextmanager
 def full_disk_is_told(folder: Path) -> Iterator[None]:
     """A full disk is the user's to mend: one message, and the study can be resumed.
@@ -220,31 +178,3 @@ def full_disk_is_told(folder: Path) -> Iterator[None]:
             f"the disk that holds {folder} is full: free space there, then the same command goes "
             "on where it stopped"
         ) from error
-
-
-@contextlib.contextmanager
-def lost_processes_are_failures() -> Iterator[None]:
-    """Within, every error that Ray reports of an actor is a failure of its trial.
-
-    Tune knows `RayActorError` and `RayTaskError` and ends the whole study at any other: so it does
-    when Ray's memory monitor kills one actor (Ray 2.60, `RayActorManager._actor_task_failed`).
-    """
-    methods = ("_actor_task_failed", "_actor_start_failed")
-    former = {name: getattr(RayActorManager, name) for name in methods}
-
-    def translated(method: Callable[..., None]) -> Callable[..., None]:
-        def failed(manager: Any, *, exception: Exception, **of_what: Any) -> None:
-            is_known = isinstance(exception, RayActorError | RayTaskError)
-            if isinstance(exception, RayError) and not is_known:
-                exception = ProcessLost(error_msg=str(exception))
-            method(manager, exception=exception, **of_what)
-
-        return failed
-
-    for name, method in former.items():
-        setattr(RayActorManager, name, translated(method))
-    try:
-        yield
-    finally:
-        for name, method in former.items():
-            setattr(RayActorManager, name, method)

@@ -10,14 +10,11 @@ is dead; the driver of the study removes those.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import ray
 from ray import PlacementGroupID
 from ray.experimental import internal_kv
-from ray.tune import Callback
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.state import list_nodes
 
@@ -28,53 +25,10 @@ from drtune_ray.execution.ray_state import (
     NAMESPACE,
     _groups,
     _has_no_living_creator,
-    _num_workers,
     _own_job,
 )
-from drtune_ray.search.protocol import CONFIG_NUMBER
 
-LOOK_SECONDS = 1.0
-END_SECONDS = 15.0
 STATE_API_SECONDS = 10
-
-
-class Reaper(Callback):  # type: ignore[misc]
-    """Tune's callback: removes the placement groups of dead controllers, and sees them all gone.
-
-    Args:
-        sweep: Called with the number of each trial that ended, when no worker lives that could
-            still write into its folder.
-    """
-
-    def __init__(self, sweep: Callable[[int], None]) -> None:
-        self._sweep = sweep
-        self._ended: list[int] = []
-        self._looked = 0.0
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune pickles its callbacks for a restore that is never asked for."""
-        return {}
-
-    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Tune's loop turns."""
-        now = time.monotonic()
-        if now - self._looked >= LOOK_SECONDS:
-            self._looked = now
-            remove_orphans()
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial ended, or was stopped in the middle of an epoch."""
-        self._ended.append(trial.config[CONFIG_NUMBER])
-
-    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        """Wait for the workers of trials that were stopped last."""
-        deadline = time.monotonic() + END_SECONDS
-        while remove_orphans() or _num_workers():
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.1)
-        for number in self._ended:
-            self._sweep(number)
 
 
 def remove_orphans() -> int:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
-
-from ray.tune import Callback
+from collections.abc import Callable
 
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.execution.capacity import Demand
@@ -86,45 +82,6 @@ class ResourceWait:
         if self._next_notice > FIRST_NOTICE_SECONDS:
             self._notify(f"{self._demand} are there: going on")
         self._since, self._next_notice = None, FIRST_NOTICE_SECONDS
-
-
-class _GaveUp(BaseException):
-    """Leaves Tune's loop at once: an Exception would first wait for the trials to end."""
-
-    def __init__(self, problem: EnvironmentProblem) -> None:
-        super().__init__(str(problem))
-        self.problem = problem
-
-
-@contextmanager
-def giving_up() -> Iterator[None]:
-    """Around Tune's loop, where `WaitCallback` may end it.
-
-    Raises:
-        EnvironmentProblem: If no trial had its resources for too long.
-    """
-    try:
-        yield
-    except _GaveUp as left:
-        raise left.problem from None
-
-
-class WaitCallback(Callback):  # type: ignore[misc]
-    """Lets `ResourceWait` look at every turn of Tune's loop, inside of `giving_up`."""
-
-    def __init__(self, wait: ResourceWait) -> None:
-        self._wait = wait
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune pickles its callbacks for a restore that is never asked for."""
-        return {}
-
-    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Tune's loop turns."""
-        try:
-            self._wait.check()
-        except EnvironmentProblem as problem:
-            raise _GaveUp(problem) from None
 
 
 def _time(seconds: float) -> str:

@@ -21,6 +21,10 @@ from drtune_ray.errors import ConfigError, NoTrialCompleted
 from drtune_ray.execution.capacity import Cluster
 from drtune_ray.execution.failures import clear_stacks
 from drtune_ray.execution.ray_train.fit import Fit
+from drtune_ray.execution.ray_tune.callbacks import run_finished, run_started
+from drtune_ray.execution.ray_tune.run import TuneRun
+from drtune_ray.execution.ray_tune.schedulers import build_scheduler
+from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.results.trials import (
     CONFIG,
     RESULT_STATES,
@@ -33,7 +37,6 @@ from drtune_ray.results.trials import (
 )
 from drtune_ray.results.winner import read_about
 from drtune_ray.search.budget import Budget
-from drtune_ray.search.callback import run_finished, run_started
 from drtune_ray.search.done import is_done, write_done
 from drtune_ray.search.finalists import Finalist, best_finalist, finalists, repetitions
 from drtune_ray.search.handover import Handover
@@ -52,11 +55,8 @@ from drtune_ray.search.points import start_points
 from drtune_ray.search.prepare import Checked, manifest_path, prepare_all, preparing_device
 from drtune_ray.search.proposals import FinalistProposals, FixedTrial, Proposals, SearchProposals
 from drtune_ray.search.samplers import build_sampler
-from drtune_ray.search.scheduler import build_scheduler
-from drtune_ray.search.searcher import StudySearch
 from drtune_ray.search.servers import StudyArtifacts
 from drtune_ray.search.space import SearchSpace
-from drtune_ray.search.tuning import TuneRun
 from drtune_ray.search.variants import table_variants
 from drtune_ray.search.warm_start import add_earlier_trials
 from drtune_ray.tracking.events import (

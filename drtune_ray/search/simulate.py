@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from drtune_ray.config.study import BudgetConfig, StudyConfig
+from drtune_ray.execution.ray_tune.schedulers import build_scheduler
 from drtune_ray.search.finalists import CE_TUNING
 from drtune_ray.search.protocol import CONFIG_NUMBER, EPOCH, OBJECTIVE
-from drtune_ray.search.scheduler import build_scheduler
 
 # Correlation of two epochs of a trial over trials, once the common rise is taken away.
 ORDER_CORRELATION = 0.8

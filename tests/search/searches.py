@@ -11,11 +11,11 @@ import optuna
 
 from drtune_ray.config.study import BudgetConfig, SamplerConfig, reference_config
 from drtune_ray.config.trial import TrialConfig
+from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.search.budget import Budget
 from drtune_ray.search.proposals import FixedTrial, SearchProposals
 from drtune_ray.search.protocol import HISTORY, OBJECTIVE
 from drtune_ray.search.samplers import build_sampler
-from drtune_ray.search.searcher import StudySearch
 from drtune_ray.search.servers import open_storage, open_study
 from drtune_ray.search.space import SearchSpace
 

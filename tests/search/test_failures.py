@@ -17,17 +17,15 @@ from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.execution.failures import (
     HUNG_STACKS,
     UNFIT_NODE,
-    ProcessLost,
     clear_stacks,
     described,
     failure_from,
-    failure_of,
     full_disk_is_told,
-    nothing_unpickled,
     outcome_of,
 )
 from drtune_ray.execution.guard import Preempted
 from drtune_ray.execution.heartbeat import ProgressWatch
+from drtune_ray.execution.ray_tune.patches import ProcessLost, failure_of, nothing_unpickled
 
 DIED = (
     "The actor died unexpectedly before finishing this task.\n\tactor_id: 1\n\tpid: 2\n"

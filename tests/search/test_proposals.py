@@ -11,13 +11,13 @@ import pytest
 from optuna.trial import TrialState
 
 from drtune_ray.config.trial import TrialConfig
+from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.results.trials import summaries
 from drtune_ray.search.proposals import (
     MAX_UNTRAINED_IN_A_ROW,
     FinalistProposals,
     FixedTrial,
 )
-from drtune_ray.search.searcher import StudySearch
 from drtune_ray.training.records import COMPLETED
 from tests.search.searches import opened, result, searching
 

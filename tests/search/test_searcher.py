@@ -14,11 +14,11 @@ from optuna.trial import TrialState
 
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.execution.ray_tune.callbacks import StudyCallback
+from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.results.trials import best_trial, summary
-from drtune_ray.search.callback import StudyCallback
 from drtune_ray.search.proposals import SearchProposals
 from drtune_ray.search.protocol import HISTORY, OBJECTIVE, OUT_OF_MEMORY, failed_by_point
-from drtune_ray.search.searcher import StudySearch
 from drtune_ray.training.records import COMPLETED, DIVERGED, PATIENCE
 from tests.search.searches import opened, result, searching
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import ray
 
+from drtune_ray.execution.ray_tune.run import MAX_MACHINE_FAILURES
 from drtune_ray.search.single import TrainingResult, run_training
-from drtune_ray.search.tuning import MAX_MACHINE_FAILURES
 from drtune_ray.values import to_yaml
 from tests.search import leftovers
 from tests.search.leftovers import free_port

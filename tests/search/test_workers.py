@@ -32,12 +32,12 @@ from drtune_ray.execution.capacity import Capacity, Node
 from drtune_ray.execution.failures import outcome_of
 from drtune_ray.execution.placement_groups import check_state_api, remove_orphans
 from drtune_ray.execution.ray_train.worker_group import train_environment
+from drtune_ray.execution.ray_tune import schedulers as scheduler_module
+from drtune_ray.execution.ray_tune.run import tune_trainable
+from drtune_ray.execution.ray_tune.schedulers import StudyASHA
 from drtune_ray.execution.session import ray_session, set_environment
 from drtune_ray.execution.worker import Workplace
-from drtune_ray.search import scheduler as scheduler_module
-from drtune_ray.search.scheduler import StudyASHA
 from drtune_ray.search.study import run_study
-from drtune_ray.search.trainables import tune_trainable
 from drtune_ray.tracking.events import RunFinished
 from drtune_ray.values import to_yaml
 from tests.search import leftovers

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,25 +16,25 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune import Callback
 
 from drtune_ray.errors import EnvironmentProblem
-from drtune_ray.execution.failures import (
-    FULL_DISK,
-    HUNG,
-    Failure,
-    failure_of,
-)
+from drtune_ray.execution.failures import FULL_DISK, HUNG, Failure
 from drtune_ray.execution.heartbeat import ProgressWatch
+from drtune_ray.execution.placement_groups import remove_orphans
+from drtune_ray.execution.ray_state import _num_workers
+from drtune_ray.execution.ray_tune.patches import failure_of
+from drtune_ray.execution.ray_tune.searcher import StudySearch
+from drtune_ray.execution.resource_wait import ResourceWait
 from drtune_ray.results.trials import FINALIST, OUTCOME, REFERENCE, START_POINT
 from drtune_ray.search.protocol import CONFIG_NUMBER, CONFIG_TRIAL, result_history
-from drtune_ray.search.searcher import StudySearch
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished, RunStarted, Sink
 from drtune_ray.training.checkpoint import folder_name
 from drtune_ray.training.records import EpochRecord
 from drtune_ray.values import flattened
 
 logger = logging.getLogger(__name__)
-
 ERROR_TAG = "drtune.error"
 MARKS = (REFERENCE, FINALIST, START_POINT)
+LOOK_SECONDS = 1.0
+END_SECONDS = 15.0
 
 
 class StudyCallback(Callback):  # type: ignore[misc]
@@ -171,3 +173,81 @@ def run_finished(trial: FrozenTrial) -> RunFinished:
         {},
         int(ended.timestamp() * 1000) if ended else 0,
     )
+
+
+class Reaper(Callback):  # type: ignore[misc]
+    """Tune's callback: removes the placement groups of dead controllers, and sees them all gone.
+
+    Args:
+        sweep: Called with the number of each trial that ended, when no worker lives that could
+            still write into its folder.
+    """
+
+    def __init__(self, sweep: Callable[[int], None]) -> None:
+        self._sweep = sweep
+        self._ended: list[int] = []
+        self._looked = 0.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its callbacks for a restore that is never asked for."""
+        return {}
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Tune's loop turns."""
+        now = time.monotonic()
+        if now - self._looked >= LOOK_SECONDS:
+            self._looked = now
+            remove_orphans()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial ended, or was stopped in the middle of an epoch."""
+        self._ended.append(trial.config[CONFIG_NUMBER])
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        """Wait for the workers of trials that were stopped last."""
+        deadline = time.monotonic() + END_SECONDS
+        while remove_orphans() or _num_workers():
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        for number in self._ended:
+            self._sweep(number)
+
+
+class _GaveUp(BaseException):
+    """Leaves Tune's loop at once: an Exception would first wait for the trials to end."""
+
+    def __init__(self, problem: EnvironmentProblem) -> None:
+        super().__init__(str(problem))
+        self.problem = problem
+
+
+@contextmanager
+def giving_up() -> Iterator[None]:
+    """Around Tune's loop, where `WaitCallback` may end it.
+
+    Raises:
+        EnvironmentProblem: If no trial had its resources for too long.
+    """
+    try:
+        yield
+    except _GaveUp as left:
+        raise left.problem from None
+
+
+class WaitCallback(Callback):  # type: ignore[misc]
+    """Lets `ResourceWait` look at every turn of Tune's loop, inside of `giving_up`."""
+
+    def __init__(self, wait: ResourceWait) -> None:
+        self._wait = wait
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its callbacks for a restore that is never asked for."""
+        return {}
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Tune's loop turns."""
+        try:
+            self._wait.check()
+        except EnvironmentProblem as problem:
+            raise _GaveUp(problem) from None

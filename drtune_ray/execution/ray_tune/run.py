@@ -6,25 +6,28 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from ray import tune
 from ray.tune import Stopper
+from ray.tune.execution import class_cache
 from ray.tune.schedulers import TrialScheduler
 
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.data.dataset import Tables
-from drtune_ray.execution.capacity import Cluster, Demand, trial_demand, trials_that_fit
-from drtune_ray.execution.failures import lost_processes_are_failures, nothing_unpickled
+from drtune_ray.execution.capacity import Capacity, Cluster, Demand, trial_demand, trials_that_fit
 from drtune_ray.execution.heartbeat import ProgressWatch
 from drtune_ray.execution.interrupts import saving_when_interrupted
-from drtune_ray.execution.placement_groups import Reaper
-from drtune_ray.execution.resource_wait import ResourceWait, WaitCallback, giving_up
+from drtune_ray.execution.ray_train.trainer import drive_trial
+from drtune_ray.execution.ray_tune.callbacks import Reaper, StudyCallback, WaitCallback, giving_up
+from drtune_ray.execution.ray_tune.patches import lost_processes_are_failures, nothing_unpickled
+from drtune_ray.execution.ray_tune.searcher import StudySearch
+from drtune_ray.execution.resident_actor import TrialActor
+from drtune_ray.execution.resource_wait import ResourceWait
 from drtune_ray.execution.session import scratch_folder
 from drtune_ray.execution.worker import Workplace
-from drtune_ray.search.callback import StudyCallback
 from drtune_ray.search.identity import SCRATCH_NAME, TRIALS_FOLDER
-from drtune_ray.search.searcher import StudySearch
 from drtune_ray.search.servers import StudyArtifacts
-from drtune_ray.search.trainables import tune_trainable
 from drtune_ray.tracking.events import Sink
 from drtune_ray.training.checkpoint import trial_folder
 
@@ -150,3 +153,27 @@ class TuneRun:
     def _drop_resumable(self, number: int) -> None:
         folder: Path = self.config.folder / TRIALS_FOLDER
         trial_folder(folder, number, self.artifacts.trials).drop_resumable()
+
+
+def tune_trainable(config: StudyConfig, workplace: Workplace, capacity: Capacity) -> Any:
+    """A trainable with its resources."""
+    # Tune would write the driver's keys into each actor's description, for all users of the
+    # cluster to read. A node has its own.
+    passed_on = class_cache.ENV_VARS_TO_PROPAGATE
+    passed_on.difference_update({name for name in passed_on if name.startswith("AWS_")})
+    if config.trial.training.max_workers == 1:
+        bound = tune.with_parameters(TrialActor, workplace=workplace)
+        return tune.with_resources(
+            bound,
+            {
+                "CPU": config.resources.cpus_per_worker,
+                "GPU": config.resources.worker_gpus(1),
+            },
+        )
+    bound = tune.with_parameters(
+        drive_trial,
+        workplace=workplace,
+        resources=config.resources,
+        num_workers=config.trial.training.max_workers,
+    )
+    return tune.with_resources(bound, capacity.driver_resources())

@@ -1,0 +1,1 @@
+"""A queue of trials, on Ray Tune."""
