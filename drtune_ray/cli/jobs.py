@@ -13,9 +13,9 @@ from drtune_ray.cli.options import echo, json_option, of_study, program, quiet_o
 from drtune_ray.errors import ConfigError
 
 if TYPE_CHECKING:
-    from drtune_ray.cluster.attempts import Attempt
-    from drtune_ray.cluster.server import JobServer
     from drtune_ray.display.jobs import JsonLog
+    from drtune_ray.jobs.attempts import Attempt
+    from drtune_ray.jobs.server import JobServer
 
 
 _address_option = click.option(
@@ -76,11 +76,15 @@ def submit(
     Follows the log and ends with the study's exit code. Ctrl-C leaves the job running. The same
     command meets it again while it runs, and goes on where it stopped afterwards.
     """
-    from drtune_ray.cluster.address import checked_address
-    from drtune_ray.cluster.resources import EntrypointResources, custom_resources
-    from drtune_ray.cluster.submission import STUDY_FILE, study_submission
     from drtune_ray.display.jobs import JsonLog, job_facts, submit_lines
     from drtune_ray.display.outputs import json_stdout, write_json
+    from drtune_ray.jobs.address import checked_address
+    from drtune_ray.jobs.submission import (
+        STUDY_FILE,
+        EntrypointResources,
+        custom_resources,
+        study_submission,
+    )
 
     with json_stdout(is_wanted=as_json) as stream:
         address = checked_address(address, insecure_http=insecure_http)
@@ -90,7 +94,7 @@ def submit(
             _say(note)
         server = _server(address)
         # Not before: it imports ray, and who gave bad input shall not wait for that.
-        from drtune_ray.cluster.submit import submit as submit_study
+        from drtune_ray.jobs.submit import submit as submit_study
 
         modes = [mode for mode, is_on in (("--quiet", quiet), ("--json", as_json)) if is_on]
         command = shlex.join(["drtune-ray", "tune", STUDY_FILE, *modes])
@@ -140,7 +144,7 @@ def logs(
 @_where_option
 def stop(study: str, address: str, insecure_http: bool, storage: str | None) -> None:
     """Stop a submitted study; it saves, and the same submit goes on with it."""
-    from drtune_ray.cluster.follow import stop as stop_attempt
+    from drtune_ray.jobs.follow import stop as stop_attempt
 
     server, attempts = _attempts(study, storage, address, insecure_http)
     newest = attempts[-1]
@@ -165,15 +169,15 @@ def show_jobs(
 def _attempts(
     study: str, storage: str | None, address: str, insecure_http: bool
 ) -> tuple[JobServer, list[Attempt]]:
-    from drtune_ray.cluster.address import checked_address
-    from drtune_ray.cluster.attempts import attempts_at
+    from drtune_ray.jobs.address import checked_address
+    from drtune_ray.jobs.attempts import attempts_at
 
     server = _server(checked_address(address, insecure_http=insecure_http))
     return server, attempts_at(server.attempts(), study, storage, server.address)
 
 
 def _server(address: str) -> JobServer:
-    from drtune_ray.cluster.server import JobServer
+    from drtune_ray.jobs.server import JobServer
 
     server = JobServer(address)
     if server.is_open:
@@ -190,8 +194,8 @@ def _follow(
     log: JsonLog | None = None,
 ) -> int:
     """Follow to the end and return the study's exit code."""
-    from drtune_ray.cluster.attempts import INTERRUPTED, end_of, exit_code_of
-    from drtune_ray.cluster.follow import follow
+    from drtune_ray.jobs.attempts import INTERRUPTED, end_of, exit_code_of
+    from drtune_ray.jobs.follow import follow
 
     def write(text: str) -> None:
         click.echo(text, nl=False)

@@ -8,10 +8,15 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any, TextIO
 
-from drtune_ray.cluster.attempts import PENDING, RUNNING, Attempt, end_of
-from drtune_ray.cluster.submission import STUDY_FILE, Submission
 from drtune_ray.display.outputs import write_json
 from drtune_ray.display.text import duration
+from drtune_ray.jobs.attempts import (
+    PENDING,
+    RUNNING,
+    Attempt,
+    end_of,
+)
+from drtune_ray.jobs.submission import STUDY_FILE, Submission
 
 
 def submit_lines(submission: Submission, attempt: Attempt, *, is_new: bool) -> Iterator[str]:

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from drtune_ray.cluster.address import checked_address
 from drtune_ray.errors import ConfigError
+from drtune_ray.jobs.address import checked_address
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from drtune_ray.cluster.attempts import Attempt, attempt_of, attempts_at, end_of, exit_code_of
 from drtune_ray.errors import ConfigError
+from drtune_ray.jobs.attempts import (
+    Attempt,
+    attempt_of,
+    attempts_at,
+    end_of,
+    exit_code_of,
+)
 
 ADDRESS = "http://127.0.0.1:8265"
 BEGUN = Attempt("drtune-a-1", "a", "/shared", 1, "", "RUNNING", None, "", 0.0, None)

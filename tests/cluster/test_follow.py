@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from drtune_ray.cluster import follow as follow_module
-from drtune_ray.cluster.attempts import Attempt
-from drtune_ray.cluster.follow import follow, stop
 from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.jobs import follow as follow_module
+from drtune_ray.jobs.attempts import Attempt
+from drtune_ray.jobs.follow import follow, stop
 
 BEGUN = Attempt("drtune-a-1", "a", "/shared", 1, "", "RUNNING", None, "", 0.0, None)
 LOST = EnvironmentProblem("lost")

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from drtune_ray.cluster.resources import custom_resources
 from drtune_ray.errors import ConfigError
+from drtune_ray.jobs.submission import custom_resources
 
 
 def test_custom_resources() -> None:

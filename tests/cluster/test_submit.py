@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 
-from drtune_ray.cluster.attempts import Attempt
-from drtune_ray.cluster.resources import EntrypointResources
-from drtune_ray.cluster.server import UsedId
-from drtune_ray.cluster.submission import Submission, study_submission
-from drtune_ray.cluster.submit import submit
 from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.jobs.attempts import Attempt
+from drtune_ray.jobs.server import UsedId
+from drtune_ray.jobs.submission import EntrypointResources, Submission, study_submission
+from drtune_ray.jobs.submit import submit
 
 ADDRESS = "http://127.0.0.1:8265"
 FLAGS = {"data_folder": "/images", "storage": "/shared", "name": "a"}

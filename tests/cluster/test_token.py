@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from drtune_ray.cluster.token import needed_token
 from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.jobs.token import needed_token
 from tests.cluster.answering import MODE, Answering, answering, mode
 from tests.search.leftovers import free_port
 
@@ -113,7 +113,7 @@ def test_needed_token__nobody_answers(monkeypatch):
 
 def test_needed_token__nobody_answers_a_connection(monkeypatch):
     """A server that takes connections and says nothing."""
-    monkeypatch.setattr("drtune_ray.cluster.token.ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr("drtune_ray.jobs.token.ANSWER_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         started = time.monotonic()

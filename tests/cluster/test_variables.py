@@ -4,8 +4,14 @@ from typing import Any
 
 import pytest
 
-from drtune_ray.cluster.variables import AZURE, HUB, MLFLOW, S3, needed_variables
 from drtune_ray.config.study import StudyConfig
+from drtune_ray.jobs.env_vars import (
+    AZURE,
+    HUB,
+    MLFLOW,
+    S3,
+    needed_variables,
+)
 from drtune_ray.values import nested
 
 # What a machine may hold, every listed name among it.

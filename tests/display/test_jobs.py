@@ -7,9 +7,9 @@ from io import StringIO
 
 import pytest
 
-from drtune_ray.cluster.attempts import Attempt
-from drtune_ray.cluster.submission import study_submission
 from drtune_ray.display.jobs import JsonLog, job_facts, job_lines, submit_lines, ways_on
+from drtune_ray.jobs.attempts import Attempt
+from drtune_ray.jobs.submission import study_submission
 
 START = datetime(2026, 11, 25, 20, 9, 16).timestamp()
 STOPPED = Attempt("drtune-a-1", "a", "/shared", 1, "x", "STOPPED", None, "", START, START + 75)

@@ -10,18 +10,18 @@ import json
 import os
 import posixpath
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from drtune_ray.cluster.address import is_loopback
-from drtune_ray.cluster.attempts import NUMBER_KEY, SETTINGS_KEY, STORAGE_KEY, STUDY_KEY
-from drtune_ray.cluster.variables import Variables, needed_variables
 from drtune_ray.config.sources import asked_study
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.execution.environment import SUBMITTED_WITH
+from drtune_ray.jobs.address import is_loopback
+from drtune_ray.jobs.attempts import NUMBER_KEY, SETTINGS_KEY, STORAGE_KEY, STUDY_KEY
+from drtune_ray.jobs.env_vars import Variables, needed_variables
 from drtune_ray.search.points import start_points
 from drtune_ray.search.space import SearchSpace, read_space
 from drtune_ray.values import digest, to_yaml
@@ -142,3 +142,41 @@ def _notes(config: StudyConfig, variables: Variables) -> tuple[str, ...]:
     if variables.unset:
         notes.append(f"Not set here, so the cluster must have them: {', '.join(variables.unset)}")
     return tuple(notes)
+
+
+@dataclass(frozen=True)
+class EntrypointResources:
+    """What a job's command itself reserves; with nothing it runs on the head node.
+
+    Attributes:
+        num_cpus: CPUs.
+        num_gpus: GPUs.
+        memory: Bytes.
+        custom: Resources that the cluster declares.
+    """
+
+    num_cpus: float | None = None
+    num_gpus: float | None = None
+    memory: int | None = None
+    custom: Mapping[str, float] = field(default_factory=dict)
+
+
+def custom_resources(text: str | None) -> dict[str, float]:
+    """Resources as Ray's command line takes them, like ``{"trial_driver": 1}``.
+
+    Raises:
+        ConfigError: If they are no such object.
+    """
+    try:
+        amounts = json.loads(text or "{}")
+    except ValueError:
+        amounts = None
+    are_amounts = isinstance(amounts, dict) and all(
+        type(amount) in (int, float) and amount > 0 for amount in amounts.values()
+    )
+    if not are_amounts:
+        raise ConfigError(
+            f"--entrypoint-resources {text!r} must be names and amounts as JSON, like "
+            "'{\"trial_driver\": 1}'"
+        )
+    return {name: float(amount) for name, amount in amounts.items()}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from drtune_ray.cluster.attempts import Attempt
-from drtune_ray.cluster.resources import EntrypointResources
-from drtune_ray.cluster.server import JobServer, UsedId
-from drtune_ray.cluster.submission import Submission
 from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.jobs.attempts import Attempt
+from drtune_ray.jobs.server import JobServer, UsedId
+from drtune_ray.jobs.submission import EntrypointResources, Submission
 
 MAX_RACES = 3  # lost to others who submit the same study at the same time
 

@@ -14,19 +14,12 @@ import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
-from drtune_ray.cluster.address import is_loopback
-from drtune_ray.cluster.attempts import Attempt, attempt_of
-from drtune_ray.cluster.resources import EntrypointResources
-from drtune_ray.cluster.submission import STUDY_FILE, Submission
-from drtune_ray.cluster.token import (
-    ANSWER_SECONDS,
-    Token,
-    certificates,
-    needed_token,
-    unreachable,
-)
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.execution.environment import environment
+from drtune_ray.jobs.address import is_loopback
+from drtune_ray.jobs.attempts import Attempt, attempt_of
+from drtune_ray.jobs.submission import STUDY_FILE, EntrypointResources, Submission
+from drtune_ray.jobs.token import ANSWER_SECONDS, Token, certificates, needed_token, unreachable
 
 REQUEST_SECONDS = 30.0
 # Ray's client prefers these to the address that it is given.

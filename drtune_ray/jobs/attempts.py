@@ -22,7 +22,6 @@ PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED = (
     "FAILED",
     "STOPPED",
 )
-
 INTERRUPTED = 130
 OWN_CODES = (0, 1, 2, 3, INTERRUPTED)  # of drtune-ray
 MACHINE = EnvironmentProblem.exit_code

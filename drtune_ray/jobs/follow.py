@@ -6,9 +6,9 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from drtune_ray.cluster.attempts import PENDING, Attempt
-from drtune_ray.cluster.server import JobServer
 from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.jobs.attempts import PENDING, Attempt
+from drtune_ray.jobs.server import JobServer
 
 # Of a log that says nothing so long it is asked whether its job still runs.
 SILENT_SECONDS = 30.0
