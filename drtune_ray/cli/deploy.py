@@ -49,8 +49,7 @@ def deploy() -> None:
 )
 def render(study_file: Path, **options: Any) -> None:
     """Write the RayJob of a study, for kubectl apply -f -."""
-    from drtune_ray.cluster.documents import to_documents
-    from drtune_ray.cluster.render import RenderOptions, render_study
+    from drtune_ray.manifests.render import RenderOptions, render_study, to_documents
 
     rendered = render_study(study_file, RenderOptions(**options))
     for note in rendered.notes:

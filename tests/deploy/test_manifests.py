@@ -9,7 +9,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 
-from drtune_ray.cluster.render import RenderOptions, render_study
+from drtune_ray.manifests.render import RenderOptions, render_study
 from tests.deploy.checks import rule_problems
 from tests.deploy.manifests import (
     KUSTOMIZED,

@@ -15,9 +15,14 @@ import yaml
 from click.testing import CliRunner
 
 from drtune_ray.cli.deploy import deploy
-from drtune_ray.cluster.overlays import deploy_folder, overlaid_rayjob, overlay_names
-from drtune_ray.cluster.render import MAX_NAME, RenderOptions, object_name, render_study
 from drtune_ray.errors import ConfigError
+from drtune_ray.manifests.overlays import deploy_folder, overlaid_rayjob, overlay_names
+from drtune_ray.manifests.render import (
+    MAX_NAME,
+    RenderOptions,
+    object_name,
+    render_study,
+)
 from drtune_ray.values import deep_merge
 from tests.deploy.manifests import OVERLAYS, RENDERS, ROOT, STUDIES, Object, Render, key, rendered
 

@@ -15,7 +15,6 @@ DEFAULT_TRIALS_AT_A_TIME = 2
 # Of the head, for what waits there for the workers of a trial: a guess to be measured.
 DRIVER_GIB = 1.5
 GPU = "nvidia.com/gpu"
-
 _QUANTITY = re.compile(r"(\d+)(Mi|Gi)")
 _MIB = {"Mi": 1, "Gi": 1024}
 

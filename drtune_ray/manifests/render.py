@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drtune_ray.cluster import durability
-from drtune_ray.cluster.durability import DATA_PATH, STUDIES_PATH
-from drtune_ray.cluster.overlays import overlaid_rayjob
-from drtune_ray.cluster.pods import (
+import yaml
+
+from drtune_ray.config.study import StudyConfig
+from drtune_ray.errors import ConfigError
+from drtune_ray.manifests.overlays import overlaid_rayjob
+from drtune_ray.manifests.pod_storage import DATA_PATH, STUDIES_PATH
+from drtune_ray.manifests.pods import (
     DRIVER_GIB,
     WorkerPods,
     memory_mib,
@@ -21,8 +24,6 @@ from drtune_ray.cluster.pods import (
     trials_at_a_time,
     worker_pods,
 )
-from drtune_ray.config.study import StudyConfig
-from drtune_ray.errors import ConfigError
 from drtune_ray.search.space import SearchSpace, read_space, shipped_spaces
 from drtune_ray.server_uri import names_in
 from drtune_ray.values import read_yaml
@@ -320,3 +321,23 @@ def _notes(
             "backbone.weights=timm: the head fetches them from timm's hub, which the network "
             "policies of deploy/base do not allow; component object-store does"
         )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes texts of several lines as blocks, and repeats what is the same object."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def to_documents(objects: Iterable[Mapping[str, Any]]) -> str:
+    """One YAML document an object, in the order of their keys."""
+    return yaml.dump_all(map(dict, objects), Dumper=_Dumper, sort_keys=False, explicit_start=True)

@@ -1,0 +1,1 @@
+"""A study as objects of Kubernetes, for KubeRay."""
