@@ -103,7 +103,7 @@ def preview(
     """
     from drtune_ray.display.outputs import json_stdout, write_json
     from drtune_ray.display.preview import preview_facts, preview_lines
-    from drtune_ray.search.preview import preview_study
+    from drtune_ray.preview.estimate import preview_study
     from drtune_ray.search.request import study_request
 
     with json_stdout(is_wanted=as_json) as stream:

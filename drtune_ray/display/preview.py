@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from drtune_ray.display.text import duration, size
 
 if TYPE_CHECKING:
-    from drtune_ray.search.preview import Preview
-    from drtune_ray.search.simulate import Spread
+    from drtune_ray.preview.estimate import Preview
+    from drtune_ray.preview.simulate import Spread
 
 
 NAME_WIDTH = 12

@@ -14,13 +14,16 @@ import pytest
 
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.data.table_store import TableStore
-from drtune_ray.search.machine import Machine
-from drtune_ray.search.measure import Measured, Measurement
-from drtune_ray.search.prepare import check_inputs, prepare
-from drtune_ray.search.preview import Preview, _kinds, _paces_of_trials
-from drtune_ray.search.proposals import FixedTrial
-from drtune_ray.search.sample import EVALUATION, FEATURES, VIEWS, planned_tables, prepared_sample
-from drtune_ray.search.simulate import (
+from drtune_ray.preview.estimate import Preview, _kinds, _paces_of_trials
+from drtune_ray.preview.measure import Measured, Measurement
+from drtune_ray.preview.sample import (
+    EVALUATION,
+    FEATURES,
+    VIEWS,
+    planned_tables,
+    prepared_sample,
+)
+from drtune_ray.preview.simulate import (
     ORDER_CORRELATION,
     Pace,
     Simulated,
@@ -30,6 +33,9 @@ from drtune_ray.search.simulate import (
     simulated_studies,
     spread,
 )
+from drtune_ray.search.machine import Machine
+from drtune_ray.search.prepare import check_inputs, prepare
+from drtune_ray.search.proposals import FixedTrial
 from drtune_ray.values import nested, to_yaml
 from tests.search.test_scheduler import CURVES
 from tests.small import small_trial, small_values, write_coloured

@@ -18,26 +18,14 @@ from drtune_ray.config.study import StudyConfig
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.splits import VALIDATION
 from drtune_ray.errors import EnvironmentProblem
-from drtune_ray.execution.capacity import (
-    Capacity,
-    Demand,
-    Node,
-    trial_demand,
-    trials_that_fit,
-)
+from drtune_ray.execution.capacity import Capacity, Demand, Node, trial_demand, trials_that_fit
+from drtune_ray.preview.measure import Measured, Measurement, Workload, measured
+from drtune_ray.preview.sample import VIEWS, PlannedTable, Sample, planned_tables, prepared_sample
+from drtune_ray.preview.simulate import Pace, Simulated, Spread, simulated_studies, spread
 from drtune_ray.search.final_fit import with_final_workers, without_validation
 from drtune_ray.search.machine import Machine, this_machine
-from drtune_ray.search.measure import Measured, Measurement, Workload, measured
 from drtune_ray.search.prepare import Checked, preparing_device
 from drtune_ray.search.proposals import FixedTrial
-from drtune_ray.search.sample import (
-    VIEWS,
-    PlannedTable,
-    Sample,
-    planned_tables,
-    prepared_sample,
-)
-from drtune_ray.search.simulate import Pace, Simulated, Spread, simulated_studies, spread
 from drtune_ray.search.space import SearchSpace
 from drtune_ray.search.study import check_study
 from drtune_ray.search.variants import table_variants

@@ -29,7 +29,6 @@ ORDER_CORRELATION = 0.8
 # A curve without its own part: FIRST at epoch 1, towards LAST; trials differ by SPREAD (std).
 FIRST, LAST, SPREAD = 0.5, 0.85, 0.08
 MAX_STUDIES, MIN_STUDIES, MAX_RESULTS = 200, 20, 100_000
-
 Curves = NDArray[np.float64]
 
 

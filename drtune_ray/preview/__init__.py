@@ -1,0 +1,1 @@
+"""What a study will cost: time, memory and disk."""
