@@ -21,10 +21,10 @@ from drtune_ray.errors import ConfigError, NoTrialCompleted
 from drtune_ray.execution.capacity import Cluster
 from drtune_ray.execution.failures import clear_stacks
 from drtune_ray.execution.ray_train.fit import Fit
-from drtune_ray.execution.ray_tune.callbacks import run_finished, run_started
 from drtune_ray.execution.ray_tune.run import TuneRun
 from drtune_ray.execution.ray_tune.schedulers import build_scheduler
 from drtune_ray.execution.ray_tune.searcher import StudySearch
+from drtune_ray.results.events import run_finished, run_started
 from drtune_ray.results.trials import (
     CONFIG,
     RESULT_STATES,

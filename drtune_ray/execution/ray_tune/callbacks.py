@@ -23,16 +23,13 @@ from drtune_ray.execution.ray_state import _num_workers
 from drtune_ray.execution.ray_tune.patches import failure_of
 from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.execution.resource_wait import ResourceWait
-from drtune_ray.results.trials import FINALIST, OUTCOME, REFERENCE, START_POINT
+from drtune_ray.results.events import epoch_event, run_finished, run_started
 from drtune_ray.search.protocol import CONFIG_NUMBER, CONFIG_TRIAL, result_history
-from drtune_ray.tracking.events import MetricsRecorded, RunFinished, RunStarted, Sink
+from drtune_ray.tracking.events import Sink
 from drtune_ray.training.checkpoint import folder_name
-from drtune_ray.training.records import EpochRecord
-from drtune_ray.values import flattened
 
 logger = logging.getLogger(__name__)
 ERROR_TAG = "drtune.error"
-MARKS = (REFERENCE, FINALIST, START_POINT)
 LOOK_SECONDS = 1.0
 END_SECONDS = 15.0
 
@@ -146,33 +143,6 @@ class StudyCallback(Callback):  # type: ignore[misc]
 
     def _frozen(self, number: int) -> FrozenTrial:
         return self._search.study.get_trials(deepcopy=False)[number]
-
-
-def run_started(trial: FrozenTrial, config: dict[str, Any]) -> RunStarted:
-    """The start of a trial."""
-    marks = {key: str(trial.user_attrs[key]) for key in MARKS if key in trial.user_attrs}
-    name = f"trial-{trial.number:04d}" + (f"-{marks[REFERENCE]}" if REFERENCE in marks else "")
-    name += "-finalist" if FINALIST in marks else ""
-    tags = {f"drtune.{key}": value for key, value in marks.items()}
-    return RunStarted(trial.number, name, flattened(config), tags)
-
-
-def epoch_event(number: int | None, record: EpochRecord) -> MetricsRecorded:
-    """The end of an epoch."""
-    return MetricsRecorded(number, record.epoch, record.metrics, record.time_ms)
-
-
-def run_finished(trial: FrozenTrial) -> RunFinished:
-    """The end of a trial as Optuna holds it; the same whenever it is asked."""
-    ended = trial.datetime_complete
-    return RunFinished(
-        trial.number,
-        trial.state.name,
-        trial.user_attrs.get(OUTCOME, ""),
-        {},
-        {},
-        int(ended.timestamp() * 1000) if ended else 0,
-    )
 
 
 class Reaper(Callback):  # type: ignore[misc]

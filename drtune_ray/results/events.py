@@ -1,0 +1,41 @@
+"""TODO docstring."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from optuna.trial import FrozenTrial
+
+from drtune_ray.results.trials import FINALIST, OUTCOME, REFERENCE, START_POINT
+from drtune_ray.tracking.events import MetricsRecorded, RunFinished, RunStarted
+from drtune_ray.training.records import EpochRecord
+from drtune_ray.values import flattened
+
+MARKS = (REFERENCE, FINALIST, START_POINT)
+
+
+def run_started(trial: FrozenTrial, config: dict[str, Any]) -> RunStarted:
+    """The start of a trial."""
+    marks = {key: str(trial.user_attrs[key]) for key in MARKS if key in trial.user_attrs}
+    name = f"trial-{trial.number:04d}" + (f"-{marks[REFERENCE]}" if REFERENCE in marks else "")
+    name += "-finalist" if FINALIST in marks else ""
+    tags = {f"drtune.{key}": value for key, value in marks.items()}
+    return RunStarted(trial.number, name, flattened(config), tags)
+
+
+def epoch_event(number: int | None, record: EpochRecord) -> MetricsRecorded:
+    """The end of an epoch."""
+    return MetricsRecorded(number, record.epoch, record.metrics, record.time_ms)
+
+
+def run_finished(trial: FrozenTrial) -> RunFinished:
+    """The end of a trial as Optuna holds it; the same whenever it is asked."""
+    ended = trial.datetime_complete
+    return RunFinished(
+        trial.number,
+        trial.state.name,
+        trial.user_attrs.get(OUTCOME, ""),
+        {},
+        {},
+        int(ended.timestamp() * 1000) if ended else 0,
+    )
