@@ -26,6 +26,7 @@ from drtune_ray.config.trial import TrialConfig
 from drtune_ray.results import trials
 from drtune_ray.search.budget import REACHED_TARGET, STOPPED_BY_BUDGET, Budget
 from drtune_ray.search.objectives import final_values
+from drtune_ray.search.outcomes import CONSTRAINT, STOPPED_BY_SCHEDULER
 from drtune_ray.search.proposals import Proposals
 from drtune_ray.search.protocol import (
     CONFIG_NUMBER,
@@ -37,9 +38,6 @@ from drtune_ray.search.protocol import (
     result_history,
 )
 from drtune_ray.training.records import COMPLETED, DIVERGED, PATIENCE
-
-STOPPED_BY_SCHEDULER = "stopped by the scheduler"
-CONSTRAINT = "trains"
 
 
 class StudySearch(Searcher):  # type: ignore[misc]
