@@ -37,7 +37,6 @@ from drtune_ray.config.trial import TrialConfig
 from drtune_ray.execution.ray_tune.schedulers import build_scheduler
 from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.search.budget import Budget
-from drtune_ray.search.points import start_points
 from drtune_ray.search.proposals import SearchProposals
 from drtune_ray.search.protocol import (
     CONFIG_TRIAL,
@@ -48,7 +47,7 @@ from drtune_ray.search.protocol import (
     OUTCOME,
 )
 from drtune_ray.search.samplers import build_sampler
-from drtune_ray.search.space import SearchSpace
+from drtune_ray.space.search_space import SearchSpace, start_points
 from drtune_ray.training.records import COMPLETED
 from drtune_ray.values import flattened
 

@@ -269,7 +269,7 @@ def test_help__is_light(command: list[str]) -> None:
     ("module", "heavy"),
     [
         ("drtune_ray.config.trial", []),
-        ("drtune_ray.search.space", []),
+        ("drtune_ray.space.search_space", []),
         ("drtune_ray.search.identity", []),
         ("drtune_ray.tracking.spool", []),
         ("drtune_ray.data.splits", ["pyarrow", "PIL", "numpy"]),

@@ -22,8 +22,7 @@ from drtune_ray.execution.environment import SUBMITTED_WITH
 from drtune_ray.jobs.address import is_loopback
 from drtune_ray.jobs.attempts import NUMBER_KEY, SETTINGS_KEY, STORAGE_KEY, STUDY_KEY
 from drtune_ray.jobs.env_vars import Variables, needed_variables
-from drtune_ray.search.points import start_points
-from drtune_ray.search.space import SearchSpace, read_space
+from drtune_ray.space.search_space import SearchSpace, read_space, start_points
 from drtune_ray.values import digest, to_yaml
 
 STUDY_FILE = "study.yaml"

@@ -24,8 +24,8 @@ from drtune_ray.manifests.pods import (
     trials_at_a_time,
     worker_pods,
 )
-from drtune_ray.search.space import SearchSpace, read_space, shipped_spaces
 from drtune_ray.server_uri import names_in
+from drtune_ray.space.search_space import SearchSpace, read_space, shipped_spaces
 from drtune_ray.values import read_yaml
 
 # KubeRay's own limit; it appends to the name, and a name in DNS begins with a letter.

@@ -26,9 +26,9 @@ from drtune_ray.search.final_fit import with_final_workers, without_validation
 from drtune_ray.search.machine import Machine, this_machine
 from drtune_ray.search.prepare import Checked, preparing_device
 from drtune_ray.search.proposals import FixedTrial
-from drtune_ray.search.space import SearchSpace
 from drtune_ray.search.study import check_study
 from drtune_ray.search.variants import table_variants
+from drtune_ray.space.search_space import SearchSpace
 from drtune_ray.values import full_path
 
 MAX_PROCESSES = 8  # measured side by side: more of them on one machine say little more

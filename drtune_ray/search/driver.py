@@ -51,14 +51,13 @@ from drtune_ray.search.identity import (
 )
 from drtune_ray.search.objectives import OF_CLASSIFIERS
 from drtune_ray.search.outlook import FINALISTS, SEARCH, StudyPlan, StudyResult
-from drtune_ray.search.points import start_points
 from drtune_ray.search.prepare import Checked, manifest_path, prepare_all, preparing_device
 from drtune_ray.search.proposals import FinalistProposals, FixedTrial, Proposals, SearchProposals
 from drtune_ray.search.samplers import build_sampler
 from drtune_ray.search.servers import StudyArtifacts
-from drtune_ray.search.space import SearchSpace
 from drtune_ray.search.variants import table_variants
 from drtune_ray.search.warm_start import add_earlier_trials
+from drtune_ray.space.search_space import SearchSpace, start_points
 from drtune_ray.tracking.events import (
     Event,
     FilesReady,

@@ -16,7 +16,7 @@ from drtune_ray.config.trial import TRIAL_NOT_DECIDING, TrialConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.results import trials
 from drtune_ray.search.budget import Budget
-from drtune_ray.search.space import SearchSpace
+from drtune_ray.space.search_space import SearchSpace
 from drtune_ray.values import digest, flattened_without
 
 # Infeasible or duplicate points that are proposed in a row before the space is taken for empty.

@@ -28,8 +28,8 @@ from drtune_ray.search.identity import (
     find_study,
     read_record,
 )
-from drtune_ray.search.parameters import path_of
 from drtune_ray.search.stored import stored_trials
+from drtune_ray.space.parameters import path_of
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished, RunStarted
 from drtune_ray.tracking.spool import EVENTS_NAME, Spool
 from drtune_ray.values import flattened

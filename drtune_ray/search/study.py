@@ -33,7 +33,6 @@ from drtune_ray.search.identity import (
 )
 from drtune_ray.search.objectives import direction
 from drtune_ray.search.outlook import StudyPlan, StudyResult
-from drtune_ray.search.points import start_points
 from drtune_ray.search.prepare import (
     Checked,
     check_encoders,
@@ -53,9 +52,9 @@ from drtune_ray.search.servers import (
     open_storage,
     open_study,
 )
-from drtune_ray.search.space import SearchSpace, read_space
 from drtune_ray.search.stored import stored_trials
 from drtune_ray.search.variants import table_variants
+from drtune_ray.space.search_space import SearchSpace, read_space, start_points
 from drtune_ray.tracking.events import Sink
 from drtune_ray.training.model import check_trial
 from drtune_ray.values import full_path

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from drtune_ray.config.trial import TABLES_PATHS, TrialConfig
 from drtune_ray.errors import ConfigError
-from drtune_ray.search.space import SearchSpace
-from drtune_ray.search.space_corners import corners, needed_for, thresholds_in
+from drtune_ray.space.corners import corners, needed_for, thresholds_in
+from drtune_ray.space.search_space import SearchSpace
 from drtune_ray.values import flattened
 
 MAX_VARIANTS = 16

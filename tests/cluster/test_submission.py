@@ -10,7 +10,7 @@ import yaml
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.jobs.submission import Submission, study_submission
-from drtune_ray.search.space import read_space
+from drtune_ray.space.search_space import read_space
 
 FLAGS = {"data_folder": "/images", "storage": "/shared/studies"}
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from drtune_ray.errors import ConfigError
-from drtune_ray.search.expression_problems import expression_problems
-from drtune_ray.search.expressions import Expression, ExpressionError, UnknownFact
-from drtune_ray.search.space_problems import Place
+from drtune_ray.space.expression_syntax import expression_problems
+from drtune_ray.space.expressions import Expression, ExpressionError, UnknownFact
+from drtune_ray.space.problems import Place
 
 VALUES = {
     "method.bank_size": 512,

@@ -24,7 +24,7 @@ from drtune_ray.search.identity import (
     open_record,
     read_record,
 )
-from drtune_ray.search.space import read_space
+from drtune_ray.space.search_space import read_space
 from drtune_ray.values import flattened, nested, read_yaml
 
 DRIVER = """

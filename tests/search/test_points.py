@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from drtune_ray.config.trial import TrialConfig
-from drtune_ray.search.points import start_points
-from drtune_ray.search.space import SearchSpace
+from drtune_ray.space.search_space import SearchSpace, start_points
 
 PARAMETERS = {
     "optim.backbone_lr": {"float": [1e-4, 0.1], "log": True},

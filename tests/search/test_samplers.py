@@ -19,7 +19,7 @@ from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.search.budget import Budget
 from drtune_ray.search.proposals import FixedTrial, SearchProposals
 from drtune_ray.search.samplers import SAMPLERS, build_sampler, check_sampler
-from drtune_ray.search.space import SearchSpace
+from drtune_ray.space.search_space import SearchSpace
 from drtune_ray.training.records import COMPLETED
 from tests.search.searches import opened, result
 

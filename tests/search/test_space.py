@@ -16,10 +16,10 @@ from optuna.trial import FixedTrial
 from drtune_ray.config.study import reference_config
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import ConfigError
-from drtune_ray.search import settings
-from drtune_ray.search.expressions import Expression, UnknownFact
-from drtune_ray.search.parameters import Condition, Parameter, path_of
-from drtune_ray.search.space import SearchSpace, read_space, shipped_spaces
+from drtune_ray.space import settings
+from drtune_ray.space.expressions import Expression, UnknownFact
+from drtune_ray.space.parameters import Condition, Parameter, path_of
+from drtune_ray.space.search_space import SearchSpace, read_space, shipped_spaces
 from drtune_ray.values import flattened, to_yaml
 from tests.conftest import MakeTrial
 

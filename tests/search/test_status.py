@@ -29,8 +29,8 @@ from drtune_ray.search.done import write_done
 from drtune_ray.search.identity import DONE_NAME, driver_lease, open_record
 from drtune_ray.search.lease import LEASE_NAME
 from drtune_ray.search.servers import open_storage, open_study
-from drtune_ray.search.space import read_space
 from drtune_ray.search.status import DONE, FAILED, INTERRUPTED, NOT_SEEN, RUNNING, read_status
+from drtune_ray.space.search_space import read_space
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished, RunStarted, StepsRecorded
 from drtune_ray.tracking.spool import Spool
 from drtune_ray.values import nested

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import simpleeval
 
 from drtune_ray.errors import ConfigError
-from drtune_ray.search.expression_trees import (
+from drtune_ray.space.expression_syntax import (
+    FUNCTIONS,
     MONOTONE,
     ORDERS,
     comparisons,
@@ -23,18 +24,9 @@ from drtune_ray.search.expression_trees import (
     settings_in,
     tree_of,
 )
-from drtune_ray.search.settings import FACTS
-from drtune_ray.search.space_problems import Place
+from drtune_ray.space.problems import Place
+from drtune_ray.space.settings import FACTS
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "min": min,
-    "max": max,
-    "round": round,
-    "ceil": math.ceil,
-    "floor": math.floor,
-    "sqrt": math.sqrt,
-    "log": math.log,
-}
 MAX_EXPONENT = 100
 # The least violation of a constraint: a < b with a = b differs by nothing but does not hold.
 LEAST_VIOLATION = 1e-6

@@ -9,8 +9,8 @@ from dataclasses import replace
 from itertools import islice, pairwise
 from typing import Any
 
-from drtune_ray.search.expressions import Expression, ExpressionError
-from drtune_ray.search.parameters import RANGES, Condition, Parameter, Resolved
+from drtune_ray.space.expressions import Expression, ExpressionError
+from drtune_ray.space.parameters import RANGES, Condition, Parameter, Resolved
 
 MAX_POINTS = 4000
 Thresholds = Mapping[str, Collection[float]]

@@ -9,9 +9,9 @@ import json
 from typing import Any
 
 from drtune_ray.config.trial import TrialConfig
-from drtune_ray.search.parameters import CATEGORIES, KINDS, RANGES
-from drtune_ray.search.settings import FACTS, restriction_of, setting_paths
-from drtune_ray.search.space_reading import CONSTRAINTS, OPTIONS, PARAMETERS
+from drtune_ray.space.parameters import CATEGORIES, KINDS, RANGES
+from drtune_ray.space.parsing import CONSTRAINTS, OPTIONS, PARAMETERS
+from drtune_ray.space.settings import FACTS, restriction_of, setting_paths
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 NUMBERS = ("integer", "number")

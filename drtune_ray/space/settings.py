@@ -15,7 +15,6 @@ from drtune_ray.config.trial import TrialConfig
 NUM_TRAIN, NUM_CLASSES = "data.num_train", "data.num_classes"
 # What is known of the images once they were read; expressions may use these.
 FACTS = {NUM_TRAIN: "number of training images", NUM_CLASSES: "number of classes"}
-
 BY_CATEGORY = ("choice", "ordered", "constant")
 
 

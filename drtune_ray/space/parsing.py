@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from drtune_ray.config.section import unknown_name
-from drtune_ray.search.expression_problems import expression_problems
-from drtune_ray.search.expressions import Expression
-from drtune_ray.search.parameters import (
+from drtune_ray.space.expression_syntax import expression_problems
+from drtune_ray.space.expressions import Expression
+from drtune_ray.space.parameters import (
     ALWAYS,
     CATEGORIES,
     KINDS,
@@ -19,8 +19,8 @@ from drtune_ray.search.parameters import (
     Kind,
     Parameter,
 )
-from drtune_ray.search.settings import normal_value, restriction_of, setting_paths
-from drtune_ray.search.space_problems import Place, Problem, place_below
+from drtune_ray.space.problems import Place, Problem, place_below
+from drtune_ray.space.settings import normal_value, restriction_of, setting_paths
 
 PARAMETERS, CONSTRAINTS = "parameters", "constraints"
 KEYS = (PARAMETERS, CONSTRAINTS)

@@ -12,10 +12,7 @@ from typing import Any
 
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import ConfigError
-from drtune_ray.search.expressions import Expression, ExpressionError, UnknownFact
-from drtune_ray.search.parameters import ALWAYS, RANGES, Condition, Parameter, Resolved, resolve
-from drtune_ray.search.settings import group_of, normal_value
-from drtune_ray.search.space_corners import (
+from drtune_ray.space.corners import (
     MAX_POINTS,
     corners,
     corners_decide,
@@ -23,7 +20,10 @@ from drtune_ray.search.space_corners import (
     thresholds_in,
     tried_values,
 )
-from drtune_ray.search.space_problems import Problem
+from drtune_ray.space.expressions import Expression, ExpressionError, UnknownFact
+from drtune_ray.space.parameters import ALWAYS, RANGES, Condition, Parameter, Resolved, resolve
+from drtune_ray.space.problems import Problem
+from drtune_ray.space.settings import group_of, normal_value
 from drtune_ray.values import flattened
 
 

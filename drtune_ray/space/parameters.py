@@ -6,11 +6,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from drtune_ray.search.expressions import Expression
-from drtune_ray.search.space_problems import Place
+from drtune_ray.space.expressions import Expression
+from drtune_ray.space.problems import Place
 
 if TYPE_CHECKING:
     import optuna
+
 
 Kind = Literal["float", "int", "choice", "ordered", "constant", "expression"]
 RANGES: tuple[Kind, ...] = ("float", "int")

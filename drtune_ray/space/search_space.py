@@ -14,24 +14,26 @@ Keys are paths of `TrialConfig`; docs/search-space.md has all kinds, conditions 
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from drtune_ray.config.section import unknown_name
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import ConfigError
-from drtune_ray.search.expressions import Expression, ExpressionError
-from drtune_ray.search.parameters import Parameter, resolve
-from drtune_ray.search.settings import NUM_CLASSES, NUM_TRAIN
-from drtune_ray.search.space_checks import SpaceCheck, cycle_problem
-from drtune_ray.search.space_corners import in_order
-from drtune_ray.search.space_problems import Problem, refuse
-from drtune_ray.search.space_reading import CONSTRAINTS, PARAMETERS, read_content
+from drtune_ray.space.corners import in_order
+from drtune_ray.space.expressions import Expression, ExpressionError
+from drtune_ray.space.parameters import Parameter, resolve
+from drtune_ray.space.parsing import CONSTRAINTS, PARAMETERS, read_content
+from drtune_ray.space.problems import Problem, refuse
+from drtune_ray.space.settings import NUM_CLASSES, NUM_TRAIN
+from drtune_ray.space.validation import SpaceCheck, cycle_problem
 from drtune_ray.values import flattened, read_yaml
 
 if TYPE_CHECKING:
     import optuna
+
 
 BANK_SIZE = "method.bank_size"
 SUFFIX = ".yaml"
@@ -230,3 +232,39 @@ def _clamp(parameter: Parameter, highest: int) -> Parameter:
     if parameter.step:
         high = low + (high - low) // parameter.step * parameter.step
     return replace(parameter, bounds=(low, high))
+
+
+def start_points(
+    space: SearchSpace, given: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, Any], ...]:
+    """The values of each point by their names in the Optuna study.
+
+    Args:
+        space: On images that were read.
+        given: Values by dotted path or nested; what a point leaves open is sampled.
+
+    Raises:
+        ConfigError: Naming every value that is not one of the space.
+    """
+    sampled = {p.path: p for p in space.parameters if p.is_sampled}
+    points, problems = [], []
+    for number, values in enumerate(given, 1):
+        point = {}
+        for path, value in flattened(values).items():
+            if path not in sampled:
+                problems.append(
+                    f"start_with, point {number}: {unknown_name('parameter', path, sampled)} "
+                    "(what the space does not search belongs into trial)"
+                )
+            elif not sampled[path].holds(value):
+                parameter = sampled[path]
+                problems.append(
+                    f"start_with, point {number}: {path}={value!r} is not in the search space: "
+                    f"{parameter.to_plain()}"
+                )
+            else:
+                point[sampled[path].name] = sampled[path].stored(value)
+        points.append(point)
+    if problems:
+        raise ConfigError(problems)
+    return tuple(points)

@@ -1,0 +1,1 @@
+"""What may vary: the declarative search space."""
