@@ -19,11 +19,11 @@ from drtune_ray.data.sources import content_hash
 from drtune_ray.execution.capacity import Capacity
 from drtune_ray.results.evaluate import evaluate
 from drtune_ray.results.winner import write_winner
-from drtune_ray.search.done import write_done
 from drtune_ray.search.prepare import check_inputs
 from drtune_ray.search.request import study_request, trial_request
 from drtune_ray.search.single import run_training
 from drtune_ray.search.study import run_study
+from drtune_ray.storage.record import write_done
 from drtune_ray.training.checkpoint import write_checkpoint
 from drtune_ray.training.model import build_method, classifier_state
 from drtune_ray.values import read_yaml, to_yaml

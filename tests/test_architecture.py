@@ -270,7 +270,7 @@ def test_help__is_light(command: list[str]) -> None:
     [
         ("drtune_ray.config.trial", []),
         ("drtune_ray.space.search_space", []),
-        ("drtune_ray.search.identity", []),
+        ("drtune_ray.storage.record", []),
         ("drtune_ray.tracking.spool", []),
         ("drtune_ray.data.splits", ["pyarrow", "PIL", "numpy"]),
         ("drtune_ray.method", ["torch", "numpy"]),  # the check can fail

@@ -21,7 +21,7 @@ from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.folders import Folder, open_folder
 from drtune_ray.search.budget import Budget
 from drtune_ray.search.proposals import FinalistProposals
-from drtune_ray.search.servers import open_storage, open_study
+from drtune_ray.storage.optuna_storage import open_storage, open_study
 from drtune_ray.values import to_yaml
 from tests.search.test_study import study_values
 from tests.servers import BUCKET, database, mlflow_server, object_store_here

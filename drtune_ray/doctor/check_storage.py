@@ -16,7 +16,7 @@ from drtune_ray.doctor.node_probe import space
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.execution.shared_storage import SharedPlace, shared_token
 from drtune_ray.folders import LocalFolder, check_folder, open_folder, probe_folder
-from drtune_ray.search.servers import database_as_problem, open_storage, open_study
+from drtune_ray.storage.optuna_storage import database_as_problem, open_storage, open_study
 
 OTHERS_MAY_WRITE = 0o022
 

@@ -20,12 +20,12 @@ from drtune_ray.data.dataset import Tables
 from drtune_ray.data.splits import TRAIN, VALIDATION
 from drtune_ray.errors import CheckpointError
 from drtune_ray.execution.ray_train.fit import Fit
+from drtune_ray.folders import as_problem
 from drtune_ray.search.finalists import best_finalist
-from drtune_ray.search.identity import TRIALS_FOLDER
 from drtune_ray.search.outlook import StudyResult
 from drtune_ray.search.prepare import Checked
 from drtune_ray.search.protocol import OUTCOME
-from drtune_ray.search.servers import as_problem
+from drtune_ray.storage.record import TRIALS_FOLDER
 from drtune_ray.tracking.events import RunFinished, RunStarted
 from drtune_ray.training.checkpoint import (
     IDENTITY,

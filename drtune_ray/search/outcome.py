@@ -9,7 +9,8 @@ from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.folders import open_folder
 from drtune_ray.results.evaluate import Evaluation, evaluate
-from drtune_ray.search.identity import (
+from drtune_ray.search.prepare import data_root
+from drtune_ray.storage.record import (
     SPLITS_NAME,
     SPOOL_NAME,
     WINNER_NAME,
@@ -17,7 +18,6 @@ from drtune_ray.search.identity import (
     find_study,
     read_record,
 )
-from drtune_ray.search.prepare import data_root
 from drtune_ray.tracking.events import MetricsRecorded
 from drtune_ray.tracking.mlflow_recorder import build_recorder, default_tracking_uri
 from drtune_ray.tracking.spool import Spool, send_unsent

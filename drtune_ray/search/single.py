@@ -18,20 +18,8 @@ from drtune_ray.execution.ray_train.fit import Fit, advice
 from drtune_ray.execution.resource_wait import Notify
 from drtune_ray.execution.session import ready_cluster
 from drtune_ray.execution.shared_storage import shared_folder
-from drtune_ray.folders import LocalFolder
+from drtune_ray.folders import LocalFolder, as_problem
 from drtune_ray.results.winner import read_about, write_winner
-from drtune_ray.search.identity import (
-    DONE_NAME,
-    RECORD_FILE,
-    SPLITS_NAME,
-    SPOOL_NAME,
-    TRIALS_FOLDER,
-    WINNER_NAME,
-    deciding_values,
-    driver_lease,
-    former_record,
-    open_record,
-)
 from drtune_ray.search.prepare import (
     Checked,
     check_inputs,
@@ -42,7 +30,18 @@ from drtune_ray.search.prepare import (
     write_manifest,
 )
 from drtune_ray.search.protocol import OBJECTIVE, OUTCOME
-from drtune_ray.search.servers import StudyArtifacts, as_problem, check_tracking
+from drtune_ray.storage.artifacts import StudyArtifacts
+from drtune_ray.storage.driver_lock import driver_lease
+from drtune_ray.storage.fingerprint import deciding_values, former_record, open_record
+from drtune_ray.storage.optuna_storage import check_tracking
+from drtune_ray.storage.record import (
+    DONE_NAME,
+    RECORD_FILE,
+    SPLITS_NAME,
+    SPOOL_NAME,
+    TRIALS_FOLDER,
+    WINNER_NAME,
+)
 from drtune_ray.tracking.events import (
     FilesReady,
     RunFinished,

@@ -17,9 +17,10 @@ from typing import Any
 from drtune_ray.config.study import STUDY, StudyConfig
 from drtune_ray.execution.environment import SUBMITTED_WITH, job_config
 from drtune_ray.results.trials import TrialSummary, summaries
-from drtune_ray.search.done import is_done as is_done_with
-from drtune_ray.search.holder import HOLDER_NAME, driver_of
-from drtune_ray.search.identity import (
+from drtune_ray.space.parameters import path_of
+from drtune_ray.storage.driver_lock import HOLDER_NAME, driver_of
+from drtune_ray.storage.optuna_storage import stored_trials
+from drtune_ray.storage.record import (
     DONE_NAME,
     JOURNAL_NAME,
     SPOOL_NAME,
@@ -28,8 +29,7 @@ from drtune_ray.search.identity import (
     find_study,
     read_record,
 )
-from drtune_ray.search.stored import stored_trials
-from drtune_ray.space.parameters import path_of
+from drtune_ray.storage.record import is_done as is_done_with
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished, RunStarted
 from drtune_ray.tracking.spool import EVENTS_NAME, Spool
 from drtune_ray.values import flattened

@@ -17,20 +17,8 @@ from drtune_ray.execution.interrupts import signals_as_interrupt
 from drtune_ray.execution.resource_wait import Notify
 from drtune_ray.execution.session import ready_cluster
 from drtune_ray.execution.shared_storage import shared_folder
-from drtune_ray.search.done import is_done
 from drtune_ray.search.driver import StudyDriver
 from drtune_ray.search.final_fit import with_final_workers
-from drtune_ray.search.identity import (
-    RECORD_FILE,
-    SPLITS_NAME,
-    Record,
-    deciding_values,
-    driver_lease,
-    find_study,
-    former_record,
-    open_record,
-    read_record,
-)
 from drtune_ray.search.objectives import direction
 from drtune_ray.search.outlook import StudyPlan, StudyResult
 from drtune_ray.search.prepare import (
@@ -43,18 +31,28 @@ from drtune_ray.search.prepare import (
 )
 from drtune_ray.search.proposals import FixedTrial
 from drtune_ray.search.samplers import check_sampler
-from drtune_ray.search.servers import (
-    StudyArtifacts,
+from drtune_ray.search.variants import table_variants
+from drtune_ray.space.search_space import SearchSpace, read_space, start_points
+from drtune_ray.storage.artifacts import StudyArtifacts
+from drtune_ray.storage.driver_lock import driver_lease
+from drtune_ray.storage.fingerprint import deciding_values, former_record, open_record
+from drtune_ray.storage.optuna_storage import (
     check_database,
     check_storage_of,
     check_tracking,
     database_as_problem,
     open_storage,
     open_study,
+    stored_trials,
 )
-from drtune_ray.search.stored import stored_trials
-from drtune_ray.search.variants import table_variants
-from drtune_ray.space.search_space import SearchSpace, read_space, start_points
+from drtune_ray.storage.record import (
+    RECORD_FILE,
+    SPLITS_NAME,
+    Record,
+    find_study,
+    is_done,
+    read_record,
+)
 from drtune_ray.tracking.events import Sink
 from drtune_ray.training.model import check_trial
 from drtune_ray.values import full_path

@@ -12,8 +12,9 @@ from optuna.trial import FrozenTrial
 
 from drtune_ray.config.trial import TRIAL_NOT_DECIDING, TrialConfig
 from drtune_ray.results import trials
-from drtune_ray.search.identity import DATA_DIGEST, NUMERICS, WEIGHTS_DIGEST, Record
 from drtune_ray.space.search_space import SearchSpace
+from drtune_ray.storage.fingerprint import DATA_DIGEST, NUMERICS, WEIGHTS_DIGEST
+from drtune_ray.storage.record import Record
 from drtune_ray.values import flattened
 
 # A trial's accuracy is comparable only where these are the same.

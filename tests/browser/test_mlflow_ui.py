@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from drtune_ray.config.study import STUDY, TrackingConfig
-from drtune_ray.search.identity import Record
+from drtune_ray.storage.record import Record
 from drtune_ray.tracking.events import Event, MetricsRecorded, RunFinished, RunStarted
 from drtune_ray.tracking.mlflow_recorder import MlflowRecorder, default_tracking_uri
 

@@ -16,8 +16,8 @@ from drtune_ray.search.budget import Budget
 from drtune_ray.search.proposals import FixedTrial, SearchProposals
 from drtune_ray.search.protocol import HISTORY, OBJECTIVE
 from drtune_ray.search.samplers import build_sampler
-from drtune_ray.search.servers import open_storage, open_study
 from drtune_ray.space.search_space import SearchSpace
+from drtune_ray.storage.optuna_storage import open_storage, open_study
 
 SPACE = {
     "parameters": {

@@ -17,8 +17,8 @@ from typing import Any
 
 from optuna.trial import TrialState
 
-from drtune_ray.search.identity import read_record
-from drtune_ray.search.servers import open_storage, open_study
+from drtune_ray.storage.optuna_storage import open_storage, open_study
+from drtune_ray.storage.record import read_record
 from drtune_ray.values import to_yaml
 from tests.search.test_study import mlflow_runs, study_values
 

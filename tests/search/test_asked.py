@@ -7,7 +7,7 @@ import pytest
 from drtune_ray.config.section import unknown_name
 from drtune_ray.config.sources import asked_study, read_settings
 from drtune_ray.config.study import STUDY, TRAINING, StudyConfig
-from drtune_ray.search.identity import RECORD_FILE, Record
+from drtune_ray.storage.record import RECORD_FILE, Record
 
 
 def test_asked_study__record_of_a_study_is_a_study_file(tmp_path: Path) -> None:

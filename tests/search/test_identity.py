@@ -14,17 +14,15 @@ import pytest
 import drtune_ray
 from drtune_ray.config.study import STUDY, TRAINING, StudyConfig, TrackingConfig
 from drtune_ray.errors import ConfigError, EnvironmentProblem
-from drtune_ray.search.identity import (
-    NUMERIC_VERSION,
+from drtune_ray.space.search_space import read_space
+from drtune_ray.storage.driver_lock import driver_lease
+from drtune_ray.storage.fingerprint import NUMERIC_VERSION, deciding_values, open_record
+from drtune_ray.storage.record import (
     RECORD_FILE,
     Record,
-    deciding_values,
-    driver_lease,
     find_study,
-    open_record,
     read_record,
 )
-from drtune_ray.space.search_space import read_space
 from drtune_ray.values import flattened, nested, read_yaml
 
 DRIVER = """
@@ -207,7 +205,7 @@ def test_open_record__every_difference_is_shown(folder: Path) -> None:
 
 def test_open_record__numeric_version(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened(folder)
-    monkeypatch.setattr("drtune_ray.search.identity.NUMERIC_VERSION", 99)
+    monkeypatch.setattr("drtune_ray.storage.fingerprint.NUMERIC_VERSION", 99)
     change = f"numeric version of drtune-ray: {NUMERIC_VERSION} there, 99 here"
     with pytest.raises(ConfigError, match=change):
         opened(folder)

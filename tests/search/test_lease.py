@@ -12,8 +12,13 @@ import pytest
 
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.folders import LocalFolder
-from drtune_ray.search import lease
-from drtune_ray.search.lease import LEASE_NAME, Lease, artifacts_lease, repeated
+from drtune_ray.storage import lease
+from drtune_ray.storage.lease import (
+    LEASE_NAME,
+    Lease,
+    artifacts_lease,
+    repeated,
+)
 
 
 @pytest.fixture(autouse=True)

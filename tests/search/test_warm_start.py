@@ -13,9 +13,10 @@ from optuna.trial import TrialState
 
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.results.trials import summaries
-from drtune_ray.search.identity import DATA_DIGEST, NUMERICS, WEIGHTS_DIGEST, Record
 from drtune_ray.search.warm_start import add_earlier_trials
 from drtune_ray.space.search_space import SearchSpace
+from drtune_ray.storage.fingerprint import DATA_DIGEST, NUMERICS, WEIGHTS_DIGEST
+from drtune_ray.storage.record import Record
 from drtune_ray.training.records import COMPLETED, DIVERGED
 from tests.search.searches import SPACE, opened, result, searching
 

@@ -26,8 +26,8 @@ from drtune_ray.execution.resident_actor import TrialActor
 from drtune_ray.execution.resource_wait import ResourceWait
 from drtune_ray.execution.session import scratch_folder
 from drtune_ray.execution.worker import Workplace
-from drtune_ray.search.identity import SCRATCH_NAME, TRIALS_FOLDER
-from drtune_ray.search.servers import StudyArtifacts
+from drtune_ray.storage.artifacts import StudyArtifacts
+from drtune_ray.storage.record import SCRATCH_NAME, TRIALS_FOLDER
 from drtune_ray.tracking.events import Sink
 from drtune_ray.training.checkpoint import trial_folder
 

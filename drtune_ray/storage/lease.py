@@ -23,7 +23,6 @@ from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.folders import Folder, as_problem, first_line
 
 logger = logging.getLogger(__name__)
-
 LEASE_NAME = "driver.json"
 BEAT_SECONDS = 10.0
 # A holder gives up before another takes over.
@@ -31,7 +30,6 @@ MAX_SILENT_BEATS, NUM_MISSED_BEATS = 2, 3
 SETTLE_SECONDS = 2.0  # of drivers that start together, all have written by then
 JOIN_SECONDS = 15.0  # for a request that is under way
 PROC = Path("/proc")
-
 _held_here: set[str] = set()
 
 

@@ -1,35 +1,20 @@
-"""What of a study lies on servers: the search in a database, files in artifacts.
-
-With both, and an MLflow server, the disk of the driver may be lost between two runs: the next
-driver brings back what it needs and goes on. Nodes need no file system in common.
-"""
+"""TODO docstring."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import optuna
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
-from sqlalchemy import create_engine
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
-
 from drtune_ray.data.remote_tables import TableShelf
 from drtune_ray.data.table_store import CACHE_FOLDER
-from drtune_ray.errors import ConfigError, DrtuneError, EnvironmentProblem
-from drtune_ray.folders import (
-    Folder,
-    check_folder,
-    first_line,
-    open_folder,
-)
+from drtune_ray.errors import ConfigError
+from drtune_ray.folders import Folder, check_folder, first_line, open_folder
 from drtune_ray.folders import as_problem as as_problem
-from drtune_ray.search.identity import (
+from drtune_ray.storage.lease import BEAT_SECONDS, LEASE_NAME, Lease, artifacts_lease, repeated
+from drtune_ray.storage.record import (
     DONE_NAME,
-    JOURNAL_NAME,
     RECORD_FILE,
     SPOOL_NAME,
     TRIALS_FOLDER,
@@ -38,159 +23,10 @@ from drtune_ray.search.identity import (
     Record,
     read_record,
 )
-from drtune_ray.search.lease import BEAT_SECONDS, LEASE_NAME, Lease, artifacts_lease, repeated
-from drtune_ray.search.objectives import Direction
-from drtune_ray.server_uri import secrets_hidden, with_secrets
-from drtune_ray.tracking.spool import Spool, drop_torn_end
+from drtune_ray.tracking.spool import Spool
 
 logger = logging.getLogger(__name__)
-
 UNSENT_NAME = "unsent-events.jsonl"
-DATABASE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
-EXAMPLE = "postgresql+psycopg://USER:$PASSWORD@HOST/DATABASE"
-
-
-def check_database(url: str | None) -> None:
-    """Refuse what cannot be the address of a database, before anything starts; nothing connects.
-
-    Raises:
-        ConfigError: If it is not one, or names an environment variable that is not set.
-        EnvironmentProblem: If the package is missing that talks to such a database.
-    """
-    if url is not None:
-        with _as_refusal(url):
-            create_engine(with_secrets(url)).dispose()
-
-
-def check_tracking(uri: str | None) -> None:
-    """As :func:`check_database`, for MLflow.
-
-    Raises:
-        ConfigError: If it is no address, or names an environment variable that is not set.
-    """
-    if uri is not None and "://" not in with_secrets(uri):
-        raise ConfigError(
-            f"tracking.uri={uri!r} is not valid: give http://HOST:PORT of an MLflow server, or the "
-            "URL of a database"
-        )
-
-
-def open_storage(folder: Path, url: str | None) -> BaseStorage:
-    """Optuna's storage: the database that was named, else a file in the study's folder.
-
-    The study's driver opens it, which holds the lease: nobody else writes into that file.
-
-    Raises:
-        ConfigError: If the URL is not one.
-        EnvironmentProblem: If the database cannot be reached.
-    """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if url is None:
-        # Of a driver that was killed as it wrote; Optuna would wait for it for half a minute.
-        (folder / f"{JOURNAL_NAME}.lock").unlink(missing_ok=True)
-        with (folder / JOURNAL_NAME).open("a+b") as journal:
-            drop_torn_end(journal)  # Optuna would write on behind it, and never read the file again
-        return JournalStorage(JournalFileBackend(str(folder / JOURNAL_NAME)))
-    with _as_refusal(url):
-        # A connection that the server dropped while a trial trained is opened anew.
-        return RDBStorage(with_secrets(url), engine_kwargs={"pool_pre_ping": True})
-
-
-@contextmanager
-def _as_refusal(url: str) -> Iterator[None]:
-    """Turn what a database's address is refused with into one message, without its secrets."""
-    try:
-        with secrets_hidden(url):
-            yield
-    except DrtuneError:
-        raise
-    except (ArgumentError, ValueError) as error:  # the second: a port that is no number
-        raise ConfigError(
-            f"optuna_storage={url!r} is not valid: {first_line(error)}; write it like {EXAMPLE}"
-        ) from None
-    except ImportError as error:
-        raise EnvironmentProblem(
-            f"optuna_storage={url!r} needs a package that is not installed ({first_line(error)}): "
-            "install drtune-ray[servers] for PostgreSQL"
-        ) from None
-    except (SQLAlchemyError, optuna.exceptions.OptunaError) as error:
-        raise EnvironmentProblem(
-            f"optuna_storage={url!r} cannot be used: {first_line(error)}; check the address, the "
-            f"database and the account in {EXAMPLE}"
-        ) from None
-
-
-def open_study(
-    storage: BaseStorage, study_id: str, directions: Sequence[Direction] = ("maximize",)
-) -> optuna.Study:
-    """The Optuna study of an identity, made if there is none."""
-    return optuna.create_study(
-        storage=storage,
-        study_name=study_id,
-        directions=list(directions),
-        pruner=optuna.pruners.NopPruner(),
-        load_if_exists=True,
-    )
-
-
-@contextmanager
-def database_as_problem(url: str | None) -> Iterator[None]:
-    """Turn failures of a database that answered before into one message.
-
-    Raises:
-        EnvironmentProblem: Instead of what Optuna and its driver raise.
-    """
-    try:
-        with secrets_hidden(url):
-            yield
-    except Exception as error:
-        if not (failures := [e for e in _chain(error) if isinstance(e, DATABASE_ERRORS)]):
-            raise
-        raise EnvironmentProblem(
-            f"optuna_storage={url!r} did not do what it was asked ({first_line(failures[-1])}): "
-            "repeat the command when it answers again"
-        ) from error
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those it came from: Tune raises its own for one in a searcher."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def check_storage_of(
-    former: Record, url: str | None, storage: BaseStorage, artifacts: StudyArtifacts
-) -> None:
-    """Refuse to go on with a study in a storage that does not hold it.
-
-    Args:
-        former: The study, which is there.
-        url: Of the storage.
-        storage: It.
-        artifacts: What else is known of the study's trials.
-
-    Raises:
-        ConfigError: With both addresses, or saying what is lost.
-    """
-    before = former.config.get("optuna_storage")
-    if former.study_id in optuna.get_all_study_names(storage):
-        return
-    name = former.folder.name
-    if before != url:
-        raise ConfigError(
-            f"study {name!r} keeps its trials in optuna_storage={_place(before)}, and "
-            f"{_place(url)} does not hold them: give the former one, or copy the database there "
-            "first"
-        )
-    if not artifacts.has_trials():  # its first run ended before there was one
-        return
-    lost = f"lost with the file {JOURNAL_NAME}" if url is None else "lost with the database"
-    raise ConfigError(
-        f"study {name!r} has run trials, and optuna_storage={_place(url)} does not hold them: "
-        f"their settings, values and ends are {lost}, and new trials would be mixed up with their "
-        "checkpoints and MLflow runs. Bring it back from a backup, or give the study another --name"
-    )
 
 
 class StudyArtifacts:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import filelock
+
+from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.folders import open_folder
-from drtune_ray.search.identity import Record
-from drtune_ray.search.lease import LEASE_NAME, this_machine
+from drtune_ray.storage.lease import LEASE_NAME, this_machine
+from drtune_ray.storage.record import Record
 
 LOCK_NAME, HOLDER_NAME = "driver.lock", "driver.txt"  # as `identity.driver_lease` writes them
 LOCKS_FILE = Path("/proc/locks")
@@ -90,3 +95,28 @@ def _text(path: Path) -> str:
         return path.read_text().strip()
     except OSError:
         return ""
+
+
+@contextmanager
+def driver_lease(folder: Path) -> Iterator[None]:
+    """Be the study's only driver.
+
+    Raises:
+        EnvironmentProblem: If another process drives it, naming the process.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    holder_file = folder / "driver.txt"
+    # The operating system releases the lock of a killed driver.
+    lock = filelock.FileLock(folder / "driver.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        holder = holder_file.read_text() if holder_file.exists() else "another process"
+        raise EnvironmentProblem(
+            f"study {folder.name!r} is being run by {holder}: wait for it or end it first"
+        ) from None
+    try:
+        holder_file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,105 @@
+"""TODO docstring."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from drtune_ray.config.study import TrackingConfig
+from drtune_ray.config.trial import TRIAL_NOT_DECIDING
+from drtune_ray.errors import ConfigError
+from drtune_ray.storage.record import RECORD_FILE, Record, read_record
+from drtune_ray.values import flattened_without
+
+# Raised when a change of the package changes the numbers that a trial gives.
+NUMERIC_VERSION = 2
+# Settings that may differ between two runs of the same study, or of the same training.
+NOT_DECIDING = (
+    "name",
+    "storage",
+    "optuna_storage",
+    "artifacts",
+    "trials",
+    "budget",
+    "finalists",
+    "final_fit",
+    "resources",
+    "tracking",
+    *TRIAL_NOT_DECIDING,
+    *(f"trial.{path}" for path in TRIAL_NOT_DECIDING),
+)
+DATA_DIGEST = "content of the images and splits"
+WEIGHTS_DIGEST = "content of the pretrained weights"
+NUMERICS = "numeric version of drtune-ray"
+SEVERAL_WORKERS = "several workers a trial"
+ADVICE = {
+    SEVERAL_WORKERS: " (training.workers may change, but not between 1 and more than 1)",
+}
+
+
+def deciding_values(
+    config: Mapping[str, Any], data_digest: str, weights_digest: str
+) -> dict[str, Any]:
+    """Everything that decides the results of a study or training, flat."""
+    kept = flattened_without(config, NOT_DECIDING)
+    if "trial" in config:
+        # One worker runs the authors' reference trial with local BatchNorm statistics, as their
+        # code does; of several, each would see a part of the batch (`reference_config`).
+        kept[SEVERAL_WORKERS] = config["trial"]["training"]["workers"] != 1
+    return kept | {
+        DATA_DIGEST: data_digest,
+        WEIGHTS_DIGEST: weights_digest,
+        NUMERICS: NUMERIC_VERSION,
+    }
+
+
+def former_record(folder: Path, kind: str, deciding: Mapping[str, Any]) -> Record | None:
+    """What lies in the folder, if it decides the same; None if nothing does.
+
+    Raises:
+        ConfigError: If the name is taken by another configuration, with the differences.
+    """
+    if not (folder / RECORD_FILE).exists():
+        return None
+    former = read_record(folder)
+    differences = [
+        f"  {key}: {former.deciding.get(key)!r} there, {deciding.get(key)!r} here"
+        + ADVICE.get(key, "")
+        for key in sorted(former.deciding.keys() | deciding.keys())
+        if former.deciding.get(key) != deciding.get(key)
+    ]
+    if former.kind != kind:
+        differences = [f"  it is a {former.kind}, this is a {kind}"]
+    if differences:
+        raise ConfigError(
+            f"the name {folder.name!r} under {folder.parent} is taken by another configuration; "
+            "give this one another --name, or repeat the former command:\n" + "\n".join(differences)
+        )
+    return former
+
+
+def open_record(
+    folder: Path,
+    kind: str,
+    config: Mapping[str, Any],
+    deciding: dict[str, Any],
+    tracking: TrackingConfig,
+    artifacts: str | None = None,
+) -> Record:
+    """What lies in the folder if it decides the same, else a new record if the folder has none.
+
+    Raises:
+        ConfigError: If the name is taken by another configuration, with the differences.
+    """
+    former = former_record(folder, kind, deciding)
+    place = tracking.model_dump(mode="json")
+    if former is None:
+        study_id = f"{folder.name}-{uuid.uuid4().hex[:12]}"
+        record = Record(folder, study_id, kind, dict(config), deciding, place, artifacts)
+    else:
+        record = replace(former, config=dict(config), tracking=place, artifacts=artifacts)
+    record.write()
+    return record

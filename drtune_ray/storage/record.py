@@ -1,0 +1,131 @@
+"""What a study is: its identity, what decides its results, and who drives it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import drtune_ray
+from drtune_ray.config.study import StudyConfig
+from drtune_ray.errors import ConfigError
+from drtune_ray.folders import LocalFolder
+from drtune_ray.values import full_path, read_yaml, to_yaml
+
+RECORD_FILE = "study.yaml"
+# What else lies in the folder of a study or training.
+JOURNAL_NAME, SPLITS_NAME, TRIALS_NAME = "optuna.journal", "splits.parquet", "trials.parquet"
+WINNER_NAME, SPOOL_NAME, TRIALS_FOLDER = "winner", "spool", "trials"
+DONE_NAME = "done"  # written last
+SCRATCH_NAME = ".tune"  # Ray's own folders; nothing in them is needed again
+
+
+@dataclass(frozen=True)
+class Record:
+    """The file that makes a folder a study, or a single training.
+
+    Attributes:
+        folder: Where it lies.
+        study_id: Unique; marks its runs in MLflow.
+        kind: `STUDY` or `TRAINING`.
+        config: The resolved configuration of the latest run, as plain values.
+        deciding: What decides the results: flat settings and hashes of data and weights.
+        tracking: Where the latest run was recorded, as plain values of `TrackingConfig`.
+        artifacts: URI of what the latest run kept elsewhere; None where everything lies here.
+    """
+
+    folder: Path
+    study_id: str
+    kind: str
+    config: dict[str, Any]
+    deciding: dict[str, Any]
+    tracking: dict[str, Any]
+    artifacts: str | None = None
+
+    def write(self) -> None:
+        """Write into the folder."""
+        content = {
+            "kind": self.kind,
+            "study_id": self.study_id,
+            "drtune_ray_version": drtune_ray.__version__,
+            "config": self.config,
+            "deciding": self.deciding,
+            "tracking": self.tracking,
+            "artifacts": self.artifacts,
+        }
+        temporary = self.folder / f".{RECORD_FILE}.tmp"
+        temporary.write_text(to_yaml(content))
+        temporary.replace(self.folder / RECORD_FILE)
+
+
+def read_record(folder: Path) -> Record:
+    """The study or training in a folder.
+
+    Raises:
+        ConfigError: If the folder holds none.
+    """
+    if not (folder / RECORD_FILE).exists():
+        raise ConfigError(f"{folder} is not a study: it holds no {RECORD_FILE}")
+    content = read_yaml(folder / RECORD_FILE)
+    names = ("study_id", "kind", "config", "deciding", "tracking")
+    if missing := [name for name in names if name not in content]:
+        raise ConfigError(
+            f"{folder / RECORD_FILE} was not written by drtune-ray (it lacks {missing}): give the "
+            "study another --name or --storage"
+        )
+    values = {name: content[name] for name in names}
+    return Record(folder, **values, artifacts=content.get("artifacts"))
+
+
+def find_study(name_or_folder: str, storage: str) -> Path:
+    """The folder of a study given as a folder or as a name under the storage.
+
+    Raises:
+        ConfigError: Naming the studies that there are.
+    """
+    base = full_path(storage)
+    for folder in (full_path(name_or_folder), base / name_or_folder):
+        if (folder / RECORD_FILE).exists():
+            return folder
+    there = sorted(path.parent.name for path in base.glob(f"*/{RECORD_FILE}"))
+    raise ConfigError(
+        f"there is no study {name_or_folder!r} under {base}"
+        + (f"; there are {there}" if there else "")
+        + ": give its name and --storage, or its folder"
+    )
+
+
+def write_done(config: StudyConfig, num_trials: int) -> None:
+    """Say that a study with these limits is done; written last.
+
+    Args:
+        config: The study.
+        num_trials: Trials that came to a result.
+    """
+    content = json.dumps(_limits(config) | {"num_trials": num_trials}, indent=1)
+    LocalFolder(config.folder).write(DONE_NAME, content.encode())
+
+
+def is_done(folder: Path, config: StudyConfig, num_trials: int | None = None) -> bool:
+    """Whether a run with the same limits came to its end.
+
+    Args:
+        folder: Of the study.
+        config: The study.
+        num_trials: Trials that have a result now; None: not known yet.
+    """
+    try:
+        done = json.loads((folder / DONE_NAME).read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    if not isinstance(done, dict):  # of a former version
+        return False
+    num_then = done.get("num_trials")
+    return done == _limits(config) | {"num_trials": num_then} and num_trials in (None, num_then)
+
+
+def _limits(config: StudyConfig) -> dict[str, object]:
+    """What may be changed to make a study that is done go on."""
+    limits = ("trials", "budget", "finalists", "final_fit")
+    return {key: value for key, value in config.to_mapping().items() if key in limits}
