@@ -37,7 +37,8 @@ from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import Tables, TrainingData
 from drtune_ray.data.table_store import TableStore
 from drtune_ray.demo import write_digits
-from drtune_ray.search.prepare import check_inputs, prepare
+from drtune_ray.study.inputs import check_inputs
+from drtune_ray.study.tables import prepare
 from drtune_ray.training.backbones import DEMO_BACKBONE, read_backbone
 from drtune_ray.training.loop import train_epochs
 from drtune_ray.training.records import COMPLETED, EpochReport

@@ -46,11 +46,12 @@ from drtune_ray.execution.ray_tune.run import TuneRun, tune_trainable
 from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.execution.session import ray_session
 from drtune_ray.execution.worker import Workplace
-from drtune_ray.search.prepare import check_inputs, prepare
 from drtune_ray.search.proposals import FinalistProposals, FixedTrial
 from drtune_ray.storage.artifacts import StudyArtifacts
 from drtune_ray.storage.optuna_storage import open_storage, open_study
 from drtune_ray.storage.record import TRIALS_FOLDER
+from drtune_ray.study.inputs import check_inputs
+from drtune_ray.study.tables import prepare
 from drtune_ray.tracking.events import Event, MetricsRecorded, RunFinished
 from drtune_ray.training.backbones import read_backbone
 from drtune_ray.training.checkpoint import trial_folder

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from drtune_ray.config.study import StudyConfig
     from drtune_ray.config.trial import TrialConfig
     from drtune_ray.method import DRTune
-    from drtune_ray.search import run_study
+    from drtune_ray.study import run_study
 
 __all__ = ["DRTune", "StudyConfig", "TrialConfig", "run_study"]
 __version__ = "0.1.0"
@@ -19,7 +19,7 @@ _HOMES = {
     "DRTune": "drtune_ray.method",
     "StudyConfig": "drtune_ray.config.trial",
     "TrialConfig": "drtune_ray.config.trial",
-    "run_study": "drtune_ray.search",
+    "run_study": "drtune_ray.study",
 }
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.errors import ConfigError
-from drtune_ray.search.prepare import check_storage
 from drtune_ray.space.search_space import read_space
+from drtune_ray.study.inputs import check_storage
 from drtune_ray.training.backbones import DEMO_BACKBONE
 
 DEMO_NAME = "demo"

@@ -19,11 +19,11 @@ from drtune_ray.data.sources import content_hash
 from drtune_ray.execution.capacity import Capacity
 from drtune_ray.results.evaluate import evaluate
 from drtune_ray.results.winner import write_winner
-from drtune_ray.search.prepare import check_inputs
-from drtune_ray.search.request import study_request, trial_request
-from drtune_ray.search.single import run_training
-from drtune_ray.search.study import run_study
 from drtune_ray.storage.record import write_done
+from drtune_ray.study.inputs import check_inputs
+from drtune_ray.study.resolve import study_request, trial_request
+from drtune_ray.study.run import run_study
+from drtune_ray.study.training_run import run_training
 from drtune_ray.training.checkpoint import write_checkpoint
 from drtune_ray.training.model import build_method, classifier_state
 from drtune_ray.values import read_yaml, to_yaml
@@ -173,8 +173,8 @@ def begun_study(here: Path, patch: Patch, **flags: str) -> None:
     """Interrupted before its first trial."""
     config, _ = study_request(None, [], FLAGS | flags)
     with Patch.context() as within, pytest.raises(KeyboardInterrupt):
-        within.setattr("drtune_ray.search.study._cluster", lambda config: nullcontext())
-        within.setattr("drtune_ray.search.study.StudyDriver.run", _interrupted)
+        within.setattr("drtune_ray.study.run._cluster", lambda config: nullcontext())
+        within.setattr("drtune_ray.study.driver.StudyDriver.run", _interrupted)
         run_study(config)
 
 
@@ -223,8 +223,8 @@ def begun_training(here: Path, patch: Patch) -> None:
     config, _, _ = trial_request(None, [], FLAGS)
     with Patch.context() as within, pytest.raises(KeyboardInterrupt):
         cluster = nullcontext(Capacity((), is_local=True))
-        within.setattr("drtune_ray.search.single.ready_cluster", lambda *a, **k: cluster)
-        within.setattr("drtune_ray.search.single._Training.run", _interrupted)
+        within.setattr("drtune_ray.execution.session.ready_cluster", lambda *a, **k: cluster)
+        within.setattr("drtune_ray.study.training_run._Training.run", _interrupted)
         run_training(config, TRAINING, here / STORAGE)
 
 

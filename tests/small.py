@@ -13,7 +13,8 @@ from PIL import Image
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import Tables, TrainingData
 from drtune_ray.data.table_store import TableStore
-from drtune_ray.search.prepare import check_inputs, prepare
+from drtune_ray.study.inputs import check_inputs
+from drtune_ray.study.tables import prepare
 from drtune_ray.training.backbones import Backbone, read_backbone
 from drtune_ray.values import nested
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from drtune_ray.errors import ConfigError
-from drtune_ray.search.machine import Machine
-from drtune_ray.search.request import study_request, trial_request
+from drtune_ray.study.machine import Machine
+from drtune_ray.study.resolve import study_request, trial_request
 from drtune_ray.values import read_yaml, to_yaml
 from tests.small import BACKBONE, write_coloured
 
@@ -124,7 +124,7 @@ def test_resources_reach_a_training(images, tmp_path):
 
 
 def test_a_share_of_a_gpu_takes_the_place_of_the_default(images, monkeypatch):
-    monkeypatch.setattr("drtune_ray.search.request.this_machine", lambda: Machine(8, 2))
+    monkeypatch.setattr("drtune_ray.study.machine.this_machine", lambda: Machine(8, 2))
     flags, share = {"data_folder": str(images)}, ["resources.gpus_per_trial=0.25"]
     for resources in (
         study_request(None, share, flags)[0].resources,

@@ -60,7 +60,7 @@ def doctor(study_file: Path | None, address: str | None, as_json: bool, **flags:
 def _setup(study_file: Path | None, address: str | None, flags: dict[str, Any]) -> Setup:
     """What the options name."""
     from drtune_ray.doctor.examine import named_setup, study_setup
-    from drtune_ray.search.request import study_request
+    from drtune_ray.study.resolve import study_request
 
     if study_file is not None or flags["data_folder"]:
         return study_setup(study_request(study_file, (), flags)[0], address)

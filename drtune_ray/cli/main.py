@@ -42,7 +42,7 @@ from drtune_ray.errors import ConfigError, DrtuneError
 if TYPE_CHECKING:
     from drtune_ray.config.study import StudyConfig
     from drtune_ray.display.outputs import Quiet
-    from drtune_ray.search.outlook import StudyPlan
+    from drtune_ray.study.result import StudyPlan
 
 
 INTERRUPTED = 130
@@ -86,7 +86,7 @@ def tune(
     the same command goes on there. A second Ctrl-C does not wait: the same command goes on from
     the saves that there are, of the last epoch or of training.save_every_seconds.
     """
-    from drtune_ray.search.request import study_request
+    from drtune_ray.study.resolve import study_request
 
     _run_study(lambda: study_request(study_file, assignments, flags), quiet, as_json)
 
@@ -104,7 +104,7 @@ def preview(
     from drtune_ray.display.outputs import json_stdout, write_json
     from drtune_ray.display.preview import preview_facts, preview_lines
     from drtune_ray.preview.estimate import preview_study
-    from drtune_ray.search.request import study_request
+    from drtune_ray.study.resolve import study_request
 
     with json_stdout(is_wanted=as_json) as stream:
         config, notes = study_request(study_file, assignments, flags)
@@ -150,9 +150,9 @@ def train(
     from drtune_ray.config.study import TrackingConfig
     from drtune_ray.display.outputs import TrainingLines, json_stdout, write_json
     from drtune_ray.display.result import training_facts, training_lines
-    from drtune_ray.search.request import default_name, trial_request
-    from drtune_ray.search.single import run_training
-    from drtune_ray.search.status import write_command
+    from drtune_ray.study.resolve import default_name, trial_request
+    from drtune_ray.study.status import write_command
+    from drtune_ray.study.training_run import run_training
     from drtune_ray.tracking.events import Event, RunStarted
 
     with json_stdout(is_wanted=as_json) as stream:
@@ -191,7 +191,7 @@ def train(
 def evaluate(study: str, storage: str, again: bool) -> None:
     """Test the winner on the sealed test split."""
     from drtune_ray.display import percent
-    from drtune_ray.search.outcome import evaluate_study
+    from drtune_ray.study.evaluation import evaluate_study
 
     found = evaluate_study(study, storage, again=again)
     low, high = found.test.interval
@@ -216,8 +216,8 @@ def evaluate(study: str, storage: str, again: bool) -> None:
 @click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True)
 def ui(study: str, storage: str, port: int) -> None:
     """Open MLflow's UI on a study's store."""
-    from drtune_ray.search.outcome import tracking_of
     from drtune_ray.server_uri import with_secrets
+    from drtune_ray.study.sync import tracking_of
     from drtune_ray.tracking.mlflow_recorder import runs_page
 
     uri, experiment = tracking_of(study, storage)
@@ -241,7 +241,7 @@ def ui(study: str, storage: str, port: int) -> None:
 @storage_option
 def sync(study: str, storage: str) -> None:
     """Send MLflow what it has not taken yet."""
-    from drtune_ray.search.outcome import sync_study
+    from drtune_ray.study.sync import sync_study
 
     click.echo(f"{sync_study(study, storage)} events sent")
 
@@ -259,7 +259,7 @@ def status(
     if address is not None:
         show_jobs(study, storage, address, insecure_http, as_json)
         return
-    from drtune_ray.search.status import facts, read_status
+    from drtune_ray.study.status import facts, read_status
 
     found = read_status(study, storage or DEFAULT_STORAGE)
     if as_json:
@@ -303,8 +303,8 @@ def _run_study(
         result_facts,
         result_lines,
     )
-    from drtune_ray.search.status import read_trials, write_command
-    from drtune_ray.search.study import run_study
+    from drtune_ray.study.run import run_study
+    from drtune_ray.study.status import read_trials, write_command
 
     console = Console(highlight=False)
 

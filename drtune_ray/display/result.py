@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from drtune_ray.display.text import duration, percent
 
 if TYPE_CHECKING:
-    from drtune_ray.search.outlook import StudyPlan, StudyResult
-    from drtune_ray.search.single import TrainingResult
+    from drtune_ray.study.result import StudyPlan, StudyResult
+    from drtune_ray.study.training_run import TrainingResult
 
 
 FINALISTS = "finalists"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from drtune_ray.display.text import duration, percent, short, size
 from drtune_ray.results.trials import TrialSummary
-from drtune_ray.search.status import (
+from drtune_ray.study.status import (
     DONE,
     FAILED,
     INTERRUPTED,

@@ -27,8 +27,8 @@ from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.execution.capacity import Capacity, trial_demand, trials_that_fit
 from drtune_ray.execution.environment import ADDRESS, environment
 from drtune_ray.execution.session import ray_session, set_environment
-from drtune_ray.search.study import study_trainings
 from drtune_ray.server_uri import ServerUri, with_secrets
+from drtune_ray.study.checks import study_trainings
 from drtune_ray.tracking.mlflow_recorder import default_tracking_uri
 from drtune_ray.tracking.probe import Answer, ServerProbe
 from drtune_ray.training.backbones import check_hub_weights, weights_file

@@ -22,13 +22,13 @@ from drtune_ray.execution.capacity import Capacity, Demand, Node, trial_demand, 
 from drtune_ray.preview.measure import Measured, Measurement, Workload, measured
 from drtune_ray.preview.sample import VIEWS, PlannedTable, Sample, planned_tables, prepared_sample
 from drtune_ray.preview.simulate import Pace, Simulated, Spread, simulated_studies, spread
-from drtune_ray.search.final_fit import with_final_workers, without_validation
-from drtune_ray.search.machine import Machine, this_machine
-from drtune_ray.search.prepare import Checked, preparing_device
 from drtune_ray.search.proposals import FixedTrial
-from drtune_ray.search.study import check_study
-from drtune_ray.search.variants import table_variants
 from drtune_ray.space.search_space import SearchSpace
+from drtune_ray.study.checks import check_study
+from drtune_ray.study.final_fit import with_final_workers, without_validation
+from drtune_ray.study.inputs import Checked
+from drtune_ray.study.machine import Machine, this_machine
+from drtune_ray.study.tables import preparing_device, table_variants
 from drtune_ray.values import full_path
 
 MAX_PROCESSES = 8  # measured side by side: more of them on one machine say little more

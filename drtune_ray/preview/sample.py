@@ -15,7 +15,8 @@ from drtune_ray.data.dataset import Tables
 from drtune_ray.data.splits import TRAIN, VALIDATION, Splits
 from drtune_ray.data.table_store import CACHE_FOLDER, TableStore
 from drtune_ray.data.views import ViewMaker
-from drtune_ray.search.prepare import Checked, backbone_name, build_tables, images_name
+from drtune_ray.study.inputs import Checked
+from drtune_ray.study.tables import backbone_name, build_tables, images_name
 from drtune_ray.training.frozen import table_names, table_sizes
 
 NUM_TRAIN, NUM_VALIDATION = 256, 256

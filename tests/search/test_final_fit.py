@@ -16,8 +16,9 @@ from drtune_ray.display.result import result_facts, result_lines
 from drtune_ray.doctor.examine import study_setup
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.results.winner import read_winner
-from drtune_ray.search.outcome import evaluate_study
-from drtune_ray.search.study import check_study, run_study, study_trainings
+from drtune_ray.study.checks import check_study, study_trainings
+from drtune_ray.study.evaluation import evaluate_study
+from drtune_ray.study.run import run_study
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished, RunStarted
 from tests.search.test_finals import values_of
 from tests.search.test_study import mlflow_runs
@@ -110,7 +111,7 @@ def test_one_that_diverges_is_said_to_and_the_best_seed_is_handed_back(
     tmp_path, weights_file, monkeypatch
 ):
     from drtune_ray.execution.ray_train.fit import Fit
-    from drtune_ray.search import final_fit
+    from drtune_ray.study import final_fit
 
     def diverged(self: Any, config: Any, *rest: Any) -> dict[str, Any]:
         return Fit_train(self, config.with_values({"optim.backbone_lr": 1e30}), *rest)

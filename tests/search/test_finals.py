@@ -11,8 +11,8 @@ import pytest
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.display.result import result_lines
 from drtune_ray.results.winner import read_winner
-from drtune_ray.search.outlook import StudyPlan, StudyResult
-from drtune_ray.search.study import run_study
+from drtune_ray.study.result import StudyPlan, StudyResult
+from drtune_ray.study.run import run_study
 from drtune_ray.tracking.events import RunStarted
 from tests.search.test_study import mlflow_runs, study_values
 from tests.small import BACKBONE, NORM_FREE

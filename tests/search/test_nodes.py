@@ -20,7 +20,7 @@ from drtune_ray.execution.capacity import (
     trials_that_fit,
 )
 from drtune_ray.execution.ray_state import read_capacity
-from drtune_ray.search.study import run_study
+from drtune_ray.study.run import run_study
 from tests.search.clusters import cluster_of
 from tests.search.test_study import study_values
 

@@ -18,7 +18,8 @@ from drtune_ray.data.splits import TEST
 from drtune_ray.data.table_store import TABLE_SUFFIXES, TableStore
 from drtune_ray.data.views import ViewMaker
 from drtune_ray.errors import ConfigError, EnvironmentProblem
-from drtune_ray.search.prepare import Checked, check_inputs, manifest_path, prepare
+from drtune_ray.study.inputs import Checked, check_inputs, manifest_path
+from drtune_ray.study.tables import prepare
 from drtune_ray.training import frozen
 from drtune_ray.training.backbones import read_backbone
 from drtune_ray.training.frozen import Normalizer

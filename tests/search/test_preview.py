@@ -33,9 +33,10 @@ from drtune_ray.preview.simulate import (
     simulated_studies,
     spread,
 )
-from drtune_ray.search.machine import Machine
-from drtune_ray.search.prepare import check_inputs, prepare
 from drtune_ray.search.proposals import FixedTrial
+from drtune_ray.study.inputs import check_inputs
+from drtune_ray.study.machine import Machine
+from drtune_ray.study.tables import prepare
 from drtune_ray.values import nested, to_yaml
 from tests.search.test_scheduler import CURVES
 from tests.small import small_trial, small_values, write_coloured

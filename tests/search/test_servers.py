@@ -32,9 +32,6 @@ from drtune_ray.folders import LocalFolder, open_folder
 from drtune_ray.results import evaluate as evaluate_module
 from drtune_ray.results.evaluate import _record_opening, read_openings
 from drtune_ray.results.winner import read_winner
-from drtune_ray.search import study as study_module
-from drtune_ray.search.prepare import check_inputs, prepare
-from drtune_ray.search.request import study_request
 from drtune_ray.storage.artifacts import StudyArtifacts
 from drtune_ray.storage.fingerprint import deciding_values
 from drtune_ray.storage.optuna_storage import (
@@ -44,6 +41,10 @@ from drtune_ray.storage.optuna_storage import (
     open_study,
 )
 from drtune_ray.storage.record import Record, read_record
+from drtune_ray.study import run as study_module
+from drtune_ray.study.inputs import check_inputs
+from drtune_ray.study.resolve import study_request
+from drtune_ray.study.tables import prepare
 from drtune_ray.tracking.events import MetricsRecorded
 from drtune_ray.tracking.spool import Spool
 from drtune_ray.training.checkpoint import TrialFolder, read_checkpoint

@@ -27,7 +27,7 @@ from drtune_ray.execution.shared_storage import (
 )
 from drtune_ray.execution.worker import Workplace, Workshop
 from drtune_ray.folders import LocalFolder, open_folder
-from drtune_ray.search.study import run_study
+from drtune_ray.study.run import run_study
 from tests.search.clusters import cluster_of, ray_node
 from tests.search.test_study import study_values
 from tests.servers import BUCKET, object_store_here

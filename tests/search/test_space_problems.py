@@ -18,9 +18,9 @@ import yaml
 import drtune_ray
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import ConfigError
-from drtune_ray.search.request import study_request
 from drtune_ray.space.corners import MAX_POINTS, corners
 from drtune_ray.space.search_space import SearchSpace, examined, read_space
+from drtune_ray.study.resolve import study_request
 from drtune_ray.values import flattened
 from tests.bad_input import header
 from tests.conftest import MakeTrial

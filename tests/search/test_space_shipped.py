@@ -17,12 +17,12 @@ from optuna.trial import FixedTrial
 from drtune_ray.config.study import StudyConfig, reference_config
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.search.samplers import check_sampler
-from drtune_ray.search.variants import table_variants
 from drtune_ray.space.expression_syntax import FUNCTIONS
 from drtune_ray.space.json_schema import schema_text, space_schema
 from drtune_ray.space.parameters import KINDS, Parameter
 from drtune_ray.space.search_space import SearchSpace, read_space, shipped_spaces
 from drtune_ray.space.settings import FACTS
+from drtune_ray.study.tables import table_variants
 from drtune_ray.values import flattened
 from tests.conftest import MakeTrial
 

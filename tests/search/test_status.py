@@ -24,14 +24,21 @@ from drtune_ray.display.status import status_lines
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.folders import LocalFolder
 from drtune_ray.results import trials
-from drtune_ray.search import status
-from drtune_ray.search.status import DONE, FAILED, INTERRUPTED, NOT_SEEN, RUNNING, read_status
 from drtune_ray.space.search_space import read_space
 from drtune_ray.storage.driver_lock import driver_lease
 from drtune_ray.storage.fingerprint import open_record
 from drtune_ray.storage.lease import LEASE_NAME
 from drtune_ray.storage.optuna_storage import open_storage, open_study
 from drtune_ray.storage.record import DONE_NAME, write_done
+from drtune_ray.study import status
+from drtune_ray.study.status import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    NOT_SEEN,
+    RUNNING,
+    read_status,
+)
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished, RunStarted, StepsRecorded
 from drtune_ray.tracking.spool import Spool
 from drtune_ray.values import nested

@@ -16,9 +16,10 @@ from drtune_ray.data.splits import VALIDATION
 from drtune_ray.errors import ConfigError, EnvironmentProblem, NoTrialCompleted
 from drtune_ray.results.evaluate import measure
 from drtune_ray.results.winner import read_winner
-from drtune_ray.search.outcome import evaluate_study, sync_study, tracking_of
-from drtune_ray.search.outlook import StudyResult
-from drtune_ray.search.study import run_study
+from drtune_ray.study.evaluation import evaluate_study
+from drtune_ray.study.result import StudyResult
+from drtune_ray.study.run import run_study
+from drtune_ray.study.sync import sync_study, tracking_of
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished
 from drtune_ray.values import nested
 from tests.small import small_values, write_coloured

@@ -16,7 +16,7 @@ import pytest
 import ray
 
 from drtune_ray.execution.ray_tune.run import MAX_MACHINE_FAILURES
-from drtune_ray.search.single import TrainingResult, run_training
+from drtune_ray.study.training_run import TrainingResult, run_training
 from drtune_ray.values import to_yaml
 from tests.search import leftovers
 from tests.search.leftovers import free_port

@@ -8,8 +8,8 @@ import pytest
 
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import ConfigError
-from drtune_ray.search.variants import MAX_VARIANTS, table_variants
 from drtune_ray.space.search_space import SearchSpace
+from drtune_ray.study.tables import MAX_VARIANTS, table_variants
 
 
 @pytest.fixture

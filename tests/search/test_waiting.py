@@ -15,8 +15,8 @@ from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.execution.capacity import Demand
 from drtune_ray.execution.ray_state import Placements
 from drtune_ray.execution.resource_wait import ResourceWait
-from drtune_ray.search.single import run_training
-from drtune_ray.search.study import run_study
+from drtune_ray.study.run import run_study
+from drtune_ray.study.training_run import run_training
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished
 from tests.search.clusters import cluster_of
 from tests.search.test_study import study_values

@@ -37,7 +37,7 @@ from drtune_ray.execution.ray_tune.run import tune_trainable
 from drtune_ray.execution.ray_tune.schedulers import StudyASHA
 from drtune_ray.execution.session import ray_session, set_environment
 from drtune_ray.execution.worker import Workplace
-from drtune_ray.search.study import run_study
+from drtune_ray.study.run import run_study
 from drtune_ray.tracking.events import RunFinished
 from drtune_ray.values import to_yaml
 from tests.search import leftovers

@@ -15,7 +15,8 @@ from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import TrainingData
 from drtune_ray.data.table_store import TableStore
 from drtune_ray.errors import ConfigError
-from drtune_ray.search.prepare import check_inputs, prepare
+from drtune_ray.study.inputs import check_inputs
+from drtune_ray.study.tables import prepare
 from drtune_ray.training import frozen
 from drtune_ray.training.backbones import Backbone
 from drtune_ray.training.loop import train_epochs

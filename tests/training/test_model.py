@@ -9,7 +9,7 @@ import torch
 
 from drtune_ray.config.study import ResourcesConfig
 from drtune_ray.errors import ConfigError
-from drtune_ray.search.prepare import check_inputs
+from drtune_ray.study.inputs import check_inputs
 from drtune_ray.training.model import check_trial, derived_seed
 from tests.small import small_trial, small_values, write_coloured
 

@@ -6,40 +6,20 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
-from drtune_ray.config.study import STUDY, StudyConfig, reference_config
-from drtune_ray.config.trial import TrainingConfig
-from drtune_ray.errors import ConfigError
-from drtune_ray.execution.capacity import WORKERS, Capacity, Cluster, trial_demand
+from drtune_ray.config.study import STUDY, StudyConfig
+from drtune_ray.execution.capacity import Capacity, Cluster
 from drtune_ray.execution.failures import full_disk_is_told
 from drtune_ray.execution.interrupts import signals_as_interrupt
 from drtune_ray.execution.resource_wait import Notify
 from drtune_ray.execution.session import ready_cluster
 from drtune_ray.execution.shared_storage import shared_folder
-from drtune_ray.search.driver import StudyDriver
-from drtune_ray.search.final_fit import with_final_workers
 from drtune_ray.search.objectives import direction
-from drtune_ray.search.outlook import StudyPlan, StudyResult
-from drtune_ray.search.prepare import (
-    Checked,
-    check_encoders,
-    check_inputs,
-    data_root,
-    manifest_path,
-    write_manifest,
-)
-from drtune_ray.search.proposals import FixedTrial
-from drtune_ray.search.samplers import check_sampler
-from drtune_ray.search.variants import table_variants
-from drtune_ray.space.search_space import SearchSpace, read_space, start_points
 from drtune_ray.storage.artifacts import StudyArtifacts
 from drtune_ray.storage.driver_lock import driver_lease
 from drtune_ray.storage.fingerprint import deciding_values, former_record, open_record
 from drtune_ray.storage.optuna_storage import (
-    check_database,
     check_storage_of,
-    check_tracking,
     database_as_problem,
     open_storage,
     open_study,
@@ -53,8 +33,11 @@ from drtune_ray.storage.record import (
     is_done,
     read_record,
 )
+from drtune_ray.study.checks import _space_content, check_study, study_trainings
+from drtune_ray.study.driver import StudyDriver
+from drtune_ray.study.inputs import data_root, manifest_path, write_manifest
+from drtune_ray.study.result import StudyPlan, StudyResult
 from drtune_ray.tracking.events import Sink
-from drtune_ray.training.model import check_trial
 from drtune_ray.values import full_path
 
 logger = logging.getLogger(__name__)
@@ -122,53 +105,6 @@ def run_study(
         return driver.run(observer, on_plan, is_restored)
 
 
-def check_study(
-    config: StudyConfig,
-) -> tuple[Checked, SearchSpace, tuple[FixedTrial, ...], tuple[str, ...]]:
-    """Everything that can be seen without a cluster: inputs, space, reference trials, notes.
-
-    Nothing is written.
-
-    Raises:
-        ConfigError: Naming every problem.
-        EnvironmentProblem: If weights cannot be fetched.
-    """
-    found: list[SearchSpace] = []
-    checked = check_inputs(
-        config.trial,
-        full_path(config.storage),
-        [
-            lambda: found.append(SearchSpace.from_mapping(_space_content(config), config.trial)),
-            lambda: check_sampler(config.sampler),
-            lambda: trial_demand(config.trial.training, config.resources),
-            lambda: check_database(config.optuna_storage),
-            lambda: check_tracking(config.tracking.uri),
-        ],
-        config.resources,
-    )
-    highest = checked.num_train
-    space, notes = found[0].clamped(highest, len(checked.splits.classes))
-    _check_final_fit(config, highest)
-    start_points(space, config.start_with)
-    checked = check_encoders(checked, table_variants(space, config.trial)[1:])
-    references = []
-    for name in config.reference_trials:
-        trial = reference_config(config.trial, name)
-        size = min(trial.method.bank_size, highest)
-        references.append(FixedTrial(name, trial.with_values({"method.bank_size": size})))
-    return checked, space, tuple(references), (checked.summary(), *notes)
-
-
-def _check_final_fit(config: StudyConfig, num_train: int) -> None:
-    """Whether its workers make sense; its settings are those of some trial."""
-    if config.final_fit.images == "none":
-        return
-    trial = with_final_workers(config.trial, config.final_fit)
-    on_gpus = config.resources.worker_gpus(trial.training.max_workers) > 0
-    if problems := check_trial(trial, num_train, on_gpus=on_gpus):
-        raise ConfigError([f"final_fit.workers: {problem}" for problem in problems])
-
-
 def _warm_start(config: StudyConfig) -> tuple[Record, ...]:
     """The earlier studies that this one learns from."""
     return tuple(read_record(find_study(name, config.storage)) for name in config.warm_start)
@@ -184,18 +120,5 @@ def _cluster(config: StudyConfig) -> AbstractContextManager[Capacity | None]:
     return ready_cluster(trainings, config.resources, with_dashboard=with_dashboard)
 
 
-def study_trainings(config: StudyConfig) -> dict[str, TrainingConfig]:
-    """What must fit on the cluster, by the setting that gives the workers."""
-    trainings = {WORKERS: config.trial.training}
-    if config.final_fit.images != "none":
-        again = with_final_workers(config.trial, config.final_fit)
-        trainings["final_fit.workers"] = again.training
-    return trainings
-
-
 def _manifest(config: StudyConfig) -> Path:
     return manifest_path(config.trial.data, full_path(config.storage))
-
-
-def _space_content(config: StudyConfig) -> dict[str, Any]:
-    return read_space(config.space) if isinstance(config.space, str) else config.space

@@ -20,15 +20,6 @@ from drtune_ray.execution.session import ready_cluster
 from drtune_ray.execution.shared_storage import shared_folder
 from drtune_ray.folders import LocalFolder, as_problem
 from drtune_ray.results.winner import read_about, write_winner
-from drtune_ray.search.prepare import (
-    Checked,
-    check_inputs,
-    data_root,
-    manifest_path,
-    prepare,
-    preparing_device,
-    write_manifest,
-)
 from drtune_ray.search.protocol import OBJECTIVE, OUTCOME
 from drtune_ray.storage.artifacts import StudyArtifacts
 from drtune_ray.storage.driver_lock import driver_lease
@@ -42,13 +33,9 @@ from drtune_ray.storage.record import (
     TRIALS_FOLDER,
     WINNER_NAME,
 )
-from drtune_ray.tracking.events import (
-    FilesReady,
-    RunFinished,
-    RunStarted,
-    Sink,
-    fan_out,
-)
+from drtune_ray.study.inputs import Checked, check_inputs, data_root, manifest_path, write_manifest
+from drtune_ray.study.tables import prepare, preparing_device
+from drtune_ray.tracking.events import FilesReady, RunFinished, RunStarted, Sink, fan_out
 from drtune_ray.tracking.mlflow_recorder import build_recorder
 from drtune_ray.tracking.spool import BackgroundWriter, Spool
 from drtune_ray.training.checkpoint import TrialFolder, trial_folder

@@ -22,10 +22,10 @@ from drtune_ray.errors import CheckpointError
 from drtune_ray.execution.ray_train.fit import Fit
 from drtune_ray.folders import as_problem
 from drtune_ray.search.finalists import best_finalist
-from drtune_ray.search.outlook import StudyResult
-from drtune_ray.search.prepare import Checked
 from drtune_ray.search.protocol import OUTCOME
 from drtune_ray.storage.record import TRIALS_FOLDER
+from drtune_ray.study.inputs import Checked
+from drtune_ray.study.result import StudyResult
 from drtune_ray.tracking.events import RunFinished, RunStarted
 from drtune_ray.training.checkpoint import (
     IDENTITY,

@@ -21,7 +21,7 @@ from drtune_ray.config.sources import (
 from drtune_ray.config.study import TRAINING, ResourcesConfig, StudyConfig
 from drtune_ray.config.trial import DataConfig, TrialConfig
 from drtune_ray.data.sources import IMAGE_SUFFIXES
-from drtune_ray.search.machine import fitting_defaults, this_machine
+from drtune_ray.study.machine import fitting_defaults, this_machine
 from drtune_ray.training.backbones import DEMO_BACKBONE
 from drtune_ray.values import deep_merge, flattened, full_path, nested, parse_assignments
 

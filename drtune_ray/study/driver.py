@@ -38,13 +38,9 @@ from drtune_ray.results.trials import (
 from drtune_ray.results.winner import read_about
 from drtune_ray.search.budget import Budget
 from drtune_ray.search.finalists import Finalist, best_finalist, finalists, repetitions
-from drtune_ray.search.handover import Handover
 from drtune_ray.search.objectives import OF_CLASSIFIERS
-from drtune_ray.search.outlook import FINALISTS, SEARCH, StudyPlan, StudyResult
-from drtune_ray.search.prepare import Checked, manifest_path, prepare_all, preparing_device
 from drtune_ray.search.proposals import FinalistProposals, FixedTrial, Proposals, SearchProposals
 from drtune_ray.search.samplers import build_sampler
-from drtune_ray.search.variants import table_variants
 from drtune_ray.search.warm_start import add_earlier_trials
 from drtune_ray.space.search_space import SearchSpace, start_points
 from drtune_ray.storage.artifacts import StudyArtifacts
@@ -59,14 +55,11 @@ from drtune_ray.storage.record import (
     is_done,
     write_done,
 )
-from drtune_ray.tracking.events import (
-    Event,
-    FilesReady,
-    RunFinished,
-    RunStarted,
-    Sink,
-    fan_out,
-)
+from drtune_ray.study.inputs import Checked, manifest_path
+from drtune_ray.study.result import FINALISTS, SEARCH, StudyPlan, StudyResult
+from drtune_ray.study.tables import prepare_all, preparing_device, table_variants
+from drtune_ray.study.winner import Handover
+from drtune_ray.tracking.events import Event, FilesReady, RunFinished, RunStarted, Sink, fan_out
 from drtune_ray.tracking.mlflow_recorder import build_recorder
 from drtune_ray.tracking.spool import BackgroundWriter, Spool
 from drtune_ray.training.backbones import read_backbone

@@ -14,10 +14,11 @@ from drtune_ray.execution.ray_train.fit import Fit
 from drtune_ray.folders import as_problem
 from drtune_ray.results.trials import TrialSummary, best_first
 from drtune_ray.results.winner import write_winner
-from drtune_ray.search.final_fit import FinalFit, final_fit
-from drtune_ray.search.outlook import StudyResult
-from drtune_ray.search.prepare import Checked, build_tables, preparing_device
 from drtune_ray.storage.record import TRIALS_FOLDER, WINNER_NAME
+from drtune_ray.study.final_fit import FinalFit, final_fit
+from drtune_ray.study.inputs import Checked
+from drtune_ray.study.result import StudyResult
+from drtune_ray.study.tables import build_tables, preparing_device
 from drtune_ray.tracking.events import FilesReady
 from drtune_ray.training.checkpoint import TrialFolder, trial_folder
 
