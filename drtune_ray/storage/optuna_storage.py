@@ -41,19 +41,6 @@ def check_database(url: str | None) -> None:
             create_engine(with_secrets(url)).dispose()
 
 
-def check_tracking(uri: str | None) -> None:
-    """As :func:`check_database`, for MLflow.
-
-    Raises:
-        ConfigError: If it is no address, or names an environment variable that is not set.
-    """
-    if uri is not None and "://" not in with_secrets(uri):
-        raise ConfigError(
-            f"tracking.uri={uri!r} is not valid: give http://HOST:PORT of an MLflow server, or the "
-            "URL of a database"
-        )
-
-
 def open_storage(folder: Path, url: str | None) -> BaseStorage:
     """Optuna's storage: the database that was named, else a file in the study's folder.
 

@@ -11,10 +11,11 @@ from drtune_ray.execution.capacity import WORKERS, trial_demand
 from drtune_ray.search.proposals import FixedTrial
 from drtune_ray.search.samplers import check_sampler
 from drtune_ray.space.search_space import SearchSpace, read_space, start_points
-from drtune_ray.storage.optuna_storage import check_database, check_tracking
+from drtune_ray.storage.optuna_storage import check_database
 from drtune_ray.study.final_fit import with_final_workers
 from drtune_ray.study.inputs import Checked, check_encoders, check_inputs
 from drtune_ray.study.tables import table_variants
+from drtune_ray.tracking.mlflow_recorder import check_tracking
 from drtune_ray.training.model import check_trial
 from drtune_ray.values import full_path
 

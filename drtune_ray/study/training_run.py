@@ -24,7 +24,6 @@ from drtune_ray.search.protocol import OBJECTIVE, OUTCOME
 from drtune_ray.storage.artifacts import StudyArtifacts
 from drtune_ray.storage.driver_lock import driver_lease
 from drtune_ray.storage.fingerprint import deciding_values, former_record, open_record
-from drtune_ray.storage.optuna_storage import check_tracking
 from drtune_ray.storage.record import (
     DONE_NAME,
     RECORD_FILE,
@@ -36,7 +35,7 @@ from drtune_ray.storage.record import (
 from drtune_ray.study.inputs import Checked, check_inputs, data_root, manifest_path, write_manifest
 from drtune_ray.study.tables import prepare, preparing_device
 from drtune_ray.tracking.events import FilesReady, RunFinished, RunStarted, Sink, fan_out
-from drtune_ray.tracking.mlflow_recorder import build_recorder
+from drtune_ray.tracking.mlflow_recorder import build_recorder, check_tracking
 from drtune_ray.tracking.spool import BackgroundWriter, Spool
 from drtune_ray.training.checkpoint import TrialFolder, trial_folder
 from drtune_ray.training.records import COMPLETED, PATIENCE

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from drtune_ray.config.study import TrackingConfig
+from drtune_ray.errors import ConfigError
 from drtune_ray.server_uri import secrets_hidden, with_secrets
-from drtune_ray.tracking.database import make_database
 from drtune_ray.tracking.events import (
     Event,
     FilesReady,
@@ -24,9 +24,9 @@ from drtune_ray.tracking.events import (
     RunStarted,
     StepsRecorded,
 )
+from drtune_ray.tracking.sqlite_store import make_database
 
 logger = logging.getLogger(__name__)
-
 STUDY_TAG, TRIAL_TAG = "drtune.study_id", "drtune.trial"
 STATE_TAG, OUTCOME_TAG = "drtune.state", "drtune.outcome"
 STUDY_ITSELF = "study"
@@ -46,7 +46,6 @@ VIEW = {
 }
 METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100
 MAX_PARAM_LENGTH = 6000
-
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
@@ -250,3 +249,16 @@ def build_recorder(tracking: TrackingConfig, storage: Path, study_id: str) -> Ml
     return MlflowRecorder(
         default_tracking_uri(storage), tracking.experiment, study_id, storage / "mlartifacts"
     )
+
+
+def check_tracking(uri: str | None) -> None:
+    """As :func:`check_database`, for MLflow.
+
+    Raises:
+        ConfigError: If it is no address, or names an environment variable that is not set.
+    """
+    if uri is not None and "://" not in with_secrets(uri):
+        raise ConfigError(
+            f"tracking.uri={uri!r} is not valid: give http://HOST:PORT of an MLflow server, or the "
+            "URL of a database"
+        )

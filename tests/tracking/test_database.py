@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from drtune_ray.tracking import database
-from drtune_ray.tracking.database import make_database
 from drtune_ray.tracking.mlflow_recorder import MlflowRecorder
+from drtune_ray.tracking.sqlite_store import make_database
 
 # Ends the process between two statements of a migration that replaces a table.
 KILLED = """
