@@ -41,7 +41,7 @@ from drtune_ray.study.inputs import check_inputs
 from drtune_ray.study.tables import prepare
 from drtune_ray.training.backbones import DEMO_BACKBONE, read_backbone
 from drtune_ray.training.loop import train_epochs
-from drtune_ray.training.records import COMPLETED, EpochReport
+from drtune_ray.training.reports import COMPLETED, EpochReport
 from drtune_ray.values import nested
 
 CALIBRATION = "method.calibration."

@@ -43,7 +43,7 @@ from drtune_ray.training import trial as trial_module
 from drtune_ray.training.backbones import read_backbone
 from drtune_ray.training.loop import train_epochs
 from drtune_ray.training.optim import build_schedule
-from drtune_ray.training.records import EpochReport
+from drtune_ray.training.reports import EpochReport
 
 HERE = Path(__file__).parent
 PROCESSES = 2

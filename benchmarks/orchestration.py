@@ -56,7 +56,7 @@ from drtune_ray.tracking.events import Event, MetricsRecorded, RunFinished
 from drtune_ray.training.backbones import read_backbone
 from drtune_ray.training.checkpoint import trial_folder
 from drtune_ray.training.loop import train_epochs
-from drtune_ray.training.records import EpochReport
+from drtune_ray.training.reports import EpochReport
 from drtune_ray.values import deep_merge
 
 AT_A_TIME, EPOCHS, IMAGE_SIZE = 2, 5, 48

@@ -38,7 +38,10 @@ from drtune_ray.execution.ray_tune.schedulers import build_scheduler
 from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.search.budget import Budget
 from drtune_ray.search.proposals import SearchProposals
-from drtune_ray.search.protocol import (
+from drtune_ray.search.samplers import build_sampler
+from drtune_ray.space.search_space import SearchSpace, start_points
+from drtune_ray.training.reports import (
+    COMPLETED,
     CONFIG_TRIAL,
     EPOCH,
     HISTORY,
@@ -46,9 +49,6 @@ from drtune_ray.search.protocol import (
     OBJECTIVE,
     OUTCOME,
 )
-from drtune_ray.search.samplers import build_sampler
-from drtune_ray.space.search_space import SearchSpace, start_points
-from drtune_ray.training.records import COMPLETED
 from drtune_ray.values import flattened
 
 HERE = Path(__file__).parent

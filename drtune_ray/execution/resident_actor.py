@@ -12,15 +12,16 @@ from ray import tune
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.execution.guard import Lifeline
 from drtune_ray.execution.worker import Workplace, Workshop
-from drtune_ray.search.protocol import (
+from drtune_ray.training.checkpoint import TrialFolder
+from drtune_ray.training.reports import (
     CONFIG_NUMBER,
     CONFIG_TRIAL,
     OUT_OF_MEMORY,
+    EpochReport,
+    SavePoint,
     failed_by_point,
     trial_result,
 )
-from drtune_ray.training.checkpoint import TrialFolder
-from drtune_ray.training.records import EpochReport, SavePoint
 
 
 class TrialActor(tune.Trainable):  # type: ignore[misc]

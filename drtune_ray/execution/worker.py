@@ -23,7 +23,7 @@ from drtune_ray.folders import Folder
 from drtune_ray.training.backbones import Backbone, read_backbone
 from drtune_ray.training.checkpoint import TrialFolder, trial_folder, trial_identity
 from drtune_ray.training.loop import train_epochs
-from drtune_ray.training.records import EpochReport, SavePoint
+from drtune_ray.training.reports import EpochReport, SavePoint
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from drtune_ray.data.table_store import CACHE_FOLDER, TableStore
 from drtune_ray.data.views import ViewMaker
 from drtune_ray.study.inputs import Checked
 from drtune_ray.study.tables import backbone_name, build_tables, images_name
-from drtune_ray.training.frozen import table_names, table_sizes
+from drtune_ray.training.frozen_features import table_names, table_sizes
 
 NUM_TRAIN, NUM_VALIDATION = 256, 256
 NUM_VIEW_ROWS = 1024  # images in views of the sample, about: so many need the frozen encoder

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from drtune_ray.config.study import BudgetConfig, StudyConfig
 from drtune_ray.execution.ray_tune.schedulers import build_scheduler
 from drtune_ray.search.finalists import CE_TUNING
-from drtune_ray.search.protocol import CONFIG_NUMBER, EPOCH, OBJECTIVE
+from drtune_ray.training.reports import CONFIG_NUMBER, EPOCH, OBJECTIVE
 
 # Correlation of two epochs of a trial over trials, once the common rise is taken away.
 ORDER_CORRELATION = 0.8

@@ -20,7 +20,7 @@ from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.folders import Folder, as_problem
 from drtune_ray.results.winner import Winner, read_winner
 from drtune_ray.tracking.events import now_ms
-from drtune_ray.training.frozen import Normalizer
+from drtune_ray.training.frozen_features import Normalizer
 from drtune_ray.values import digest
 
 BATCH_ROWS = 64

@@ -8,7 +8,7 @@ from optuna.trial import FrozenTrial
 
 from drtune_ray.results.trials import FINALIST, OUTCOME, REFERENCE, START_POINT
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished, RunStarted
-from drtune_ray.training.records import EpochRecord
+from drtune_ray.training.reports import EpochRecord
 from drtune_ray.values import flattened
 
 MARKS = (REFERENCE, FINALIST, START_POINT)

@@ -12,7 +12,7 @@ from ray.tune import Stopper
 
 from drtune_ray.config.study import BudgetConfig
 from drtune_ray.results import trials
-from drtune_ray.search.protocol import OBJECTIVE
+from drtune_ray.training.reports import OBJECTIVE
 
 SECONDS = "seconds"  # user attribute of the Optuna study: what its searches took so far
 STOPPED_BY_BUDGET, REACHED_TARGET = "stopped by the budget", "reached the target accuracy"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from drtune_ray.search.protocol import OBJECTIVE, result_history
+from drtune_ray.training.reports import OBJECTIVE, result_history
 
 Direction = Literal["maximize", "minimize"]
 

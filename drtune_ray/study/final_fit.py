@@ -22,7 +22,6 @@ from drtune_ray.errors import CheckpointError
 from drtune_ray.execution.ray_train.fit import Fit
 from drtune_ray.folders import as_problem
 from drtune_ray.search.finalists import best_finalist
-from drtune_ray.search.protocol import OUTCOME
 from drtune_ray.storage.record import TRIALS_FOLDER
 from drtune_ray.study.inputs import Checked
 from drtune_ray.study.result import StudyResult
@@ -34,7 +33,7 @@ from drtune_ray.training.checkpoint import (
     read_checkpoint,
     trial_identity,
 )
-from drtune_ray.training.records import COMPLETED
+from drtune_ray.training.reports import COMPLETED, OUTCOME
 from drtune_ray.values import flattened
 
 

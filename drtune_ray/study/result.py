@@ -10,7 +10,7 @@ from typing import Any
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.results.trials import TrialSummary
 from drtune_ray.search.finalists import Finalist, best_finalist
-from drtune_ray.training.records import COMPLETED
+from drtune_ray.training.reports import COMPLETED
 
 SEARCH, FINALISTS = "search", "finalists"
 

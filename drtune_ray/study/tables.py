@@ -19,7 +19,7 @@ from drtune_ray.space.corners import corners, needed_for, thresholds_in
 from drtune_ray.space.search_space import SearchSpace
 from drtune_ray.study.inputs import Checked, data_root, manifest_path, write_manifest
 from drtune_ray.training.backbones import Backbone
-from drtune_ray.training.frozen import prepare_tables
+from drtune_ray.training.frozen_features import prepare_tables
 from drtune_ray.values import flattened
 
 MAX_VARIANTS = 16

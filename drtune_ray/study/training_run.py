@@ -20,7 +20,6 @@ from drtune_ray.execution.session import ready_cluster
 from drtune_ray.execution.shared_storage import shared_folder
 from drtune_ray.folders import LocalFolder, as_problem
 from drtune_ray.results.winner import read_about, write_winner
-from drtune_ray.search.protocol import OBJECTIVE, OUTCOME
 from drtune_ray.storage.artifacts import StudyArtifacts
 from drtune_ray.storage.driver_lock import driver_lease
 from drtune_ray.storage.fingerprint import deciding_values, former_record, open_record
@@ -38,7 +37,7 @@ from drtune_ray.tracking.events import FilesReady, RunFinished, RunStarted, Sink
 from drtune_ray.tracking.mlflow_recorder import build_recorder, check_tracking
 from drtune_ray.tracking.spool import BackgroundWriter, Spool
 from drtune_ray.training.checkpoint import TrialFolder, trial_folder
-from drtune_ray.training.records import COMPLETED, PATIENCE
+from drtune_ray.training.reports import COMPLETED, OBJECTIVE, OUTCOME, PATIENCE
 from drtune_ray.values import flattened, full_path
 
 logger = logging.getLogger(__name__)

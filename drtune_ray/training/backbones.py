@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from drtune_ray.config.trial import BackboneConfig
 from drtune_ray.data.views import Normalization
 from drtune_ray.errors import ConfigError, EnvironmentProblem
-from drtune_ray.training.folding import folded
+from drtune_ray.training.batch_norm_folding import folded
 from drtune_ray.values import at_home, full_path
 
 HUB_TIMEOUT_SECONDS = 4.0

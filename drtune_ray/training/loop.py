@@ -15,7 +15,7 @@ import torch
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import TrainingData
 from drtune_ray.training.backbones import Backbone
-from drtune_ray.training.records import DIVERGED, EpochReport, SavePoint
+from drtune_ray.training.reports import DIVERGED, EpochReport, SavePoint
 from drtune_ray.training.trial import Trial
 
 

@@ -24,7 +24,7 @@ from drtune_ray.training.distributed import (
     gather_objects,
     is_distributed,
 )
-from drtune_ray.training.frozen import Normalizer
+from drtune_ray.training.frozen_features import Normalizer
 from drtune_ray.training.model import (
     build_method,
     classifier_state,
@@ -34,9 +34,15 @@ from drtune_ray.training.model import (
     set_training_mode,
 )
 from drtune_ray.training.optim import build_optimizer, build_schedule, learning_rates
-from drtune_ray.training.records import COMPLETED, DIVERGED, PATIENCE, EpochRecord, EpochReport
+from drtune_ray.training.reports import (
+    COMPLETED,
+    DIVERGED,
+    PATIENCE,
+    EpochRecord,
+    EpochReport,
+)
+from drtune_ray.training.step_signals import StepSignals
 from drtune_ray.training.validation import ValidationTotals
-from drtune_ray.training.watch import StepSignals
 
 EVALUATION_ROWS = 64
 FROZEN_PREFIX = "pretrained_encoder."

@@ -14,10 +14,10 @@ from drtune_ray.config.trial import TrialConfig
 from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.search.budget import Budget
 from drtune_ray.search.proposals import FixedTrial, SearchProposals
-from drtune_ray.search.protocol import HISTORY, OBJECTIVE
 from drtune_ray.search.samplers import build_sampler
 from drtune_ray.space.search_space import SearchSpace
 from drtune_ray.storage.optuna_storage import open_storage, open_study
+from drtune_ray.training.reports import HISTORY, OBJECTIVE
 
 SPACE = {
     "parameters": {

@@ -15,9 +15,8 @@ import torch
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.execution.resident_actor import TrialActor
 from drtune_ray.execution.worker import Workplace
-from drtune_ray.search.protocol import OUT_OF_MEMORY
 from drtune_ray.training.checkpoint import TrialFolder
-from drtune_ray.training.records import COMPLETED, DIVERGED
+from drtune_ray.training.reports import COMPLETED, DIVERGED, OUT_OF_MEMORY
 from tests.small import prepared, small_trial, small_values, write_coloured
 
 

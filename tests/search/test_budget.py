@@ -15,7 +15,7 @@ from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.results.trials import summaries
 from drtune_ray.search.budget import REACHED_TARGET, STOPPED_BY_BUDGET, Budget
 from drtune_ray.search.outcomes import STOPPED_BY_SCHEDULER
-from drtune_ray.training.records import COMPLETED
+from drtune_ray.training.reports import COMPLETED
 from tests.search.searches import opened, result, searching
 
 

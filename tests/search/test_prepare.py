@@ -20,9 +20,8 @@ from drtune_ray.data.views import ViewMaker
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.study.inputs import Checked, check_inputs, manifest_path
 from drtune_ray.study.tables import prepare
-from drtune_ray.training import frozen
 from drtune_ray.training.backbones import read_backbone
-from drtune_ray.training.frozen import Normalizer
+from drtune_ray.training.frozen_features import Normalizer
 from drtune_ray.training.model import check_trial
 from tests.conftest import MakeTrial, WriteImages
 

@@ -18,7 +18,7 @@ from drtune_ray.search.proposals import (
     FinalistProposals,
     FixedTrial,
 )
-from drtune_ray.training.records import COMPLETED
+from drtune_ray.training.reports import COMPLETED
 from tests.search.searches import opened, result, searching
 
 FEW = {

@@ -20,7 +20,7 @@ from drtune_ray.search.budget import Budget
 from drtune_ray.search.proposals import FixedTrial, SearchProposals
 from drtune_ray.search.samplers import SAMPLERS, build_sampler, check_sampler
 from drtune_ray.space.search_space import SearchSpace
-from drtune_ray.training.records import COMPLETED
+from drtune_ray.training.reports import COMPLETED
 from tests.search.searches import opened, result
 
 SPACE = {

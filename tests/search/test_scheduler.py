@@ -10,7 +10,7 @@ import pytest
 
 from drtune_ray.config.study import SchedulerConfig
 from drtune_ray.execution.ray_tune.schedulers import StudyASHA
-from drtune_ray.search.protocol import OBJECTIVE
+from drtune_ray.training.reports import OBJECTIVE
 
 CONFIG = SchedulerConfig(min_epochs=1, reduction_factor=2)
 CURVES = {

@@ -18,8 +18,15 @@ from drtune_ray.execution.ray_tune.callbacks import StudyCallback
 from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.results.trials import best_trial, summary
 from drtune_ray.search.proposals import SearchProposals
-from drtune_ray.search.protocol import HISTORY, OBJECTIVE, OUT_OF_MEMORY, failed_by_point
-from drtune_ray.training.records import COMPLETED, DIVERGED, PATIENCE
+from drtune_ray.training.reports import (
+    COMPLETED,
+    DIVERGED,
+    HISTORY,
+    OBJECTIVE,
+    OUT_OF_MEMORY,
+    PATIENCE,
+    failed_by_point,
+)
 from tests.search.searches import opened, result, searching
 
 

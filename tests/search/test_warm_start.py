@@ -17,7 +17,7 @@ from drtune_ray.search.warm_start import add_earlier_trials
 from drtune_ray.space.search_space import SearchSpace
 from drtune_ray.storage.fingerprint import DATA_DIGEST, NUMERICS, WEIGHTS_DIGEST
 from drtune_ray.storage.record import Record
-from drtune_ray.training.records import COMPLETED, DIVERGED
+from drtune_ray.training.reports import COMPLETED, DIVERGED
 from tests.search.searches import SPACE, opened, result, searching
 
 DECIDING = {DATA_DIGEST: "a", WEIGHTS_DIGEST: "b", NUMERICS: 2, "objectives": ["val_accuracy"]}

@@ -26,9 +26,9 @@ from drtune_ray.training.backbones import Backbone, read_backbone
 from drtune_ray.training.checkpoint import TrialFolder
 from drtune_ray.training.distributed import ProcessGroup, gather_objects
 from drtune_ray.training.loop import train_epochs
-from drtune_ray.training.records import COMPLETED, PATIENCE
+from drtune_ray.training.reports import COMPLETED, PATIENCE
+from drtune_ray.training.step_signals import StepSignals
 from drtune_ray.training.trial import Trial
-from drtune_ray.training.watch import StepSignals
 from tests.small import NORM_FREE, prepared, small_trial, small_values, write_coloured
 from tests.training.tiny_nfnet import TINY_NFNET
 

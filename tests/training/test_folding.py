@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from drtune_ray.training.folding import folded
+from drtune_ray.training.batch_norm_folding import folded
 
 # test_resnet: plain BatchNorm and residual sums; the others: BatchNormAct2d, squeeze and excite.
 FOLDABLE = ["test_efficientnet", "test_resnet", "test_byobnet"]

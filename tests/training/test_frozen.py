@@ -17,10 +17,9 @@ from drtune_ray.data.table_store import TableStore
 from drtune_ray.errors import ConfigError
 from drtune_ray.study.inputs import check_inputs
 from drtune_ray.study.tables import prepare
-from drtune_ray.training import frozen
 from drtune_ray.training.backbones import Backbone
 from drtune_ray.training.loop import train_epochs
-from drtune_ray.training.records import EpochReport
+from drtune_ray.training.reports import EpochReport
 from drtune_ray.training.trial import Trial
 from tests.small import prepared, small_trial, small_values, write_coloured
 

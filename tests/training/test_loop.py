@@ -12,7 +12,13 @@ import torch
 from drtune_ray.training.checkpoint import TrialFolder, read_checkpoint
 from drtune_ray.training.loop import train_epochs
 from drtune_ray.training.model import classifier
-from drtune_ray.training.records import COMPLETED, DIVERGED, PATIENCE, EpochReport, SavePoint
+from drtune_ray.training.reports import (
+    COMPLETED,
+    DIVERGED,
+    PATIENCE,
+    EpochReport,
+    SavePoint,
+)
 from drtune_ray.training.trial import Trial
 from tests.small import prepared, small_trial, small_values, write_coloured
 
@@ -235,7 +241,7 @@ def test_best_checkpoint_gives_the_recorded_accuracy(values, storage, tmp_path):
         event.save(folder)
     best = read_checkpoint(folder.best)
     model = classifier(backbone.name, backbone.image_size, best["model"])
-    from drtune_ray.training.frozen import Normalizer
+    from drtune_ray.training.frozen_features import Normalizer
 
     rows = list(range(len(data.validation)))
     pixels, labels = next(data.validation_batches([rows]))

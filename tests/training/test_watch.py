@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from drtune_ray.training.distributed import ProcessGroup
-from drtune_ray.training.watch import LAG, StepSignals
+from drtune_ray.training.step_signals import LAG, StepSignals
 
 
 def test_on_a_cpu_a_broken_step_is_known_at_once() -> None:

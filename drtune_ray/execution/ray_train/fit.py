@@ -28,12 +28,11 @@ from drtune_ray.execution.ray_train.worker_group import train_environment
 from drtune_ray.execution.resource_wait import ResourceWait
 from drtune_ray.execution.session import scratch_folder
 from drtune_ray.execution.worker import Workplace
-from drtune_ray.search.protocol import OUT_OF_MEMORY
 from drtune_ray.storage.artifacts import StudyArtifacts
 from drtune_ray.storage.record import SCRATCH_NAME, TRIALS_FOLDER
 from drtune_ray.tracking.events import MetricsRecorded, RunKey, Sink, StepsRecorded
 from drtune_ray.training.checkpoint import TrialFolder
-from drtune_ray.training.records import EpochRecord
+from drtune_ray.training.reports import OUT_OF_MEMORY, EpochRecord
 
 # Of a single training, without an epoch in between. A study leaves the count to Tune.
 MAX_FAILURES = 2

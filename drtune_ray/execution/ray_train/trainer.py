@@ -24,16 +24,16 @@ from drtune_ray.config.trial import TrialConfig
 from drtune_ray.execution.guard import Lifeline
 from drtune_ray.execution.ray_train.worker_group import GroupCare, start_seconds, train_environment
 from drtune_ray.execution.worker import Workplace, Workshop
-from drtune_ray.search.protocol import (
+from drtune_ray.storage.record import SCRATCH_NAME
+from drtune_ray.training.checkpoint import TrialFolder
+from drtune_ray.training.reports import (
     CONFIG_NUMBER,
     CONFIG_TRIAL,
     OUT_OF_MEMORY,
+    EpochReport,
     failed_by_point,
     trial_result,
 )
-from drtune_ray.storage.record import SCRATCH_NAME
-from drtune_ray.training.checkpoint import TrialFolder
-from drtune_ray.training.records import EpochReport
 
 logger = logging.getLogger(__name__)
 # Infinite by default: workers that cannot start would be started for ever, in silence.

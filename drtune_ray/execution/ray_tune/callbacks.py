@@ -24,9 +24,9 @@ from drtune_ray.execution.ray_tune.patches import failure_of
 from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.execution.resource_wait import ResourceWait
 from drtune_ray.results.events import epoch_event, run_finished, run_started
-from drtune_ray.search.protocol import CONFIG_NUMBER, CONFIG_TRIAL, result_history
 from drtune_ray.tracking.events import Sink
 from drtune_ray.training.checkpoint import folder_name
+from drtune_ray.training.reports import CONFIG_NUMBER, CONFIG_TRIAL, result_history
 
 logger = logging.getLogger(__name__)
 ERROR_TAG = "drtune.error"

@@ -15,7 +15,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, Tri
 
 from drtune_ray.config.study import SchedulerConfig
 from drtune_ray.results.trials import values_by_epoch
-from drtune_ray.search.protocol import CONFIG_NUMBER, EPOCH, OBJECTIVE
+from drtune_ray.training.reports import CONFIG_NUMBER, EPOCH, OBJECTIVE
 
 
 class StudyScheduler(Protocol):

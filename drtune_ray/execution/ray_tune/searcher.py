@@ -28,16 +28,18 @@ from drtune_ray.search.budget import REACHED_TARGET, STOPPED_BY_BUDGET, Budget
 from drtune_ray.search.objectives import final_values
 from drtune_ray.search.outcomes import CONSTRAINT, STOPPED_BY_SCHEDULER
 from drtune_ray.search.proposals import Proposals
-from drtune_ray.search.protocol import (
+from drtune_ray.training.reports import (
+    COMPLETED,
     CONFIG_NUMBER,
     CONFIG_TRIAL,
+    DIVERGED,
     NUM_THREADS,
     OBJECTIVE,
     OUT_OF_MEMORY,
     OUTCOME,
+    PATIENCE,
     result_history,
 )
-from drtune_ray.training.records import COMPLETED, DIVERGED, PATIENCE
 
 
 class StudySearch(Searcher):  # type: ignore[misc]

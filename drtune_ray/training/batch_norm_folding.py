@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 logger = logging.getLogger(__name__)
-
 RELATIVE_ERROR = 1e-4
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
