@@ -42,10 +42,11 @@ from drtune_ray.data.table_store import TableStore
 from drtune_ray.demo import demo_config
 from drtune_ray.execution.capacity import Capacity, Cluster
 from drtune_ray.execution.ray_train.trainer import drive_trial
+from drtune_ray.execution.ray_tune import run
 from drtune_ray.execution.ray_tune.run import TuneRun, tune_trainable
 from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.execution.session import ray_session
-from drtune_ray.execution.worker import Workplace
+from drtune_ray.execution.worker import WorkerContext
 from drtune_ray.search.proposals import FinalistProposals, FixedTrial
 from drtune_ray.storage.artifacts import StudyArtifacts
 from drtune_ray.storage.optuna_storage import open_storage, open_study
@@ -163,7 +164,7 @@ def run_tune(
         lambda: None,
         lambda: None,
     )
-    with mock.patch.object(tuning, "tune_trainable", trainable):
+    with mock.patch.object(run, "tune_trainable", trainable):
         record.started = time.time()
         tune_run.run(
             StudySearch(FinalistProposals(study, trials)), {config.trial.tables_key: tables}
@@ -176,7 +177,7 @@ class _Nested(TuneRun):
         """Workers of Ray Train have a guard of their own, and no actor is used again."""
 
 
-def _nested(config: StudyConfig, workplace: Workplace, capacity: Capacity) -> Any:
+def _nested(config: StudyConfig, workplace: WorkerContext, capacity: Capacity) -> Any:
     """As `tune_trainable` makes it for trials of several workers; here for one."""
     bound = tune.with_parameters(
         drive_trial, workplace=workplace, resources=config.resources, num_workers=1

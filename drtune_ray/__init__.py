@@ -6,8 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from drtune_ray.config.study import StudyConfig
-    from drtune_ray.config.trial import TrialConfig
+    from drtune_ray.config import StudyConfig, TrialConfig
     from drtune_ray.method import DRTune
     from drtune_ray.study import run_study
 
@@ -17,8 +16,8 @@ __version__ = "0.1.0"
 # Imported when first asked for: `import drtune_ray` must load neither torch nor ray.
 _HOMES = {
     "DRTune": "drtune_ray.method",
-    "StudyConfig": "drtune_ray.config.trial",
-    "TrialConfig": "drtune_ray.config.trial",
+    "StudyConfig": "drtune_ray.config",
+    "TrialConfig": "drtune_ray.config",
     "run_study": "drtune_ray.study",
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,22 @@ def weights_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
         return path
 
     return write
+
+
+@pytest.fixture
+def killed(tmp_path: Path, weights_file: Any) -> Iterator[Any]:
+    """Make studies; whatever happens, their processes are gone afterwards."""
+    from tests.survival import Killed
+
+    made: list[Killed] = []
+
+    def make(folder: Path = tmp_path, kind: type[Killed] = Killed, **changes: Any) -> Killed:
+        made.append(kind(folder, weights_file, **changes))
+        return made[-1]
+
+    yield make
+    for study in made:
+        study.end()
 
 
 @pytest.fixture(scope="session")

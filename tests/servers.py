@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.search.leftovers import free_port
+from tests.leftovers import free_port
 
 BUCKET = "studies"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,39 +18,46 @@ import drtune_ray
 PACKAGE = "drtune_ray"
 ROOT = Path(drtune_ray.__file__).parent
 
-FLOOR = {"addresses", "config", "errors", "presets", "section", "study_sections", "values"}
-# What the modules of each layer may import of the package, besides their own layer.
-LAYERS: dict[str, set[str]] = {
-    "errors": set(),
-    "values": {"errors"},
-    "addresses": {"errors"},
-    "section": {"errors"},
-    "presets": set(),
-    "study_sections": {"addresses", "section"},
-    "config": {"addresses", "errors", "presets", "section", "study_sections", "values"},
+# From below; the modules of a room may import those of the rooms below it, besides its own.
+STOREYS: tuple[set[str], ...] = (
+    {"errors", "method"},
+    {"values", "server_uri"},
+    {"folders"},
+    {"config"},
+    {"space", "data", "tracking"},
+    {"training", "storage"},
+    {"results"},
+    {"search"},
+    {"execution"},
+    {"study", "jobs", "manifests"},
+    {"preview", "doctor", "demo"},
+    {"display"},
+    {"cli"},
+)
+FLOOR = {"errors", "values", "server_uri", "folders", "config"}
+# What may be imported of the rooms below; of the others, everything below.
+NARROW: dict[str, set[str]] = {
     "method": set(),
+    "config": FLOOR,
     "data": FLOOR,
     "tracking": FLOOR,
+    "space": FLOOR | {"method"},
     "training": FLOOR | {"data", "method"},
-    "results": FLOOR | {"data", "training", "tracking"},
-    "search": FLOOR | {"data", "method", "training", "tracking", "results"},
-    "cluster": FLOOR | {"data", "training", "tracking", "results", "search"},
-    "demo": FLOOR | {"training", "search"},
-    "display": FLOOR | {"tracking", "results", "search", "cluster"},
-    "cli_options": set(),
-    "cli_jobs": {"errors", "cli_options", "cluster", "display"},
-    "cli_deploy": {"cluster"},
-    "cli_doctor": FLOOR | {"cli_options", "cluster", "display", "search"},
-    "cli": FLOOR
-    | {"cli_deploy", "cli_doctor", "cli_jobs", "cli_options", "demo", "display"}
-    | {"training", "tracking", "results", "search", "cluster"},
+}
+LAYERS: dict[str, set[str]] = {
+    room: NARROW.get(room, set().union(*STOREYS[:height]))
+    for height, storey in enumerate(STOREYS)
+    for room in storey
 }
 # Who alone may import these.
 OWNERS = {
-    "ray": {"search", "cluster"},
+    "ray": {"execution", "doctor", "jobs"},
     "mlflow": {"tracking"},
-    "optuna": {"search", "results"},
+    "optuna": {"search", "storage", "results"},
 }
+# What Ray does not promise: see `drtune_ray.execution.ray_state`.
+RAY_STATE_FILE = "execution/ray_state.py"
+INSIDE_RAY = re.compile(r"ray\._private|ray\.core\.generated|internal_kv")
 DISTRIBUTED_FILE = "training/distributed.py"
 TEST_SPLIT_FILES = {"data/splits.py", "results/evaluate.py"}
 LAZY_FILES = {"__init__.py"}  # names its homes as strings
@@ -79,6 +87,8 @@ def problems_of(node: ast.AST, name: str, layer: str) -> Iterator[str]:
     for module in imported(node, name):
         if problem := import_problem(module, layer):
             yield problem
+        if INSIDE_RAY.search(module) and name != RAY_STATE_FILE:
+            yield f"imports {module}"
         if module.startswith("torch.distributed") and name != DISTRIBUTED_FILE:
             yield "uses torch.distributed"
         if module.endswith((".data.splits.TEST", ".import_module")):
@@ -86,6 +96,8 @@ def problems_of(node: ast.AST, name: str, layer: str) -> Iterator[str]:
                 yield f"imports {module}"
     if isinstance(node, ast.Attribute):
         whole = ast.unparse(node)
+        if whole == "ray._private" and name != RAY_STATE_FILE:
+            yield "uses ray._private"
         if whole == "torch.distributed" and name != DISTRIBUTED_FILE:
             yield "uses torch.distributed"
         if whole.endswith(".TEST") and name not in TEST_SPLIT_FILES:

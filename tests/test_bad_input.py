@@ -33,33 +33,33 @@ EXAMPLES = all_examples()
 BY_NAME = {example.name: example for example in EXAMPLES}
 # Left by looking into a study that was begun before: its lock, and the storages that it names.
 LEFT_BY_A_DRIVER = {"driver.lock", "driver.txt", "optuna.journal", "search.db", "artifacts"}
-# Whose rules tests/search/test_space_problems.py holds.
-OF_SPACES = ("space_*.py", "expression*.py", "parameters.py", "settings.py")
+# Whose rules tests/space/test_space_problems.py holds.
+NOT_OF_SPACES = "space/search_space.py"  # of all that lies in space/
 # Functions of refusing modules whose sentences are about other things.
 NOT_OF_INPUT = {
-    "cli_jobs.py:_follow",
-    "cli_jobs.py:_server",
-    "cluster/attempts.py:_short",
-    "cluster/attempts.py:end_of",  # of a job
-    "cluster/render.py:_notes",
-    "cluster/submission.py:_notes",
-    "data/artifacts.py:probe_folder",  # exit code 3
-    "search/driver.py:StudyDriver._finish",
-    "search/driver.py:StudyDriver._tell_start",
-    "search/identity.py:driver_lease",
-    "search/nodes.py:Capacity.__str__",
-    "search/nodes.py:NodeGroup.__str__",
-    "search/prepare.py:Checked.summary",
-    "search/prepare.py:preparing_device",
-    "search/single.py:_Training._train_and_write",
-    "search/space.py:SearchSpace.clamped",
-    "section.py:refusal",  # the form of what is said of each setting, which has rules of its own
-    "section.py:unknown_path_problem",  # of search spaces
+    "cli/jobs.py:_follow",
+    "cli/jobs.py:_server",
+    "jobs/attempts.py:_short",
+    "jobs/attempts.py:end_of",  # of a job
+    "manifests/render.py:_notes",
+    "jobs/submission.py:_notes",
+    "folders.py:probe_folder",  # exit code 3
+    "study/driver.py:StudyDriver._finish",
+    "study/driver.py:StudyDriver._tell_start",
+    "storage/driver_lock.py:driver_lock",
+    "execution/capacity.py:Capacity.__str__",
+    "execution/capacity.py:NodeGroup.__str__",
+    "study/inputs.py:StudyInputs.summary",
+    "study/tables.py:preparing_device",
+    "study/training_run.py:_Training._train_and_write",
+    "space/search_space.py:SearchSpace.clamped",
+    "config/section.py:refusal",  # the form of what is said of each setting, which has rules of its own
+    "config/section.py:unknown_path_problem",  # of search spaces
     "training/backbones.py:KeyReport.__str__",
     "training/backbones.py:_check_hub",
     "training/checkpoint.py:TrialFolder.save",
 }
-JOBS = "of the jobs that a job server knows: tests/cluster/test_unknown_jobs.py"
+JOBS = "of the jobs that a job server knows: tests/jobs/test_unknown_jobs.py"
 OWN_FILES = "of a file that only the package writes: tests/training/test_checkpoint.py"
 # Sentences that no command line shows, each with the reason.
 WITHOUT_EXAMPLE = {
@@ -81,20 +81,21 @@ WITHOUT_EXAMPLE = {
 }
 # Functions that refuse with sentences of others.
 GATHERING = {
-    "cluster/render.py:render_study",
-    "cluster/submission.py:study_submission",
-    "config.py:from_mapping",
-    "data/artifacts.py:open_folder",
+    "manifests/render.py:render_study",
+    "jobs/submission.py:study_submission",
+    "config/study.py:from_mapping",
+    "config/trial.py:from_mapping",
+    "folders.py:open_folder",
     "data/sources.py:scan_class_folders",
     "data/splits.py:make_splits",
-    "search/asked.py:mapping_of",
-    "search/points.py:start_points",
-    "search/prepare.py:check_encoders",
-    "search/prepare.py:check_inputs",
+    "config/sources.py:mapping_of",
+    "space/search_space.py:start_points",
+    "study/inputs.py:check_encoders",
+    "study/inputs.py:check_inputs",
     "search/samplers.py:check_sampler",
-    "search/single.py:_check_name",
-    "search/study.py:_check_final_fit",
-    "section.py:validated",
+    "study/training_run.py:_check_name",
+    "study/checks.py:_check_final_fit",
+    "config/section.py:validated",
     "values.py:_loaded",
     "values.py:parse_assignments",
 }
@@ -192,7 +193,7 @@ def test_example__in_a_process_of_its_own(
 
 def refusing_sources() -> dict[str, str]:
     """Modules that refuse input, but for those of search spaces."""
-    of_spaces = {path for pattern in OF_SPACES for path in (PACKAGE / "search").glob(pattern)}
+    of_spaces = set((PACKAGE / "space").glob("*.py")) - {PACKAGE / NOT_OF_SPACES}
     sources = {
         path.relative_to(PACKAGE).as_posix(): path.read_text()
         for path in sorted(PACKAGE.rglob("*.py"))
@@ -245,7 +246,7 @@ def test_rules__no_message_shows_another_rule() -> None:
 
 
 def test_rules__the_walk_sees_them() -> None:
-    assert {"config.py", "search/asked.py", "data/sources.py"} <= refusing_sources().keys()
+    assert {"config/trial.py", "config/sources.py", "data/sources.py"} <= refusing_sources().keys()
     planted = '''
 @click.option("--path", help="Where it lies.")
 def check(path: str) -> None:

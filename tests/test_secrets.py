@@ -23,8 +23,8 @@ from drtune_ray.search.budget import Budget
 from drtune_ray.search.proposals import FinalistProposals
 from drtune_ray.storage.optuna_storage import open_storage, open_study
 from drtune_ray.values import to_yaml
-from tests.search.test_study import study_values
 from tests.servers import BUCKET, database, mlflow_server, object_store_here
+from tests.study.test_study import study_values
 
 COMMAND = str(Path(sys.executable).with_name("drtune-ray"))
 PLANTED = (

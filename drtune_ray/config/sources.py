@@ -38,7 +38,7 @@ STUDY_FLAGS = {
 }
 
 
-def asked_study(
+def merged_study(
     study_file: Path | None, assignments: Iterable[str], flags: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The settings of a study that were asked for, its name and images among them.

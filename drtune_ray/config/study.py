@@ -1,4 +1,4 @@
-"""Groups of a study's settings that are not those of a trial; `config.py` puts them together."""
+"""Groups of a study's settings that are not those of a trial; `StudyConfig` puts them together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pydantic import (
 
 from drtune_ray.config.presets import PRESETS
 from drtune_ray.config.section import Probability, Section, Workers, not_a_mapping, validated
-from drtune_ray.config.trial import TrialConfig, _on_preset
+from drtune_ray.config.trial import TrialConfig, on_preset
 from drtune_ray.errors import ConfigError
 from drtune_ray.server_uri import ServerUri
 from drtune_ray.values import deep_merge, full_path
@@ -179,7 +179,7 @@ class StudyConfig(Section):
     """A search over trials.
 
     `trial` is the configuration that the search space varies; `space` the name of a shipped search
-    space, a YAML file, or its content (see `drtune_ray.search.space`).
+    space, a YAML file, or its content (see `drtune_ray.space.search_space`).
 
     `optuna_storage` is the URL of a database that holds the search (None: a file in the study's
     folder), `artifacts` the URI of a folder or object store for all that the next driver needs and
@@ -265,7 +265,7 @@ class StudyConfig(Section):
         trial = merged.get("trial") or {}
         if not isinstance(trial, Mapping):
             raise ConfigError(not_a_mapping("trial", trial))
-        merged["trial"] = _on_preset(trial, "default")
+        merged["trial"] = on_preset(trial, "default")
         return validated(cls, merged)
 
     @property

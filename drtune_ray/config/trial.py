@@ -190,7 +190,7 @@ class TrialConfig(Section):
         Raises:
             ConfigError: Naming every problem.
         """
-        return validated(cls, _on_preset(values, preset or "default"))
+        return validated(cls, on_preset(values, preset or "default"))
 
     def to_mapping(self) -> dict[str, Any]:
         """Nested plain values, as they stand in YAML."""
@@ -230,7 +230,7 @@ TRIAL_NOT_DECIDING = (
 )
 
 
-def _on_preset(values: Mapping[str, Any], default: str) -> dict[str, Any]:
+def on_preset(values: Mapping[str, Any], default: str) -> dict[str, Any]:
     """The values on top of the preset that their key ``preset`` names."""
     rest = dict(values)
     preset = rest.pop("preset", None) or default

@@ -15,7 +15,7 @@ from drtune_ray.folders import Folder
 logger = logging.getLogger(__name__)
 
 
-class TableShelf:
+class RemoteTables:
     """Tables under the names that they have in a `TableStore`, each with its seal.
 
     A table's file carries its checksum in its name and the seal says which it is, so that two
@@ -62,7 +62,7 @@ class TableShelf:
         self._folder.write(_seal_name(name), seal)
 
 
-def fetch_tables(tables: Tables, shelf: TableShelf) -> None:
+def fetch_tables(tables: Tables, shelf: RemoteTables) -> None:
     """Have all tables on this node, at the paths of the driver's, until this process ends.
 
     Raises:

@@ -32,7 +32,7 @@ CHUNK_BYTES = 2**20
 
 
 class Shelf(Protocol):
-    """Where tables lie that several nodes use; see `drtune_ray.data.shelf`."""
+    """Where tables lie that several nodes use; see `drtune_ray.data.remote_tables`."""
 
     def fetch(self, name: str, path: Path) -> bool:
         """Copy the table of this name to a path; whether it was there, and sound."""

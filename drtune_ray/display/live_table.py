@@ -57,7 +57,7 @@ class LiveTable:
 
     def __init__(self, console: Console, progress: StudyProgress, *, take_stderr: bool) -> None:
         self._live = Live(
-            get_renderable=lambda: drawn(progress, console.width, console.height),
+            get_renderable=lambda: rendered(progress, console.width, console.height),
             console=console,
             refresh_per_second=REFRESHES_PER_SECOND,
             redirect_stderr=take_stderr,
@@ -72,7 +72,7 @@ class LiveTable:
         self._live.stop()
 
 
-def drawn(progress: StudyProgress, width: int, height: int) -> RenderableType:
+def rendered(progress: StudyProgress, width: int, height: int) -> RenderableType:
     """The table, a bar and how the study stands, for a terminal of so many columns and lines."""
     rows = progress.shown(max(MIN_ROWS, min(MAX_ROWS, height - NUM_OTHER_LINES)))
     columns = table_columns(progress, rows)

@@ -13,6 +13,7 @@ from drtune_ray.doctor.clock_skew import Skew, measured_skew
 from drtune_ray.doctor.findings import Doubt
 from drtune_ray.doctor.node_probe import NodeFacts, NodeProbe, Space, own_versions
 from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.execution import shared_storage
 
 MIN_DISK_BYTES = 2**30
 MIN_SHARED_MEMORY_BYTES = 2**28
@@ -58,14 +59,16 @@ class Nodes:
         alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
         probes = {key: _probe_on(key) for key in alive}
         asked = {key: probe.facts.remote(tuple(paths)) for key, probe in probes.items()}
-        ray.wait(list(asked.values()), num_returns=len(asked), timeout=shared.ANSWER_SECONDS)
+        ray.wait(
+            list(asked.values()), num_returns=len(asked), timeout=shared_storage.ANSWER_SECONDS
+        )
         problems = []
         for key, ref in asked.items():
             name = f"node {alive[key]['NodeManagerAddress']} ({key[:8]})"
             try:
                 self.reports.append(_report(name, alive[key], probes[key], ray.get(ref, timeout=0)))
             except Exception as error:
-                problems.append(f"{name}: {shared.told_by_ray(error)}")
+                problems.append(f"{name}: {shared_storage.ray_error_text(error)}")
             ray.kill(probes[key])
         if problems:
             raise EnvironmentProblem(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from drtune_ray.doctor.findings import Doubt
 from drtune_ray.errors import EnvironmentProblem
@@ -80,18 +79,17 @@ def _own_token() -> tuple[str, str]:
     Raises:
         EnvironmentProblem: If Ray is to send one and there is none.
     """
-    from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader
-    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+    from drtune_ray.execution.ray_state import sends_token, token_of_this_machine
 
-    if not is_token_auth_enabled():
+    if not sends_token():
         return "", ""
-    loader: Any = AuthenticationTokenLoader.instance()
-    if not loader.has_token(ignore_auth_mode=True):
+    token = token_of_this_machine()
+    if token is None:
         raise EnvironmentProblem(
             "RAY_AUTH_MODE=token, and no token is in RAY_AUTH_TOKEN, in the file of "
             f"RAY_AUTH_TOKEN_PATH or in ~/.ray/auth_token: {COPY}"
         )
-    return str(loader.get_raw_token(ignore_auth_mode=True)), _source()
+    return token, _source()
 
 
 def _source() -> str:
@@ -107,20 +105,12 @@ def _refuses(address: str, token: str | None) -> bool:
     Raises:
         EnvironmentProblem: If it answers something else.
     """
-    import grpc
-    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+    from drtune_ray.execution.ray_state import head_refuses
 
-    header = [("authorization", f"Bearer {token}")] if token else []
-    with grpc.insecure_channel(address) as channel:
-        stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
-        try:
-            request = gcs_service_pb2.GetClusterIdRequest()
-            stub.GetClusterId(request, timeout=ANSWER_SECONDS, metadata=header)
-        except grpc.RpcError as error:
-            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
-                return True
-            raise EnvironmentProblem(
-                f"{address} does not answer as the head of a Ray cluster ({error.code().name}): "
-                "give the address that `ray start --head` says"
-            ) from None
-    return False
+    try:
+        return head_refuses(address, token, ANSWER_SECONDS)
+    except ConnectionError as error:
+        raise EnvironmentProblem(
+            f"{address} does not answer as the head of a Ray cluster ({error}): "
+            "give the address that `ray start --head` says"
+        ) from None

@@ -54,11 +54,11 @@ class NodeProbe:
         Args:
             paths: Files and folders that should be readable.
         """
-        import ray
+        from drtune_ray.execution.ray_state import session_folder
 
         num_gpus, gpu_problem = usable_gpus()
         unreadable = {path: problem for path in paths if (problem := reading_problem(path))}
-        disk = Path(ray._private.worker.global_worker.node.get_session_dir_path())
+        disk = session_folder()
         return NodeFacts(
             own_versions(),
             num_gpus,

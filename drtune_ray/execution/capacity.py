@@ -133,7 +133,9 @@ class Capacity:
     def __str__(self) -> str:
         cpus, gpus = (sum(n.num_cpus for n in self.nodes), sum(n.num_gpus for n in self.nodes))
         largest = max(self.nodes, key=lambda n: (n.num_gpus, n.num_cpus), default=Node(0, 0))
-        text = f"{cpus:g} CPUs and {gpus:g} GPUs on {_count(self.nodes)} (the largest: {largest})"
+        text = (
+            f"{cpus:g} CPUs and {gpus:g} GPUs on {nodes_text(self.nodes)} (the largest: {largest})"
+        )
         if self.groups:
             text += f"; the autoscaler starts at most {', '.join(map(str, self.groups))}"
         if self.limits:
@@ -211,7 +213,8 @@ def _units(amount: float) -> int:
     return round(amount * _UNITS)
 
 
-def _count(nodes: Iterable[Any]) -> str:
+def nodes_text(nodes: Iterable[Any]) -> str:
+    """Return "1 node" or "3 nodes"."""
     number = len(list(nodes))
     return f"{number} node" if number == 1 else f"{number} nodes"
 

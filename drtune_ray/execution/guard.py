@@ -3,13 +3,13 @@
 It saves when it is asked to, leaves when its machine is taken away, shows that it moves, and ends
 itself when it is stuck. A resident actor and a Ray Train worker do the same::
 
-    lifeline = Lifeline(study_id, hang_seconds)
-    with lifeline.guarding(trial_folder, rank):
+    guard = WorkerGuard(study_id, hang_seconds)
+    with guard.guarding(trial_folder, rank):
         for event in train_epochs(
-            ..., save_requested=lifeline.save_requested, on_progress=lifeline.progressed
+            ..., save_requested=guard.save_requested, on_progress=guard.progressed
         ):
             event.save(folder)
-            lifeline.leave_if_told()
+            guard.leave_if_told()
 
 Three things ask for a save: SIGTERM, the drain of the process's own node, and the driver when it
 is interrupted (`ask_to_save`). After the first two the process must leave, and `leave_if_told`
@@ -41,7 +41,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from drtune_ray.execution.heartbeat import PROGRESS, SAVE, SAVED
-from drtune_ray.execution.ray_state import _is_drained, _read, _write
+from drtune_ray.execution.ray_state import is_drained, read_value, write_value
 from drtune_ray.training.distributed import gather_objects
 
 POLL_SECONDS = 0.5
@@ -62,7 +62,7 @@ class Preempted(RayActorError):  # type: ignore[misc]
         return type(self), (self.error_msg,)
 
 
-class Lifeline:
+class WorkerGuard:
     """One for each process that trains.
 
     Args:
@@ -75,7 +75,7 @@ class Lifeline:
         self._study_id, self._hang_seconds = study_id, hang_seconds
         self._interval = min(PROGRESS_SECONDS, hang_seconds / 4)
         self._save = threading.Event()
-        self._answered = _read(f"{study_id}/{SAVE}")
+        self._answered = read_value(f"{study_id}/{SAVE}")
         self._is_awaited = self._has_saved_to_leave = False
         self._stacks: IO[str] | None = None
         self._trial_name, self._rank = "", 0
@@ -138,7 +138,7 @@ class Lifeline:
         """
         if self._is_awaited:
             self._is_awaited = False
-            _write(self._key(SAVED), self._answered or "")
+            write_value(self._key(SAVED), self._answered or "")
         if any(gather_objects(_told_to_leave.is_set())):
             raise Preempted
 
@@ -149,14 +149,14 @@ class Lifeline:
         num_told = 0
         while True:
             time.sleep(POLL_SECONDS)
-            request = _read(f"{self._study_id}/{SAVE}")
+            request = read_value(f"{self._study_id}/{SAVE}")
             if request not in (None, self._answered):
                 self._answered = request
                 self._save.set()
             if self._num_progress != num_told:
                 num_told = self._num_progress
-                _write(self._key(PROGRESS), f"{os.getpid()} {num_told}")
-            if not _told_to_leave.is_set() and _is_drained(self._node_id):
+                write_value(self._key(PROGRESS), f"{os.getpid()} {num_told}")
+            if not _told_to_leave.is_set() and is_drained(self._node_id):
                 _told_to_leave.set()
 
 

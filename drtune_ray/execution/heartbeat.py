@@ -1,14 +1,11 @@
-"""TODO docstring."""
+"""What a trial and its driver exchange while it runs: progress, and requests to save."""
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterable
 
-from ray.experimental import internal_kv
-
-from drtune_ray.execution.ray_state import NAMESPACE, _read, _write
+from drtune_ray.execution.ray_state import keys_below, read_value, remove_below, write_value
 
 # Keys: the study's id, one of these, then name of the trial's folder and rank.
 SAVE, SAVED, PROGRESS = "save", "saved", "progress"
@@ -25,7 +22,7 @@ def ask_to_save(study_id: str, trial_names: Iterable[str], seconds: float) -> No
         seconds: How long to wait at most.
     """
     request, deadline = str(time.time_ns()), time.monotonic() + seconds
-    _write(f"{study_id}/{SAVE}", request)
+    write_value(f"{study_id}/{SAVE}", request)
     waiting = set(trial_names)
     while waiting and time.monotonic() < deadline:
         waiting = {name for name in waiting if request not in (_told(study_id, SAVED, name) or ())}
@@ -34,11 +31,10 @@ def ask_to_save(study_id: str, trial_names: Iterable[str], seconds: float) -> No
 
 def forget(study_id: str) -> None:
     """Remove from Ray's head what a study and its processes told each other."""
-    with contextlib.suppress(Exception):  # the head is gone, and everything with it
-        internal_kv._internal_kv_del(f"{study_id}/", del_by_prefix=True, namespace=NAMESPACE)
+    remove_below(f"{study_id}/")
 
 
-class ProgressWatch:
+class HeartbeatMonitor:
     """The driver's eye on processes that do not even run: stopped, or on a machine that is stuck.
 
     It judges by what changes, and by the time that the driver itself was awake: no clocks are
@@ -46,7 +42,7 @@ class ProgressWatch:
 
     Args:
         study_id: Of the study.
-        hang_seconds: As for `Lifeline`.
+        hang_seconds: As for `WorkerGuard`.
     """
 
     def __init__(self, study_id: str, hang_seconds: float) -> None:
@@ -80,9 +76,5 @@ class ProgressWatch:
 
 def _told(study_id: str, what: str, trial_name: str) -> list[str] | None:
     """What the processes of a trial told last, by rank; None where nobody can be asked."""
-    prefix = f"{study_id}/{what}/{trial_name}/"
-    try:
-        keys = internal_kv._internal_kv_list(prefix, namespace=NAMESPACE)
-    except Exception:  # the cluster's head does not answer just now
-        return None
-    return [_read(key.decode()) or "" for key in sorted(keys)]
+    keys = keys_below(f"{study_id}/{what}/{trial_name}/")
+    return None if keys is None else [read_value(key) or "" for key in keys]

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Interrupts of a driver: SIGTERM as Ctrl-C, and an end that further signals do not disturb."""
 
 from __future__ import annotations
 

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import ray
 from ray import PlacementGroupID
-from ray.experimental import internal_kv
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.state import list_nodes
 
@@ -22,10 +20,11 @@ from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.execution.environment import own_cluster
 from drtune_ray.execution.ray_state import (
     BY_DRIVER,
-    NAMESPACE,
-    _groups,
-    _has_no_living_creator,
-    _own_job,
+    forget_job,
+    has_no_living_creator,
+    own_job,
+    placement_groups,
+    registered_ended_jobs,
 )
 
 STATE_API_SECONDS = 10
@@ -39,11 +38,6 @@ def remove_orphans() -> int:
     return len(orphans)
 
 
-def register_job() -> None:
-    """Write down at Ray's head that this job is ours, for `remove_leftovers` of later ones."""
-    internal_kv._internal_kv_put(_job_key(_own_job()), b"1", namespace=NAMESPACE)
-
-
 def remove_leftovers() -> int:
     """Remove the placement groups of our jobs that have ended; returns their number.
 
@@ -51,21 +45,19 @@ def remove_leftovers() -> int:
     ever (2.60): it waits for resources and takes them when they are free. Other users' jobs are
     not looked at: theirs may live on in a detached actor that made the group.
     """
-    ended = {job["JobID"] for job in ray._private.state.jobs() if job["IsDead"]}
-    registered = internal_kv._internal_kv_list(_job_key(""), namespace=NAMESPACE)
-    ours = {job for job in ended if _job_key(job) in registered}
+    ours = registered_ended_jobs()
     leftovers = [
         PlacementGroup(PlacementGroupID(group.placement_group_id))
-        for group in _groups()
+        for group in placement_groups()
         if group.creator_job_id.hex() in ours
         and not group.is_detached
-        and _has_no_living_creator(group)
+        and has_no_living_creator(group)
     ]
     for left in leftovers:
         remove_placement_group(left)
     if not leftovers:
         for job in ours:
-            internal_kv._internal_kv_del(_job_key(job), namespace=NAMESPACE)
+            forget_job(job)
     return len(leftovers)
 
 
@@ -88,15 +80,11 @@ def check_state_api() -> None:
 
 
 def _orphans() -> Iterator[PlacementGroup]:
-    for group in _groups():
+    for group in placement_groups():
         if (
-            group.creator_job_id.hex() == _own_job()
+            group.creator_job_id.hex() == own_job()
             and group.creator_actor_id not in BY_DRIVER
             and group.creator_actor_dead
             and not group.is_detached
         ):
             yield PlacementGroup(PlacementGroupID(group.placement_group_id))
-
-
-def _job_key(job: str) -> bytes:
-    return f"jobs/{job}".encode()

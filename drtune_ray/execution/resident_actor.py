@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The resident actor: one-worker trials, one after another, in one process."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from ray import tune
 
 from drtune_ray.config.trial import TrialConfig
-from drtune_ray.execution.guard import Lifeline
-from drtune_ray.execution.worker import Workplace, Workshop
+from drtune_ray.execution.guard import WorkerGuard
+from drtune_ray.execution.worker import TrialRunner, WorkerContext
 from drtune_ray.training.checkpoint import TrialFolder
 from drtune_ray.training.reports import (
     CONFIG_NUMBER,
@@ -27,13 +27,13 @@ from drtune_ray.training.reports import (
 class TrialActor(tune.Trainable):  # type: ignore[misc]
     """Ray Tune's class trainable; one step is one epoch."""
 
-    def setup(self, config: dict[str, Any], workplace: Workplace) -> None:
+    def setup(self, config: dict[str, Any], workplace: WorkerContext) -> None:
         """Open what the trials share."""
         self._epochs: Iterator[EpochReport | SavePoint] = iter(())
         self._last: dict[str, Any] | None = None
-        self._lifeline = Lifeline(workplace.study_id, workplace.hang_seconds)
+        self._lifeline = WorkerGuard(workplace.study_id, workplace.hang_seconds)
         with self._lifeline.guarding(workplace.folder(config[CONFIG_NUMBER]).path):
-            self._workshop = Workshop(workplace)
+            self._workshop = TrialRunner(workplace)
             self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:

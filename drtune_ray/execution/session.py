@@ -72,7 +72,8 @@ def ray_session(*, with_dashboard: bool = False) -> Iterator[Capacity]:
         raise EnvironmentProblem(_unreachable(address, error)) from None
     try:
         if not is_local:
-            from drtune_ray.execution.placement_groups import register_job, remove_leftovers
+            from drtune_ray.execution.placement_groups import remove_leftovers
+            from drtune_ray.execution.ray_state import register_job
 
             remove_leftovers()
             register_job()

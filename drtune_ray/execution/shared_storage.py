@@ -197,7 +197,7 @@ def _problem(place: SharedPlace, token: str, node: str, ref: Any) -> str:
     try:
         problem: str = ray.get(ref, timeout=0)
     except Exception as error:
-        return told_by_ray(error)
+        return ray_error_text(error)
     if problem:
         return problem
     try:
@@ -207,7 +207,7 @@ def _problem(place: SharedPlace, token: str, node: str, ref: Any) -> str:
     return "" if is_here else f"what it wrote in {place.address} does not reach the driver"
 
 
-def told_by_ray(error: Exception) -> str:
+def ray_error_text(error: Exception) -> str:
     """Why a node has no answer: whatever happened there, drtune-ray missing above all."""
     import ray
 

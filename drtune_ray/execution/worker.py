@@ -16,8 +16,8 @@ import torch
 
 from drtune_ray.config.trial import DataConfig, TrialConfig
 from drtune_ray.data.dataset import Tables, TrainingData
-from drtune_ray.data.remote_tables import TableShelf, fetch_tables
-from drtune_ray.execution.guard import Lifeline
+from drtune_ray.data.remote_tables import RemoteTables, fetch_tables
+from drtune_ray.execution.guard import WorkerGuard
 from drtune_ray.execution.shared_storage import check_token
 from drtune_ray.folders import Folder
 from drtune_ray.training.backbones import Backbone, read_backbone
@@ -27,7 +27,7 @@ from drtune_ray.training.reports import EpochReport, SavePoint
 
 
 @dataclass(frozen=True)
-class Workplace:
+class WorkerContext:
     """What all trials of a study share; sent to every actor once.
 
     Attributes:
@@ -47,7 +47,7 @@ class Workplace:
     num_threads: int
     device: str
     artifacts: Folder | None = None
-    shelf: TableShelf | None = None
+    shelf: RemoteTables | None = None
     study_id: str = field(kw_only=True)
     hang_seconds: float = field(kw_only=True)
     token: str | None = field(default=None, kw_only=True)
@@ -57,7 +57,7 @@ class Workplace:
         return trial_folder(self.trials_folder, number, self.artifacts)
 
 
-class Workshop:
+class TrialRunner:
     """Opens the shared tables and starts trials over them.
 
     Args:
@@ -65,14 +65,14 @@ class Workshop:
         device: Where to train; by default the first device of the workplace's kind.
     """
 
-    def __init__(self, workplace: Workplace, device: torch.device | None = None) -> None:
+    def __init__(self, workplace: WorkerContext, device: torch.device | None = None) -> None:
         check_token(workplace.trials_folder.parent, workplace.token, workplace.artifacts)
         self.workplace = workplace
         self._device = device or torch.device(workplace.device)
         self._opened: _Opened | None = None
 
     def epochs(
-        self, config: TrialConfig, folder: TrialFolder, lifeline: Lifeline
+        self, config: TrialConfig, folder: TrialFolder, lifeline: WorkerGuard
     ) -> Iterator[EpochReport | SavePoint]:
         """Train a configuration from its newest sound checkpoint, or from the start.
 

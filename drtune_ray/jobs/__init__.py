@@ -1,1 +1,1 @@
-"""Clusters elsewhere: sending studies there, manifests for them, and looking at one beforehand."""
+"""Studies as jobs of a Ray cluster elsewhere."""

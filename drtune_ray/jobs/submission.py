@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from drtune_ray.config.sources import asked_study
+from drtune_ray.config.sources import merged_study
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.execution.environment import SUBMITTED_WITH
@@ -85,7 +85,7 @@ def study_submission(
     Raises:
         ConfigError: Naming every problem that can be seen without the cluster.
     """
-    asked = asked_study(study_file, assignments, flags)
+    asked = merged_study(study_file, assignments, flags)
     config = StudyConfig.from_mapping(asked)
     problems = list(_relative_paths(config))
     space = read_space(config.space) if isinstance(config.space, str) else config.space

@@ -14,6 +14,7 @@ import yaml
 
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.errors import ConfigError
+from drtune_ray.manifests import pod_storage
 from drtune_ray.manifests.overlays import overlaid_rayjob
 from drtune_ray.manifests.pod_storage import DATA_PATH, STUDIES_PATH
 from drtune_ray.manifests.pods import (
@@ -115,7 +116,7 @@ def _problems(
     options: RenderOptions,
 ) -> Iterator[str]:
     yield from _name_problems(options)
-    yield from durability.problems(
+    yield from pod_storage.problems(
         config,
         asked,
         has_claim=options.claim is not None,

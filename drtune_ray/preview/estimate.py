@@ -26,7 +26,7 @@ from drtune_ray.search.proposals import FixedTrial
 from drtune_ray.space.search_space import SearchSpace
 from drtune_ray.study.checks import check_study
 from drtune_ray.study.final_fit import with_final_workers, without_validation
-from drtune_ray.study.inputs import Checked
+from drtune_ray.study.inputs import StudyInputs
 from drtune_ray.study.machine import Machine, this_machine
 from drtune_ray.study.tables import preparing_device, table_variants
 from drtune_ray.values import full_path
@@ -208,7 +208,7 @@ def _configs(
 
 
 def _tables(
-    config: StudyConfig, checked: Checked, configs: Sequence[TrialConfig], device: str
+    config: StudyConfig, checked: StudyInputs, configs: Sequence[TrialConfig], device: str
 ) -> tuple[PlannedTable, ...]:
     """What the trials read, and the final fit, where one is asked for."""
     tables = planned_tables(checked, configs, _storage(config), device)
@@ -255,7 +255,7 @@ def _zip(
     return list(zip(kinds, measurement.trials, strict=True))
 
 
-def _num_steps(kind: TrialConfig, checked: Checked, sample: Sample) -> float:
+def _num_steps(kind: TrialConfig, checked: StudyInputs, sample: Sample) -> float:
     """Steps of an epoch, in steps of the kind that the sample has."""
     num_train, size = checked.num_train, kind.training.batch_size
     if sample.num_train < num_train and not kind.training.drop_last:
@@ -263,7 +263,7 @@ def _num_steps(kind: TrialConfig, checked: Checked, sample: Sample) -> float:
     return num_train // size if kind.training.drop_last else -(-num_train // size)
 
 
-def _pace(kind: TrialConfig, checked: Checked, sample: Sample, found: Measured) -> Pace:
+def _pace(kind: TrialConfig, checked: StudyInputs, sample: Sample, found: Measured) -> Pace:
     """Seconds of a trial over all images."""
     workers = kind.training.max_workers
     share = checked.splits.count(VALIDATION) / sample.num_validation / workers
@@ -274,7 +274,7 @@ def _pace(kind: TrialConfig, checked: Checked, sample: Sample, found: Measured) 
 
 
 def _final_fit_seconds(
-    config: StudyConfig, checked: Checked, sample: Sample, found: Measured
+    config: StudyConfig, checked: StudyInputs, sample: Sample, found: Measured
 ) -> float:
     """Of the base on all images but those of the test, to its last epoch."""
     if config.final_fit.images == "none":

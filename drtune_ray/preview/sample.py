@@ -15,7 +15,7 @@ from drtune_ray.data.dataset import Tables
 from drtune_ray.data.splits import TRAIN, VALIDATION, Splits
 from drtune_ray.data.table_store import CACHE_FOLDER, TableStore
 from drtune_ray.data.views import ViewMaker
-from drtune_ray.study.inputs import Checked
+from drtune_ray.study.inputs import StudyInputs
 from drtune_ray.study.tables import backbone_name, build_tables, images_name
 from drtune_ray.training.frozen_features import table_names, table_sizes
 
@@ -53,7 +53,7 @@ class PlannedTable:
 
 
 def planned_tables(
-    checked: Checked, configs: Iterable[TrialConfig], storage: Path, device: str
+    checked: StudyInputs, configs: Iterable[TrialConfig], storage: Path, device: str
 ) -> tuple[PlannedTable, ...]:
     """The tables of trials of several kinds, each once; pixels only where they have room.
 
@@ -121,7 +121,7 @@ class Sample:
 
 
 def prepared_sample(
-    checked: Checked,
+    checked: StudyInputs,
     configs: Sequence[TrialConfig],
     folder: Path,
     device: str,

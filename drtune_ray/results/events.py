@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The events of a trial, from what was recorded of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""What became of a trial, as Optuna is told: the counterpart of `proposals`."""
 
 from __future__ import annotations
 

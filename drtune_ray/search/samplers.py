@@ -72,7 +72,7 @@ def check_sampler(config: SamplerConfig) -> None:
         raise ConfigError(problems)
 
 
-class OfSearched(optuna.samplers.BaseSampler):
+class SampledTrialsSampler(optuna.samplers.BaseSampler):
     """A sampler that sees only the trials that were sampled, and does not repeat itself for ever.
 
     Reference trials outside of the space, and finalists, have no parameters. Optuna's TPE counts
@@ -183,7 +183,7 @@ def build_sampler(config: SamplerConfig, seed: int, number: int) -> optuna.sampl
             seed=derived_seed(seed, *parts) % 2**32, **options
         )
     random = optuna.samplers.RandomSampler(derived_seed(seed, "proposal", number) % 2**32)
-    return OfSearched(sampler, random)
+    return SampledTrialsSampler(sampler, random)
 
 
 def _wrong_types(config: SamplerConfig) -> Iterator[str]:

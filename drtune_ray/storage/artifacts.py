@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Files of a study that outlive the disk of its driver."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from drtune_ray.data.remote_tables import TableShelf
+from drtune_ray.data.remote_tables import RemoteTables
 from drtune_ray.data.table_store import CACHE_FOLDER
 from drtune_ray.errors import ConfigError
 from drtune_ray.folders import Folder, check_folder, first_line, open_folder
@@ -59,9 +59,9 @@ class StudyArtifacts:
         return self._study.below(TRIALS_FOLDER) if self._study else None
 
     @property
-    def shelf(self) -> TableShelf | None:
+    def shelf(self) -> RemoteTables | None:
         """The prepared tables."""
-        return TableShelf(self.root.below(CACHE_FOLDER)) if self.root else None
+        return RemoteTables(self.root.below(CACHE_FOLDER)) if self.root else None
 
     def restore_shared(self, path: Path) -> None:
         """Bring back a file of the storage that all studies share, where it is missing."""
@@ -194,12 +194,13 @@ class StudyArtifacts:
             return
         raise ConfigError(
             f"study {former.folder.name!r} keeps its checkpoints in artifacts="
-            f"{_place(former.artifacts)}, and {_place(self.uri)} does not hold them: give the "
+            f"{place_text(former.artifacts)}, and {place_text(self.uri)} does not hold them: give the "
             "former one, or copy the study's folder there first"
         )
 
 
-def _place(uri: str | None) -> str:
+def place_text(uri: str | None) -> str:
+    """Return a location as messages name it."""
     return repr(uri) if uri else "none (the study's folder)"
 
 

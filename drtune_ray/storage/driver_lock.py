@@ -16,7 +16,7 @@ from drtune_ray.folders import open_folder
 from drtune_ray.storage.lease import LEASE_NAME, this_machine
 from drtune_ray.storage.record import Record
 
-LOCK_NAME, HOLDER_NAME = "driver.lock", "driver.txt"  # as `identity.driver_lease` writes them
+LOCK_NAME, HOLDER_NAME = "driver.lock", "driver.txt"  # as `identity.driver_lock` writes them
 LOCKS_FILE = Path("/proc/locks")
 
 
@@ -98,7 +98,7 @@ def _text(path: Path) -> str:
 
 
 @contextmanager
-def driver_lease(folder: Path) -> Iterator[None]:
+def driver_lock(folder: Path) -> Iterator[None]:
     """Be the study's only driver.
 
     Raises:

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""What decides the results of a study, and the refusal of a name whose study differs in it."""
 
 from __future__ import annotations
 

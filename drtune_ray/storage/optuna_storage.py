@@ -21,7 +21,7 @@ from drtune_ray.errors import ConfigError, DrtuneError, EnvironmentProblem
 from drtune_ray.folders import first_line
 from drtune_ray.search.objectives import Direction
 from drtune_ray.server_uri import secrets_hidden, with_secrets
-from drtune_ray.storage.artifacts import StudyArtifacts, _place
+from drtune_ray.storage.artifacts import StudyArtifacts, place_text
 from drtune_ray.storage.record import JOURNAL_NAME, Record
 from drtune_ray.tracking.spool import drop_torn_end
 
@@ -145,15 +145,15 @@ def check_storage_of(
     name = former.folder.name
     if before != url:
         raise ConfigError(
-            f"study {name!r} keeps its trials in optuna_storage={_place(before)}, and "
-            f"{_place(url)} does not hold them: give the former one, or copy the database there "
+            f"study {name!r} keeps its trials in optuna_storage={place_text(before)}, and "
+            f"{place_text(url)} does not hold them: give the former one, or copy the database there "
             "first"
         )
     if not artifacts.has_trials():  # its first run ended before there was one
         return
     lost = f"lost with the file {JOURNAL_NAME}" if url is None else "lost with the database"
     raise ConfigError(
-        f"study {name!r} has run trials, and optuna_storage={_place(url)} does not hold them: "
+        f"study {name!r} has run trials, and optuna_storage={place_text(url)} does not hold them: "
         f"their settings, values and ends are {lost}, and new trials would be mixed up with their "
         "checkpoints and MLflow runs. Bring it back from a backup, or give the study another --name"
     )

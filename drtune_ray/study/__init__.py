@@ -1,8 +1,11 @@
-"""Which trial next, when to stop it, where it runs."""
+"""Studies and trainings, from what was asked to the winner."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from drtune_ray.study.run import run_study
 
 __all__ = ["run_study"]
 

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Everything that can be checked of a study without a cluster."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from drtune_ray.search.samplers import check_sampler
 from drtune_ray.space.search_space import SearchSpace, read_space, start_points
 from drtune_ray.storage.optuna_storage import check_database
 from drtune_ray.study.final_fit import with_final_workers
-from drtune_ray.study.inputs import Checked, check_encoders, check_inputs
+from drtune_ray.study.inputs import StudyInputs, check_encoders, check_inputs
 from drtune_ray.study.tables import table_variants
 from drtune_ray.tracking.mlflow_recorder import check_tracking
 from drtune_ray.training.model import check_trial
@@ -22,7 +22,7 @@ from drtune_ray.values import full_path
 
 def check_study(
     config: StudyConfig,
-) -> tuple[Checked, SearchSpace, tuple[FixedTrial, ...], tuple[str, ...]]:
+) -> tuple[StudyInputs, SearchSpace, tuple[FixedTrial, ...], tuple[str, ...]]:
     """Everything that can be seen without a cluster: inputs, space, reference trials, notes.
 
     Nothing is written.
@@ -36,7 +36,7 @@ def check_study(
         config.trial,
         full_path(config.storage),
         [
-            lambda: found.append(SearchSpace.from_mapping(_space_content(config), config.trial)),
+            lambda: found.append(SearchSpace.from_mapping(space_content(config), config.trial)),
             lambda: check_sampler(config.sampler),
             lambda: trial_demand(config.trial.training, config.resources),
             lambda: check_database(config.optuna_storage),
@@ -76,5 +76,6 @@ def study_trainings(config: StudyConfig) -> dict[str, TrainingConfig]:
     return trainings
 
 
-def _space_content(config: StudyConfig) -> dict[str, Any]:
+def space_content(config: StudyConfig) -> dict[str, Any]:
+    """Return the search space as a mapping, read from its file where the study names one."""
     return read_space(config.space) if isinstance(config.space, str) else config.space

@@ -55,10 +55,10 @@ from drtune_ray.storage.record import (
     is_done,
     write_done,
 )
-from drtune_ray.study.inputs import Checked, manifest_path
+from drtune_ray.study.inputs import StudyInputs, manifest_path
 from drtune_ray.study.result import FINALISTS, SEARCH, StudyPlan, StudyResult
 from drtune_ray.study.tables import prepare_all, preparing_device, table_variants
-from drtune_ray.study.winner import Handover
+from drtune_ray.study.winner import WinnerWriter
 from drtune_ray.tracking.events import Event, FilesReady, RunFinished, RunStarted, Sink, fan_out
 from drtune_ray.tracking.mlflow_recorder import build_recorder
 from drtune_ray.tracking.spool import BackgroundWriter, Spool
@@ -87,7 +87,7 @@ class StudyDriver:
         config: StudyConfig,
         study: optuna.Study,
         artifacts: StudyArtifacts,
-        checked: Checked,
+        checked: StudyInputs,
         space: SearchSpace,
         references: tuple[FixedTrial, ...],
         notes: tuple[str, ...],
@@ -227,7 +227,7 @@ class StudyDriver:
         at_a_time, searched = tune_run.trials_at_a_time, self._searched()
         on_plan(StudyPlan(self.config, part, num_trials, num_done, at_a_time, searched, notes))
 
-    def _handover(self) -> Handover:
+    def _handover(self) -> WinnerWriter:
         fit = Fit(
             self.folder,
             self.study_id,
@@ -237,7 +237,7 @@ class StudyDriver:
             self._emit,
             lambda: self._writer.disk_error,
         )
-        return Handover(self.config, self.checked, self._store, fit, self._tell_interruption)
+        return WinnerWriter(self.config, self.checked, self._store, fit, self._tell_interruption)
 
     def _joined_cluster(self) -> Cluster:
         if self.cluster is None:

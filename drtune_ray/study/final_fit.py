@@ -23,7 +23,7 @@ from drtune_ray.execution.ray_train.fit import Fit
 from drtune_ray.folders import as_problem
 from drtune_ray.search.finalists import best_finalist
 from drtune_ray.storage.record import TRIALS_FOLDER
-from drtune_ray.study.inputs import Checked
+from drtune_ray.study.inputs import StudyInputs
 from drtune_ray.study.result import StudyResult
 from drtune_ray.tracking.events import RunFinished, RunStarted
 from drtune_ray.training.checkpoint import (
@@ -49,7 +49,7 @@ class FinalFit:
 
     source: int
     config: TrialConfig
-    checked: Checked
+    checked: StudyInputs
 
     @property
     def name(self) -> str:
@@ -113,7 +113,7 @@ class FinalFit:
         return is_last and best.get(IDENTITY) == trial_identity(self.config, *content)
 
 
-def final_fit(result: StudyResult, asked: FinalFitConfig, checked: Checked) -> FinalFit | None:
+def final_fit(result: StudyResult, asked: FinalFitConfig, checked: StudyInputs) -> FinalFit | None:
     """The final fit of a study; None where none was asked for.
 
     It has the seed of the run whose weights would be handed back without it. The epoch is the
@@ -145,7 +145,7 @@ def with_final_workers(config: TrialConfig, asked: FinalFitConfig) -> TrialConfi
     return config.with_values({"training.workers": asked.workers})
 
 
-def without_validation(checked: Checked) -> Checked:
+def without_validation(checked: StudyInputs) -> StudyInputs:
     """The same images, those for validation among those for training; the test stays sealed."""
     splits = checked.splits
     former = splits.manifest["split"].to_pylist()

@@ -21,7 +21,7 @@ from drtune_ray.values import digest, full_path
 
 
 @dataclass(frozen=True)
-class Checked:
+class StudyInputs:
     """Inputs that were seen to work; nothing was written for them yet.
 
     Attributes:
@@ -66,7 +66,7 @@ def check_inputs(
     storage: Path,
     others: Sequence[Any] = (),
     resources: ResourcesConfig | None = None,
-) -> Checked:
+) -> StudyInputs:
     """Scan the images, split them and load the pretrained weights.
 
     Args:
@@ -104,7 +104,7 @@ def check_inputs(
     if of_environment:
         raise of_environment[0]
     backbone, report = loaded
-    return Checked(splits, backbone, report)
+    return StudyInputs(splits, backbone, report)
 
 
 def check_storage(storage: Path) -> None:
@@ -123,7 +123,7 @@ def check_storage(storage: Path) -> None:
         )
 
 
-def check_encoders(checked: Checked, configs: Iterable[TrialConfig]) -> Checked:
+def check_encoders(checked: StudyInputs, configs: Iterable[TrialConfig]) -> StudyInputs:
     """Load the pretrained weights of further trials.
 
     Raises:

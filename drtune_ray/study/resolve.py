@@ -11,9 +11,9 @@ from typing import Any
 
 from drtune_ray.config.section import validated
 from drtune_ray.config.sources import (
-    asked_study,
     data_folder,
     mapping_of,
+    merged_study,
     name_of,
     read_settings,
     trial_values,
@@ -34,12 +34,12 @@ def study_request(
     Args:
         study_file: YAML of a `StudyConfig`, or a study's record; None where flags say it all.
         assignments: ``path=value``; paths of the trial, or of the study.
-        flags: As in `asked_study`.
+        flags: As in `merged_study`.
 
     Raises:
         ConfigError: Naming every problem.
     """
-    asked = asked_study(study_file, assignments, flags)
+    asked = merged_study(study_file, assignments, flags)
     trial = asked["trial"]
     defaults = _fitted(
         fitting_defaults(this_machine()), trial, data_folder(trial, "trial."), "trial."

@@ -16,7 +16,7 @@ from drtune_ray.execution.session import ready_cluster
 from drtune_ray.execution.shared_storage import shared_folder
 from drtune_ray.search.objectives import direction
 from drtune_ray.storage.artifacts import StudyArtifacts
-from drtune_ray.storage.driver_lock import driver_lease
+from drtune_ray.storage.driver_lock import driver_lock
 from drtune_ray.storage.fingerprint import deciding_values, former_record, open_record
 from drtune_ray.storage.optuna_storage import (
     check_storage_of,
@@ -33,7 +33,7 @@ from drtune_ray.storage.record import (
     is_done,
     read_record,
 )
-from drtune_ray.study.checks import _space_content, check_study, study_trainings
+from drtune_ray.study.checks import check_study, space_content, study_trainings
 from drtune_ray.study.driver import StudyDriver
 from drtune_ray.study.inputs import data_root, manifest_path, write_manifest
 from drtune_ray.study.result import StudyPlan, StudyResult
@@ -73,14 +73,14 @@ def run_study(
     checked, space, references, notes = check_study(config)
     # As it must be found again from any working directory.
     trial = config.trial.with_values({"data.train": str(data_root(config.trial.data))})
-    config = config.model_copy(update={"space": _space_content(config), "trial": trial})
+    config = config.model_copy(update={"space": space_content(config), "trial": trial})
     values = config.to_mapping()
     deciding = deciding_values(values, checked.splits.content_digest(), checked.weights_digest)
     former_record(config.folder, STUDY, deciding)  # a taken name is told before Ray is started
     with (
         full_disk_is_told(config.folder),
         _cluster(config) as capacity,
-        driver_lease(config.folder),
+        driver_lock(config.folder),
         artifacts.lease(),
         signals_as_interrupt(),
         shared_folder(config.folder, capacity, artifacts.trials) as token,

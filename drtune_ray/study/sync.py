@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Replay what the tracking server missed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The prepared tables of a study: which ones its trials read, and their building."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.execution.capacity import Capacity
 from drtune_ray.space.corners import corners, needed_for, thresholds_in
 from drtune_ray.space.search_space import SearchSpace
-from drtune_ray.study.inputs import Checked, data_root, manifest_path, write_manifest
+from drtune_ray.study.inputs import StudyInputs, data_root, manifest_path, write_manifest
 from drtune_ray.training.backbones import Backbone
 from drtune_ray.training.frozen_features import prepare_tables
 from drtune_ray.values import flattened
@@ -25,7 +25,7 @@ from drtune_ray.values import flattened
 MAX_VARIANTS = 16
 
 
-def prepare(checked: Checked, config: TrialConfig, store: TableStore, device: str) -> Tables:
+def prepare(checked: StudyInputs, config: TrialConfig, store: TableStore, device: str) -> Tables:
     """Write what trials share: manifest, images, weights, views and frozen features.
 
     Args:
@@ -42,7 +42,9 @@ def prepare(checked: Checked, config: TrialConfig, store: TableStore, device: st
     return tables
 
 
-def build_tables(checked: Checked, config: TrialConfig, store: TableStore, device: str) -> Tables:
+def build_tables(
+    checked: StudyInputs, config: TrialConfig, store: TableStore, device: str
+) -> Tables:
     """As :func:`prepare`, the tables alone, whatever else lies in the store."""
     root, backbone = data_root(config.data), checked.encoder_of(config)
     images = store.table(
@@ -64,7 +66,7 @@ def backbone_name(backbone: Backbone) -> str:
 
 
 def prepare_all(
-    checked: Checked, configs: Iterable[TrialConfig], store: TableStore, device: str
+    checked: StudyInputs, configs: Iterable[TrialConfig], store: TableStore, device: str
 ) -> dict[str, Tables]:
     """As :func:`prepare`, for trials of several kinds: their tables by `TrialConfig.tables_key`."""
     by_key = {config.tables_key: config for config in configs}

@@ -21,7 +21,7 @@ from drtune_ray.execution.shared_storage import shared_folder
 from drtune_ray.folders import LocalFolder, as_problem
 from drtune_ray.results.winner import read_about, write_winner
 from drtune_ray.storage.artifacts import StudyArtifacts
-from drtune_ray.storage.driver_lock import driver_lease
+from drtune_ray.storage.driver_lock import driver_lock
 from drtune_ray.storage.fingerprint import deciding_values, former_record, open_record
 from drtune_ray.storage.record import (
     DONE_NAME,
@@ -31,7 +31,13 @@ from drtune_ray.storage.record import (
     TRIALS_FOLDER,
     WINNER_NAME,
 )
-from drtune_ray.study.inputs import Checked, check_inputs, data_root, manifest_path, write_manifest
+from drtune_ray.study.inputs import (
+    StudyInputs,
+    check_inputs,
+    data_root,
+    manifest_path,
+    write_manifest,
+)
 from drtune_ray.study.tables import prepare, preparing_device
 from drtune_ray.tracking.events import FilesReady, RunFinished, RunStarted, Sink, fan_out
 from drtune_ray.tracking.mlflow_recorder import build_recorder, check_tracking
@@ -105,7 +111,7 @@ def run_training(
     with (
         full_disk_is_told(folder),
         nullcontext() if (folder / DONE_NAME).exists() else joining as capacity,
-        driver_lease(folder),
+        driver_lock(folder),
         kept.lease(),
         signals_as_interrupt(),
         shared_folder(folder, capacity, kept.trials) as token,
@@ -133,7 +139,7 @@ def _result(folder: Path, num_unsent: int, *, was_done: bool) -> TrainingResult:
 
 def _checked(
     config: TrialConfig, storage: Path, resources: ResourcesConfig, tracking: TrackingConfig
-) -> Checked:
+) -> StudyInputs:
     """Everything that can be seen without a cluster; see `check_inputs`."""
     others = [
         lambda: trial_demand(config.training, resources),
@@ -154,7 +160,7 @@ class _Training:
     """One run of a training in this process."""
 
     config: TrialConfig
-    checked: Checked
+    checked: StudyInputs
     fit: Fit
 
     def run(self) -> None:

@@ -16,7 +16,7 @@ from drtune_ray.results.trials import TrialSummary, best_first
 from drtune_ray.results.winner import write_winner
 from drtune_ray.storage.record import TRIALS_FOLDER, WINNER_NAME
 from drtune_ray.study.final_fit import FinalFit, final_fit
-from drtune_ray.study.inputs import Checked
+from drtune_ray.study.inputs import StudyInputs
 from drtune_ray.study.result import StudyResult
 from drtune_ray.study.tables import build_tables, preparing_device
 from drtune_ray.tracking.events import FilesReady
@@ -24,7 +24,7 @@ from drtune_ray.training.checkpoint import TrialFolder, trial_folder
 
 
 @dataclass(frozen=True)
-class Handover:
+class WinnerWriter:
     """Writes what is handed back.
 
     Attributes:
@@ -36,7 +36,7 @@ class Handover:
     """
 
     config: StudyConfig
-    checked: Checked
+    checked: StudyInputs
     store: TableStore
     fit: Fit
     on_interrupt: Callable[[], None]
@@ -81,7 +81,7 @@ class Handover:
         tables = self._tables(again.checked, again.config)
         return again.train(self.fit, tables, self.on_interrupt)
 
-    def _tables(self, checked: Checked, config: TrialConfig) -> Tables:
+    def _tables(self, checked: StudyInputs, config: TrialConfig) -> Tables:
         device = preparing_device(self.config.resources, self.fit.cluster.capacity)[0]
         tables = build_tables(checked, config, self.store, device)
         self.store.keep_limit()

@@ -16,7 +16,7 @@ import pytest
 import requests
 
 from tests.deploy.manifests import DEPLOY, Object, kustomized, pods
-from tests.search.leftovers import free_port
+from tests.leftovers import free_port
 from tests.servers import database, wait_until_healthy
 
 ADMIN = ("admin", "0123456789abcdef0123")

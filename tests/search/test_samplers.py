@@ -85,7 +85,7 @@ def test_reference_trials_outside_of_the_space_do_not_blind_it(tmp_path, make_tr
     common = study.sampler.infer_relative_search_space(study, study.trials[-1])
     assert {"optim.backbone_lr", "method.bank_size"} <= common.keys()
     bare = SAMPLERS[name]().infer_relative_search_space(study, study.trials[-1])
-    assert bare == {}, "Optuna has learned it: OfSearched may go"
+    assert bare == {}, "Optuna has learned it: SampledTrialsSampler may go"
 
 
 @pytest.mark.parametrize("name", ["tpe", "gp"])

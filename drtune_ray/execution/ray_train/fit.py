@@ -22,12 +22,12 @@ from drtune_ray.execution.capacity import Cluster, trial_demand
 from drtune_ray.execution.failures import FULL_DISK, failure_from
 from drtune_ray.execution.interrupts import saving_when_interrupted
 from drtune_ray.execution.placement_groups import remove_orphans
-from drtune_ray.execution.ray_state import _controllers
-from drtune_ray.execution.ray_train.trainer import _point_failed, build_trainer, logger
+from drtune_ray.execution.ray_state import end_actor, train_controllers
+from drtune_ray.execution.ray_train.trainer import build_trainer, logger, point_failed
 from drtune_ray.execution.ray_train.worker_group import train_environment
 from drtune_ray.execution.resource_wait import ResourceWait
 from drtune_ray.execution.session import scratch_folder
-from drtune_ray.execution.worker import Workplace
+from drtune_ray.execution.worker import WorkerContext
 from drtune_ray.storage.artifacts import StudyArtifacts
 from drtune_ray.storage.record import SCRATCH_NAME, TRIALS_FOLDER
 from drtune_ray.tracking.events import MetricsRecorded, RunKey, Sink, StepsRecorded
@@ -108,8 +108,8 @@ class Fit:
                 on_turn,
             )
 
-    def _workplace(self, config: TrialConfig, tables: Tables, device: str) -> Workplace:
-        return Workplace(
+    def _workplace(self, config: TrialConfig, tables: Tables, device: str) -> WorkerContext:
+        return WorkerContext(
             {config.tables_key: tables.to_mapping()},
             self.folder / TRIALS_FOLDER,
             self.resources.cpus_per_worker,
@@ -143,7 +143,7 @@ def advice(outcome: str, config: TrialConfig) -> str:
 
 def train_on_workers(
     config: TrialConfig,
-    workplace: Workplace,
+    workplace: WorkerContext,
     resources: ResourcesConfig,
     folder: TrialFolder,
     scratch: Path,
@@ -196,7 +196,7 @@ def _fit_until_it_ends(
             result: dict[str, Any] = _fit_in_thread(start(), on_turn).return_value
             return result
         except (ray.train.TrainingFailedError, RayActorError) as error:  # the latter: controller
-            if point := _point_failed(error):
+            if point := point_failed(error):
                 return point.result()
             num_failures = num_failures + 1 if epochs.num_told == num_told else 1
             num_told = epochs.num_told
@@ -258,19 +258,18 @@ def _fit_in_thread(trainer: TorchTrainer, on_turn: Callable[[], None]) -> Any:
 @contextlib.contextmanager
 def controllers_ended() -> Iterator[None]:
     """Around a training that may be given up: where Ray runs on, it would train on for nobody."""
-    former = _controllers()
+    former = train_controllers()
     try:
         yield
     except BaseException:
         with contextlib.suppress(Exception):  # a cluster whose head is gone ends them itself
-            _end(_controllers() - former)
+            _end(train_controllers() - former)
         raise
 
 
 def _end(controllers: set[str]) -> None:
     for controller in controllers:
-        core_worker = ray._private.worker.global_worker.core_worker
-        core_worker.kill_actor(ray.ActorID.from_hex(controller), True)
+        end_actor(controller)
     deadline = time.monotonic() + CONTROLLER_END_SECONDS
-    while time.monotonic() < deadline and (_controllers() & controllers or remove_orphans()):
+    while time.monotonic() < deadline and (train_controllers() & controllers or remove_orphans()):
         time.sleep(0.1)

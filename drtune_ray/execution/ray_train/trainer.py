@@ -21,9 +21,13 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from drtune_ray.config.study import ResourcesConfig
 from drtune_ray.config.trial import TrialConfig
-from drtune_ray.execution.guard import Lifeline
-from drtune_ray.execution.ray_train.worker_group import GroupCare, start_seconds, train_environment
-from drtune_ray.execution.worker import Workplace, Workshop
+from drtune_ray.execution.guard import WorkerGuard
+from drtune_ray.execution.ray_train.worker_group import (
+    WorkerGroupCallbacks,
+    start_seconds,
+    train_environment,
+)
+from drtune_ray.execution.worker import TrialRunner, WorkerContext
 from drtune_ray.storage.record import SCRATCH_NAME
 from drtune_ray.training.checkpoint import TrialFolder
 from drtune_ray.training.reports import (
@@ -73,10 +77,10 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
         PointFailed: If the configuration makes it impossible to go on.
         Preempted: If one of the workers was told to leave; all that was trained is saved.
     """
-    workplace: Workplace = payload["workplace"]
+    workplace: WorkerContext = payload["workplace"]
     folder: TrialFolder = payload["folder"]
     rank = ray.train.get_context().get_world_rank()
-    lifeline = Lifeline(workplace.study_id, workplace.hang_seconds)
+    lifeline = WorkerGuard(workplace.study_id, workplace.hang_seconds)
     last: dict[str, Any] = {}
     num_sent = 0
     with lifeline.guarding(folder.path, rank):
@@ -97,15 +101,15 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
     return last
 
 
-def _epochs(payload: dict[str, Any], lifeline: Lifeline) -> Any:
-    workshop = Workshop(payload["workplace"], get_device())
+def _epochs(payload: dict[str, Any], lifeline: WorkerGuard) -> Any:
+    workshop = TrialRunner(payload["workplace"], get_device())
     config = TrialConfig.from_mapping(json.loads(payload[CONFIG_TRIAL]))
     return workshop.epochs(config, payload["folder"], lifeline)
 
 
 def build_trainer(
     config: TrialConfig,
-    workplace: Workplace,
+    workplace: WorkerContext,
     resources: ResourcesConfig,
     folder: TrialFolder,
     *,
@@ -149,7 +153,10 @@ def build_trainer(
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=str(scratch),
-            callbacks=[GroupCare(workplace.study_id, folder.path.name), *(callbacks or [])],
+            callbacks=[
+                WorkerGroupCallbacks(workplace.study_id, folder.path.name),
+                *(callbacks or []),
+            ],
             failure_config=ray.train.FailureConfig(
                 max_failures=0,
                 controller_failure_limit=max(MAX_CONTROLLER_FAILURES, num_starts),
@@ -159,7 +166,7 @@ def build_trainer(
 
 
 def drive_trial(
-    config: dict[str, Any], workplace: Workplace, resources: ResourcesConfig, num_workers: int
+    config: dict[str, Any], workplace: WorkerContext, resources: ResourcesConfig, num_workers: int
 ) -> None:
     """A Tune function trainable: trains one trial of several workers.
 
@@ -191,7 +198,7 @@ def drive_trial(
         with train_environment(resources, trial.training):
             trainer.fit()
     except ray.train.TrainingFailedError as error:
-        if (point := _point_failed(error)) is None:
+        if (point := point_failed(error)) is None:
             raise
         tell_tune.after_report(None, [point.result()], None)
     # Tune ends the trial when it has read the last result. To return before would put a result
@@ -200,7 +207,7 @@ def drive_trial(
     time.sleep(END_SECONDS)
 
 
-def _point_failed(error: BaseException) -> PointFailed | None:
+def point_failed(error: BaseException) -> PointFailed | None:
     """What a worker said of its configuration, if one did."""
     failures = getattr(error, "worker_failures", {}).values()
     return next((failure for failure in failures if isinstance(failure, PointFailed)), None)

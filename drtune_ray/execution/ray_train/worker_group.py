@@ -23,7 +23,7 @@ LATER_SECONDS = 60.0
 RESIZE_SAVE_SECONDS = 60.0
 
 
-class GroupCare(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
+class WorkerGroupCallbacks(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
     """Runs in the controller of a trial.
 
     SIGTERM makes a worker save and leave; a group whose size is to change saves first.
@@ -69,7 +69,7 @@ def train_environment(resources: ResourcesConfig, training: TrainingConfig) -> I
     Ray Train reads them from the environment of the process that calls ``fit`` and hands them on.
     """
     values = {
-        # A process that answers nothing; one that runs and does not train ends itself (`Lifeline`).
+        # A process that answers nothing; one that runs and does not train ends itself (`WorkerGuard`).
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(resources.hang_seconds),
         # Workers wait for each other when they report.
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(resources.hang_seconds),

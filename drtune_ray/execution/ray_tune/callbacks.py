@@ -17,9 +17,9 @@ from ray.tune import Callback
 
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.execution.failures import FULL_DISK, HUNG, Failure
-from drtune_ray.execution.heartbeat import ProgressWatch
+from drtune_ray.execution.heartbeat import HeartbeatMonitor
 from drtune_ray.execution.placement_groups import remove_orphans
-from drtune_ray.execution.ray_state import _num_workers
+from drtune_ray.execution.ray_state import num_train_workers
 from drtune_ray.execution.ray_tune.patches import failure_of
 from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.execution.resource_wait import ResourceWait
@@ -53,7 +53,7 @@ class StudyCallback(Callback):  # type: ignore[misc]
         search: StudySearch,
         emit: Sink,
         trials_folder: Path,
-        watch: ProgressWatch | None,
+        watch: HeartbeatMonitor | None,
         disk_error: Callable[[], OSError | None],
         check_lease: Callable[[], None],
     ) -> None:
@@ -145,7 +145,7 @@ class StudyCallback(Callback):  # type: ignore[misc]
         return self._search.study.get_trials(deepcopy=False)[number]
 
 
-class Reaper(Callback):  # type: ignore[misc]
+class PlacementGroupCleaner(Callback):  # type: ignore[misc]
     """Tune's callback: removes the placement groups of dead controllers, and sees them all gone.
 
     Args:
@@ -176,7 +176,7 @@ class Reaper(Callback):  # type: ignore[misc]
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         """Wait for the workers of trials that were stopped last."""
         deadline = time.monotonic() + END_SECONDS
-        while remove_orphans() or _num_workers():
+        while remove_orphans() or num_train_workers():
             if time.monotonic() > deadline:
                 break
             time.sleep(0.1)

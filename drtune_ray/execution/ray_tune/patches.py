@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""What Ray Tune does otherwise than a study needs, changed from outside."""
 
 from __future__ import annotations
 

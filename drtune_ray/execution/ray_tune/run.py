@@ -16,16 +16,21 @@ from ray.tune.schedulers import TrialScheduler
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.data.dataset import Tables
 from drtune_ray.execution.capacity import Capacity, Cluster, Demand, trial_demand, trials_that_fit
-from drtune_ray.execution.heartbeat import ProgressWatch
+from drtune_ray.execution.heartbeat import HeartbeatMonitor
 from drtune_ray.execution.interrupts import saving_when_interrupted
 from drtune_ray.execution.ray_train.trainer import drive_trial
-from drtune_ray.execution.ray_tune.callbacks import Reaper, StudyCallback, WaitCallback, giving_up
+from drtune_ray.execution.ray_tune.callbacks import (
+    PlacementGroupCleaner,
+    StudyCallback,
+    WaitCallback,
+    giving_up,
+)
 from drtune_ray.execution.ray_tune.patches import lost_processes_are_failures, nothing_unpickled
 from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.execution.resident_actor import TrialActor
 from drtune_ray.execution.resource_wait import ResourceWait
 from drtune_ray.execution.session import scratch_folder
-from drtune_ray.execution.worker import Workplace
+from drtune_ray.execution.worker import WorkerContext
 from drtune_ray.storage.artifacts import StudyArtifacts
 from drtune_ray.storage.record import SCRATCH_NAME, TRIALS_FOLDER
 from drtune_ray.tracking.events import Sink
@@ -93,7 +98,7 @@ class TuneRun:
         )
         callbacks = [callback, WaitCallback(wait)]
         if watch is None:
-            callbacks.append(Reaper(self._drop_resumable))
+            callbacks.append(PlacementGroupCleaner(self._drop_resumable))
         # Our callback tells a trial's error in one line, and Tune's own files are not needed.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         # Tune's own folder is disposable: Optuna's storage and ours hold everything.
@@ -130,9 +135,9 @@ class TuneRun:
     def _demand(self) -> Demand:
         return trial_demand(self.config.trial.training, self.config.resources)
 
-    def _workplace(self, tables: Mapping[str, Tables]) -> Workplace:
+    def _workplace(self, tables: Mapping[str, Tables]) -> WorkerContext:
         resources = self.config.resources
-        return Workplace(
+        return WorkerContext(
             {key: found.to_mapping() for key, found in tables.items()},
             self.config.folder / TRIALS_FOLDER,
             resources.cpus_per_worker,
@@ -144,18 +149,18 @@ class TuneRun:
             hang_seconds=resources.hang_seconds,
         )
 
-    def _watch(self) -> ProgressWatch | None:
+    def _watch(self) -> HeartbeatMonitor | None:
         """Sees that resident actors run; workers of Ray Train have a guard of their own."""
         if self.config.trial.training.max_workers > 1:
             return None
-        return ProgressWatch(self.study_id, self.config.resources.hang_seconds)
+        return HeartbeatMonitor(self.study_id, self.config.resources.hang_seconds)
 
     def _drop_resumable(self, number: int) -> None:
         folder: Path = self.config.folder / TRIALS_FOLDER
         trial_folder(folder, number, self.artifacts.trials).drop_resumable()
 
 
-def tune_trainable(config: StudyConfig, workplace: Workplace, capacity: Capacity) -> Any:
+def tune_trainable(config: StudyConfig, workplace: WorkerContext, capacity: Capacity) -> Any:
     """A trainable with its resources."""
     # Tune would write the driver's keys into each actor's description, for all users of the
     # cluster to read. A node has its own.

@@ -1,7 +1,7 @@
 """Ray Tune's early stopping by epochs, over trials that are known by their Optuna number.
 
 Of Tune's schedulers two need nothing but to stop a trial, and those are offered. The others are
-refused in `config.py` with the reason.
+refused in `drtune_ray.config.study` with the reason.
 """
 
 from __future__ import annotations

@@ -1,0 +1,191 @@
+"""Joining a cluster: what reaches its workers, what is refused, what a former job left there."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray._private.services import find_gcs_addresses
+
+from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.execution.placement_groups import remove_leftovers
+from drtune_ray.execution.session import ray_session, worker_environment
+from tests.clusters import cluster_of
+
+LEAVES_A_GROUP = """
+import sys, threading, time
+import ray
+from ray.util import placement_group
+
+@ray.remote(num_cpus=0)
+class Asking:
+    def start(self):
+        threading.Thread(target=self.ask, daemon=True).start()
+
+    def ask(self):
+        while True:
+            placement_group([{"CPU": 1}] * 3)
+            time.sleep(0.002)
+
+ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
+if sys.argv[2] == "ours":
+    from drtune_ray.execution.ray_state import register_job
+    register_job()
+asking = Asking.remote()
+ray.get(asking.start.remote())
+time.sleep(1)
+"""
+# Another user's: its job ends, and the actor that made the group lives on.
+LIVES_ON = """
+import sys
+import ray
+from ray.util import placement_group
+
+@ray.remote(num_cpus=0)
+class Service:
+    def start(self):
+        self.group = placement_group([{"CPU": 0.01}])
+        ray.get(self.group.ready())
+
+ray.init(sys.argv[1], namespace="other", log_to_driver=False, logging_level="ERROR")
+service = Service.options(name="service", lifetime="detached").remote()
+ray.get(service.start.remote())
+"""
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("garbage", r"it must be HOST:PORT, as `ray start --head` says it$"),
+        ("ray://somewhere:10001", r"drtune-ray runs on a node of the cluster: give HOST:PORT"),
+        ("nohost.invalid:6379", r"nothing answers there \("),
+        ("auto", "Could not find any running Ray instance"),
+    ],
+)
+def test_ray_session__an_address_that_is_wrong_is_one_message_at_once(monkeypatch, address, reason):
+    if address == "auto":
+        if Path("/tmp/ray/ray_current_cluster").exists() or find_gcs_addresses():
+            pytest.skip("a cluster runs or ran on this machine")
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    start = time.monotonic()
+    message = rf"^the Ray cluster of RAY_ADDRESS={address} cannot be joined: {reason}"
+    with pytest.raises(EnvironmentProblem, match=message), ray_session():
+        pass
+    assert time.monotonic() - start < 30
+
+
+def test_ray_session__a_closed_port(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # taken, but nobody listens
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{taken.getsockname()[1]}")
+        with pytest.raises(EnvironmentProblem, match="nothing answers there"), ray_session():
+            pass
+
+
+def test_worker_environment__what_training_needs_and_nothing_secret(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    monkeypatch.setattr(sys, "path", ["/shared/checkout", f"{sys.prefix}/lib/site-packages"])
+    found = worker_environment()
+    assert "secret" not in repr(found)
+    assert found["OMP_NUM_THREADS"] == "3"
+    assert found["RAY_CHDIR_TO_TRIAL_DIR"] == "0"
+    assert found["PYTHONPATH"] == "/shared/checkout:${PYTHONPATH}"
+
+
+def test_worker_environment__what_the_job_sets_is_not_set_again(monkeypatch):
+    """Ray refuses a variable that is set by `ray job submit` and by the driver."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    job = {"runtime_env": {"env_vars": {"OMP_NUM_THREADS": "2"}}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    assert "OMP_NUM_THREADS" not in worker_environment()
+
+
+# ---- real clusters
+
+
+def seen_by_worker() -> dict[str, str]:
+    return dict(os.environ)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ray_session__workers_of_a_joined_cluster_get_the_variables(monkeypatch):
+    """The nodes were started elsewhere, without them."""
+    import ray
+
+    for name in ("OMP_NUM_THREADS", "RAY_CHDIR_TO_TRIAL_DIR", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTHONPATH", "/of/the/node")
+    with cluster_of([1, 1]) as cluster:
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        monkeypatch.setenv("OMP_NUM_THREADS", "7")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        with ray_session() as capacity:
+            assert [node.num_cpus for node in capacity.nodes] == [1, 1]
+            assert not capacity.is_local
+            found: dict[str, str] = ray.get(ray.remote(seen_by_worker).remote())
+    assert found["OMP_NUM_THREADS"] == "7"
+    assert found["RAY_CHDIR_TO_TRIAL_DIR"] == "0"
+    assert found["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "0.25"
+    assert found["PYTHONPATH"].endswith(":/of/the/node")
+    assert "AWS_SECRET_ACCESS_KEY" not in found
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ray_session__another_version_of_ray_is_one_message(monkeypatch):
+    import ray
+
+    with cluster_of([1]) as cluster:
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        monkeypatch.setattr(ray, "__version__", "2.59.0")
+        match = r"^the Ray cluster .* cannot be joined: Version mismatch: .*Ray: 2\.59\.0"
+        with pytest.raises(EnvironmentProblem, match=match) as refused, ray_session():
+            pass
+    assert "\n" not in str(refused.value)
+    assert not ray.is_initialized()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ray_session__frees_what_a_job_asked_for_while_it_was_ending(monkeypatch):
+    import ray
+    from ray.util import placement_group_table
+
+    def groups() -> list[Any]:
+        return [g for g in placement_group_table().values() if g["state"] != "REMOVED"]
+
+    def run(script: str, *arguments: str) -> None:
+        subprocess.run([sys.executable, "-c", script, cluster.address, *arguments], check=True)
+
+    def leave_groups(whose: str) -> None:
+        """Until one was asked for at the very moment."""
+        for _ in range(10):
+            run(LEAVES_A_GROUP, whose)
+            ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
+            num_groups = len(groups())
+            ray.shutdown()
+            if num_groups > 1:  # besides the service's
+                return
+        raise AssertionError("Ray has learned to clean this: remove_leftovers may go")
+
+    with cluster_of([1, 1]) as cluster:
+        run(LIVES_ON)
+        leave_groups("ours")
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        with ray_session():
+            assert [g["state"] for g in groups()] == ["CREATED"]  # the service's
+            assert remove_leftovers() == 0
+        leave_groups("of another program")
+        with ray_session():
+            assert len(groups()) > 1

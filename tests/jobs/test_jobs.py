@@ -1,0 +1,246 @@
+"""Studies over a job server with a token: followed, left, stopped, killed and gone on with."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+
+from drtune_ray.demo import demo_config
+from drtune_ray.values import deep_merge, to_yaml
+from tests.jobs.jobs import JobCluster, interrupt
+from tests.servers import mlflow_server
+from tests.study.test_study import study_values
+from tests.survival import kill
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+NUM_TRIALS, NUM_EPOCHS = 3, 3
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobCluster]:
+    made = JobCluster(tmp_path_factory.mktemp("cluster"), SABOTAGE_STEP_SECONDS="0.3")
+    try:
+        made.start(2)
+        yield made
+    finally:
+        made.end()
+
+
+@pytest.fixture(scope="module")
+def tracking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with mlflow_server(tmp_path_factory.mktemp("mlflow") / "server") as address:
+        yield address
+
+
+def demo_file(folder: Path, tracking: str) -> Path:
+    """The demo's study, smaller: its three reference trials."""
+    values = demo_config(folder / "studies").to_mapping()
+    smaller = {
+        "trials": NUM_TRIALS,
+        "tracking": {"uri": tracking},
+        "trial": {
+            "data": {"train_per_class": 6, "views": 1, "validation_fraction": 0.1},
+            "training": {"epochs": NUM_EPOCHS, "batch_size": 10, "batch_norm": "local"},
+        },
+    }
+    file = folder / "demo.yaml"
+    file.write_text(to_yaml(deep_merge(values, smaller)))
+    return file
+
+
+def submitted(cluster: JobCluster, file: Path, *arguments: str) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    command = cluster.command("submit", str(file), *arguments)
+    environment = cluster.user(MLFLOW_TRACKING_PASSWORD="planted-1", OTHER_SECRET="planted-2")
+    # Where the tests run in a shell's background, Ctrl-C is ignored, and children inherit that.
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+@pytest.mark.timeout(900)
+def test_the_demo__followed_left_stopped_killed_and_gone_on_with(cluster, tracking, tmp_path):
+    file = demo_file(tmp_path, tracking)
+    study = tmp_path / "studies" / "demo"
+
+    # Followed, and left by Ctrl-C.
+    first = submitted(cluster, file)
+    cluster.wait_for(lambda: cluster.num_trained() > 0, "training")
+    said, told = interrupt(first)
+    assert first.returncode == 130, told
+    assert "Running entrypoint for job drtune-demo-" in said
+    assert "  3 trials (3 reference trials first), 2 at a time" in said
+    job = cluster.jobs("demo")[0]["submission_id"]
+    where = f"demo --storage {tmp_path}/studies --address {cluster.address}"
+    assert told.splitlines() == [
+        "tracking.uri names 127.0.0.1: for the job that is the machine on which it runs",
+        f"Submitted {job}, and with it: study.yaml, MLFLOW_TRACKING_PASSWORD",
+        f"Left {job}, which goes on",
+        f"Follow it:  {cluster.command('x')[0]} logs {where} --follow",
+        f"Stop it:    {cluster.command('x')[0]} stop {where}",
+    ]
+
+    # Met again while it runs, whatever is asked for now.
+    second = cluster.run("submit", str(file), "--trials", "4", "--no-wait", "--json")
+    assert second.returncode == 0
+    assert json.loads(second.stdout)["jobs"][0]["submission_id"] == job
+    assert second.stderr.splitlines()[1:3] == [
+        f"{job} is running: nothing was sent",
+        "It was submitted with other settings; for these to hold, stop it first",
+    ]
+    following = submitted(cluster, file)
+    assert [attempt["state"] for attempt in cluster.jobs("demo")] == ["RUNNING"]
+
+    # Stopped: SIGTERM, of which it saves within Ray's three seconds.
+    stopped = cluster.run("stop", "demo")
+    assert (stopped.returncode, stopped.stdout) == (0, f"{job} is stopped\n")
+    said, told = following.communicate(timeout=200)
+    assert following.returncode == 130
+    assert "Stopping: running trials save what they have" in said
+    assert told.splitlines()[-1] == (
+        f"Job {job} was stopped: the same command goes on where it stopped"
+    )
+    before = cluster.trained()
+
+    # The next attempt goes on from there, and is killed.
+    killed = submitted(cluster, file)
+    cluster.wait_for(lambda: len(cluster.trained()) > len(before) + 4, "going on")
+    steps = Counter(tuple(entry[1:4]) for entry in cluster.trained() if entry[0] == "step")
+    assert max(steps.values()) == 1  # nothing was trained twice
+    (driver,) = cluster.drivers()
+    kill(driver, signal.SIGKILL)
+    _, told = killed.communicate(timeout=200)
+    assert killed.returncode == 3
+    next_job = f"{job.removesuffix('-1')}-2"
+    assert told.splitlines()[-1] == (
+        f"Job {next_job} was killed (signal 9): the same command goes on where it stopped"
+    )
+
+    # And once more, to the end.
+    (cluster.orders() / "hurry").touch()
+    done = submitted(cluster, file)
+    said, told = done.communicate(timeout=300)
+    assert done.returncode == 0, said + told
+    assert "Best of 3 trials: trial " in said
+    attempts = cluster.jobs("demo")
+    assert [(a["number"], a["state"], a["exit_code"]) for a in attempts] == [
+        (1, "STOPPED", None),
+        (2, "FAILED", 137),
+        (3, "SUCCEEDED", 0),
+    ]
+    check_mlflow(tracking)
+    check_secrets(cluster, study, job)
+    status = subprocess.run(
+        [cluster.command("x")[0], "status", str(study), "--json"],
+        env=cluster.user(),
+        capture_output=True,
+        text=True,
+    )
+    command = f"drtune-ray submit {file} --address {cluster.address}"
+    assert json.loads(status.stdout)["command"] == command
+
+
+def check_mlflow(tracking: str) -> None:
+    """One parent, a finished child a trial, every epoch once."""
+    client = mlflow.MlflowClient(tracking)
+    experiment = client.get_experiment_by_name("drtune-ray")
+    runs = client.search_runs([experiment.experiment_id])
+    children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    (parent,) = [run for run in runs if run not in children]
+    assert parent.info.status == "FINISHED"
+    assert [run.info.status for run in children] == ["FINISHED"] * NUM_TRIALS
+    for run in children:
+        history = client.get_metric_history(run.info.run_id, "val_accuracy")
+        assert sorted(metric.step for metric in history) == list(range(1, NUM_EPOCHS + 1))
+    names = [item.path for item in client.list_artifacts(parent.info.run_id, "winner")]
+    assert sorted(names) == ["winner/model.safetensors", "winner/model.yaml"]
+
+
+def check_secrets(cluster: JobCluster, study: Path, job: str) -> None:
+    """What was sent is what is listed; nothing of it is in what users keep or read."""
+    (found,) = [j for j in cluster.get("/api/jobs/") if j["submission_id"] == job]
+    sent = found["runtime_env"]["env_vars"]
+    assert sent == {"MLFLOW_TRACKING_PASSWORD": "planted-1"}
+    kept = b"".join(path.read_bytes() for path in study.rglob("*") if path.is_file())
+    log = cluster.run("logs", "demo", "--attempt", "1").stdout
+    assert "Running entrypoint" in log
+    for text in (kept, log.encode()):
+        assert b"planted" not in text
+        assert cluster.token.encode() not in text
+
+
+def test_a_study_that_the_job_refuses__has_its_exit_code(cluster, tmp_path, weights_file):
+    file = tmp_path / "study.yaml"
+    values = study_values(tmp_path, weights_file, name="refused")
+    values["trial"]["data"]["train"] = "/nowhere/images"
+    file.write_text(to_yaml(values))
+    done = cluster.run("submit", str(file), "--json")
+    assert done.returncode == 2
+    objects = [json.loads(line) for line in done.stdout.splitlines()]
+    assert objects[-1]["kind"] == "result"
+    assert "'/nowhere/images' is not a folder" in objects[-1]["reason"]
+    (job,) = cluster.jobs("refused")
+    assert done.stderr.splitlines()[-1] == (
+        f"Job {job['submission_id']} failed with exit code 2: its log says why"
+    )
+
+
+def test_a_wrong_token__is_one_message(cluster):
+    done = cluster.run("logs", "demo", RAY_AUTH_TOKEN="wrong")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr == (
+        f"drtune-ray: {cluster.address} does not take the token of RAY_AUTH_TOKEN: give the one "
+        "that the cluster was started with\n"
+    )
+
+
+def test_a_missing_token__is_said_before_anything_is_sent(cluster, tmp_path, weights_file):
+    file = tmp_path / "study.yaml"
+    file.write_text(to_yaml(study_values(tmp_path, weights_file, name="unsent")))
+    for mode in ({}, {"RAY_AUTH_MODE": "token"}):
+        done = cluster.run("submit", str(file), HOME=str(tmp_path), **mode)
+        assert (done.returncode, done.stdout) == (3, "")
+        assert done.stderr == (
+            f"drtune-ray: {cluster.address} asks for a token, and there is none here: copy "
+            "~/.ray/auth_token of the cluster to this machine, name its copy in "
+            "RAY_AUTH_TOKEN_PATH, or put the token into RAY_AUTH_TOKEN. Nothing was sent\n"
+        )
+    assert not any("unsent" in job["entrypoint"] for job in cluster.get("/api/jobs/"))
+    found = cluster.run("status", "unsent")
+    assert found.returncode == 2
+    assert f"no study 'unsent' was submitted to {cluster.address}" in found.stderr
+
+
+@pytest.mark.timeout(900)
+def test_two_nodes__train_a_submitted_study(tmp_path, weights_file):
+    values: dict[str, Any] = study_values(tmp_path, weights_file, trials=4, reference_trials=[])
+    values["scheduler"] = {"name": "none"}
+    file = tmp_path / "study.yaml"
+    file.write_text(to_yaml(values))
+    # Long enough for both nodes to have begun: who is ready first takes the next trial.
+    made = JobCluster(tmp_path, SABOTAGE_STEP_SECONDS="0.3")
+    try:
+        made.start(1, 1)
+        done = made.run("submit", str(file))
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "Best of 4 trials: trial " in done.stdout
+        assert made.num_trained(0) > 0 and made.num_trained(1) > 0
+        assert made.num_trained(0) + made.num_trained(1) == 16
+    finally:
+        made.end()
+    assert made.processes() == {}

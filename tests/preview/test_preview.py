@@ -1,0 +1,302 @@
+"""What a study will cost: simulated epochs, budgets, finalists, sizes; and a real preview."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from drtune_ray.config.study import StudyConfig
+from drtune_ray.data.table_store import TableStore
+from drtune_ray.preview.estimate import Preview, _kinds, _paces_of_trials
+from drtune_ray.preview.measure import Measured, Measurement
+from drtune_ray.preview.sample import (
+    EVALUATION,
+    FEATURES,
+    VIEWS,
+    planned_tables,
+    prepared_sample,
+)
+from drtune_ray.preview.simulate import (
+    ORDER_CORRELATION,
+    Pace,
+    Simulated,
+    Spread,
+    random_curves,
+    simulated,
+    simulated_studies,
+    spread,
+)
+from drtune_ray.search.proposals import FixedTrial
+from drtune_ray.study.inputs import check_inputs
+from drtune_ray.study.machine import Machine
+from drtune_ray.study.tables import prepare
+from drtune_ray.values import nested, to_yaml
+from tests.execution.test_scheduler import CURVES
+from tests.small import small_trial, small_values, write_coloured
+
+COMMAND = Path(sys.executable).with_name("drtune-ray")
+NO_FINALS = {"finalists.num_seeds": 0}
+
+
+def study(values: dict[str, Any]) -> StudyConfig:
+    given = {"name": "s", "trial.data.train": "images", "reference_trials": ()}
+    return StudyConfig.from_mapping(nested(given | values))
+
+
+def run(
+    config: StudyConfig, curves: list[list[float]], at_a_time: int = 1, seconds_before: float = 0.0
+) -> Simulated:
+    paces = [Pace(0.5, 1.0)] * len(curves)
+    generator = np.random.default_rng(0)
+    return simulated(config, np.array(curves), paces, at_a_time, generator, seconds_before)
+
+
+def test_asha_by_hand_with_a_reference_that_runs_to_its_end():
+    # As in test_scheduler.py: the trials after the reference get 4, 1, 4, 2 and 4 epochs.
+    asha = {"scheduler.min_epochs": 1, "scheduler.reduction_factor": 2}
+    config = study({"trials": 6, "reference_trials": ("default",)} | asha | NO_FINALS)
+    found = run(config, [CURVES[number] for number in range(6)])
+    assert found == Simulated(6, 19, 6 * 0.5 + 19, 0, 0, 0.0)
+
+
+def test_the_users_own_points_come_before_the_references():
+    given = {"start_with": ({"a": 1},), "reference_trials": ("default",), "trials": 3}
+    asha = {"scheduler.min_epochs": 1, "scheduler.reduction_factor": 2}
+    config = study(given | asha | NO_FINALS)
+    # Number 1 is the reference: the worst, and not stopped; number 2 is stopped at its rung.
+    assert run(config, [[0.9, 0.9], [0.1, 0.1], [0.2, 0.3]]).search_epochs == 2 + 2 + 1
+
+
+def test_trials_run_side_by_side():
+    config = study({"trials": 3, "scheduler.name": "none"} | NO_FINALS)
+    found = run(config, [[0.1, 0.2]] * 3, at_a_time=2)
+    assert (found.search_epochs, found.search_seconds) == (6, 5.0)
+
+
+@pytest.mark.parametrize(("max_epochs", "epochs"), [(4, 5), (5, 6), (7, 8)])
+def test_a_budget_of_epochs_ends_those_that_run_at_their_next_epoch(max_epochs, epochs):
+    values = {"trials": 4, "scheduler.name": "none", "budget.max_epochs": max_epochs}
+    found = run(study(values | NO_FINALS), [[0.1, 0.2, 0.3]] * 4, at_a_time=2)
+    assert found.search_epochs == epochs
+    assert found.num_trials == (2 if max_epochs == 4 else found.num_trials)
+
+
+def test_a_budget_of_seconds_counts_what_was_over_before():
+    values = {"trials": 4, "scheduler.name": "none", "budget.max_seconds": 4.0}
+    found = run(study(values | NO_FINALS), [[0.1, 0.2, 0.3]] * 4, seconds_before=2.0)
+    assert (found.num_trials, found.search_epochs, found.search_seconds) == (1, 2, 2.5)
+
+
+@pytest.mark.parametrize(
+    ("of_ce_tuning", "num_finalists"), [(0.1, 3), (0.75, 2)], ids=["it is added", "it is among"]
+)
+def test_finalists_are_the_best_and_ce_tuning_on_each_seed(of_ce_tuning, num_finalists):
+    values = {
+        "trials": 4,
+        "scheduler.name": "none",
+        "reference_trials": ("ce_tuning",),
+        "finalists.num_configurations": 2,
+        "finalists.num_seeds": 3,
+    }
+    found = run(study(values), [[of_ce_tuning] * 2, [0.8] * 2, [0.7] * 2, [0.6] * 2], at_a_time=2)
+    assert found.final_trials == 3 * num_finalists
+    assert found.final_epochs == 2 * found.final_trials
+    assert found.final_seconds == 2.5 * -(-found.final_trials // 2)
+
+
+def test_without_a_scheduler_nothing_varies():
+    config = study({"trials": 5, "trial.training.epochs": 3, "scheduler.name": "none"} | NO_FINALS)
+    found = simulated_studies(config, [Pace(0.0, 1.0)] * 5, 2)
+    assert spread([one.epochs for one in found]) == Spread(15.0, 15.0, 15.0)
+
+
+@pytest.mark.parametrize("name", ["asha", "median"])
+def test_early_stopping_saves_epochs_and_the_same_seed_gives_the_same(name):
+    config = study({"trials": 12, "trial.training.epochs": 9, "scheduler.name": name} | NO_FINALS)
+    found = simulated_studies(config, [Pace(0.0, 1.0)] * 12, 2)
+    epochs = spread([one.epochs for one in found])
+    assert 12 * 2 < epochs.low <= epochs.mean <= epochs.high < 12 * 9
+    assert found == simulated_studies(config, [Pace(0.0, 1.0)] * 12, 2)
+
+
+def test_curves_rise_and_keep_most_of_their_order():
+    curves = random_curves(5000, 4, np.random.default_rng(0))
+    assert (np.diff(curves, axis=1) >= 0).all()
+    assert np.corrcoef(curves[:, 1], curves[:, 3])[0, 1] == pytest.approx(
+        ORDER_CORRELATION, abs=0.1
+    )
+
+
+# ---- tables
+
+
+def test_planned_tables_are_those_that_are_prepared(tmp_path, weights_file):
+    values = small_values(write_coloured(tmp_path / "images"), weights_file)
+    trial, storage = small_trial(values), tmp_path / "storage"
+    checked = check_inputs(trial, storage)
+    planned = planned_tables(checked, [trial], storage, "cpu")
+    assert not any(table.exists for table in planned)
+    with TableStore(storage, trial.data.cache_limit_gib) as store:
+        prepare(checked, trial, store, "cpu")
+    written = {path.name: path for path in (storage / "cache").iterdir() if path.is_file()}
+    assert {t.name for t in planned} == {n for n in written if not n.endswith(".seal")}
+    for table in planned:
+        assert table.num_bytes == pytest.approx(written[table.name].stat().st_size, abs=2**16)
+    assert all(table.exists for table in planned_tables(checked, [trial], storage, "cpu"))
+
+
+def test_sizes_by_hand_and_another_view_seed_shares_what_it_can(tmp_path, weights_file):
+    values = small_values(write_coloured(tmp_path / "images"), weights_file)
+    trial = small_trial(values)
+    checked = check_inputs(trial, tmp_path)
+    configs = [trial, trial.with_values({"data.view_seed": 1})]
+    tables = planned_tables(checked, configs, tmp_path, "cpu")
+    sizes = [(table.kind, table.num_bytes) for table in tables if table.kind == FEATURES]
+    assert sizes == [(FEATURES, 2 * checked.num_train * 256 * 4)] * 2
+    assert [t.num_bytes for t in tables if t.kind == VIEWS] == [
+        2 * checked.num_train * 3 * 32 * 32
+    ] * 2
+    assert sum(table.kind == EVALUATION for table in tables) == 1
+
+
+def test_pixels_without_room_are_not_planned(tmp_path, weights_file):
+    values = small_values(write_coloured(tmp_path / "images"), weights_file)
+    trial = small_trial(values | {"data.cache_limit_gib": 0.0})
+    kinds = {
+        t.kind for t in planned_tables(check_inputs(trial, tmp_path), [trial], tmp_path, "cpu")
+    }
+    assert kinds == {"images", "backbone", FEATURES}
+
+
+def test_a_sample_says_what_a_row_takes(tmp_path, weights_file):
+    values = small_values(write_coloured(tmp_path / "images"), weights_file)
+    trial = small_trial(values)
+    checked = check_inputs(trial, tmp_path)
+    sample = prepared_sample(checked, [trial], tmp_path / "t", "cpu", with_pixels=True)
+    assert sample.num_train == checked.num_train  # so few are all taken
+    tables = planned_tables(checked, [trial], tmp_path, "cpu")
+    assert sample.seconds(tables) == pytest.approx(
+        sum(sample.row_seconds[table.kind] * table.num_rows for table in tables)
+    )
+    with TableStore(tmp_path, 1.0) as store:
+        prepare(checked, trial, store, "cpu")
+    assert sample.seconds(planned_tables(checked, [trial], tmp_path, "cpu")) == 0.0
+
+
+# ---- the whole
+
+
+def test_references_are_measured_apart_and_equal_ones_once(make_trial):
+    base = make_trial({})
+    other = base.with_values({"method.name": "ce_tuning"})
+    references = [FixedTrial("default", base), FixedTrial("ce_tuning", other)]
+    config = study({"trials": 4, "reference_trials": ("default", "ce_tuning")})
+    kinds = _kinds(base, references)
+    assert kinds == [base, other]
+    paces = [Pace(1.0, 2.0), Pace(3.0, 4.0)]
+    assert _paces_of_trials(config, kinds, paces, references) == [paces[i] for i in (0, 1, 0, 0)]
+
+
+@pytest.fixture
+def preview() -> Preview:
+    config = study({"trials": 4, "tracking.num_top_checkpoints": 3})
+    return Preview(
+        config,
+        trials_at_a_time=2,
+        studies=(Simulated(4, 20, 30.0, 2, 10, 12.0), Simulated(4, 30, 50.0, 2, 10, 12.0)),
+        measurement=Measurement(
+            (Measured(1.0, 0.25, 0.5, 0.125, 3000.0, 1000.0),), 5.0, 2.0**30, 0.0, 2
+        ),
+        paces=(Pace(1.5, 1.625),),
+        steps_per_epoch=4.0,
+        fixed_seconds=10.0,
+        prepare_seconds=5.0,
+        final_fit_seconds=3.0,
+        tables=(),
+        machine=Machine(2, 0),
+        memory_bytes=3 * 2**30,
+        local_trials=2,
+        notes=("a note",),
+    )
+
+
+def test_totals(preview):
+    assert preview.seconds.mean == 40 + 12 + 10 + 5 + 3
+    assert preview.checkpoint_bytes == 6 * 1000 + 2 * 2 * 3000
+    assert preview.kept_bytes == (6 + 3 + 2) * 1000
+    assert preview.workers_in_memory == 3
+
+
+def test_lines_for_people(preview):
+    from drtune_ray.display.preview import preview_lines
+
+    title, note, *lines = preview_lines(preview)
+    assert title.startswith("Preview of study 's': ")
+    assert note == "  a note"
+    assert lines == [
+        "  Trials      4 (0 reference trials, 4 sampled), then 2 trainings of finalists on 2 new "
+        "seed(s)",
+        "  Epochs      about 25 (20 to 30 in 9 of 10 cases) in the search with asha (40 without), "
+        "10 of finalists, and the final fit",
+        "  Step        250 ms; an epoch 1.6 s (4 steps, validation, checkpoint): measured with 2 "
+        "process(es) at a time, 1 thread(s) each",
+        "  Time        about 1 min 10 s (1 min 1 s to 1 min 19 s in 9 of 10 cases), 2 trials at a "
+        "time",
+        "              of it 10 s to start and end, 5 s to prepare images and features, 3 s at "
+        "most for the final fit",
+        "  Memory      1.0 GiB a worker",
+        "  Disk        17.6 KiB of checkpoints at most (one is 2.9 KiB, best weights 1000 B); "
+        "10.7 KiB stay",
+        "              0 B of prepared images and features, 0 B of them new",
+        "  Machine     2 CPUs, no GPU, 3.0 GiB of free memory: holds 2 trials at a time",
+    ]
+
+
+def test_facts_are_documented(preview):
+    from drtune_ray.display.preview import preview_facts
+
+    documented = (Path(__file__).parents[2] / "docs/json.md").read_text()
+    assert [key for key in preview_facts(preview) if f"`{key}`" not in documented] == []
+
+
+def drtune_ray(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    return subprocess.run(
+        [str(COMMAND), *arguments], capture_output=True, text=True, env=environment
+    )
+
+
+@pytest.mark.slow
+def test_a_preview_of_small_images(tmp_path, weights_file):
+    values = small_values(write_coloured(tmp_path / "images"), weights_file)
+    content = {
+        "name": "small",
+        "storage": str(tmp_path / "studies"),
+        "trials": 5,
+        "trial": nested(values | {"training.epochs": 4}),
+        "resources": {"trials_at_a_time": 2},
+        "finalists": {"num_seeds": 1},
+    }
+    file = tmp_path / "study.yaml"
+    file.write_text(to_yaml(content))
+    done = drtune_ray("preview", str(file), "--json")
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    found = json.loads(line)
+    assert found["kind"] == "preview"
+    assert found["num_trials"] == {"mean": 5.0, "low": 5.0, "high": 5.0}
+    assert 5 * 2 <= found["search_epochs"]["low"] <= found["search_epochs"]["high"] <= 5 * 4
+    assert 8 <= found["final_epochs"]["low"] <= found["final_epochs"]["high"] <= 12
+    assert found["steps_per_epoch"] == 4
+    assert len(found["epoch_seconds"]) == 3  # default, as the base; CE-tuning and authors
+    assert 0 < found["step_seconds"] < found["epoch_seconds"][0] < found["seconds"]["low"]
+    assert found["checkpoint_bytes"] > found["best_bytes"] > 0
+    assert 2**27 < found["peak_bytes"] < 2**33
+    assert not (tmp_path / "studies").exists()
