@@ -47,6 +47,7 @@ from drtune_ray.execution.ray_tune.run import TuneRun, tune_trainable
 from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.execution.session import ray_session
 from drtune_ray.execution.worker import WorkerContext
+from drtune_ray.search.outcomes import Outcomes
 from drtune_ray.search.proposals import FinalistProposals, FixedTrial
 from drtune_ray.storage.artifacts import StudyArtifacts
 from drtune_ray.storage.optuna_storage import open_storage, open_study
@@ -167,7 +168,8 @@ def run_tune(
     with mock.patch.object(run, "tune_trainable", trainable):
         record.started = time.time()
         tune_run.run(
-            StudySearch(FinalistProposals(study, trials)), {config.trial.tables_key: tables}
+            StudySearch(FinalistProposals(study, trials), Outcomes(study)),
+            {config.trial.tables_key: tables},
         )
     return record
 

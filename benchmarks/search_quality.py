@@ -37,6 +37,7 @@ from drtune_ray.config.trial import TrialConfig
 from drtune_ray.execution.ray_tune.schedulers import build_scheduler
 from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.search.budget import Budget
+from drtune_ray.search.outcomes import Outcomes
 from drtune_ray.search.proposals import SearchProposals
 from drtune_ray.search.samplers import build_sampler
 from drtune_ray.space.search_space import SearchSpace, start_points
@@ -218,7 +219,9 @@ def replayed(
         start_with=start_points(space, points),
     )
     stopping = build_scheduler(scheduler, max_epochs, ())
-    return Replay(curves, max_epochs, StudySearch(proposals, budget), stopping).run()
+    return Replay(
+        curves, max_epochs, StudySearch(proposals, Outcomes(study, budget)), stopping
+    ).run()
 
 
 def show_searches(images: int, max_epochs: int) -> None:

@@ -53,7 +53,7 @@ NOT_OF_INPUT = {
     "study/tables.py:preparing_device",
     "study/training_run.py:_Training._train_and_write",
     "space/search_space.py:SearchSpace.clamped",
-    "config/section.py:refusal",  # the form of what is said of each setting, which has rules of its own
+    "config/section.py:refusal",  # the form of the settings' messages, which have own rules
     "config/section.py:unknown_path_problem",  # of search spaces
     "training/backbones.py:KeyReport.__str__",
     "training/backbones.py:_check_hub",

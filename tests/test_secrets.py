@@ -16,10 +16,11 @@ import pytest
 from ray import cloudpickle
 
 from drtune_ray.config.study import BudgetConfig
-from drtune_ray.execution.ray_tune.callbacks import StudyCallback
+from drtune_ray.execution.ray_tune.callbacks import BudgetStopper, StudyCallback
 from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.folders import Folder, open_folder
 from drtune_ray.search.budget import Budget
+from drtune_ray.search.outcomes import Outcomes
 from drtune_ray.search.proposals import FinalistProposals
 from drtune_ray.storage.optuna_storage import open_storage, open_study
 from drtune_ray.values import to_yaml
@@ -163,8 +164,8 @@ def test_what_tune_pickles_holds_no_address(tmp_path: Path) -> None:
     storage = open_storage(tmp_path, f"sqlite:///{tmp_path}/open-sesame.db")
     study = open_study(storage, "small-1")
     budget = Budget(3, BudgetConfig(), study)
-    search = StudySearch(FinalistProposals(study, []), budget)
+    search = StudySearch(FinalistProposals(study, []), Outcomes(study, budget))
     assert b"open-sesame" in cloudpickle.dumps(study)
     callback = StudyCallback(search, print, tmp_path, None, lambda: None, lambda: None)
-    for part in (budget, search, callback):
+    for part in (BudgetStopper(budget), search, callback):
         assert b"open-sesame" not in cloudpickle.dumps(part)

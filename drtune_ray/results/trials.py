@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import NoTrialCompleted
 from drtune_ray.values import flattened
 
@@ -24,6 +25,11 @@ DUPLICATE = "duplicate of trial"  # why one was not trained
 CONFIG, OUTCOME, OBJECTIVES = "config", "outcome", "objectives"
 EPOCH_PREFIX = "epoch:"
 RESULT_STATES = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+def config_of(trial: Trial | FrozenTrial) -> TrialConfig:
+    """Return the configuration of a trial of an Optuna study."""
+    return TrialConfig.from_mapping(json.loads(trial.user_attrs[CONFIG]))
 
 
 @dataclass(frozen=True)

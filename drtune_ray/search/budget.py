@@ -8,7 +8,6 @@ from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-from ray.tune import Stopper
 
 from drtune_ray.config.study import BudgetConfig
 from drtune_ray.results import trials
@@ -18,7 +17,7 @@ SECONDS = "seconds"  # user attribute of the Optuna study: what its searches too
 STOPPED_BY_BUDGET, REACHED_TARGET = "stopped by the budget", "reached the target accuracy"
 
 
-class Budget(Stopper):  # type: ignore[misc]
+class Budget:
     """Ends the search at whichever limit is met first.
 
     The number of trials and `patience_trials` only keep new ones from starting; the other limits
@@ -43,17 +42,9 @@ class Budget(Stopper):  # type: ignore[misc]
         self._clock, self._started = clock, clock()
         self._seconds_before = float(study.user_attrs.get(SECONDS, 0.0))
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune writes it to disks, and the address of the storage holds a password."""
-        return {}
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Whether Tune shall stop a trial at this epoch."""
+    def stops(self, result: dict[str, Any]) -> bool:
+        """Whether a trial is stopped at the epoch of this result."""
         return self.has_reached_target(result) or self.hard_end() is not None
-
-    def stop_all(self) -> bool:
-        """Each trial is asked for at the end of its own epoch."""
-        return False
 
     def end(self, num_begun: int) -> str | None:
         """Why no further trial starts, given how many were begun; None while one may."""

@@ -194,8 +194,8 @@ class StudyArtifacts:
             return
         raise ConfigError(
             f"study {former.folder.name!r} keeps its checkpoints in artifacts="
-            f"{place_text(former.artifacts)}, and {place_text(self.uri)} does not hold them: give the "
-            "former one, or copy the study's folder there first"
+            f"{place_text(former.artifacts)}, and {place_text(self.uri)} does not hold them: give "
+            "the former one, or copy the study's folder there first"
         )
 
 

@@ -14,12 +14,12 @@ from typing import Any
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
 from sqlalchemy import create_engine
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from drtune_ray.errors import ConfigError, DrtuneError, EnvironmentProblem
 from drtune_ray.folders import first_line
-from drtune_ray.search.objectives import Direction
 from drtune_ray.server_uri import secrets_hidden, with_secrets
 from drtune_ray.storage.artifacts import StudyArtifacts, place_text
 from drtune_ray.storage.record import JOURNAL_NAME, Record
@@ -87,13 +87,13 @@ def _as_refusal(url: str) -> Iterator[None]:
 
 
 def open_study(
-    storage: BaseStorage, study_id: str, directions: Sequence[Direction] = ("maximize",)
+    storage: BaseStorage, study_id: str, directions: Sequence[str] = ("maximize",)
 ) -> optuna.Study:
     """The Optuna study of an identity, made if there is none."""
     return optuna.create_study(
         storage=storage,
         study_name=study_id,
-        directions=list(directions),
+        directions=[StudyDirection[direction.upper()] for direction in directions],
         pruner=optuna.pruners.NopPruner(),
         load_if_exists=True,
     )
@@ -146,8 +146,8 @@ def check_storage_of(
     if before != url:
         raise ConfigError(
             f"study {name!r} keeps its trials in optuna_storage={place_text(before)}, and "
-            f"{place_text(url)} does not hold them: give the former one, or copy the database there "
-            "first"
+            f"{place_text(url)} does not hold them: give the former one, or copy the database "
+            "there first"
         )
     if not artifacts.has_trials():  # its first run ended before there was one
         return

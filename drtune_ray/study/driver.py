@@ -39,6 +39,7 @@ from drtune_ray.results.winner import read_about
 from drtune_ray.search.budget import Budget
 from drtune_ray.search.finalists import Finalist, best_finalist, finalists, repetitions
 from drtune_ray.search.objectives import OF_CLASSIFIERS
+from drtune_ray.search.outcomes import Outcomes
 from drtune_ray.search.proposals import FinalistProposals, FixedTrial, Proposals, SearchProposals
 from drtune_ray.search.samplers import build_sampler
 from drtune_ray.search.warm_start import add_earlier_trials
@@ -170,8 +171,9 @@ class StudyDriver:
         if scheduler is not None:
             scheduler.refill(known)
         try:
-            search = StudySearch(proposals, budget, self.config.objectives, self._costs(tables))
-            tune_run.run(search, tables, scheduler=scheduler, stop=budget)
+            outcomes = Outcomes(self.study, budget, self.config.objectives, self._costs(tables))
+            search = StudySearch(proposals, outcomes)
+            tune_run.run(search, tables, scheduler=scheduler, budget=budget)
         finally:
             budget.keep_time()
         self._end, self._is_exhausted = proposals.end, proposals.is_exhausted
@@ -200,10 +202,8 @@ class StudyDriver:
         tune_run = self._tune_run(proposals)
         num_done = sum(len(finalist.runs) for finalist in chosen)
         self._plan(on_plan, FINALISTS, len(wanted), num_done, tune_run)
-        search = StudySearch(
-            proposals, objectives=self.config.objectives, costs=self._costs(tables)
-        )
-        tune_run.run(search, tables)
+        outcomes = Outcomes(self.study, None, self.config.objectives, self._costs(tables))
+        tune_run.run(StudySearch(proposals, outcomes), tables)
 
     def _costs(self, tables: Mapping[str, Tables]) -> dict[str, dict[str, float]]:
         """Of the classifiers of the tables' backbones, where an objective asks for them."""

@@ -13,6 +13,7 @@ from drtune_ray.config.study import BudgetConfig, SamplerConfig, reference_confi
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.search.budget import Budget
+from drtune_ray.search.outcomes import Outcomes
 from drtune_ray.search.proposals import FixedTrial, SearchProposals
 from drtune_ray.search.samplers import build_sampler
 from drtune_ray.space.search_space import SearchSpace
@@ -47,7 +48,7 @@ def searching(
         partial(build_sampler, SamplerConfig(), seed),
         **more,
     )
-    return StudySearch(proposals, ends)
+    return StudySearch(proposals, Outcomes(study, ends))
 
 
 def opened(folder: Path) -> optuna.Study:

@@ -48,10 +48,10 @@ def test_epochs_of_all_trials_together(study, base):
     told(search, 0.5)
     search.suggest("b")
     search.on_trial_result("b", result([0.6]))
-    budget = search._budget
-    assert budget.end(2) is None and not budget("b", result([0.6]))
+    budget = search.proposals._budget
+    assert budget.end(2) is None and not budget.stops(result([0.6]))
     search.on_trial_result("b", result([0.6, 0.7]))
-    assert budget("b", result([0.6, 0.7]))
+    assert budget.stops(result([0.6, 0.7]))
     search.on_trial_complete("b", result([0.6, 0.7]))
     assert study.trials[1].user_attrs["outcome"] == STOPPED_BY_BUDGET
     assert study.trials[1].state == TrialState.PRUNED
@@ -63,12 +63,12 @@ def test_a_trial_that_reaches_the_target_is_complete_and_ends_the_others(study, 
     search = searching(study, base, 9, budget={"target_accuracy": 0.9})
     for name in ("a", "b", "c"):
         search.suggest(name)
-    budget = search._budget
-    assert not budget("a", result([0.8]))
+    budget = search.proposals._budget
+    assert not budget.stops(result([0.8]))
     search.on_trial_complete("a", result([0.8]))  # the scheduler's, before the target was reached
-    assert budget("b", result([0.95]))
+    assert budget.stops(result([0.95]))
     search.on_trial_complete("b", result([0.95]))
-    assert budget("c", result([0.1]))
+    assert budget.stops(result([0.1]))
     search.on_trial_complete("c", result([0.1]))
     outcomes = [(trial.outcome, trial.state) for trial in summaries(study.trials)]
     assert outcomes == [
@@ -90,7 +90,7 @@ def test_time_counts_over_all_runs_of_the_study(study):
     assert again.hard_end() is None
     now[0] += 1
     assert again.end(0) == "budget.max_seconds=60 are over"
-    assert again("a", result([0.5]))
+    assert again.stops(result([0.5]))
 
 
 @pytest.mark.parametrize(

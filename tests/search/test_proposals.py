@@ -13,6 +13,7 @@ from optuna.trial import TrialState
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.results.trials import summaries
+from drtune_ray.search.outcomes import Outcomes
 from drtune_ray.search.proposals import (
     MAX_UNTRAINED_IN_A_ROW,
     FinalistProposals,
@@ -92,7 +93,7 @@ def test_a_given_trial_that_failed_is_made_good_at_its_own_point(study, base):
 
 def finalists(study: optuna.Study, base: TrialConfig, *seeds: int) -> StudySearch:
     runs = (FixedTrial(f"seed {seed}", base.with_values({"seed": seed})) for seed in seeds)
-    return StudySearch(FinalistProposals(study, tuple(runs)))
+    return StudySearch(FinalistProposals(study, tuple(runs)), Outcomes(study))
 
 
 def test_finalists_are_no_part_of_the_search_and_are_resumed(study, base):

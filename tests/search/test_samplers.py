@@ -17,6 +17,7 @@ from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.search.budget import Budget
+from drtune_ray.search.outcomes import Outcomes
 from drtune_ray.search.proposals import FixedTrial, SearchProposals
 from drtune_ray.search.samplers import SAMPLERS, build_sampler, check_sampler
 from drtune_ray.space.search_space import SearchSpace
@@ -44,7 +45,9 @@ def proposals(folder: Path, base: TrialConfig, config: SamplerConfig) -> list[di
     budget = Budget(12, BudgetConfig(), study)
     space = SearchSpace.from_mapping(SPACE, base)
     sampler_for = partial(build_sampler, config, 5)
-    search = StudySearch(SearchProposals(study, space, base, (), budget, sampler_for))
+    search = StudySearch(
+        SearchProposals(study, space, base, (), budget, sampler_for), Outcomes(study)
+    )
     found = []
     for index in range(12):
         found.append(json.loads(search.suggest(str(index))["trial"]))
@@ -77,7 +80,7 @@ def test_reference_trials_outside_of_the_space_do_not_blind_it(tmp_path, make_tr
         Budget(20, BudgetConfig(), study),
         partial(build_sampler, config, 5),
     )
-    search = StudySearch(proposals)
+    search = StudySearch(proposals, Outcomes(study))
     for index in range(8):
         search.suggest(str(index))
         search.on_trial_complete(str(index), result([0.1 * (index % 5)], COMPLETED))
@@ -104,7 +107,7 @@ def test_every_point_of_a_small_space_is_found(tmp_path, make_trial, name):
         Budget(40, BudgetConfig(), study),
         partial(build_sampler, SamplerConfig(name=name, num_startup_trials=3), 5),
     )
-    search = StudySearch(proposals)
+    search = StudySearch(proposals, Outcomes(study))
     found = set()
     while isinstance(proposal := search.suggest(str(len(found))), dict):
         values = json.loads(proposal["trial"])
@@ -129,7 +132,9 @@ def test_a_small_feasible_part_is_found(tmp_path, make_trial, seed):
     space = SearchSpace.from_mapping({"parameters": parameters, "constraints": constraints}, base)
     budget = Budget(20, BudgetConfig(), study)
     sampler_for = partial(build_sampler, SamplerConfig(), seed)
-    search = StudySearch(SearchProposals(study, space, base, (), budget, sampler_for))
+    search = StudySearch(
+        SearchProposals(study, space, base, (), budget, sampler_for), Outcomes(study)
+    )
     for index in range(20):
         assert isinstance(search.suggest(str(index)), dict), index
         search.on_trial_complete(str(index), result([0.5], COMPLETED))
@@ -147,7 +152,7 @@ def test_tpe_does_not_count_them_among_its_best(tmp_path, make_trial):
         Budget(32, BudgetConfig(), study),
         partial(build_sampler, SamplerConfig(num_startup_trials=8), 5),
     )
-    search = StudySearch(proposals)
+    search = StudySearch(proposals, Outcomes(study))
     rates = []
     for index in range(32):
         rates.append(json.loads(search.suggest(str(index))["trial"])["optim"]["backbone_lr"])

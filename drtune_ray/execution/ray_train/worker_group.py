@@ -69,7 +69,8 @@ def train_environment(resources: ResourcesConfig, training: TrainingConfig) -> I
     Ray Train reads them from the environment of the process that calls ``fit`` and hands them on.
     """
     values = {
-        # A process that answers nothing; one that runs and does not train ends itself (`WorkerGuard`).
+        # For a process that does not answer; one that runs but does not train ends itself
+        # (`WorkerGuard`).
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(resources.hang_seconds),
         # Workers wait for each other when they report.
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": str(resources.hang_seconds),

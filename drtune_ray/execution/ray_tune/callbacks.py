@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 from optuna.trial import FrozenTrial, TrialState
-from ray.tune import Callback
+from ray.tune import Callback, Stopper
 
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.execution.failures import FULL_DISK, HUNG, Failure
@@ -24,6 +24,7 @@ from drtune_ray.execution.ray_tune.patches import failure_of
 from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.execution.resource_wait import ResourceWait
 from drtune_ray.results.events import epoch_event, run_finished, run_started
+from drtune_ray.search.budget import Budget
 from drtune_ray.tracking.events import Sink
 from drtune_ray.training.checkpoint import folder_name
 from drtune_ray.training.reports import CONFIG_NUMBER, CONFIG_TRIAL, result_history
@@ -221,3 +222,22 @@ class WaitCallback(Callback):  # type: ignore[misc]
             self._wait.check()
         except EnvironmentProblem as problem:
             raise _GaveUp(problem) from None
+
+
+class BudgetStopper(Stopper):  # type: ignore[misc]
+    """Stops trials at the end of their epoch when the study's budget says so."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune writes it to disks, and the address of the storage holds a password."""
+        return {}
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Whether to stop a trial at this epoch."""
+        return self._budget.stops(result)
+
+    def stop_all(self) -> bool:
+        """False: each trial is stopped at the end of its own epoch."""
+        return False

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
-from ray.tune import Stopper
 from ray.tune.execution import class_cache
 from ray.tune.schedulers import TrialScheduler
 
@@ -20,6 +19,7 @@ from drtune_ray.execution.heartbeat import HeartbeatMonitor
 from drtune_ray.execution.interrupts import saving_when_interrupted
 from drtune_ray.execution.ray_train.trainer import drive_trial
 from drtune_ray.execution.ray_tune.callbacks import (
+    BudgetStopper,
     PlacementGroupCleaner,
     StudyCallback,
     WaitCallback,
@@ -31,6 +31,7 @@ from drtune_ray.execution.resident_actor import TrialActor
 from drtune_ray.execution.resource_wait import ResourceWait
 from drtune_ray.execution.session import scratch_folder
 from drtune_ray.execution.worker import WorkerContext
+from drtune_ray.search.budget import Budget
 from drtune_ray.storage.artifacts import StudyArtifacts
 from drtune_ray.storage.record import SCRATCH_NAME, TRIALS_FOLDER
 from drtune_ray.tracking.events import Sink
@@ -72,7 +73,7 @@ class TuneRun:
         tables: Mapping[str, Tables],
         *,
         scheduler: TrialScheduler | None = None,
-        stop: Stopper | None = None,
+        budget: Budget | None = None,
     ) -> None:
         """Run the trials that a searcher proposes until it has no more.
 
@@ -80,7 +81,7 @@ class TuneRun:
             search: Proposes trials and takes what became of them.
             tables: By `TrialConfig.tables_key`.
             scheduler: Stops trials early; None: each runs to its end.
-            stop: Stops trials for the sake of the whole study.
+            budget: Stops trials for the sake of the whole study.
         """
         from ray import tune
 
@@ -115,7 +116,7 @@ class TuneRun:
                 run_config=tune.RunConfig(
                     name="tune",
                     storage_path=str(scratch),
-                    stop=stop,
+                    stop=BudgetStopper(budget) if budget else None,
                     callbacks=callbacks,
                     failure_config=tune.FailureConfig(max_failures=MAX_MACHINE_FAILURES),
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
