@@ -45,6 +45,7 @@ from drtune_ray.execution.ray_train.trainer import drive_trial
 from drtune_ray.execution.ray_tune import run
 from drtune_ray.execution.ray_tune.run import TuneRun, tune_trainable
 from drtune_ray.execution.ray_tune.searcher import StudySearch
+from drtune_ray.execution.run_context import RunContext
 from drtune_ray.execution.session import ray_session
 from drtune_ray.execution.worker import WorkerContext
 from drtune_ray.search.outcomes import Outcomes
@@ -156,15 +157,17 @@ def run_tune(
     trials = tuple(fixed_trials(config, NUM_TRIALS[way]))
     record = Record()
     kind, trainable = (TuneRun, tune_trainable) if way == "resident" else (_Nested, _nested)
-    tune_run = kind(
-        config.model_copy(update={"storage": str(folder), "name": way}),
+    context = RunContext(
+        folder / way,
         f"{way}-{os.getpid()}",
+        config.resources,
         StudyArtifacts(None, folder / way),
         Cluster(capacity, None, print),
         record.take,
-        lambda: None,
-        lambda: None,
+        disk_error=lambda: None,
+        on_interrupt=lambda: None,
     )
+    tune_run = kind(config.model_copy(update={"storage": str(folder), "name": way}), context)
     with mock.patch.object(run, "tune_trainable", trainable):
         record.started = time.time()
         tune_run.run(

@@ -223,7 +223,7 @@ def begun_training(here: Path, patch: Patch) -> None:
     config, _, _ = trial_request(None, [], FLAGS)
     with Patch.context() as within, pytest.raises(KeyboardInterrupt):
         cluster = nullcontext(Capacity((), is_local=True))
-        within.setattr("drtune_ray.execution.session.ready_cluster", lambda *a, **k: cluster)
+        within.setattr("drtune_ray.study.training_run.ready_cluster", lambda *a, **k: cluster)
         within.setattr("drtune_ray.study.training_run._Training.run", _interrupted)
         run_training(config, TRAINING, here / STORAGE)
 

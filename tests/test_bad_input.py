@@ -46,7 +46,6 @@ NOT_OF_INPUT = {
     "folders.py:probe_folder",  # exit code 3
     "study/driver.py:StudyDriver._finish",
     "study/driver.py:StudyDriver._tell_start",
-    "storage/driver_lock.py:driver_lock",
     "execution/capacity.py:Capacity.__str__",
     "execution/capacity.py:NodeGroup.__str__",
     "study/inputs.py:StudyInputs.summary",
@@ -55,6 +54,8 @@ NOT_OF_INPUT = {
     "space/search_space.py:SearchSpace.clamped",
     "config/section.py:refusal",  # the form of the settings' messages, which have own rules
     "config/section.py:unknown_path_problem",  # of search spaces
+    "tracking/mlflow_recorder.py:MlflowRecorder._find",  # what MLflow is searched for
+    "tracking/mlflow_recorder.py:runs_page",
     "training/backbones.py:KeyReport.__str__",
     "training/backbones.py:_check_hub",
     "training/checkpoint.py:TrialFolder.save",
@@ -84,7 +85,6 @@ GATHERING = {
     "manifests/render.py:render_study",
     "jobs/submission.py:study_submission",
     "config/study.py:from_mapping",
-    "config/trial.py:from_mapping",
     "folders.py:open_folder",
     "data/sources.py:scan_class_folders",
     "data/splits.py:make_splits",

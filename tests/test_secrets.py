@@ -24,6 +24,7 @@ from drtune_ray.search.outcomes import Outcomes
 from drtune_ray.search.proposals import FinalistProposals
 from drtune_ray.storage.optuna_storage import open_storage, open_study
 from drtune_ray.values import to_yaml
+from tests.search.searches import run_context
 from tests.servers import BUCKET, database, mlflow_server, object_store_here
 from tests.study.test_study import study_values
 
@@ -166,6 +167,6 @@ def test_what_tune_pickles_holds_no_address(tmp_path: Path) -> None:
     budget = Budget(3, BudgetConfig(), study)
     search = StudySearch(FinalistProposals(study, []), Outcomes(study, budget))
     assert b"open-sesame" in cloudpickle.dumps(study)
-    callback = StudyCallback(search, print, tmp_path, None, lambda: None, lambda: None)
+    callback = StudyCallback(search, run_context(tmp_path), None)
     for part in (BudgetStopper(budget), search, callback):
         assert b"open-sesame" not in cloudpickle.dumps(part)

@@ -8,12 +8,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import ray
-from ray.train.v2._internal import constants
-
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # that is its name
-SUBMITTED_WITH = "drtune_arguments"  # in a job's metadata: those of the command, as JSON
 ADDRESS = "RAY_ADDRESS"
+SUBMITTED_WITH = "drtune_arguments"  # in a job's metadata: those of the command, as JSON
 
 
 @contextmanager
@@ -35,16 +32,3 @@ def job_config() -> Mapping[str, Any]:
     """What Ray's job server gave this process: ``runtime_env``, ``metadata``; empty without one."""
     config: Mapping[str, Any] = json.loads(os.environ.get(JOB_CONFIG) or "{}")
     return config
-
-
-@contextmanager
-def own_cluster() -> Iterator[None]:
-    """Within, Ray's dashboard is looked for in this process's own cluster.
-
-    Ray looks for it in the one that was started last on the machine (Ray 2.60), also when an actor
-    of Ray Train's asks whether a controller lives: that of another cluster knows no such
-    controller, and the actor would remove the workers of one that trains.
-    """
-    constants.ENV_VARS_TO_PROPAGATE.add(ADDRESS)
-    with environment({ADDRESS: ray.get_runtime_context().gcs_address}):
-        yield

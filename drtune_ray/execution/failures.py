@@ -163,7 +163,7 @@ def clear_stacks(trial_folder: Path, *, has_failed: bool) -> None:
 
 
 @contextlib.contextmanager
-def full_disk_is_told(folder: Path) -> Iterator[None]:
+def full_disk_as_problem(folder: Path) -> Iterator[None]:
     """A full disk is the user's to mend: one message, and the study can be resumed.
 
     Raises:

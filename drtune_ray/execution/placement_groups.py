@@ -17,11 +17,11 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.state import list_nodes
 
 from drtune_ray.errors import EnvironmentProblem
-from drtune_ray.execution.environment import own_cluster
 from drtune_ray.execution.ray_state import (
     BY_DRIVER,
     forget_job,
     has_no_living_creator,
+    own_cluster,
     own_job,
     placement_groups,
     registered_ended_jobs,

@@ -24,6 +24,7 @@ from ray._private.state import state
 from ray.core.generated import gcs_pb2, gcs_service_pb2, gcs_service_pb2_grpc
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.experimental import internal_kv
+from ray.train.v2._internal import constants
 from ray.util import placement_group_table
 
 from drtune_ray.execution.capacity import (
@@ -34,6 +35,7 @@ from drtune_ray.execution.capacity import (
     NodeGroup,
     nodes_text,
 )
+from drtune_ray.execution.environment import ADDRESS, environment
 
 NAMESPACE = "drtune-ray"
 WORKER_CLASS = "RayTrainWorker"
@@ -252,6 +254,19 @@ def train_controllers() -> set[str]:
 def end_actor(actor_id: str) -> None:
     """Kill an actor of which nothing but its id is known, and do not restart it."""
     ray._private.worker.global_worker.core_worker.kill_actor(ActorID.from_hex(actor_id), True)
+
+
+@contextlib.contextmanager
+def own_cluster() -> Iterator[None]:
+    """Have Ray look for the dashboard in this process's own cluster.
+
+    Ray looks for it in the one that was started last on the machine (Ray 2.60), also when an actor
+    of Ray Train's asks whether a controller lives: that of another cluster knows no such
+    controller, and the actor would remove the workers of one that trains.
+    """
+    constants.ENV_VARS_TO_PROPAGATE.add(ADDRESS)
+    with environment({ADDRESS: ray.get_runtime_context().gcs_address}):
+        yield
 
 
 # ---- authentication

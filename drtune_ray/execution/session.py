@@ -16,7 +16,6 @@ from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.execution.capacity import Capacity, trial_demand, trials_that_fit
 from drtune_ray.execution.environment import job_config
 from drtune_ray.execution.interrupts import signals_as_interrupt
-from drtune_ray.execution.ray_state import read_capacity
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -55,6 +54,8 @@ def ray_session(*, with_dashboard: bool = False) -> Iterator[Capacity]:
     set_environment()
     import ray
 
+    from drtune_ray.execution.ray_state import read_capacity, register_job
+
     was_joined = ray.is_initialized()
     address = os.environ.get("RAY_ADDRESS", "local")
     is_local = not was_joined and address == "local"
@@ -73,7 +74,6 @@ def ray_session(*, with_dashboard: bool = False) -> Iterator[Capacity]:
     try:
         if not is_local:
             from drtune_ray.execution.placement_groups import remove_leftovers
-            from drtune_ray.execution.ray_state import register_job
 
             remove_leftovers()
             register_job()

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
@@ -157,59 +156,3 @@ def check_storage_of(
         f"their settings, values and ends are {lost}, and new trials would be mixed up with their "
         "checkpoints and MLflow runs. Bring it back from a backup, or give the study another --name"
     )
-
-
-def stored_trials(record: Record) -> list[Any]:
-    """Optuna's frozen trials of a study; none where it has not begun one.
-
-    Raises:
-        ConfigError: If an environment variable that its database's address names is not set.
-        EnvironmentProblem: If its database does not answer.
-    """
-    url = record.config.get("optuna_storage")
-    if url is not None:
-        return _of_database(url, record)
-    if not (record.folder / JOURNAL_NAME).exists():  # Optuna would make it
-        return []
-    return _of_journal(record)
-
-
-def _of_journal(record: Record) -> list[Any]:
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
-    storage = JournalStorage(JournalFileBackend(str(record.folder / JOURNAL_NAME)))
-    return _all_trials(storage, record.study_id)
-
-
-def _of_database(url: str, record: Record) -> list[Any]:
-    from optuna.exceptions import OptunaError
-    from optuna.storages import RDBStorage
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import SQLAlchemyError
-
-    address = with_secrets(url)
-    try:
-        parts = make_url(address)
-        if parts.get_backend_name() == "sqlite" and not Path(parts.database or "").is_file():
-            raise FileNotFoundError(f"there is no file {parts.database}")  # SQLite would make it
-        with secrets_hidden(url):
-            storage = RDBStorage(
-                address, engine_kwargs={"pool_pre_ping": True}, skip_table_creation=True
-            )
-            return _all_trials(storage, record.study_id)
-    except (OptunaError, SQLAlchemyError, ImportError, RuntimeError, OSError) as error:
-        cause = error.__cause__ if isinstance(error, OptunaError) else error
-        reason = (str(cause or error).strip().splitlines() or [type(error).__name__])[0]
-        raise EnvironmentProblem(
-            f"optuna_storage={url!r}, which holds the trials, cannot be read: {reason}"
-        ) from None
-
-
-def _all_trials(storage: Any, study_id: str) -> list[Any]:
-    try:
-        number = storage.get_study_id_from_name(study_id)
-    except KeyError:  # it was begun and has no trial yet
-        return []
-    found: list[Any] = storage.get_all_trials(number, deepcopy=False)
-    return found

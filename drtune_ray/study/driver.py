@@ -20,10 +20,10 @@ from drtune_ray.data.table_store import TableStore
 from drtune_ray.errors import ConfigError, NoTrialCompleted
 from drtune_ray.execution.capacity import Cluster
 from drtune_ray.execution.failures import clear_stacks
-from drtune_ray.execution.ray_train.fit import Fit
 from drtune_ray.execution.ray_tune.run import TuneRun
 from drtune_ray.execution.ray_tune.schedulers import build_scheduler
 from drtune_ray.execution.ray_tune.searcher import StudySearch
+from drtune_ray.execution.run_context import RunContext
 from drtune_ray.results.events import run_finished, run_started
 from drtune_ray.results.trials import (
     CONFIG,
@@ -40,7 +40,7 @@ from drtune_ray.search.budget import Budget
 from drtune_ray.search.finalists import Finalist, best_finalist, finalists, repetitions
 from drtune_ray.search.objectives import OF_CLASSIFIERS
 from drtune_ray.search.outcomes import Outcomes
-from drtune_ray.search.proposals import FinalistProposals, FixedTrial, Proposals, SearchProposals
+from drtune_ray.search.proposals import FinalistProposals, FixedTrial, SearchProposals
 from drtune_ray.search.samplers import build_sampler
 from drtune_ray.search.warm_start import add_earlier_trials
 from drtune_ray.space.search_space import SearchSpace, start_points
@@ -163,7 +163,7 @@ class StudyDriver:
         tables = self._prepare([*variants, *(r.config for r in self.references)])
         known = [t for t in self.study.get_trials(deepcopy=False) if is_searched(t)]
         num_done = sum(trial.state in RESULT_STATES for trial in known)
-        tune_run = self._tune_run(proposals)
+        tune_run = TuneRun(self.config, self._run_context())
         self._plan(on_plan, SEARCH, self.config.trials, num_done, tune_run)
         scheduler = build_scheduler(
             self.config.scheduler, self.base.training.last_epoch, proposals.reference_numbers
@@ -199,7 +199,7 @@ class StudyDriver:
         if not proposals.has_next():
             return
         tables = self._prepare([repetition.config for repetition in wanted])
-        tune_run = self._tune_run(proposals)
+        tune_run = TuneRun(self.config, self._run_context())
         num_done = sum(len(finalist.runs) for finalist in chosen)
         self._plan(on_plan, FINALISTS, len(wanted), num_done, tune_run)
         outcomes = Outcomes(self.study, None, self.config.objectives, self._costs(tables))
@@ -227,35 +227,21 @@ class StudyDriver:
         at_a_time, searched = tune_run.trials_at_a_time, self._searched()
         on_plan(StudyPlan(self.config, part, num_trials, num_done, at_a_time, searched, notes))
 
-    def _handover(self) -> WinnerWriter:
-        fit = Fit(
-            self.folder,
-            self.study_id,
-            self.config.resources,
-            self.artifacts,
-            self._joined_cluster(),
-            self._emit,
-            lambda: self._writer.disk_error,
-        )
-        return WinnerWriter(self.config, self.checked, self._store, fit, self._tell_interruption)
-
-    def _joined_cluster(self) -> Cluster:
+    def _run_context(self) -> RunContext:
         if self.cluster is None:
             raise ConfigError(
                 f"{self.folder / DONE_NAME} says that the study is done, but something is left to "
                 "run: remove that file"
             )
-        return self.cluster
-
-    def _tune_run(self, proposals: Proposals) -> TuneRun:
-        return TuneRun(
-            self.config,
+        return RunContext(
+            self.folder,
             self.study_id,
+            self.config.resources,
             self.artifacts,
-            self._joined_cluster(),
+            self.cluster,
             self._emit,
-            lambda: self._writer.disk_error,
-            self._tell_interruption,
+            disk_error=lambda: self._writer.disk_error,
+            on_interrupt=self._tell_interruption,
         )
 
     def _prepare(self, configs: Iterable[TrialConfig]) -> dict[str, Tables]:
@@ -305,7 +291,7 @@ class StudyDriver:
         except NoTrialCompleted:
             self._emit(RunFinished(None, "FAIL", "no trial completed", {}, {}))
             raise
-        handover = self._handover()
+        handover = WinnerWriter(self.config, self.checked, self._store, self._run_context())
         result = handover.write_winner(result)
         about = result.about()
         self._emit(FilesReady(None, str(self.folder / WINNER_NAME), WINNER_NAME))

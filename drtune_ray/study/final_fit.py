@@ -7,7 +7,6 @@ winner's schedule, and the weights of that epoch are handed back.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,17 +18,16 @@ from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import Tables
 from drtune_ray.data.splits import TRAIN, VALIDATION
 from drtune_ray.errors import CheckpointError
-from drtune_ray.execution.ray_train.fit import Fit
+from drtune_ray.execution.ray_train.fit import fit
+from drtune_ray.execution.run_context import RunContext
 from drtune_ray.folders import as_problem
 from drtune_ray.search.finalists import best_finalist
-from drtune_ray.storage.record import TRIALS_FOLDER
 from drtune_ray.study.inputs import StudyInputs
 from drtune_ray.study.result import StudyResult
 from drtune_ray.tracking.events import RunFinished, RunStarted
 from drtune_ray.training.checkpoint import (
     IDENTITY,
     TrialFolder,
-    named_folder,
     read_checkpoint,
     trial_identity,
 )
@@ -66,17 +64,12 @@ class FinalFit:
             "outcome": outcome,
         }
 
-    def checkpoints(self, fit: Fit) -> TrialFolder:
-        """Where its checkpoints lie, and then its weights."""
-        return named_folder(fit.folder / TRIALS_FOLDER, self.name, fit.artifacts.trials)
-
-    def train(self, fit: Fit, tables: Tables, on_interrupt: Callable[[], None]) -> str:
+    def train(self, run: RunContext, tables: Tables) -> str:
         """Train, or go on, unless it was trained before.
 
         Args:
-            fit: Of the study.
-            tables: What it reads.
-            on_interrupt: Called when it is interrupted.
+            run: The study's run.
+            tables: Tables of images and features.
 
         Returns:
             The outcome; with `COMPLETED` the weights are there.
@@ -84,21 +77,21 @@ class FinalFit:
         Raises:
             EnvironmentProblem: If the workers failed more often than they are retried.
         """
-        checkpoints = self.checkpoints(fit)
-        with as_problem(fit.artifacts.uri):
+        checkpoints = run.checkpoints(self.name)
+        with as_problem(run.artifacts.uri):
             # With a checkpoint to go on from it may not have told all of its epochs.
             if checkpoints.newest() is None and self._is_trained(checkpoints, tables):
                 return COMPLETED
         tags = {"drtune.final_fit": str(self.source)}
-        fit.emit(RunStarted(self.name, self.name, flattened(self.config.to_mapping()), tags))
+        run.emit(RunStarted(self.name, self.name, flattened(self.config.to_mapping()), tags))
         try:
-            result = fit.train(self.config, tables, checkpoints, self.name, on_interrupt)
+            result = fit(run, self.config, tables, checkpoints, key=self.name)
         except BaseException:  # whatever it was, the run may not stay RUNNING
-            fit.emit(RunFinished(self.name, "INTERRUPTED", "interrupted", {}, {}))
+            run.emit(RunFinished(self.name, "INTERRUPTED", "interrupted", {}, {}))
             raise
         outcome = str(result[OUTCOME])
         state = TrialState.COMPLETE if outcome == COMPLETED else TrialState.PRUNED
-        fit.emit(RunFinished(self.name, state.name, outcome, {}, {}))
+        run.emit(RunFinished(self.name, state.name, outcome, {}, {}))
         checkpoints.drop_resumable()
         return outcome
 

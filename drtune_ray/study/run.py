@@ -8,22 +8,17 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from drtune_ray.config.study import STUDY, StudyConfig
-from drtune_ray.execution.capacity import Capacity, Cluster
-from drtune_ray.execution.failures import full_disk_is_told
-from drtune_ray.execution.interrupts import signals_as_interrupt
+from drtune_ray.execution.capacity import Capacity
 from drtune_ray.execution.resource_wait import Notify
 from drtune_ray.execution.session import ready_cluster
-from drtune_ray.execution.shared_storage import shared_folder
 from drtune_ray.search.objectives import direction
 from drtune_ray.storage.artifacts import StudyArtifacts
-from drtune_ray.storage.driver_lock import driver_lock
 from drtune_ray.storage.fingerprint import deciding_values, former_record, open_record
 from drtune_ray.storage.optuna_storage import (
     check_storage_of,
     database_as_problem,
     open_storage,
     open_study,
-    stored_trials,
 )
 from drtune_ray.storage.record import (
     RECORD_FILE,
@@ -33,9 +28,11 @@ from drtune_ray.storage.record import (
     is_done,
     read_record,
 )
+from drtune_ray.storage.stored_trials import stored_trials
 from drtune_ray.study.checks import check_study, space_content, study_trainings
 from drtune_ray.study.driver import StudyDriver
 from drtune_ray.study.inputs import data_root, manifest_path, write_manifest
+from drtune_ray.study.opened import opened_study
 from drtune_ray.study.result import StudyPlan, StudyResult
 from drtune_ray.tracking.events import Sink
 from drtune_ray.values import full_path
@@ -78,15 +75,9 @@ def run_study(
     deciding = deciding_values(values, checked.splits.content_digest(), checked.weights_digest)
     former_record(config.folder, STUDY, deciding)  # a taken name is told before Ray is started
     with (
-        full_disk_is_told(config.folder),
-        _cluster(config) as capacity,
-        driver_lock(config.folder),
-        artifacts.lease(),
-        signals_as_interrupt(),
-        shared_folder(config.folder, capacity, artifacts.trials) as token,
+        opened_study(config.folder, artifacts, _cluster(config), on_notice) as opened,
         database_as_problem(config.optuna_storage),
     ):
-        is_restored = artifacts.restore()
         storage = open_storage(config.folder, config.optuna_storage)
         if (config.folder / RECORD_FILE).exists():
             former = read_record(config.folder)
@@ -98,11 +89,12 @@ def run_study(
         artifacts.keep(RECORD_FILE, SPLITS_NAME)
         directions = [direction(objective) for objective in config.objectives]
         study = open_study(storage, record.study_id, directions)
-        cluster = Cluster(capacity, token, on_notice) if capacity else None
-        driver = StudyDriver(config, study, artifacts, checked, space, references, notes, cluster)
-        if cluster is not None:
+        driver = StudyDriver(
+            config, study, artifacts, checked, space, references, notes, opened.cluster
+        )
+        if opened.cluster is not None:
             driver.learn_from([(r, stored_trials(r)) for r in _warm_start(config)], deciding)
-        return driver.run(observer, on_plan, is_restored)
+        return driver.run(observer, on_plan, opened.is_restored)
 
 
 def _warm_start(config: StudyConfig) -> tuple[Record, ...]:

@@ -19,7 +19,6 @@ from drtune_ray.execution.environment import SUBMITTED_WITH, job_config
 from drtune_ray.results.trials import TrialSummary, summaries
 from drtune_ray.space.parameters import path_of
 from drtune_ray.storage.driver_lock import HOLDER_NAME, driver_of
-from drtune_ray.storage.optuna_storage import stored_trials
 from drtune_ray.storage.record import (
     DONE_NAME,
     JOURNAL_NAME,
@@ -30,6 +29,7 @@ from drtune_ray.storage.record import (
     read_record,
 )
 from drtune_ray.storage.record import is_done as is_done_with
+from drtune_ray.storage.stored_trials import stored_trials
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished, RunStarted
 from drtune_ray.tracking.spool import EVENTS_NAME, Spool
 from drtune_ray.values import flattened

@@ -11,24 +11,20 @@ from drtune_ray.config.study import TRAINING, ResourcesConfig, TrackingConfig, s
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.table_store import TableStore
 from drtune_ray.errors import ConfigError, DrtuneError, EnvironmentProblem
-from drtune_ray.execution.capacity import WORKERS, Cluster, trial_demand
-from drtune_ray.execution.failures import full_disk_is_told
-from drtune_ray.execution.interrupts import signals_as_interrupt
-from drtune_ray.execution.ray_train.fit import Fit, advice
+from drtune_ray.execution.capacity import WORKERS, trial_demand
+from drtune_ray.execution.ray_train.fit import advice, fit
 from drtune_ray.execution.resource_wait import Notify
+from drtune_ray.execution.run_context import RunContext
 from drtune_ray.execution.session import ready_cluster
-from drtune_ray.execution.shared_storage import shared_folder
-from drtune_ray.folders import LocalFolder, as_problem
+from drtune_ray.folders import LocalFolder, as_problem, first_line
 from drtune_ray.results.winner import read_about, write_winner
 from drtune_ray.storage.artifacts import StudyArtifacts
-from drtune_ray.storage.driver_lock import driver_lock
 from drtune_ray.storage.fingerprint import deciding_values, former_record, open_record
 from drtune_ray.storage.record import (
     DONE_NAME,
     RECORD_FILE,
     SPLITS_NAME,
     SPOOL_NAME,
-    TRIALS_FOLDER,
     WINNER_NAME,
 )
 from drtune_ray.study.inputs import (
@@ -38,14 +34,15 @@ from drtune_ray.study.inputs import (
     manifest_path,
     write_manifest,
 )
+from drtune_ray.study.opened import opened_study
 from drtune_ray.study.tables import prepare, preparing_device
 from drtune_ray.tracking.events import FilesReady, RunFinished, RunStarted, Sink, fan_out
 from drtune_ray.tracking.mlflow_recorder import build_recorder, check_tracking
 from drtune_ray.tracking.spool import BackgroundWriter, Spool
-from drtune_ray.training.checkpoint import TrialFolder, trial_folder
 from drtune_ray.training.reports import COMPLETED, OBJECTIVE, OUTCOME, PATIENCE
 from drtune_ray.values import flattened, full_path
 
+INTERRUPTED = RunFinished(None, "INTERRUPTED", "interrupted", {}, {})
 logger = logging.getLogger(__name__)
 
 
@@ -108,27 +105,28 @@ def run_training(
     folder = storage / name
     former_record(folder, TRAINING, deciding)  # a taken name is told before Ray is started
     joining = ready_cluster({WORKERS: config.training}, resources, with_dashboard=True)
-    with (
-        full_disk_is_told(folder),
-        nullcontext() if (folder / DONE_NAME).exists() else joining as capacity,
-        driver_lock(folder),
-        kept.lease(),
-        signals_as_interrupt(),
-        shared_folder(folder, capacity, kept.trials) as token,
-    ):
-        kept.restore()
+    is_done = (folder / DONE_NAME).exists()
+    with opened_study(folder, kept, nullcontext() if is_done else joining, on_notice) as opened:
         record = open_record(folder, TRAINING, values, deciding, tracking, artifacts)
         spool = Spool(folder / SPOOL_NAME)
         was_done = (folder / DONE_NAME).exists()
-        if not was_done and capacity:
-            cluster = Cluster(capacity, token, on_notice)
+        if not was_done and opened.cluster:
             write_manifest(checked.splits, folder / SPLITS_NAME)
             kept.keep(RECORD_FILE, SPLITS_NAME)
             recorder = build_recorder(tracking, storage, record.study_id)
             with kept.unsent_kept(spool), BackgroundWriter(spool, recorder) as writer:
-                emit, lost = fan_out(writer.emit, observer), lambda: writer.disk_error
-                fit = Fit(folder, record.study_id, resources, kept, cluster, emit, lost)
-                _Training(config, checked, fit).run()
+                emit = fan_out(writer.emit, observer)
+                run = RunContext(
+                    folder,
+                    record.study_id,
+                    resources,
+                    kept,
+                    opened.cluster,
+                    emit,
+                    disk_error=lambda: writer.disk_error,
+                    on_interrupt=lambda: emit(INTERRUPTED),
+                )
+                _Training(config, checked, run).run()
         return _result(folder, spool.num_unsent(), was_done=was_done)
 
 
@@ -161,64 +159,55 @@ class _Training:
 
     config: TrialConfig
     checked: StudyInputs
-    fit: Fit
+    context: RunContext
 
     def run(self) -> None:
         """Train, keep the model, and end the run in MLflow whatever happens."""
+        context = self.context
         params = flattened(self.config.to_mapping())
-        self.fit.emit(RunStarted(None, self.fit.folder.name, params, {"drtune.kind": TRAINING}))
+        context.emit(RunStarted(None, context.folder.name, params, {"drtune.kind": TRAINING}))
         try:
             outcome = self._train_and_write()
         except (KeyboardInterrupt, EnvironmentProblem):
-            self._tell_interruption()
+            context.on_interrupt()
             raise
         except BaseException as error:  # whatever it was, the run may not stay RUNNING
-            first_line = (str(error) or type(error).__name__).splitlines()[0]
-            self.fit.emit(RunFinished(None, "FAIL", first_line, {}, {}))
+            context.emit(RunFinished(None, "FAIL", first_line(error), {}, {}))
             raise
-        self.fit.artifacts.keep(WINNER_NAME)
-        self.fit.emit(FilesReady(None, str(self.fit.folder / WINNER_NAME), WINNER_NAME))
-        self.fit.emit(RunFinished(None, "COMPLETE", outcome, {}, {}))
-        LocalFolder(self.fit.folder).write(DONE_NAME, outcome.encode())
-        self.fit.artifacts.keep(DONE_NAME)
+        context.artifacts.keep(WINNER_NAME)
+        context.emit(FilesReady(None, str(context.folder / WINNER_NAME), WINNER_NAME))
+        context.emit(RunFinished(None, "COMPLETE", outcome, {}, {}))
+        LocalFolder(context.folder).write(DONE_NAME, outcome.encode())
+        context.artifacts.keep(DONE_NAME)
         # Last: who is killed before finds the end of the training in its checkpoint.
-        self._checkpoints.drop_resumable()
-
-    @property
-    def _checkpoints(self) -> TrialFolder:
-        return trial_folder(self.fit.folder / TRIALS_FOLDER, 0, self.fit.artifacts.trials)
+        context.checkpoints(0).drop_resumable()
 
     def _train_and_write(self) -> str:
-        """Train on Ray Train and write the winner; returns the outcome.
+        """Train on Ray Train and write the winner; return the outcome.
 
         Raises:
             DrtuneError: If the loss diverged or the workers failed.
         """
-        device, notes = preparing_device(self.fit.resources, self.fit.cluster.capacity)
+        context = self.context
+        device, notes = preparing_device(context.resources, context.cluster.capacity)
         for note in notes:
-            self.fit.cluster.on_notice(note)
+            context.cluster.on_notice(note)
         limit = self.config.data.cache_limit_gib
-        with TableStore(self.fit.folder.parent, limit, self.fit.artifacts.shelf) as store:
+        with TableStore(context.folder.parent, limit, context.artifacts.shelf) as store:
             tables = prepare(self.checked, self.config, store, device)
-            self.fit.artifacts.keep_shared(manifest_path(self.config.data, store.storage))
-            result = self.fit.train(
-                self.config, tables, self._checkpoints, None, self._tell_interruption
-            )
+            context.artifacts.keep_shared(manifest_path(self.config.data, store.storage))
+            result = fit(context, self.config, tables, context.checkpoints(0), key=None)
         if result[OUTCOME] not in (COMPLETED, PATIENCE):
             raise DrtuneError(advice(result[OUTCOME], self.config))
         about = {
-            "study": self.fit.folder.name,
+            "study": context.folder.name,
             "val_accuracy": result[OBJECTIVE],
             "outcome": result[OUTCOME],
             "chosen": "best epoch of one training, by validation accuracy",
         }
-        with as_problem(self.fit.artifacts.uri):
-            best = self._checkpoints.fetch_best()
+        with as_problem(context.artifacts.uri):
+            best = context.checkpoints(0).fetch_best()
         write_winner(
-            self.fit.folder / WINNER_NAME, best, tables.backbone, tables.classes, self.config, about
+            context.folder / WINNER_NAME, best, tables.backbone, tables.classes, self.config, about
         )
         return str(result[OUTCOME])
-
-    def _tell_interruption(self) -> None:
-        """The same command goes on."""
-        self.fit.emit(RunFinished(None, "INTERRUPTED", "interrupted", {}, {}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,17 +10,17 @@ from drtune_ray.config.study import StudyConfig
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import Tables
 from drtune_ray.data.table_store import TableStore
-from drtune_ray.execution.ray_train.fit import Fit
+from drtune_ray.execution.run_context import RunContext
 from drtune_ray.folders import as_problem
 from drtune_ray.results.trials import TrialSummary, best_first
 from drtune_ray.results.winner import write_winner
-from drtune_ray.storage.record import TRIALS_FOLDER, WINNER_NAME
+from drtune_ray.storage.record import WINNER_NAME
 from drtune_ray.study.final_fit import FinalFit, final_fit
 from drtune_ray.study.inputs import StudyInputs
 from drtune_ray.study.result import StudyResult
 from drtune_ray.study.tables import build_tables, preparing_device
 from drtune_ray.tracking.events import FilesReady
-from drtune_ray.training.checkpoint import TrialFolder, trial_folder
+from drtune_ray.training.checkpoint import TrialFolder
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,13 @@ class WinnerWriter:
         config: The study.
         checked: Its images and weights.
         store: Of its storage.
-        fit: Trains the winner again, where that is asked for.
-        on_interrupt: Called when that is interrupted.
+        run: The study's run, for a final fit.
     """
 
     config: StudyConfig
     checked: StudyInputs
     store: TableStore
-    fit: Fit
-    on_interrupt: Callable[[], None]
+    run: RunContext
 
     def write_winner(self, result: StudyResult) -> StudyResult:
         """Write the model, trained once more where that was asked for; returns what came of it.
@@ -47,14 +45,14 @@ class WinnerWriter:
         A final fit that diverges is said to, and the winner's best seed is handed back.
         """
         config = TrialConfig.from_mapping(result.shipped.config)
-        folder, checked = self._folder(result.shipped.number), self.checked
+        folder, checked = self.run.checkpoints(result.shipped.number), self.checked
         again = final_fit(result, self.config.final_fit, checked)
         if again is not None:
             outcome = self._train(again)
             result = replace(result, final_fit=again.about(outcome))
             if result.is_fitted_again:
                 config, checked = again.config, again.checked
-                folder = again.checkpoints(self.fit)
+                folder = self.run.checkpoints(again.name)
         tables = self._tables(checked, config)
         write_winner(
             self.config.folder / WINNER_NAME,
@@ -69,28 +67,24 @@ class WinnerWriter:
     def keep_top_checkpoints(self, trials: Iterable[TrialSummary]) -> None:
         """Have MLflow take copies of the best weights of the best trials."""
         for trial in best_first(trials)[: self.config.tracking.num_top_checkpoints]:
-            weights = self._weights(self._folder(trial.number))
-            self.fit.emit(FilesReady(trial.number, str(weights), "checkpoint"))
+            weights = self._weights(self.run.checkpoints(trial.number))
+            self.run.emit(FilesReady(trial.number, str(weights), "checkpoint"))
 
     def _train(self, again: FinalFit) -> str:
         training = again.config.training
-        self.fit.cluster.on_notice(
+        self.run.cluster.on_notice(
             f"Final fit: trial {again.source}'s configuration on {again.checked.num_train} images, "
             f"training and validation together, to epoch {training.last_epoch}"
         )
         tables = self._tables(again.checked, again.config)
-        return again.train(self.fit, tables, self.on_interrupt)
+        return again.train(self.run, tables)
 
     def _tables(self, checked: StudyInputs, config: TrialConfig) -> Tables:
-        device = preparing_device(self.config.resources, self.fit.cluster.capacity)[0]
+        device = preparing_device(self.config.resources, self.run.cluster.capacity)[0]
         tables = build_tables(checked, config, self.store, device)
         self.store.keep_limit()
         return tables
 
-    def _folder(self, number: int) -> TrialFolder:
-        trials = self.config.folder / TRIALS_FOLDER
-        return trial_folder(trials, number, self.fit.artifacts.trials)
-
     def _weights(self, folder: TrialFolder) -> Path:
-        with as_problem(self.fit.artifacts.uri):
+        with as_problem(self.run.artifacts.uri):
             return folder.fetch_best()

@@ -124,7 +124,7 @@ def test_resources_reach_a_training(images, tmp_path):
 
 
 def test_a_share_of_a_gpu_takes_the_place_of_the_default(images, monkeypatch):
-    monkeypatch.setattr("drtune_ray.study.machine.this_machine", lambda: Machine(8, 2))
+    monkeypatch.setattr("drtune_ray.study.resolve.this_machine", lambda: Machine(8, 2))
     flags, share = {"data_folder": str(images)}, ["resources.gpus_per_trial=0.25"]
     for resources in (
         study_request(None, share, flags)[0].resources,

@@ -22,7 +22,7 @@ from drtune_ray.execution.failures import (
     clear_stacks,
     described,
     failure_from,
-    full_disk_is_told,
+    full_disk_as_problem,
     outcome_of,
 )
 from drtune_ray.execution.guard import Preempted
@@ -120,8 +120,8 @@ def test_a_process_that_hung_left_its_stacks(tmp_path):
     assert not kept.exists()
 
 
-def test_full_disk_is_told(tmp_path):
-    with pytest.raises(EnvironmentProblem) as caught, full_disk_is_told(tmp_path):
+def test_full_disk_as_problem(tmp_path):
+    with pytest.raises(EnvironmentProblem) as caught, full_disk_as_problem(tmp_path):
         try:
             raise FULL
         except OSError as error:
@@ -130,7 +130,7 @@ def test_full_disk_is_told(tmp_path):
         f"the disk that holds {tmp_path} is full: free space there, then the same command goes on "
         "where it stopped"
     )
-    with pytest.raises(KeyError), full_disk_is_told(tmp_path):
+    with pytest.raises(KeyError), full_disk_as_problem(tmp_path):
         raise KeyError
 
 

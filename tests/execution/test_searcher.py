@@ -27,7 +27,7 @@ from drtune_ray.training.reports import (
     PATIENCE,
     failed_by_point,
 )
-from tests.search.searches import opened, result, searching
+from tests.search.searches import opened, result, run_context, searching
 
 
 @pytest.fixture
@@ -241,7 +241,9 @@ def test_a_journal_that_a_killed_driver_left_locked_and_torn_is_mended(make_sear
     assert [trial.value for trial in trials(tmp_path)] == [0.5]
 
 
-def test_a_driver_that_lost_the_study_stops_and_tells_nothing_more(make_search, tmp_path):
+def test_a_driver_that_lost_the_study_stops_and_tells_nothing_more(
+    make_search, tmp_path, monkeypatch
+):
     """Another one has it: this one's words would be of trials that are trained elsewhere."""
     taken: list[EnvironmentProblem] = []
 
@@ -249,8 +251,9 @@ def test_a_driver_that_lost_the_study_stops_and_tells_nothing_more(make_search, 
         if taken:
             raise taken[0]
 
-    search = make_search()
-    callback = StudyCallback(search, [].append, tmp_path, None, lambda: None, check_lease)
+    search, context = make_search(), run_context(tmp_path)
+    monkeypatch.setattr(context.artifacts, "check_lease", check_lease)
+    callback = StudyCallback(search, context, None)
     search.suggest("a")
     callback.on_step_begin(0, [])
     taken.append(EnvironmentProblem("study 'x' was taken over by process 7 on b"))

@@ -9,14 +9,17 @@ from typing import Any
 
 import optuna
 
-from drtune_ray.config.study import BudgetConfig, SamplerConfig, reference_config
+from drtune_ray.config.study import BudgetConfig, ResourcesConfig, SamplerConfig, reference_config
 from drtune_ray.config.trial import TrialConfig
+from drtune_ray.execution.capacity import Capacity, Cluster
 from drtune_ray.execution.ray_tune.searcher import StudySearch
+from drtune_ray.execution.run_context import RunContext
 from drtune_ray.search.budget import Budget
 from drtune_ray.search.outcomes import Outcomes
 from drtune_ray.search.proposals import FixedTrial, SearchProposals
 from drtune_ray.search.samplers import build_sampler
 from drtune_ray.space.search_space import SearchSpace
+from drtune_ray.storage.artifacts import StudyArtifacts
 from drtune_ray.storage.optuna_storage import open_storage, open_study
 from drtune_ray.training.reports import HISTORY, OBJECTIVE
 
@@ -53,6 +56,20 @@ def searching(
 
 def opened(folder: Path) -> optuna.Study:
     return open_study(open_storage(folder, None), "a-study")
+
+
+def run_context(folder: Path) -> RunContext:
+    """A run whose events nobody takes, on no cluster."""
+    return RunContext(
+        folder,
+        "a-study",
+        ResourcesConfig(),
+        StudyArtifacts(None, folder),
+        Cluster(Capacity((), (), (), False, None, True), None, print),
+        [].append,
+        disk_error=lambda: None,
+        on_interrupt=lambda: None,
+    )
 
 
 def result(values: list[float], outcome: str = "") -> dict[str, Any]:

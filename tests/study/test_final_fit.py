@@ -110,14 +110,13 @@ def test_it_takes_as_many_workers_as_there_are(tmp_path, weights_file):
 def test_one_that_diverges_is_said_to_and_the_best_seed_is_handed_back(
     tmp_path, weights_file, monkeypatch
 ):
-    from drtune_ray.execution.ray_train.fit import Fit
     from drtune_ray.study import final_fit
 
-    def diverged(self: Any, config: Any, *rest: Any) -> dict[str, Any]:
-        return Fit_train(self, config.with_values({"optim.backbone_lr": 1e30}), *rest)
+    def diverged(run: Any, config: Any, *rest: Any, **more: Any) -> dict[str, Any]:
+        return fit(run, config.with_values({"optim.backbone_lr": 1e30}), *rest, **more)
 
-    Fit_train = Fit.train
-    monkeypatch.setattr(final_fit.Fit, "train", diverged)
+    fit = final_fit.fit
+    monkeypatch.setattr(final_fit, "fit", diverged)
     result = run_study(asked(tmp_path, weights_file))
     assert result.final_fit is not None and result.final_fit["outcome"] == "diverged"
     about = read_winner(result.folder / "winner").about

@@ -6,30 +6,23 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray.train
 from ray.exceptions import RayActorError
 from ray.train.torch import TorchTrainer
 
-from drtune_ray.config.study import ResourcesConfig
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import Tables
 from drtune_ray.errors import EnvironmentProblem
-from drtune_ray.execution.capacity import Cluster, trial_demand
-from drtune_ray.execution.failures import FULL_DISK, failure_from
+from drtune_ray.execution.failures import failure_from
 from drtune_ray.execution.interrupts import saving_when_interrupted
 from drtune_ray.execution.placement_groups import remove_orphans
 from drtune_ray.execution.ray_state import end_actor, train_controllers
 from drtune_ray.execution.ray_train.trainer import build_trainer, logger, point_failed
 from drtune_ray.execution.ray_train.worker_group import train_environment
-from drtune_ray.execution.resource_wait import ResourceWait
+from drtune_ray.execution.run_context import RunContext
 from drtune_ray.execution.session import scratch_folder
-from drtune_ray.execution.worker import WorkerContext
-from drtune_ray.storage.artifacts import StudyArtifacts
-from drtune_ray.storage.record import SCRATCH_NAME, TRIALS_FOLDER
 from drtune_ray.tracking.events import MetricsRecorded, RunKey, Sink, StepsRecorded
 from drtune_ray.training.checkpoint import TrialFolder
 from drtune_ray.training.reports import OUT_OF_MEMORY, EpochRecord
@@ -39,92 +32,61 @@ MAX_FAILURES = 2
 CONTROLLER_END_SECONDS = 1.0
 
 
-@dataclass(frozen=True)
-class Fit:
-    """A training that no search steers.
+def fit(
+    run: RunContext, config: TrialConfig, tables: Tables, folder: TrialFolder, *, key: RunKey
+) -> dict[str, Any]:
+    """Train one configuration on Ray Train, or resume it from its newest checkpoint.
 
-    Attributes:
-        folder: Of the study or training that it belongs to.
-        study_id: Of that.
-        resources: What a worker takes.
-        artifacts: What outlives this machine's disk.
-        cluster: Where the workers run.
-        emit: Takes the events.
-        disk_error: Why an event was lost, if one was.
+    What the machine breaks is resumed from the last save, as long as it does not fail over and
+    over within one epoch.
+
+    Args:
+        run: The study or training that it belongs to.
+        config: What to train, on how many workers.
+        tables: Tables of images and features.
+        folder: Its checkpoints.
+        key: Run under which the epochs are recorded.
+
+    Returns:
+        The last result.
+
+    Raises:
+        EnvironmentProblem: If the workers failed more often than they are retried.
     """
 
-    folder: Path
-    study_id: str
-    resources: ResourcesConfig
-    artifacts: StudyArtifacts
-    cluster: Cluster
-    emit: Sink
-    disk_error: Callable[[], OSError | None]
-
-    def train(
-        self,
-        config: TrialConfig,
-        tables: Tables,
-        checkpoints: TrialFolder,
-        run: RunKey,
-        on_interrupt: Callable[[], None],
-    ) -> dict[str, Any]:
-        """Train, or go on from the newest checkpoint.
-
-        Args:
-            config: What to train, on how many workers.
-            tables: What it reads.
-            checkpoints: Its folder.
-            run: Under which the epochs are told.
-            on_interrupt: Called when the training is interrupted.
-
-        Returns:
-            The last result.
-
-        Raises:
-            EnvironmentProblem: If the workers failed more often than they are retried.
-        """
-        demand = trial_demand(config.training, self.resources)
-        wait = ResourceWait(demand, self.resources.wait_seconds, self.cluster.on_notice)
-
-        def on_turn() -> None:
-            self.artifacts.check_lease()
-            wait.check()
-            if (error := self.disk_error()) is not None and error.errno in FULL_DISK:
-                raise error
-
-        with (
-            scratch_folder(self.folder / SCRATCH_NAME) as scratch,
-            controllers_ended(),
-            saving_when_interrupted(self.study_id, lambda: [checkpoints.path.name], on_interrupt),
-        ):
-            return train_on_workers(
-                config,
-                self._workplace(config, tables, "cuda" if demand.num_gpus else "cpu"),
-                self.resources,
-                checkpoints,
-                scratch,
-                lambda record: self._tell(run, record),
-                on_turn,
-            )
-
-    def _workplace(self, config: TrialConfig, tables: Tables, device: str) -> WorkerContext:
-        return WorkerContext(
-            {config.tables_key: tables.to_mapping()},
-            self.folder / TRIALS_FOLDER,
-            self.resources.cpus_per_worker,
-            device,
-            self.artifacts.trials,
-            self.artifacts.shelf,
-            token=self.cluster.token,
-            study_id=self.study_id,
-            hang_seconds=self.resources.hang_seconds,
+    def start() -> TorchTrainer:
+        return build_trainer(
+            config,
+            run.worker_context({config.tables_key: tables}),
+            run.resources,
+            folder,
+            name=folder.path.name,
+            scratch=scratch,
+            queue=queue,
         )
 
-    def _tell(self, run: RunKey, record: EpochRecord) -> None:
-        self.emit(MetricsRecorded(run, record.epoch, record.metrics, record.time_ms))
-        first = (record.epoch - 1) * len(record.steps) + 1
-        self.emit(StepsRecorded(run, first, record.steps, record.time_ms))
+    wait = run.resource_wait(config.training)
+
+    def on_turn() -> None:
+        run.artifacts.check_lease()
+        wait.check()
+        if (error := run.full_disk()) is not None:
+            raise error
+
+    queue, epochs = _queue_here(), _Epochs(run.emit, key)
+    listener = threading.Thread(target=epochs.listen, args=(queue,), daemon=True)
+    listener.start()
+    with (
+        scratch_folder(run.scratch) as scratch,
+        controllers_ended(),
+        saving_when_interrupted(run.study_id, lambda: [folder.path.name], run.on_interrupt),
+        train_environment(run.resources, config.training),
+    ):
+        result = _fit_until_it_ends(start, folder, epochs, on_turn)
+    queue.put(None)
+    listener.join(timeout=30)
+    queue.shutdown()
+    return result
 
 
 def advice(outcome: str, config: TrialConfig) -> str:
@@ -141,56 +103,13 @@ def advice(outcome: str, config: TrialConfig) -> str:
     )
 
 
-def train_on_workers(
-    config: TrialConfig,
-    workplace: WorkerContext,
-    resources: ResourcesConfig,
-    folder: TrialFolder,
-    scratch: Path,
-    on_epoch: Callable[[EpochRecord], None],
-    on_turn: Callable[[], None],
-) -> dict[str, Any]:
-    """Train one configuration on Ray Train and tell each epoch as it ends.
-
-    What the machine breaks goes on from the last save, as long as it does not fail over and over
-    within one epoch. What `on_turn` raises, called several times a second, ends the training.
-
-    Returns:
-        The trial's last result.
-
-    Raises:
-        EnvironmentProblem: If the workers failed more often than they are retried.
-    """
-
-    def start() -> TorchTrainer:
-        return build_trainer(
-            config,
-            workplace,
-            resources,
-            folder,
-            name=folder.path.name,
-            scratch=scratch,
-            queue=queue,
-        )
-
-    queue, epochs = _queue_here(), _Epochs(on_epoch)
-    listener = threading.Thread(target=epochs.listen, args=(queue,), daemon=True)
-    listener.start()
-    with train_environment(resources, config.training):
-        result = _fit_until_it_ends(start, folder, epochs, on_turn)
-    queue.put(None)
-    listener.join(timeout=30)
-    queue.shutdown()
-    return result
-
-
 def _fit_until_it_ends(
     start: Callable[[], TorchTrainer],
     folder: TrialFolder,
     epochs: _Epochs,
     on_turn: Callable[[], None],
 ) -> dict[str, Any]:
-    num_failures, num_told = 0, 0
+    num_failures, num_emitted = 0, 0
     while True:
         try:
             result: dict[str, Any] = _fit_in_thread(start(), on_turn).return_value
@@ -198,8 +117,8 @@ def _fit_until_it_ends(
         except (ray.train.TrainingFailedError, RayActorError) as error:  # the latter: controller
             if point := point_failed(error):
                 return point.result()
-            num_failures = num_failures + 1 if epochs.num_told == num_told else 1
-            num_told = epochs.num_told
+            num_failures = num_failures + 1 if epochs.num_emitted == num_emitted else 1
+            num_emitted = epochs.num_emitted
             failure = failure_from(error, folder.path)
             if num_failures > MAX_FAILURES:
                 raise EnvironmentProblem(
@@ -212,18 +131,23 @@ def _fit_until_it_ends(
 
 
 class _Epochs:
-    """Tells each epoch once: workers that were started again begin with those before."""
+    """Emits each epoch once: workers that were started again begin with those before."""
 
-    def __init__(self, on_epoch: Callable[[EpochRecord], None]) -> None:
-        self._on_epoch = on_epoch
-        self.num_told = 0
+    def __init__(self, emit: Sink, key: RunKey) -> None:
+        self._emit, self._key = emit, key
+        self.num_emitted = 0
 
     def listen(self, queue: Any) -> None:
         while (records := queue.get()) is not None:
             for record in records:
-                if record.epoch > self.num_told:
-                    self._on_epoch(record)
-                    self.num_told = record.epoch
+                if record.epoch > self.num_emitted:
+                    self._emit_epoch(record)
+                    self.num_emitted = record.epoch
+
+    def _emit_epoch(self, record: EpochRecord) -> None:
+        self._emit(MetricsRecorded(self._key, record.epoch, record.metrics, record.time_ms))
+        first = (record.epoch - 1) * len(record.steps) + 1
+        self._emit(StepsRecorded(self._key, first, record.steps, record.time_ms))
 
 
 def _queue_here() -> Any:

@@ -10,9 +10,10 @@ from ray.train.v2._internal.execution.callback import ControllerCallback, Worker
 
 from drtune_ray.config.study import ResourcesConfig
 from drtune_ray.config.trial import TrainingConfig
-from drtune_ray.execution.environment import environment, own_cluster
+from drtune_ray.execution.environment import environment
 from drtune_ray.execution.guard import listen_for_sigterm
 from drtune_ray.execution.heartbeat import ask_to_save
+from drtune_ray.execution.ray_state import own_cluster
 
 # A group that may be smaller is asked for by what Ray believed of the cluster some seconds ago:
 # where a node has gone meanwhile, the request must soon be made again.

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,16 +15,16 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune import Callback, Stopper
 
 from drtune_ray.errors import EnvironmentProblem
-from drtune_ray.execution.failures import FULL_DISK, HUNG, Failure
+from drtune_ray.execution.failures import HUNG, Failure
 from drtune_ray.execution.heartbeat import HeartbeatMonitor
 from drtune_ray.execution.placement_groups import remove_orphans
 from drtune_ray.execution.ray_state import num_train_workers
 from drtune_ray.execution.ray_tune.patches import failure_of
 from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.execution.resource_wait import ResourceWait
+from drtune_ray.execution.run_context import RunContext
 from drtune_ray.results.events import epoch_event, run_finished, run_started
 from drtune_ray.search.budget import Budget
-from drtune_ray.tracking.events import Sink
 from drtune_ray.training.checkpoint import folder_name
 from drtune_ray.training.reports import CONFIG_NUMBER, CONFIG_TRIAL, result_history
 
@@ -42,25 +41,14 @@ class StudyCallback(Callback):  # type: ignore[misc]
 
     Args:
         search: Asked what became of a trial, and told why one failed.
-        emit: Takes the events.
-        trials_folder: Holds one folder a trial.
+        context: The study's run.
         watch: Sees that the processes of the trials run; None where somebody else does.
-        disk_error: Why an event was lost, if one was.
-        check_lease: Objects where another driver has the study.
     """
 
     def __init__(
-        self,
-        search: StudySearch,
-        emit: Sink,
-        trials_folder: Path,
-        watch: HeartbeatMonitor | None,
-        disk_error: Callable[[], OSError | None],
-        check_lease: Callable[[], None],
+        self, search: StudySearch, context: RunContext, watch: HeartbeatMonitor | None
     ) -> None:
-        self._disk_error, self._check_lease = disk_error, check_lease
-        self._search, self._emit = search, emit
-        self._trials_folder, self._watch = trials_folder, watch
+        self._search, self._context, self._watch = search, context, watch
         self._running: dict[str, Any] = {}
         self._ended: dict[int, Failure] = {}
         self._seen: set[tuple[int, int]] = set()
@@ -77,7 +65,7 @@ class StudyCallback(Callback):  # type: ignore[misc]
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """End the processes that make no progress; Tune starts their trials again."""
         try:
-            self._check_lease()
+            self._context.artifacts.check_lease()
         except EnvironmentProblem as problem:
             self._search.end_with(problem)
         self._search.check_storage()
@@ -93,7 +81,9 @@ class StudyCallback(Callback):  # type: ignore[misc]
         """A trial begins or goes on."""
         number = trial.config[CONFIG_NUMBER]
         self._running[folder_name(number)] = trial
-        self._emit(run_started(self._frozen(number), json.loads(trial.config[CONFIG_TRIAL])))
+        self._context.emit(
+            run_started(self._frozen(number), json.loads(trial.config[CONFIG_TRIAL]))
+        )
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -103,9 +93,8 @@ class StudyCallback(Callback):  # type: ignore[misc]
         for record in result_history(result):
             if (number, record.epoch) not in self._seen:
                 self._seen.add((number, record.epoch))
-                self._emit(epoch_event(number, record))
-        error = self._disk_error()
-        if error is not None and error.errno in FULL_DISK:
+                self._context.emit(epoch_event(number, record))
+        if (error := self._context.full_disk()) is not None:
             # A trial that stays unfinished tells all its epochs again.
             self._search.end_with(error)
 
@@ -131,7 +120,7 @@ class StudyCallback(Callback):  # type: ignore[misc]
         self._running.pop(folder_name(number), None)
         if number in self._ended:
             return self._ended.pop(number)
-        failure = failure_of(trial, self._trials_folder / folder_name(number))
+        failure = failure_of(trial, self._context.trials_folder / folder_name(number))
         if failure.problem is not None:
             # Such a node is free at once, and would take and fail one trial after another.
             self._search.end_with(failure.problem)
@@ -140,7 +129,7 @@ class StudyCallback(Callback):  # type: ignore[misc]
     def _finish(self, number: int, tags: dict[str, str] | None = None) -> None:
         frozen = self._frozen(number)
         if frozen.state != TrialState.RUNNING:
-            self._emit(replace(run_finished(frozen), tags=tags or {}))
+            self._context.emit(replace(run_finished(frozen), tags=tags or {}))
 
     def _frozen(self, number: int) -> FrozenTrial:
         return self._search.study.get_trials(deepcopy=False)[number]

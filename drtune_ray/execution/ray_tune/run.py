@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -14,7 +13,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.data.dataset import Tables
-from drtune_ray.execution.capacity import Capacity, Cluster, Demand, trial_demand, trials_that_fit
+from drtune_ray.execution.capacity import Capacity, trial_demand, trials_that_fit
 from drtune_ray.execution.heartbeat import HeartbeatMonitor
 from drtune_ray.execution.interrupts import saving_when_interrupted
 from drtune_ray.execution.ray_train.trainer import drive_trial
@@ -28,44 +27,31 @@ from drtune_ray.execution.ray_tune.callbacks import (
 from drtune_ray.execution.ray_tune.patches import lost_processes_are_failures, nothing_unpickled
 from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.execution.resident_actor import TrialActor
-from drtune_ray.execution.resource_wait import ResourceWait
+from drtune_ray.execution.run_context import RunContext
 from drtune_ray.execution.session import scratch_folder
 from drtune_ray.execution.worker import WorkerContext
 from drtune_ray.search.budget import Budget
-from drtune_ray.storage.artifacts import StudyArtifacts
-from drtune_ray.storage.record import SCRATCH_NAME, TRIALS_FOLDER
-from drtune_ray.tracking.events import Sink
-from drtune_ray.training.checkpoint import trial_folder
 
 MAX_MACHINE_FAILURES = 2
 
 
 @dataclass(frozen=True)
 class TuneRun:
-    """What all parts of a study have in common when Tune runs them.
+    """A queue of trials of a study on Ray Tune.
 
     Attributes:
         config: The study.
-        study_id: Its id.
-        artifacts: What outlives this machine's disk.
-        cluster: Where the trials run.
-        emit: Takes the events.
-        disk_error: Why an event was lost, if one was.
-        on_interrupt: Called when the study is interrupted.
+        context: The study's run.
     """
 
     config: StudyConfig
-    study_id: str
-    artifacts: StudyArtifacts
-    cluster: Cluster
-    emit: Sink
-    disk_error: Callable[[], OSError | None]
-    on_interrupt: Callable[[], None]
+    context: RunContext
 
     @property
     def trials_at_a_time(self) -> int:
         """How many trials run side by side."""
-        return trials_that_fit(self._demand, self.config.resources, self.cluster.capacity)
+        demand = trial_demand(self.config.trial.training, self.config.resources)
+        return trials_that_fit(demand, self.config.resources, self.context.cluster.capacity)
 
     def run(
         self,
@@ -79,33 +65,23 @@ class TuneRun:
 
         Args:
             search: Proposes trials and takes what became of them.
-            tables: By `TrialConfig.tables_key`.
+            tables: Tables of images and features by `TrialConfig.tables_key`.
             scheduler: Stops trials early; None: each runs to its end.
             budget: Stops trials for the sake of the whole study.
         """
-        from ray import tune
-
-        workplace, watch = self._workplace(tables), self._watch()
-        wait = ResourceWait(
-            self._demand, self.config.resources.wait_seconds, self.cluster.on_notice
-        )
-        callback = StudyCallback(
-            search,
-            self.emit,
-            workplace.trials_folder,
-            watch,
-            self.disk_error,
-            self.artifacts.check_lease,
-        )
-        callbacks = [callback, WaitCallback(wait)]
+        context, watch = self.context, self._watch()
+        callback = StudyCallback(search, context, watch)
+        callbacks = [callback, WaitCallback(context.resource_wait(self.config.trial.training))]
         if watch is None:
             callbacks.append(PlacementGroupCleaner(self._drop_resumable))
         # Our callback tells a trial's error in one line, and Tune's own files are not needed.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         # Tune's own folder is disposable: Optuna's storage and ours hold everything.
-        with scratch_folder(self.config.folder / SCRATCH_NAME) as scratch:
+        with scratch_folder(context.scratch) as scratch:
             tuner = tune.Tuner(
-                tune_trainable(self.config, workplace, self.cluster.capacity),
+                tune_trainable(
+                    self.config, context.worker_context(tables), context.cluster.capacity
+                ),
                 tune_config=tune.TuneConfig(
                     search_alg=search,
                     scheduler=scheduler,
@@ -127,38 +103,21 @@ class TuneRun:
                 giving_up(),
                 lost_processes_are_failures(),
                 nothing_unpickled(),
-                saving_when_interrupted(self.study_id, lambda: callback.running, self.on_interrupt),
+                saving_when_interrupted(
+                    context.study_id, lambda: callback.running, context.on_interrupt
+                ),
             ):
                 tuner.fit()
                 search.check_storage()
 
-    @property
-    def _demand(self) -> Demand:
-        return trial_demand(self.config.trial.training, self.config.resources)
-
-    def _workplace(self, tables: Mapping[str, Tables]) -> WorkerContext:
-        resources = self.config.resources
-        return WorkerContext(
-            {key: found.to_mapping() for key, found in tables.items()},
-            self.config.folder / TRIALS_FOLDER,
-            resources.cpus_per_worker,
-            "cuda" if resources.worker_gpus(1) else "cpu",
-            self.artifacts.trials,
-            self.artifacts.shelf,
-            token=self.cluster.token,
-            study_id=self.study_id,
-            hang_seconds=resources.hang_seconds,
-        )
-
     def _watch(self) -> HeartbeatMonitor | None:
-        """Sees that resident actors run; workers of Ray Train have a guard of their own."""
+        """Return the monitor of resident actors; Ray Train's workers have a guard of their own."""
         if self.config.trial.training.max_workers > 1:
             return None
-        return HeartbeatMonitor(self.study_id, self.config.resources.hang_seconds)
+        return HeartbeatMonitor(self.context.study_id, self.config.resources.hang_seconds)
 
     def _drop_resumable(self, number: int) -> None:
-        folder: Path = self.config.folder / TRIALS_FOLDER
-        trial_folder(folder, number, self.artifacts.trials).drop_resumable()
+        self.context.checkpoints(number).drop_resumable()
 
 
 def tune_trainable(config: StudyConfig, workplace: WorkerContext, capacity: Capacity) -> Any:
