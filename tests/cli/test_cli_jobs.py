@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from tests.cli.test_cli import COMMAND
 from tests.jobs.answering import MODE, Answering, answering, mode
 from tests.leftovers import free_port
-from tests.cli.test_cli import COMMAND
 
 STUDY = ["--data", "/images", "--storage", "/shared/studies", "--name", "a"]
 VERSION = json.dumps({"version": "4", "ray_version": "2.60.0"})

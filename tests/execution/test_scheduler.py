@@ -9,7 +9,7 @@ import optuna
 import pytest
 
 from drtune_ray.config.study import SchedulerConfig
-from drtune_ray.execution.ray_tune.schedulers import StudyASHA
+from drtune_ray.execution.ray_tune.schedulers import StudyScheduler, build_scheduler
 from drtune_ray.training.reports import OBJECTIVE
 
 CONFIG = SchedulerConfig(min_epochs=1, reduction_factor=2)
@@ -27,11 +27,15 @@ def tune_trial(number: int) -> SimpleNamespace:
     return SimpleNamespace(config={"number": number}, trial_id=f"tune-{number}")
 
 
-def scheduler(references: set[int]) -> StudyASHA:
-    return StudyASHA(CONFIG, 4, references)
+def scheduler(
+    references: set[int], config: SchedulerConfig = CONFIG, max_epochs: int = 4
+) -> StudyScheduler:
+    built = build_scheduler(config, max_epochs, references)
+    assert built is not None
+    return built
 
 
-def run(asha: StudyASHA, numbers: list[int]) -> dict[int, int]:
+def run(asha: StudyScheduler, numbers: list[int]) -> dict[int, int]:
     """Epochs that each trial was given."""
     given = {}
     for number in numbers:
@@ -45,8 +49,8 @@ def run(asha: StudyASHA, numbers: list[int]) -> dict[int, int]:
     return given
 
 
-def rungs(asha: StudyASHA) -> list[Any]:
-    return [bracket._rungs for bracket in asha._brackets]
+def rungs(asha: StudyScheduler) -> list[Any]:
+    return [bracket._rungs for bracket in asha.rule._brackets]
 
 
 def recorded(numbers: list[int], given: dict[int, int]) -> list[optuna.trial.FrozenTrial]:
@@ -114,5 +118,16 @@ def test_the_first_rung_is_at_a_third_of_the_epochs_unless_it_is_given(
 ):
     config = SchedulerConfig(min_epochs=min_epochs)
     assert config.first_rung(max_epochs) == expected
-    (bracket,) = StudyASHA(config, max_epochs, ())._brackets
+    (bracket,) = scheduler(set(), config, max_epochs).rule._brackets
     assert min(milestone for milestone, _ in bracket._rungs) == expected
+
+
+def test_the_median_rule_stops_after_a_crash_what_it_would_have_stopped():
+    config = SchedulerConfig(name="median", min_epochs=1, min_trials=2)
+    unbroken, resumed = scheduler({0}, config), scheduler({0}, config)
+    given = run(unbroken, [1, 3, 5])
+    # Trial 4 equals the median of the means at epoch 1 (0.55) and is below it (0.65) at epoch 2.
+    resumed.refill(recorded([0], {0: 4}) + recorded([1, 3, 5], given))
+    expected = run(unbroken, [2, 4])
+    assert run(resumed, [2, 4]) == expected == {2: 1, 4: 2}
+    assert run(resumed, [0]) == {0: 4}

@@ -32,9 +32,8 @@ from drtune_ray.execution.capacity import Capacity, Node
 from drtune_ray.execution.failures import outcome_of
 from drtune_ray.execution.placement_groups import check_state_api, remove_orphans
 from drtune_ray.execution.ray_train.worker_group import train_environment
-from drtune_ray.execution.ray_tune import schedulers as scheduler_module
 from drtune_ray.execution.ray_tune.run import tune_trainable
-from drtune_ray.execution.ray_tune.schedulers import StudyASHA
+from drtune_ray.execution.ray_tune.schedulers import StudyScheduler
 from drtune_ray.execution.session import ray_session, set_environment
 from drtune_ray.execution.worker import WorkerContext
 from drtune_ray.study.run import run_study
@@ -107,11 +106,10 @@ class Meter:
 @pytest.mark.parametrize("num_stops", [3, pytest.param(20, marks=pytest.mark.chaos)])
 @pytest.mark.timeout(900)
 def test_stopped_trials_give_everything_back(tmp_path, weights_file, monkeypatch, num_stops):
-    class StopFirst(StudyASHA):
-        def on_trial_result(self, tune_controller: Any, trial: Any, result: Any) -> str:
-            return "STOP" if trial.config["number"] < num_stops else "CONTINUE"
+    def stop_first(self: Any, tune_controller: Any, trial: Any, result: Any) -> str:
+        return "STOP" if trial.config["number"] < num_stops else "CONTINUE"
 
-    monkeypatch.setattr(scheduler_module, "StudyASHA", StopFirst)
+    monkeypatch.setattr(StudyScheduler, "on_trial_result", stop_first)
     values = study_values(
         tmp_path,
         weights_file,
