@@ -63,6 +63,11 @@ class TrialSummary:
     best_epoch: int | None = None
 
     @property
+    def is_final(self) -> bool:
+        """Whether it repeats a finalist on a new seed and is no trial of the search."""
+        return self.finalist is not None
+
+    @property
     def label(self) -> str:
         """Short name for people."""
         what = self.reference or self.finalist
@@ -103,7 +108,7 @@ def best_trial(trials: Sequence[TrialSummary]) -> TrialSummary:
     Raises:
         NoTrialCompleted: If there is none.
     """
-    trials = [trial for trial in trials if trial.finalist is None]
+    trials = [trial for trial in trials if not trial.is_final]
     completed = [trial for trial in trials if trial.state == TrialState.COMPLETE.name]
     if not completed:
         outcomes = sorted({trial.outcome for trial in trials})
@@ -132,9 +137,14 @@ def is_trained(trial: FrozenTrial) -> bool:
     return CONFIG in attributes and not {NOT_TRAINED, WARM_START} & attributes.keys()
 
 
+def is_final(trial: FrozenTrial) -> bool:
+    """Whether a trial of Optuna's repeats a finalist on a new seed."""
+    return FINALIST in trial.user_attrs
+
+
 def is_searched(trial: FrozenTrial) -> bool:
     """Whether it is such a trial of the search, and no repetition of a finalist."""
-    return is_trained(trial) and FINALIST not in trial.user_attrs
+    return is_trained(trial) and not is_final(trial)
 
 
 def record_value(trial: Trial, epoch: int, value: float) -> None:

@@ -69,7 +69,7 @@ def finalists(trials: Sequence[TrialSummary], config: FinalistsConfig) -> tuple[
     """
     if not config.num_seeds:
         return ()
-    ranked = best_first(trial for trial in trials if trial.finalist is None)
+    ranked = best_first(trial for trial in trials if not trial.is_final)
     ce_tuning = [t for t in ranked if t.config["method"]["name"] == CE_TUNING][:1]
     chosen = ranked[: config.num_configurations]
     chosen += [trial for trial in ce_tuning if trial not in chosen]

@@ -181,7 +181,7 @@ class SearchProposals(Proposals):
 
     def is_ours(self, trial: FrozenTrial) -> bool:
         """Whether a trial was proposed for the search, and not for the finalists."""
-        return trials.FINALIST not in trial.user_attrs and trials.is_trained(trial)
+        return trials.is_searched(trial)
 
     def _new_trial(self) -> Trial | None:
         self.end = self._budget.end(self._num_begun)

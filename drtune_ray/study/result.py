@@ -91,7 +91,7 @@ class StudyResult:
     @property
     def searched_trials(self) -> tuple[TrialSummary, ...]:
         """Without the repetitions of the finalists."""
-        return tuple(trial for trial in self.trials if trial.finalist is None)
+        return tuple(trial for trial in self.trials if not trial.is_final)
 
     @property
     def references(self) -> tuple[TrialSummary, ...]:
@@ -123,5 +123,4 @@ class StudyPlan:
 
     def of_part(self, trials: Iterable[TrialSummary]) -> tuple[TrialSummary, ...]:
         """The trials that belong to the part."""
-        is_final = self.part == FINALISTS
-        return tuple(trial for trial in trials if (trial.finalist is not None) == is_final)
+        return tuple(trial for trial in trials if trial.is_final == (self.part == FINALISTS))

@@ -94,12 +94,12 @@ class Status:
     @property
     def of_search(self) -> tuple[TrialSummary, ...]:
         """The trials without the repetitions of finalists."""
-        return tuple(trial for trial in self.trials if trial.finalist is None)
+        return tuple(trial for trial in self.trials if not trial.is_final)
 
     @property
     def finals(self) -> tuple[TrialSummary, ...]:
         """The repetitions of finalists on new seeds."""
-        return tuple(trial for trial in self.trials if trial.finalist is not None)
+        return tuple(trial for trial in self.trials if trial.is_final)
 
     @property
     def outcomes(self) -> dict[str, int]:
@@ -245,7 +245,7 @@ def _state(
 ) -> str:
     if is_alive:
         return RUNNING
-    num_results = sum(t.state in RESULT_STATES for t in trials if t.finalist is None)
+    num_results = sum(t.state in RESULT_STATES for t in trials if not t.is_final)
     if record.kind == STUDY:
         is_done = is_done_with(record.folder, StudyConfig.from_mapping(record.config))
         has_failed = num_results >= num_trials and all(t.state != COMPLETE for t in trials)
