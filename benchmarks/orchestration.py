@@ -182,10 +182,10 @@ class _Nested(TuneRun):
         """Workers of Ray Train have a guard of their own, and no actor is used again."""
 
 
-def _nested(config: StudyConfig, workplace: WorkerContext, capacity: Capacity) -> Any:
+def _nested(config: StudyConfig, context: WorkerContext, capacity: Capacity) -> Any:
     """As `tune_trainable` makes it for trials of several workers; here for one."""
     bound = tune.with_parameters(
-        drive_trial, workplace=workplace, resources=config.resources, num_workers=1
+        drive_trial, context=context, resources=config.resources, num_workers=1
     )
     return tune.with_resources(bound, capacity.driver_resources())
 

@@ -83,7 +83,7 @@ class WorkerGuard:
         # Asked for once: Ray joins a cluster anew when it is asked after it was left.
         is_in_cluster = ray.is_initialized()
         self._node_id = ray.get_runtime_context().get_node_id() if is_in_cluster else None
-        threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
+        threading.Thread(target=self._watch, name="guard", daemon=True).start()
 
     @contextlib.contextmanager
     def guarding(self, trial_folder: Path, rank: int = 0) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,11 +10,10 @@ from ray import tune
 
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.execution.guard import WorkerGuard
-from drtune_ray.execution.worker import TrialRunner, WorkerContext
+from drtune_ray.execution.worker import TrialRunner, WorkerContext, trial_of
 from drtune_ray.training.checkpoint import TrialFolder
 from drtune_ray.training.reports import (
     CONFIG_NUMBER,
-    CONFIG_TRIAL,
     OUT_OF_MEMORY,
     EpochReport,
     SavePoint,
@@ -27,13 +25,13 @@ from drtune_ray.training.reports import (
 class TrialActor(tune.Trainable):  # type: ignore[misc]
     """Ray Tune's class trainable; one step is one epoch."""
 
-    def setup(self, config: dict[str, Any], workplace: WorkerContext) -> None:
+    def setup(self, config: dict[str, Any], context: WorkerContext) -> None:
         """Open what the trials share."""
         self._epochs: Iterator[EpochReport | SavePoint] = iter(())
         self._last: dict[str, Any] | None = None
-        self._lifeline = WorkerGuard(workplace.study_id, workplace.hang_seconds)
-        with self._lifeline.guarding(workplace.folder(config[CONFIG_NUMBER]).path):
-            self._workshop = TrialRunner(workplace)
+        self._guard = WorkerGuard(context.study_id, context.hang_seconds)
+        with self._guard.guarding(context.folder(config[CONFIG_NUMBER]).path):
+            self._runner = TrialRunner(context)
             self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -50,15 +48,15 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
         Raises:
             Preempted: If the process was told to leave; all that was trained is saved.
         """
-        self._lifeline.leave_if_told()  # between two epochs everything is saved
+        self._guard.leave_if_told()  # between two epochs everything is saved
         try:
-            with self._lifeline.guarding(self._folder.path):
+            with self._guard.guarding(self._folder.path):
                 for event in self._epochs:
                     event.save(self._folder)
                     if isinstance(event, EpochReport):
-                        self._last = trial_result(event, self._workshop.workplace.num_threads)
+                        self._last = trial_result(event, self._runner.context.num_threads)
                         return self._last
-                    self._lifeline.leave_if_told()
+                    self._guard.leave_if_told()
         except torch.OutOfMemoryError:
             return failed_by_point(OUT_OF_MEMORY, self._last)
         raise RuntimeError("the trial ended without saying how")
@@ -68,8 +66,8 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
         self._epochs = iter(())
 
     def _begin(self, config: dict[str, Any]) -> None:
-        trial = TrialConfig.from_mapping(json.loads(config[CONFIG_TRIAL]))
-        self._folder = self._workshop.workplace.folder(config[CONFIG_NUMBER])
+        trial = trial_of(config)
+        self._folder = self._runner.context.folder(config[CONFIG_NUMBER])
         self._last = None
         self._epochs = self._first_step_begins(trial, self._folder)
 
@@ -78,4 +76,4 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
     ) -> Iterator[EpochReport | SavePoint]:
         # Tune may have given the trial of an actor that takes long to start to one that is free
         # meanwhile. Only the one that is told to step may touch its folder.
-        yield from self._workshop.epochs(trial, folder, self._lifeline)
+        yield from self._runner.epochs(trial, folder, self._guard)

@@ -7,7 +7,8 @@ in a fresh process bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,12 @@ from drtune_ray.folders import Folder
 from drtune_ray.training.backbones import Backbone, read_backbone
 from drtune_ray.training.checkpoint import TrialFolder, trial_folder, trial_identity
 from drtune_ray.training.loop import train_epochs
-from drtune_ray.training.reports import EpochReport, SavePoint
+from drtune_ray.training.reports import CONFIG_TRIAL, EpochReport, SavePoint
+
+
+def trial_of(config: Mapping[str, Any]) -> TrialConfig:
+    """Return the configuration of a trial from the mapping that Tune hands to its process."""
+    return TrialConfig.from_mapping(json.loads(config[CONFIG_TRIAL]))
 
 
 @dataclass(frozen=True)
@@ -61,25 +67,25 @@ class TrialRunner:
     """Opens the shared tables and starts trials over them.
 
     Args:
-        workplace: Where everything lies.
-        device: Where to train; by default the first device of the workplace's kind.
+        context: Where everything lies.
+        device: Where to train; by default the first device of the context's kind.
     """
 
-    def __init__(self, workplace: WorkerContext, device: torch.device | None = None) -> None:
-        check_token(workplace.trials_folder.parent, workplace.token, workplace.artifacts)
-        self.workplace = workplace
-        self._device = device or torch.device(workplace.device)
+    def __init__(self, context: WorkerContext, device: torch.device | None = None) -> None:
+        check_token(context.trials_folder.parent, context.token, context.artifacts)
+        self.context = context
+        self._device = device or torch.device(context.device)
         self._opened: _Opened | None = None
 
     def epochs(
-        self, config: TrialConfig, folder: TrialFolder, lifeline: WorkerGuard
+        self, config: TrialConfig, folder: TrialFolder, guard: WorkerGuard
     ) -> Iterator[EpochReport | SavePoint]:
         """Train a configuration from its newest sound checkpoint, or from the start.
 
         Args:
             config: The trial.
             folder: Its checkpoints.
-            lifeline: Asked for saves and told of progress.
+            guard: Asked for saves and told of progress.
         """
         opened = self._open(config)
         content = (opened.tables.images.name, opened.tables.backbone.name)
@@ -89,9 +95,9 @@ class TrialRunner:
             opened.backbone,
             resume=folder.begin(trial_identity(config, folder.path.name, *content)),
             device=self._device,
-            num_threads=self.workplace.num_threads,
-            save_requested=lifeline.save_requested,
-            on_progress=lifeline.progressed,
+            num_threads=self.context.num_threads,
+            save_requested=guard.save_requested,
+            on_progress=guard.progressed,
         )
 
     def _open(self, config: TrialConfig) -> _Opened:
@@ -99,9 +105,9 @@ class TrialRunner:
         last, wanted = self._opened, (config.tables_key, config.data)
         if last is not None and last.wanted == wanted:
             return last
-        tables = Tables.from_mapping(self.workplace.tables[config.tables_key])
-        if self.workplace.shelf is not None:
-            fetch_tables(tables, self.workplace.shelf)
+        tables = Tables.from_mapping(self.context.tables[config.tables_key])
+        if self.context.shelf is not None:
+            fetch_tables(tables, self.context.shelf)
         is_kept = last is not None and last.tables.backbone == tables.backbone
         backbone = last.backbone if last and is_kept else read_backbone(tables.backbone)
         data = TrainingData(tables, config.data, backbone.normalization.interpolation)

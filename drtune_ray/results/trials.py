@@ -27,9 +27,21 @@ EPOCH_PREFIX = "epoch:"
 RESULT_STATES = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
-def config_of(trial: Trial | FrozenTrial) -> TrialConfig:
-    """Return the configuration of a trial of an Optuna study."""
-    return TrialConfig.from_mapping(json.loads(trial.user_attrs[CONFIG]))
+def describe(trial: Trial, config: TrialConfig) -> None:
+    """Record the configuration of a trial in its Optuna study."""
+    trial.set_user_attr(CONFIG, json.dumps(config.to_mapping()))
+
+
+def config_of(trial: Trial | FrozenTrial | TrialSummary) -> TrialConfig:
+    """Return the configuration of a trial, of an Optuna study or of its results."""
+    values = trial.config if isinstance(trial, TrialSummary) else mapping_of(trial)
+    return TrialConfig.from_mapping(values)
+
+
+def mapping_of(trial: Trial | FrozenTrial) -> dict[str, Any]:
+    """Return the recorded configuration of a trial of an Optuna study; empty if it has none."""
+    values: dict[str, Any] = json.loads(trial.user_attrs.get(CONFIG, "{}"))
+    return values
 
 
 @dataclass(frozen=True)
@@ -200,7 +212,7 @@ def summary(trial: FrozenTrial) -> TrialSummary:
         best if math.isfinite(best) else None,
         num_epochs(trial),
         duration,
-        json.loads(trial.user_attrs.get(CONFIG, "{}")),
+        mapping_of(trial),
         trial.user_attrs.get(FINALIST),
         dict(trial.user_attrs.get(OBJECTIVES, {})),
         best_epoch(trial),

@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 
 from drtune_ray.config.study import FinalistsConfig
 from drtune_ray.config.trial import TrialConfig
-from drtune_ray.results.trials import TrialSummary, best_first
+from drtune_ray.results.trials import TrialSummary, best_first, config_of
 from drtune_ray.search.proposals import FixedTrial
 
 CE_TUNING = "ce_tuning"
@@ -115,5 +115,4 @@ def _seeds(source: TrialSummary, index: int) -> tuple[int, int]:
 
 def _repetition(source: TrialSummary, index: int) -> TrialConfig:
     seed, view_seed = _seeds(source, index)
-    config = TrialConfig.from_mapping(source.config)
-    return config.with_values({"seed": seed, "data.view_seed": view_seed})
+    return config_of(source).with_values({"seed": seed, "data.view_seed": view_seed})

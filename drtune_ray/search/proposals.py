@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -170,7 +169,7 @@ class SearchProposals(Proposals):
         points = enumerate(start_with, 1)
         self._points = deque((n, dict(point)) for n, point in points if n not in started)
         self.reference_numbers = {t.number for t in known if t.user_attrs.get(trials.REFERENCE)}
-        self._seen = {_content(t.user_attrs[trials.CONFIG]): t.number for t in sound}
+        self._seen = {_content(trials.mapping_of(t)): t.number for t in sound}
         self._num_begun = sum(self.is_ours(trial) for trial in sound)
         self.end: str | None = None
         self.is_exhausted = False
@@ -216,7 +215,7 @@ class SearchProposals(Proposals):
             if config is None or any(violated.values()):
                 self._tell_infeasible(trial, violated)
                 continue
-            former = self._seen.get(_content(json.dumps(config.to_mapping())))
+            former = self._seen.get(_content(config.to_mapping()))
             if former is not None:
                 trial.set_user_attr(trials.NOT_TRAINED, f"{trials.DUPLICATE} {former}")
                 # Nothing new is known of the point: samplers pass over what failed.
@@ -246,9 +245,8 @@ class SearchProposals(Proposals):
         self.study.tell(trial, state=TrialState.PRUNED)
 
     def _described(self, trial: Trial, config: TrialConfig) -> Trial:
-        text = json.dumps(config.to_mapping())
-        self._seen.setdefault(_content(text), trial.number)
-        trial.set_user_attr(trials.CONFIG, text)
+        self._seen.setdefault(_content(config.to_mapping()), trial.number)
+        trials.describe(trial, config)
         return trial
 
 
@@ -283,10 +281,10 @@ class FinalistProposals(Proposals):
         repetition = self._left.popleft()
         mark = {trials.FINALIST: repetition.name}
         trial = self._ask(lambda n: optuna.samplers.RandomSampler(seed=n), None, **mark)
-        trial.set_user_attr(trials.CONFIG, json.dumps(repetition.config.to_mapping()))
+        trials.describe(trial, repetition.config)
         return trial
 
 
-def _content(config: str) -> str:
-    """What decides a trial's result, from its JSON; two of the same content are duplicates."""
-    return digest(flattened_without(json.loads(config), TRIAL_NOT_DECIDING))
+def _content(config: Mapping[str, Any]) -> str:
+    """Return a digest of what decides a trial's result; two of the same digest are duplicates."""
+    return digest(flattened_without(config, TRIAL_NOT_DECIDING))

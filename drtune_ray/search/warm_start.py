@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -64,7 +63,7 @@ def _add(
     for trial in found:
         if not trials.is_searched(trial) or trial.state not in trials.RESULT_STATES:
             continue
-        config = _at_places_of(TrialConfig.from_mapping(_config(trial)), base)
+        config = _at_places_of(trials.config_of(trial), base)
         values = space.locate(config, base)
         if values is None:
             reasons[_why_outside(config, base, space)] += 1
@@ -95,11 +94,6 @@ def _copy(
         user_attrs={trials.WARM_START: label, trials.CONFIG: trial.user_attrs[trials.CONFIG]},
         constraints=trial.constraints,
     )
-
-
-def _config(trial: FrozenTrial) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(trial.user_attrs[trials.CONFIG])
-    return values
 
 
 def _at_places_of(config: TrialConfig, base: TrialConfig) -> TrialConfig:

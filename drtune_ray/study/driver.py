@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -26,10 +25,10 @@ from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.execution.run_context import RunContext
 from drtune_ray.results.events import run_finished, run_started
 from drtune_ray.results.trials import (
-    CONFIG,
     RESULT_STATES,
     TrialSummary,
     best_trial,
+    config_of,
     is_searched,
     is_trained,
     summaries,
@@ -264,8 +263,7 @@ class StudyDriver:
             if not trial.state.is_finished() or not is_trained(trial):
                 continue
             if is_restored:  # what the lost spool held
-                trial_config = json.loads(trial.user_attrs.get(CONFIG, "{}"))
-                self._emit(run_started(trial, trial_config))
+                self._emit(run_started(trial))
             # Told again because a killed driver may not have come to it; twice changes nothing.
             self._emit(run_finished(trial))
 
@@ -367,9 +365,8 @@ class StudyDriver:
 
     def _settings(self, trial: TrialSummary) -> dict[str, Any]:
         """What the space varies and this trial uses."""
-        config = TrialConfig.from_mapping(trial.config)
         values = flattened(trial.config)
-        return {path: values[path] for path in self.space.active(config)}
+        return {path: values[path] for path in self.space.active(config_of(trial))}
 
     def _searched(self) -> tuple[str, ...]:
         return tuple(parameter.path for parameter in self.space.parameters)

@@ -21,6 +21,7 @@ from drtune_ray.errors import CheckpointError
 from drtune_ray.execution.ray_train.fit import fit
 from drtune_ray.execution.run_context import RunContext
 from drtune_ray.folders import as_problem
+from drtune_ray.results.trials import config_of
 from drtune_ray.search.finalists import best_finalist
 from drtune_ray.study.inputs import StudyInputs
 from drtune_ray.study.result import StudyResult
@@ -122,12 +123,11 @@ def final_fit(result: StudyResult, asked: FinalFitConfig, checked: StudyInputs) 
         return None
     finalist = best_finalist(result.finalists)
     runs = finalist.runs if finalist else (result.winner,)
-    config = TrialConfig.from_mapping(result.shipped.config)
     values: dict[str, Any] = {
         "training.stop_epoch": round(statistics.median(run.best_epoch or 1 for run in runs)),
         "training.patience_epochs": None,
     }
-    config = with_final_workers(config.with_values(values), asked)
+    config = with_final_workers(config_of(result.shipped).with_values(values), asked)
     return FinalFit(result.winner.number, config, without_validation(checked))
 
 

@@ -12,7 +12,7 @@ from drtune_ray.data.dataset import Tables
 from drtune_ray.data.table_store import TableStore
 from drtune_ray.execution.run_context import RunContext
 from drtune_ray.folders import as_problem
-from drtune_ray.results.trials import TrialSummary, best_first
+from drtune_ray.results.trials import TrialSummary, best_first, config_of
 from drtune_ray.results.winner import write_winner
 from drtune_ray.storage.record import WINNER_NAME
 from drtune_ray.study.final_fit import FinalFit, final_fit
@@ -44,7 +44,7 @@ class WinnerWriter:
 
         A final fit that diverges is said to, and the winner's best seed is handed back.
         """
-        config = TrialConfig.from_mapping(result.shipped.config)
+        config = config_of(result.shipped)
         folder, checked = self.run.checkpoints(result.shipped.number), self.checked
         again = final_fit(result, self.config.final_fit, checked)
         if again is not None:

@@ -20,10 +20,10 @@ from drtune_ray.training.reports import COMPLETED, DIVERGED, OUT_OF_MEMORY
 from tests.small import prepared, small_trial, small_values, write_coloured
 
 
-def actor(workplace: WorkerContext, number: int, config: TrialConfig) -> TrialActor:
+def actor(context: WorkerContext, number: int, config: TrialConfig) -> TrialActor:
     """An actor without Ray around it."""
     made = TrialActor.__new__(TrialActor)
-    made.setup(task(number, config), workplace)
+    made.setup(task(number, config), context)
     return made
 
 
@@ -38,8 +38,8 @@ def run_to_end(made: TrialActor) -> list[dict[str, Any]]:
     return results
 
 
-def train_third(workplace: WorkerContext, configs: list[TrialConfig]) -> list[dict[str, Any]]:
-    made = actor(workplace, 0, configs[0])
+def train_third(context: WorkerContext, configs: list[TrialConfig]) -> list[dict[str, Any]]:
+    made = actor(context, 0, configs[0])
     run_to_end(made)
     for number, config in enumerate(configs[1:], start=1):
         assert made.reset_config(task(number, config))
@@ -48,7 +48,7 @@ def train_third(workplace: WorkerContext, configs: list[TrialConfig]) -> list[di
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, weights_file) -> tuple[WorkerContext, dict[str, Any]]:
+def context(tmp_path: Path, weights_file) -> tuple[WorkerContext, dict[str, Any]]:
     values = small_values(write_coloured(tmp_path / "images"), weights_file)
     trial = small_trial(values)
     _, _, tables = prepared(trial, tmp_path)
@@ -63,9 +63,9 @@ def workplace(tmp_path: Path, weights_file) -> tuple[WorkerContext, dict[str, An
     return place, values
 
 
-def test_an_actor_that_is_not_told_to_step_leaves_the_trial_alone(workplace):
+def test_an_actor_that_is_not_told_to_step_leaves_the_trial_alone(context):
     """Tune gives the trial of an actor that starts slowly to another one."""
-    place, values = workplace
+    place, values = context
     folder = place.folder(0).path
     folder.mkdir(parents=True)
     (folder / ".epoch-00001-step-0000000.ckpt.0a.tmp").write_bytes(b"being written by the other")
@@ -78,9 +78,9 @@ def test_an_actor_that_is_not_told_to_step_leaves_the_trial_alone(workplace):
     assert not list(folder.glob("*.tmp"))
 
 
-def test_third_trial_equals_the_same_trial_in_a_fresh_process(workplace, tmp_path):
+def test_third_trial_equals_the_same_trial_in_a_fresh_process(context, tmp_path):
     """After a diverged trial and one of another K: the same losses and weights, bit for bit."""
-    place, values = workplace
+    place, values = context
     wanted = small_trial(values)
     diverged = small_trial(values | {"optim.backbone_lr": 1e20})
     other = small_trial(values | {"method.bank_size": 7, "training.batch_norm": "local"})
@@ -112,8 +112,8 @@ def test_third_trial_equals_the_same_trial_in_a_fresh_process(workplace, tmp_pat
         assert torch.equal(tensor, other_tensor) if torch.is_tensor(tensor) else True, key
 
 
-def test_what_the_point_causes_comes_back_as_a_result(workplace, monkeypatch):
-    place, values = workplace
+def test_what_the_point_causes_comes_back_as_a_result(context, monkeypatch):
+    place, values = context
     made = actor(place, 0, small_trial(values | {"optim.backbone_lr": 1e20}))
     (result,) = run_to_end(made)
     assert (result["outcome"], result["epoch"], result["history"]) == (DIVERGED, 0, "[]")
@@ -130,8 +130,8 @@ def test_what_the_point_causes_comes_back_as_a_result(workplace, monkeypatch):
     assert last["history"] == first["history"]
 
 
-def test_a_machine_failure_is_an_exception(workplace):
-    place, values = workplace
+def test_a_machine_failure_is_an_exception(context):
+    place, values = context
     made = actor(place, 0, small_trial(values))
 
     def broken() -> Any:
@@ -143,8 +143,8 @@ def test_a_machine_failure_is_an_exception(workplace):
         made.step()
 
 
-def test_a_killed_trial_goes_on_and_tells_the_epochs_nobody_heard_of(workplace):
-    place, values = workplace
+def test_a_killed_trial_goes_on_and_tells_the_epochs_nobody_heard_of(context):
+    place, values = context
     config = small_trial(values)
     actor(place, 4, config).step()  # its result is never read: the process dies
     result = actor(place, 4, config).step()

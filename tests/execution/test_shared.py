@@ -119,7 +119,7 @@ def test_check_token__names_the_place(place):
 
 def test_workshop__looks_into_the_artifacts_of_the_trials(place):
     place.files.write(TOKEN_NAME, b"of another driver")
-    workplace = WorkerContext(
+    context = WorkerContext(
         {},
         place.folder / "trials",
         1,
@@ -130,7 +130,7 @@ def test_workshop__looks_into_the_artifacts_of_the_trials(place):
         hang_seconds=60,
     )
     with pytest.raises(EnvironmentProblem, match=f"^the {place} is not shared with node"):
-        TrialRunner(workplace)
+        TrialRunner(context)
 
 
 def test_shared_folder__one_machine_is_not_asked(tmp_path):

@@ -293,8 +293,8 @@ def test_four_trials_share_a_gpu(tmp_path, weights_file):
     """Scheduling needs no device: Ray believes what it is told."""
     resources = {"gpus_per_trial": 0.25}
     config = StudyConfig.from_mapping(study_values(tmp_path, weights_file, resources=resources))
-    workplace = WorkerContext({}, tmp_path, 1, "cuda", study_id="gpu", hang_seconds=1.0)
-    trainable = tune_trainable(config, workplace, Capacity(nodes=(Node(8, 1),)))
+    context = WorkerContext({}, tmp_path, 1, "cuda", study_id="gpu", hang_seconds=1.0)
+    trainable = tune_trainable(config, context, Capacity(nodes=(Node(8, 1),)))
     bundles = trainable.default_resource_request({}).bundles
     assert bundles == [{"CPU": 1, "GPU": 0.25}]
     set_environment()

@@ -8,7 +8,6 @@ for a trial of a study, or `train_on_workers`.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -27,12 +26,11 @@ from drtune_ray.execution.ray_train.worker_group import (
     start_seconds,
     train_environment,
 )
-from drtune_ray.execution.worker import TrialRunner, WorkerContext
+from drtune_ray.execution.worker import TrialRunner, WorkerContext, trial_of
 from drtune_ray.storage.record import SCRATCH_NAME
 from drtune_ray.training.checkpoint import TrialFolder
 from drtune_ray.training.reports import (
     CONFIG_NUMBER,
-    CONFIG_TRIAL,
     OUT_OF_MEMORY,
     EpochReport,
     failed_by_point,
@@ -77,39 +75,38 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
         PointFailed: If the configuration makes it impossible to go on.
         Preempted: If one of the workers was told to leave; all that was trained is saved.
     """
-    workplace: WorkerContext = payload["workplace"]
+    context: WorkerContext = payload["context"]
     folder: TrialFolder = payload["folder"]
     rank = ray.train.get_context().get_world_rank()
-    lifeline = WorkerGuard(workplace.study_id, workplace.hang_seconds)
+    guard = WorkerGuard(context.study_id, context.hang_seconds)
     last: dict[str, Any] = {}
     num_sent = 0
-    with lifeline.guarding(folder.path, rank):
+    with guard.guarding(folder.path, rank):
         try:
-            for event in _epochs(payload, lifeline):
+            for event in _epochs(payload, guard):
                 event.save(folder)
                 if isinstance(event, EpochReport):
-                    last = trial_result(event, workplace.num_threads)
+                    last = trial_result(event, context.num_threads)
                     if payload["queue"] is not None and rank == 0:
                         payload["queue"].put(event.history[num_sent:])
                         num_sent = len(event.history)
                     ray.train.report(last)
                     if event.outcome:
                         break
-                lifeline.leave_if_told()
+                guard.leave_if_told()
         except torch.OutOfMemoryError as error:
             raise PointFailed(OUT_OF_MEMORY, last) from error
     return last
 
 
-def _epochs(payload: dict[str, Any], lifeline: WorkerGuard) -> Any:
-    workshop = TrialRunner(payload["workplace"], get_device())
-    config = TrialConfig.from_mapping(json.loads(payload[CONFIG_TRIAL]))
-    return workshop.epochs(config, payload["folder"], lifeline)
+def _epochs(payload: dict[str, Any], guard: WorkerGuard) -> Any:
+    runner = TrialRunner(payload["context"], get_device())
+    return runner.epochs(payload["trial"], payload["folder"], guard)
 
 
 def build_trainer(
     config: TrialConfig,
-    workplace: WorkerContext,
+    context: WorkerContext,
     resources: ResourcesConfig,
     folder: TrialFolder,
     *,
@@ -122,7 +119,7 @@ def build_trainer(
 
     Args:
         config: The trial.
-        workplace: The shared tables.
+        context: The shared tables.
         resources: What a worker takes.
         folder: The trial's folder, for its checkpoints.
         name: Of the run.
@@ -138,8 +135,8 @@ def build_trainer(
     return TorchTrainer(
         train_worker,
         train_loop_config={
-            "workplace": workplace,
-            CONFIG_TRIAL: json.dumps(config.to_mapping()),
+            "context": context,
+            "trial": config,
             "folder": folder,
             "queue": queue,
         },
@@ -154,7 +151,7 @@ def build_trainer(
             name=name,
             storage_path=str(scratch),
             callbacks=[
-                WorkerGroupCallbacks(workplace.study_id, folder.path.name),
+                WorkerGroupCallbacks(context.study_id, folder.path.name),
                 *(callbacks or []),
             ],
             failure_config=ray.train.FailureConfig(
@@ -166,7 +163,7 @@ def build_trainer(
 
 
 def drive_trial(
-    config: dict[str, Any], workplace: WorkerContext, resources: ResourcesConfig, num_workers: int
+    config: dict[str, Any], context: WorkerContext, resources: ResourcesConfig, num_workers: int
 ) -> None:
     """A Tune function trainable: trains one trial of several workers.
 
@@ -175,23 +172,22 @@ def drive_trial(
 
     Args:
         config: Tune's.
-        workplace: The shared tables.
+        context: The shared tables.
         resources: What a worker takes.
         num_workers: The study's present number; a trial that began under another one goes on.
     """
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    trial = TrialConfig.from_mapping(json.loads(config[CONFIG_TRIAL]))
-    trial = trial.with_values({"training.workers": num_workers})
+    trial = trial_of(config).with_values({"training.workers": num_workers})
     tell_tune = TuneReportCallback()
     trainer = build_trainer(
         trial,
-        workplace,
+        context,
         resources,
-        workplace.folder(config[CONFIG_NUMBER]),
+        context.folder(config[CONFIG_NUMBER]),
         name=f"trial-{tune.get_context().get_trial_id()}",
-        scratch=workplace.trials_folder.parent / SCRATCH_NAME,
+        scratch=context.trials_folder.parent / SCRATCH_NAME,
         callbacks=[tell_tune],
     )
     try:

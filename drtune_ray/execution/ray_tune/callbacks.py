@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from drtune_ray.execution.run_context import RunContext
 from drtune_ray.results.events import epoch_event, run_finished, run_started
 from drtune_ray.search.budget import Budget
 from drtune_ray.training.checkpoint import folder_name
-from drtune_ray.training.reports import CONFIG_NUMBER, CONFIG_TRIAL, result_history
+from drtune_ray.training.reports import CONFIG_NUMBER, result_history
 
 logger = logging.getLogger(__name__)
 ERROR_TAG = "drtune.error"
@@ -81,9 +80,7 @@ class StudyCallback(Callback):  # type: ignore[misc]
         """A trial begins or goes on."""
         number = trial.config[CONFIG_NUMBER]
         self._running[folder_name(number)] = trial
-        self._context.emit(
-            run_started(self._frozen(number), json.loads(trial.config[CONFIG_TRIAL]))
-        )
+        self._context.emit(run_started(self._frozen(number)))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any

@@ -120,14 +120,14 @@ class TuneRun:
         self.context.checkpoints(number).drop_resumable()
 
 
-def tune_trainable(config: StudyConfig, workplace: WorkerContext, capacity: Capacity) -> Any:
+def tune_trainable(config: StudyConfig, context: WorkerContext, capacity: Capacity) -> Any:
     """A trainable with its resources."""
     # Tune would write the driver's keys into each actor's description, for all users of the
     # cluster to read. A node has its own.
     passed_on = class_cache.ENV_VARS_TO_PROPAGATE
     passed_on.difference_update({name for name in passed_on if name.startswith("AWS_")})
     if config.trial.training.max_workers == 1:
-        bound = tune.with_parameters(TrialActor, workplace=workplace)
+        bound = tune.with_parameters(TrialActor, context=context)
         return tune.with_resources(
             bound,
             {
@@ -137,7 +137,7 @@ def tune_trainable(config: StudyConfig, workplace: WorkerContext, capacity: Capa
         )
     bound = tune.with_parameters(
         drive_trial,
-        workplace=workplace,
+        context=context,
         resources=config.resources,
         num_workers=config.trial.training.max_workers,
     )
