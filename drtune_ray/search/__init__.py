@@ -1,1 +1,1 @@
-"""Which trial is next, and what Optuna is told of it: Optuna only, no Ray."""
+"""Which trial runs next, and what Optuna records of it; no Ray."""

@@ -1,4 +1,4 @@
-"""When a search has had enough: trials, epochs, time, a target, or no progress."""
+"""The limits of a search: trials, epochs, time, a target accuracy, or no progress."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ STOPPED_BY_BUDGET, REACHED_TARGET = "stopped by the budget", "reached the target
 
 
 class Budget:
-    """Ends the search at whichever limit is met first.
+    """Ends the search at the first limit that is reached.
 
-    The number of trials and `patience_trials` only keep new ones from starting; the other limits
-    end those that run at the end of their epoch too. All is read from the Optuna study, so that a
-    search that was interrupted goes on with what it has left.
+    The number of trials and `patience_trials` only keep new trials from starting; the other limits
+    also stop running trials at the end of their epoch. Everything is read from the Optuna study, so
+    that an interrupted search resumes with the rest of its budget.
 
     Args:
-        num_trials: Trials of the study, the references included.
+        num_trials: Number of trials of the study, reference trials included.
         config: The other limits.
         study: The Optuna study.
-        clock: Seconds, from any moment on.
+        clock: Monotonic clock in seconds.
     """
 
     def __init__(
@@ -43,18 +43,18 @@ class Budget:
         self._seconds_before = float(study.user_attrs.get(SECONDS, 0.0))
 
     def stops(self, result: dict[str, Any]) -> bool:
-        """Whether a trial is stopped at the epoch of this result."""
+        """Return whether to stop a trial at the epoch of this result."""
         return self.has_reached_target(result) or self.hard_end() is not None
 
     def end(self, num_begun: int) -> str | None:
-        """Why no further trial starts, given how many were begun; None while one may."""
+        """Return why no further trial starts after `num_begun` trials; None while one may."""
         self.keep_time()
         if num_begun >= self._num_trials:
             return f"all {self._num_trials} trials were begun"
         return self.hard_end() or self._without_progress()
 
     def hard_end(self) -> str | None:
-        """Why even the trials that run are stopped; None while they go on."""
+        """Return why running trials are stopped too; None while they continue."""
         config = self._config
         if config.max_seconds is not None and self.seconds >= config.max_seconds:
             return f"budget.max_seconds={config.max_seconds:g} are over"
@@ -70,17 +70,17 @@ class Budget:
         return None
 
     def has_reached_target(self, result: dict[str, Any]) -> bool:
-        """Whether a trial came to the target by this result."""
+        """Return whether this result reaches the target accuracy."""
         target = self._config.target_accuracy
         return target is not None and float(result[OBJECTIVE]) >= target
 
     @property
     def seconds(self) -> float:
-        """What the search took so far, earlier runs included."""
+        """Seconds that the search took so far, earlier runs included."""
         return self._seconds_before + self._clock() - self._started
 
     def keep_time(self) -> None:
-        """Write down what the search took; a killed driver loses what came after."""
+        """Record the seconds that the search took; a killed driver loses those after."""
         self._study.set_user_attr(SECONDS, self.seconds)
 
     def _without_progress(self) -> str | None:

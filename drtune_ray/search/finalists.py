@@ -1,7 +1,7 @@
-"""The finalists: the search's best configurations and CE-tuning, again on seeds of their own.
+"""The finalists: the search's best configurations and CE-tuning, trained again on new seeds.
 
-The best of n trials on one seed is a maximum, and flatters. What the finalists reach on new seeds
-was not chosen by looking at it.
+The best of n trials on one seed is a maximum and therefore optimistic. The accuracies on new seeds
+took no part in choosing the finalists.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ CE_TUNING = "ce_tuning"
 
 @dataclass(frozen=True)
 class Finalist:
-    """A configuration of the search and what it reached on new seeds.
+    """A configuration of the search and its accuracies on new seeds.
 
     Attributes:
         source: The trial of the search.
-        num_seeds: On how many new seeds it is to be trained.
-        runs: Those that completed.
+        num_seeds: Number of new seeds to train it on.
+        runs: The completed trainings.
     """
 
     source: TrialSummary
@@ -41,31 +41,31 @@ class Finalist:
 
     @property
     def is_complete(self) -> bool:
-        """Whether it was trained to its end on every seed."""
+        """Whether the training on every seed completed."""
         return len(self.runs) == self.num_seeds
 
     @property
     def mean(self) -> float:
-        """Of `accuracies`."""
+        """Mean of the accuracies."""
         return statistics.fmean(self.accuracies)
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation of `accuracies`; None of a single one."""
+        """Standard deviation of the accuracies; None if there are fewer than two."""
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
 
     @property
     def best_run(self) -> TrialSummary:
-        """The run with the best validation accuracy, the first of equals: its weights ship."""
+        """Run with the best validation accuracy, the first of equals; its weights are shipped."""
         return max(self.runs, key=lambda run: (run.best_val_accuracy or 0.0, -run.number))
 
 
 def finalists(trials: Sequence[TrialSummary], config: FinalistsConfig) -> tuple[Finalist, ...]:
-    """The best configurations of the search and its best CE-tuning, best first.
+    """Choose the best configurations of the search and its best CE-tuning, best first.
 
     Args:
-        trials: All trials of the study, repetitions that were run included.
-        config: How many configurations and seeds.
+        trials: All trials of the study, with the repetitions so far.
+        config: Numbers of configurations and seeds.
     """
     if not config.num_seeds:
         return ()
@@ -77,10 +77,10 @@ def finalists(trials: Sequence[TrialSummary], config: FinalistsConfig) -> tuple[
 
 
 def repetitions(chosen: Sequence[Finalist]) -> tuple[FixedTrial, ...]:
-    """The trials that the finalists ask for: each seed of all of them before the next one.
+    """Return the trainings of the finalists, each seed of all finalists before the next seed.
 
-    Seed and view seed of a repetition are the same for all finalists, so that their differences
-    are those of the configurations.
+    A repetition has the same seed and view seed for all finalists, so that their differences come
+    from the configurations.
     """
     return tuple(
         FixedTrial(_name(finalist.source, index), _repetition(finalist.source, index))
@@ -90,9 +90,9 @@ def repetitions(chosen: Sequence[Finalist]) -> tuple[FixedTrial, ...]:
 
 
 def best_finalist(chosen: Sequence[Finalist]) -> Finalist | None:
-    """The one with the best mean among those trained on every seed; None where there is none.
+    """Return the finalist with the best mean among those trained on every seed, or None.
 
-    Of equals it is the one that the search ranked higher.
+    Of equals the one that the search ranked higher is returned.
     """
     complete = [finalist for finalist in chosen if finalist.is_complete]
     return max(complete, key=lambda finalist: finalist.mean, default=None)
@@ -109,7 +109,7 @@ def _name(source: TrialSummary, index: int) -> str:
 
 
 def _seeds(source: TrialSummary, index: int) -> tuple[int, int]:
-    """Seed and view seed of a repetition, counted from 1: the search's own is the one before."""
+    """Return seed and view seed of a repetition, from 1; the search's own seed precedes them."""
     return source.config["seed"] + index, source.config["data"]["view_seed"] + index
 
 

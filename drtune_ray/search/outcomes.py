@@ -1,7 +1,7 @@
-"""What Optuna is told of a trial: the "tell" beside the "ask" of `proposals`.
+"""The "tell" of a study beside the "ask" of `proposals`: what Optuna records of a trial.
 
 Ray's own OptunaSearch tells the sampler that a trial stopped early is a finished one and leaves
-diverged ones RUNNING; here the study is told what happened:
+diverged ones RUNNING; here the study records what happened:
 
     finished, or stopped by its own patience,     COMPLETE  with its best value
     or at the study's target

@@ -1,4 +1,4 @@
-"""Which trial of a study is next, in each of its two parts: the search, then the finalists."""
+"""The next trial of each part of a study: the search, then the finalists."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ SamplerFor = Callable[[int], optuna.samplers.BaseSampler]
 
 @dataclass(frozen=True)
 class FixedTrial:
-    """A trial whose configuration is given: a reference trial, or one of a finalist.
+    """A trial whose configuration is given: a reference trial, or a finalist's on a new seed.
 
     Attributes:
-        name: What it is, once in a study.
-        config: Its configuration.
+        name: Name of the trial, unique in its study.
+        config: Configuration of the trial.
     """
 
     name: str
@@ -40,13 +40,13 @@ class FixedTrial:
 
 
 class Proposals(ABC):
-    """The trials of one part of a study that are still to be run, in their order.
+    """The trials of one part of a study that are still to be run, in order.
 
-    Trials that a former driver left unfinished come first.
+    Trials that an earlier driver left unfinished come first.
 
     Args:
         study: The Optuna study.
-        known: All of its trials.
+        known: All trials of the study so far.
     """
 
     def __init__(self, study: optuna.Study, known: Iterable[FrozenTrial]) -> None:
@@ -60,34 +60,34 @@ class Proposals(ABC):
         )
 
     def next(self) -> Trial | None:
-        """The next trial, described by its configuration; None where none is left."""
+        """Return the next trial with its configuration; None if none is left."""
         if self._unfinished:
             return self._unfinished.popleft()
         return self._new_trial()
 
     @abstractmethod
     def has_next(self) -> bool:
-        """Whether a trial is left to run."""
+        """Return whether a trial is left to run."""
 
     @abstractmethod
     def is_ours(self, trial: FrozenTrial) -> bool:
-        """Whether a trial belongs to this part of the study."""
+        """Return whether a trial belongs to this part of the study."""
 
     @abstractmethod
     def _new_trial(self) -> Trial | None:
-        """A trial that nobody has begun."""
+        """Return a trial that was not started before; None if none is left."""
 
     def _ask(
         self, sampler_for: SamplerFor, point: Mapping[str, Any] | None = None, **marks: Any
     ) -> Trial:
-        """A trial without a configuration: one that was cut off as it was proposed, or a new one.
+        """Return a trial without a configuration: new, or cut off while it was proposed.
 
-        Either is proposed by the sampler of its number, and so comes out the same.
+        Both are proposed by the sampler of their number, so the parameters are the same.
 
         Args:
             sampler_for: See `SearchProposals`.
             point: Parameters that the trial must have; the others are sampled.
-            marks: User attributes that the trial gets.
+            marks: User attributes of the trial.
         """
         trial = self._cut_off(sampler_for, point, marks)
         if trial is None:
@@ -100,7 +100,7 @@ class Proposals(ABC):
         return trial
 
     def _enqueue(self, point: Mapping[str, Any] | None) -> None:
-        """Have the next trial be at a point, unless a killed driver has seen to it.
+        """Enqueue a point for the next trial, unless a killed driver already did.
 
         Optuna's `skip_if_exists` would also skip a point that an earlier trial had, a failed one
         for example, and the trial would get other parameters than its configuration says.
@@ -126,24 +126,24 @@ class Proposals(ABC):
 
 
 class SearchProposals(Proposals):
-    """The user's own points, the reference trials, then what Optuna samples.
+    """The user's own points, the reference trials, then the points that Optuna samples.
 
-    A sampled point that breaks a constraint of the space, or repeats one, is told to Optuna as
-    what it is and not trained.
+    A sampled point that violates a constraint of the space, or repeats an earlier one, is recorded
+    as such and not trained.
 
-    Afterwards `end` says why there is no further trial, and `is_exhausted` whether it is the space
-    that holds no more.
+    Afterwards `end` holds the reason why there is no further trial, and `is_exhausted` whether the
+    space is exhausted.
 
     Args:
         study: The Optuna study; its storage outlives this object.
-        space: What to search.
+        space: The search space.
         base: The configuration that the space varies.
         references: Trials to run before what is sampled, in this order.
         budget: Ends the search.
-        sampler_for: Optuna's sampler for the trial of a number. One for each, so that a resumed
-            study proposes what the unbroken one would from the same history.
-        start_with: Points of the space to run first of all, as `start_points` gives them; what a
-            point leaves open is sampled.
+        sampler_for: Returns Optuna's sampler for a trial by its number. Each trial has its own, so
+            that a resumed study proposes what an unbroken one would from the same history.
+        start_with: Points of the space to run first, as `start_points` returns them; parameters
+            that a point leaves open are sampled.
     """
 
     def __init__(
@@ -175,11 +175,11 @@ class SearchProposals(Proposals):
         self.is_exhausted = False
 
     def has_next(self) -> bool:
-        """Whether a trial is left unfinished, or the budget allows a new one."""
+        """Return whether a trial is unfinished, or the budget allows a new one."""
         return bool(self._unfinished) or self._budget.end(self._num_begun) is None
 
     def is_ours(self, trial: FrozenTrial) -> bool:
-        """Whether a trial was proposed for the search, and not for the finalists."""
+        """Return whether a trial belongs to the search rather than to the finalists."""
         return trials.is_searched(trial)
 
     def _new_trial(self) -> Trial | None:
@@ -230,7 +230,7 @@ class SearchProposals(Proposals):
         return None
 
     def _suggested(self, trial: Trial) -> tuple[TrialConfig | None, dict[str, float]]:
-        """A configuration and how far it breaks each constraint; none where it is not valid."""
+        """Return a configuration, None if invalid, and how far it violates each constraint."""
         try:
             config = self._space.suggest(trial, self._base)
         except ConfigError as error:
@@ -251,11 +251,11 @@ class SearchProposals(Proposals):
 
 
 class FinalistProposals(Proposals):
-    """Repetitions of the finalists, each on a seed of its own; nothing is sampled.
+    """Repetitions of the finalists on new seeds; nothing is sampled.
 
     Args:
         study: The Optuna study.
-        repetitions: What to run. One that a former run completed is not run again.
+        repetitions: Trainings to run, except those that an earlier run completed.
     """
 
     def __init__(self, study: optuna.Study, repetitions: tuple[FixedTrial, ...]) -> None:
@@ -268,11 +268,11 @@ class FinalistProposals(Proposals):
         self._left = deque(r for r in repetitions if r.name not in begun)
 
     def has_next(self) -> bool:
-        """Whether a repetition is left."""
+        """Return whether a repetition is left."""
         return bool(self._unfinished or self._left)
 
     def is_ours(self, trial: FrozenTrial) -> bool:
-        """Whether a trial is one of the repetitions."""
+        """Return whether a trial is one of the repetitions."""
         return trial.user_attrs.get(trials.FINALIST) in self._names
 
     def _new_trial(self) -> Trial | None:

@@ -1,4 +1,4 @@
-"""Trials of earlier studies for the sampler to learn from."""
+"""Trials of earlier studies that the sampler learns from."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def add_earlier_trials(
     space: SearchSpace,
     base: TrialConfig,
 ) -> tuple[str, ...]:
-    """Add what earlier studies found to a study, once; they count as none of its trials.
+    """Add the trials of earlier studies to a study, once; they do not count as its own.
 
     Args:
         study: The study; receives copies that name their origin.
-        earlier: Studies, each with its trials.
-        deciding: What decides the results of the present study.
-        space: What it searches.
+        earlier: Earlier studies, each with its trials.
+        deciding: Values that decide the results of the present study.
+        space: The present search space.
         base: The configuration that the space varies.
 
     Returns:
-        A sentence for each earlier study: how many trials it gave, and why others do not fit.
+        A sentence for each earlier study: the number of its trials added, and why others were not.
     """
     known = {t.user_attrs.get(trials.WARM_START) for t in study.get_trials(deepcopy=False)}
     return tuple(
@@ -97,13 +97,13 @@ def _copy(
 
 
 def _at_places_of(config: TrialConfig, base: TrialConfig) -> TrialConfig:
-    """What changes places and speed alone may differ."""
+    """Return the configuration with the present settings that only change places and speed."""
     there = flattened(base.to_mapping())
     return config.with_values({path: there[path] for path in TRIAL_NOT_DECIDING})
 
 
 def _why_outside(config: TrialConfig, base: TrialConfig, space: SearchSpace) -> str:
-    """The settings that cannot become what they are in an earlier trial."""
+    """Return which setting of an earlier trial the present study cannot have."""
     searched = {parameter.path: parameter for parameter in space.parameters}
     wanted, there = flattened(config.to_mapping()), flattened(base.to_mapping())
     for path, value in wanted.items():

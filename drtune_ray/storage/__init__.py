@@ -1,1 +1,1 @@
-"""What lasts of a study: its record, its lock, the search's storage, artifacts."""
+"""What outlasts a run of a study: its record, lock, trials and artifacts."""

@@ -1,4 +1,4 @@
-"""Files of a study that outlive the disk of its driver."""
+"""Files of a study that outlive its driver's disk."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ UNSENT_NAME = "unsent-events.jsonl"
 
 
 class StudyArtifacts:
-    """The part of a study, or training, that outlives the driver's disk.
+    """The files of a study or training that outlive the driver's disk.
 
-    Below the URI lie a folder a study, as under the storage, and what studies share: ``cache``
-    with the prepared tables and ``splits``. Without a URI everything stays where it is, and each
-    method does nothing.
+    The URI holds one folder a study, laid out as under the storage, and what studies share:
+    ``cache`` with the prepared tables, and ``splits``. Without a URI every file stays under the
+    storage and each method does nothing.
 
     Args:
-        uri: Of the artifacts of all studies; None: everything lies under the storage.
+        uri: URI of the artifacts of all studies; None keeps everything under the storage.
         folder: The study's folder under the storage.
 
     Raises:
-        ConfigError: If the URI is of an unknown kind.
-        EnvironmentProblem: If nothing can be written there.
+        ConfigError: If the URI's scheme is unknown.
+        EnvironmentProblem: If the location cannot be written to.
     """
 
     def __init__(self, uri: str | None, folder: Path) -> None:
@@ -55,16 +55,16 @@ class StudyArtifacts:
 
     @property
     def trials(self) -> Folder | None:
-        """Holds one folder a trial."""
+        """Folder that holds one folder a trial; None without artifacts."""
         return self._study.below(TRIALS_FOLDER) if self._study else None
 
     @property
     def shelf(self) -> RemoteTables | None:
-        """The prepared tables."""
+        """Store of the prepared tables; None without artifacts."""
         return RemoteTables(self.root.below(CACHE_FOLDER)) if self.root else None
 
     def restore_shared(self, path: Path) -> None:
-        """Bring back a file of the storage that all studies share, where it is missing."""
+        """Download a file that all studies share, if the storage lacks it."""
         if self.root and not path.exists():
             with as_problem(self.uri):
                 folder = self.root.below(path.parent.name)
@@ -72,16 +72,16 @@ class StudyArtifacts:
                     folder.download(path.name, path)
 
     def keep_shared(self, path: Path) -> None:
-        """Keep a file of the storage that all studies share."""
+        """Upload a file that all studies share."""
         if self.root:
             with as_problem(self.uri):
                 self.root.below(path.parent.name).upload(path, path.name)
 
     def restore(self) -> bool:
-        """Bring the study back where this disk has nothing of it; whether there was one.
+        """Download the study if this disk holds nothing of it; return whether it was downloaded.
 
         Raises:
-            ConfigError: If another study of this name, or not this one, is there.
+            ConfigError: If the artifacts hold another study of this name.
         """
         if (self._local / RECORD_FILE).exists():
             self._check_same(read_record(self._local))
@@ -105,7 +105,7 @@ class StudyArtifacts:
         return True
 
     def has_trials(self) -> bool:
-        """Whether anything here or in the artifacts comes from a trial of the study."""
+        """Return whether this disk or the artifacts hold anything of the study's trials."""
         ends = {DONE_NAME, TRIALS_NAME}
         trials = self._local / TRIALS_FOLDER
         if trials.is_dir() and any(trials.iterdir()):
@@ -119,7 +119,7 @@ class StudyArtifacts:
             return has_ended or bool(self._study.below(TRIALS_FOLDER).folders())
 
     def keep(self, *names: str) -> None:
-        """Keep files and folders of the study's folder, in this order.
+        """Upload files and folders of the study's folder, in the order given.
 
         Raises:
             EnvironmentProblem: If another driver has taken the study over.
@@ -138,7 +138,7 @@ class StudyArtifacts:
 
     @contextmanager
     def lease(self) -> Iterator[None]:
-        """Be the study's only driver, on whatever machine."""
+        """Hold the lease that makes this process the study's only driver on any machine."""
         if self._study is None:
             yield
             return
@@ -149,7 +149,7 @@ class StudyArtifacts:
                 self._lease = None
 
     def check_lease(self) -> None:
-        """Object if this is not the study's only driver any more; to be called often.
+        """Raise if this process is no longer the study's only driver; call it often.
 
         Raises:
             EnvironmentProblem: If another driver has taken it over, or may have.
@@ -159,7 +159,7 @@ class StudyArtifacts:
 
     @contextmanager
     def unsent_kept(self, spool: Spool) -> Iterator[None]:
-        """Keep the events that MLflow has not taken yet; it holds the others."""
+        """Upload the events that MLflow has not received yet when the block ends."""
         if (study := self._study) is None:
             yield
             return

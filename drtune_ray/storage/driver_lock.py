@@ -1,4 +1,4 @@
-"""Who drives a study, seen from outside: it reads, and neither takes nor waits for anything."""
+"""The lock of a study's driver: taking it, and reading who holds it."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ LOCKS_FILE = Path("/proc/locks")
 
 
 def driver_of(record: Record, notes: list[str]) -> tuple[str | None, bool | None]:
-    """Who drives a study or training, or did last, and whether that one is alive.
+    """Return who drives a study or training, or did last, and whether that process is alive.
 
     Args:
         record: The study or training.
-        notes: Receives what could not be seen.
+        notes: List that receives a sentence for what could not be determined.
 
     Returns:
-        Process and host, None where nothing says so; alive or not, None where it is, or was, on
-        another host.
+        Process and host, or None if unknown; whether it is alive, or None if it is on another
+        host.
     """
     text = _text(record.folder / HOLDER_NAME)
     pid, host = _process_and_host(text)
@@ -43,7 +43,7 @@ def driver_of(record: Record, notes: list[str]) -> tuple[str | None, bool | None
 def _driver_in_artifacts(
     record: Record, notes: list[str], local: tuple[str | None, bool | None]
 ) -> tuple[str | None, bool | None]:
-    """The holder of the lease in artifacts; who ends without being killed removes it."""
+    """Return the holder of the lease in the artifacts, which a driver removes when it ends."""
     try:
         lease = open_folder(str(record.artifacts)).below(record.folder.name).read(LEASE_NAME)
         holder = json.loads(lease)
@@ -58,16 +58,16 @@ def _driver_in_artifacts(
 
 
 def _process_and_host(text: str) -> tuple[int, str | None]:
-    """The parts of "process 12 on host-a"."""
+    """Parse "process 12 on host-a"."""
     words = text.split()
     is_known = len(words) == 4 and words[1].isdigit()
     return (int(words[1]), words[3]) if is_known else (0, None)
 
 
 def _holds(pid: int, lock: Path) -> bool:
-    """Whether a process of this machine holds the lock, without touching it.
+    """Return whether a process of this machine holds the lock, without touching the lock.
 
-    A process of this number may be another one by now; the kernel's list knows.
+    The process number may have been reused; the kernel's list of locks tells.
     """
     if not LOCKS_FILE.exists():
         return _lives(pid)
@@ -99,10 +99,10 @@ def _text(path: Path) -> str:
 
 @contextmanager
 def driver_lock(folder: Path) -> Iterator[None]:
-    """Be the study's only driver.
+    """Hold the lock that makes this process the study's only driver on this machine.
 
     Raises:
-        EnvironmentProblem: If another process drives it, naming the process.
+        EnvironmentProblem: If another process holds it; names the process.
     """
     folder.mkdir(parents=True, exist_ok=True)
     holder_file = folder / "driver.txt"

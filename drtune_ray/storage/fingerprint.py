@@ -1,4 +1,4 @@
-"""What decides the results of a study, and the refusal of a name whose study differs in it."""
+"""What decides a study's results, and the check that a name is not reused for another study."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ ADVICE = {
 def deciding_values(
     config: Mapping[str, Any], data_digest: str, weights_digest: str
 ) -> dict[str, Any]:
-    """Everything that decides the results of a study or training, flat."""
+    """Return everything that decides the results of a study or training, as a flat mapping."""
     kept = flattened_without(config, NOT_DECIDING)
     if "trial" in config:
         # One worker runs the authors' reference trial with local BatchNorm statistics, as their
@@ -57,7 +57,7 @@ def deciding_values(
 
 
 def former_record(folder: Path, kind: str, deciding: Mapping[str, Any]) -> Record | None:
-    """What lies in the folder, if it decides the same; None if nothing does.
+    """Return the record in the folder if its deciding values are equal; None if there is none.
 
     Raises:
         ConfigError: If the name is taken by another configuration, with the differences.
@@ -89,7 +89,7 @@ def open_record(
     tracking: TrackingConfig,
     artifacts: str | None = None,
 ) -> Record:
-    """What lies in the folder if it decides the same, else a new record if the folder has none.
+    """Update the record in the folder if its deciding values are equal, or write a new one.
 
     Raises:
         ConfigError: If the name is taken by another configuration, with the differences.

@@ -1,8 +1,8 @@
-"""One driver a study, where drivers have no disk in common: a lease in artifacts.
+"""The lease that keeps one driver a study where drivers share no disk, only artifacts.
 
-The holder rewrites it every few seconds. Whoever wants it watches it that long: no clocks are
-compared. A holder that finds another one's lease in its place stops, and so does one that could
-not rewrite its own for a time, before another may take it for dead.
+The holder rewrites the lease every few seconds. Another driver watches it for that long before it
+takes it, so no clocks are compared. A holder stops when it finds another one's lease, or when it
+could not rewrite its own for a time, before another driver may take it for dead.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _held_here: set[str] = set()
 
 
 class Lease:
-    """The right to drive a study, as long as :meth:`check` does not object.
+    """The right to drive a study, valid until :meth:`check` raises.
 
     Args:
-        folder: The study's, in artifacts.
-        study: Its name, for messages.
-        clock: Seconds.
+        folder: Folder of the study in the artifacts.
+        study: Name of the study, for messages.
+        clock: Clock in seconds.
     """
 
     def __init__(
@@ -57,10 +57,10 @@ class Lease:
         self._successor: dict[str, Any] | None = None
 
     def check(self) -> None:
-        """Object if another driver has taken the study over, or may have.
+        """Check that no other driver has taken the study over, or may have.
 
         Raises:
-            EnvironmentProblem: If so.
+            EnvironmentProblem: If one has, or may have.
         """
         if self._successor is not None:
             raise EnvironmentProblem(
@@ -76,10 +76,10 @@ class Lease:
             )
 
     def take(self) -> None:
-        """Become the holder.
+        """Take the lease.
 
         Raises:
-            EnvironmentProblem: If another driver is, or became it at the same time.
+            EnvironmentProblem: If another driver holds it, or took it at the same time.
         """
         _wait_for_former(self._folder, self._study)
         self._write()
@@ -91,7 +91,7 @@ class Lease:
         _held_here.add(self._mine["token"])
 
     def beat(self) -> None:
-        """Show that the holder lives, and see that it is still the holder."""
+        """Rewrite the lease, and check that it is still this driver's."""
         if self._successor is not None:
             return
         holder = _read(self._folder)
@@ -105,7 +105,7 @@ class Lease:
         self._write()
 
     def give_back(self) -> None:
-        """Be no holder any more; what keeps it from being removed is only logged."""
+        """Release the lease; an error on removing it is only logged."""
         _held_here.discard(self._mine["token"])
         try:
             if self._is_mine(_read(self._folder) or {}):
@@ -129,14 +129,14 @@ class Lease:
 
 @contextmanager
 def artifacts_lease(folder: Folder, study: str) -> Iterator[Lease]:
-    """Be the only driver of a study, wherever others run; to be checked often.
+    """Hold the lease of a study; the holder must call `Lease.check` often.
 
     Args:
-        folder: The study's, in artifacts.
-        study: Its name, for messages.
+        folder: Folder of the study in the artifacts.
+        study: Name of the study, for messages.
 
     Raises:
-        EnvironmentProblem: If another driver shows that it is alive, or artifacts fail.
+        EnvironmentProblem: If another driver is alive, or the artifacts fail.
     """
     lease = Lease(folder, study)
     with as_problem(folder.address(LEASE_NAME)):
@@ -150,7 +150,7 @@ def artifacts_lease(folder: Folder, study: str) -> Iterator[Lease]:
 
 @contextmanager
 def repeated(seconds: float, action: Callable[[], None]) -> Iterator[None]:
-    """Do something now and then, from a thread of its own; what fails is logged."""
+    """Repeat an action in a thread; errors are logged."""
     is_over = threading.Event()
 
     def run() -> None:
@@ -170,7 +170,7 @@ def repeated(seconds: float, action: Callable[[], None]) -> Iterator[None]:
 
 
 def _wait_for_former(folder: Folder, study: str) -> None:
-    """Return when nobody holds the lease; a former holder may have died without a word."""
+    """Wait until the lease is free: released, or not rewritten because its holder died."""
     former = _read(folder)
     if former is None or _died_here(former):
         return
@@ -192,7 +192,7 @@ def _wait_for_former(folder: Folder, study: str) -> None:
 
 
 def _died_here(holder: dict[str, Any]) -> bool:
-    """Whether the holder was a process of this machine that is gone."""
+    """Return whether the holder was a process of this machine that has ended."""
     here = {"host": socket.gethostname(), "machine": this_machine()}
     if any(holder.get(name) != value for name, value in here.items()):
         return False
@@ -216,7 +216,7 @@ def _read(folder: Folder) -> dict[str, Any] | None:
 
 
 def this_machine() -> str:
-    """Where process numbers mean the same: containers of one name have each their own."""
+    """Return an id of the process namespace: containers of one host name have one each."""
     boot, numbers = PROC / "sys/kernel/random/boot_id", PROC / "self/ns/pid"
     try:
         return f"{boot.read_text().strip()} {os.readlink(numbers)}"

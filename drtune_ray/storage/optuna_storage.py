@@ -1,7 +1,7 @@
-"""What of a study lies on servers: the search in a database, files in artifacts.
+"""The Optuna storage of a study: a journal file in its folder, or a database.
 
-With both, and an MLflow server, the disk of the driver may be lost between two runs: the next
-driver brings back what it needs and goes on. Nodes need no file system in common.
+With a database, artifacts and an MLflow server, the driver's disk may be lost between two runs: the
+next driver downloads what it needs and resumes. The nodes need no shared file system.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ EXAMPLE = "postgresql+psycopg://USER:$PASSWORD@HOST/DATABASE"
 
 
 def check_database(url: str | None) -> None:
-    """Refuse what cannot be the address of a database, before anything starts; nothing connects.
+    """Check the URL of a database before anything starts, without connecting to it.
 
     Raises:
-        ConfigError: If it is not one, or names an environment variable that is not set.
-        EnvironmentProblem: If the package is missing that talks to such a database.
+        ConfigError: If it is no URL of a database, or names an unset environment variable.
+        EnvironmentProblem: If the database's Python driver is not installed.
     """
     if url is not None:
         with _as_refusal(url):
@@ -41,12 +41,12 @@ def check_database(url: str | None) -> None:
 
 
 def open_storage(folder: Path, url: str | None) -> BaseStorage:
-    """Optuna's storage: the database that was named, else a file in the study's folder.
+    """Open Optuna's storage: the given database, or a journal file in the study's folder.
 
-    The study's driver opens it, which holds the lease: nobody else writes into that file.
+    Only the study's driver, which holds its lock, opens it: nobody else writes to that file.
 
     Raises:
-        ConfigError: If the URL is not one.
+        ConfigError: If the URL is invalid.
         EnvironmentProblem: If the database cannot be reached.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -63,7 +63,7 @@ def open_storage(folder: Path, url: str | None) -> BaseStorage:
 
 @contextmanager
 def _as_refusal(url: str) -> Iterator[None]:
-    """Turn what a database's address is refused with into one message, without its secrets."""
+    """Turn errors about a database's URL into one message without its secrets."""
     try:
         with secrets_hidden(url):
             yield
@@ -88,7 +88,7 @@ def _as_refusal(url: str) -> Iterator[None]:
 def open_study(
     storage: BaseStorage, study_id: str, directions: Sequence[str] = ("maximize",)
 ) -> optuna.Study:
-    """The Optuna study of an identity, made if there is none."""
+    """Load the Optuna study of an id, or create it."""
     return optuna.create_study(
         storage=storage,
         study_name=study_id,
@@ -100,10 +100,10 @@ def open_study(
 
 @contextmanager
 def database_as_problem(url: str | None) -> Iterator[None]:
-    """Turn failures of a database that answered before into one message.
+    """Turn errors of a database that answered before into one message.
 
     Raises:
-        EnvironmentProblem: Instead of what Optuna and its driver raise.
+        EnvironmentProblem: In place of the errors of Optuna and the database's driver.
     """
     try:
         with secrets_hidden(url):
@@ -118,7 +118,7 @@ def database_as_problem(url: str | None) -> Iterator[None]:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those it came from: Tune raises its own for one in a searcher."""
+    """Yield an error and its causes: Tune wraps the errors of a searcher."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
@@ -127,16 +127,16 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def check_storage_of(
     former: Record, url: str | None, storage: BaseStorage, artifacts: StudyArtifacts
 ) -> None:
-    """Refuse to go on with a study in a storage that does not hold it.
+    """Refuse to resume a study in a storage that does not hold it.
 
     Args:
-        former: The study, which is there.
-        url: Of the storage.
-        storage: It.
-        artifacts: What else is known of the study's trials.
+        former: Record of the study.
+        url: URL of the storage; None is the journal file.
+        storage: The open storage.
+        artifacts: Files of the study, which show whether it has trials.
 
     Raises:
-        ConfigError: With both addresses, or saying what is lost.
+        ConfigError: Naming both addresses, or what is lost.
     """
     before = former.config.get("optuna_storage")
     if former.study_id in optuna.get_all_study_names(storage):

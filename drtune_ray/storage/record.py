@@ -1,4 +1,4 @@
-"""What a study is: its identity, what decides its results, and who drives it."""
+"""The record of a study or training: its identity, configuration and end."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Record:
     """The file that makes a folder a study, or a single training.
 
     Attributes:
-        folder: Where it lies.
-        study_id: Unique; marks its runs in MLflow.
+        folder: Folder of the study or training.
+        study_id: Unique id, which also marks its runs in MLflow.
         kind: `STUDY` or `TRAINING`.
-        config: The resolved configuration of the latest run, as plain values.
-        deciding: What decides the results: flat settings and hashes of data and weights.
-        tracking: Where the latest run was recorded, as plain values of `TrackingConfig`.
-        artifacts: URI of what the latest run kept elsewhere; None where everything lies here.
+        config: Resolved configuration of the latest run, as plain values.
+        deciding: What decides the results: flat settings, and hashes of data and weights.
+        tracking: `TrackingConfig` of the latest run, as plain values.
+        artifacts: URI of the artifacts of the latest run; None if it kept all files here.
     """
 
     folder: Path
@@ -44,7 +44,7 @@ class Record:
     artifacts: str | None = None
 
     def write(self) -> None:
-        """Write into the folder."""
+        """Write the record to its folder."""
         content = {
             "kind": self.kind,
             "study_id": self.study_id,
@@ -60,7 +60,7 @@ class Record:
 
 
 def read_record(folder: Path) -> Record:
-    """The study or training in a folder.
+    """Read the record of the study or training in a folder.
 
     Raises:
         ConfigError: If the folder holds none.
@@ -79,10 +79,10 @@ def read_record(folder: Path) -> Record:
 
 
 def find_study(name_or_folder: str, storage: str) -> Path:
-    """The folder of a study given as a folder or as a name under the storage.
+    """Find the folder of a study, given as a folder or as a name under the storage.
 
     Raises:
-        ConfigError: Naming the studies that there are.
+        ConfigError: If there is none; names the studies that exist.
     """
     base = full_path(storage)
     for folder in (full_path(name_or_folder), base / name_or_folder):
@@ -97,23 +97,23 @@ def find_study(name_or_folder: str, storage: str) -> Path:
 
 
 def write_done(config: StudyConfig, num_trials: int) -> None:
-    """Say that a study with these limits is done; written last.
+    """Record that a study with these limits is done; written last.
 
     Args:
         config: The study.
-        num_trials: Trials that came to a result.
+        num_trials: Number of trials with a result.
     """
     content = json.dumps(_limits(config) | {"num_trials": num_trials}, indent=1)
     LocalFolder(config.folder).write(DONE_NAME, content.encode())
 
 
 def is_done(folder: Path, config: StudyConfig, num_trials: int | None = None) -> bool:
-    """Whether a run with the same limits came to its end.
+    """Return whether a run with the same limits finished.
 
     Args:
-        folder: Of the study.
+        folder: Folder of the study.
         config: The study.
-        num_trials: Trials that have a result now; None: not known yet.
+        num_trials: Number of trials with a result now; None if not known yet.
     """
     try:
         done = json.loads((folder / DONE_NAME).read_text())
@@ -126,6 +126,6 @@ def is_done(folder: Path, config: StudyConfig, num_trials: int | None = None) ->
 
 
 def _limits(config: StudyConfig) -> dict[str, object]:
-    """What may be changed to make a study that is done go on."""
+    """Return the settings whose change continues a study that is done."""
     limits = ("trials", "budget", "finalists", "final_fit")
     return {key: value for key, value in config.to_mapping().items() if key in limits}
