@@ -1,1 +1,1 @@
-"""Where trials run: all of Ray."""
+"""Where trials run: everything that uses Ray."""

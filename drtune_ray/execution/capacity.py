@@ -1,4 +1,4 @@
-"""What the cluster can hold: trials are packed over its nodes, what never fits is refused."""
+"""The capacity of a cluster: how many trials fit on its nodes, now and with an autoscaler."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Node:
 
 @dataclass(frozen=True)
 class NodeGroup:
-    """Nodes that an autoscaler may start; `max_count` None: any number."""
+    """Nodes that an autoscaler may start; a `max_count` of None is any number."""
 
     name: str
     node: Node
@@ -46,7 +46,7 @@ class NodeGroup:
 
 @dataclass(frozen=True)
 class Demand:
-    """What a trial asks for: one bundle a worker, and each bundle lies on one node."""
+    """Resources of a trial: one bundle a worker, each on one node."""
 
     num_workers: int
     num_cpus: float
@@ -56,12 +56,12 @@ class Demand:
         return f"{self.num_workers} x {_bundle_text(self.bundle())}"
 
     def bundle(self) -> dict[str, float]:
-        """A worker's share, as Ray writes it."""
+        """Return a worker's resources as Ray's mapping."""
         share = {"CPU": float(self.num_cpus), "GPU": float(self.num_gpus)}
         return {name: amount for name, amount in share.items() if amount}
 
     def bundles_on(self, node: Node) -> int:
-        """How many workers a node holds."""
+        """Return how many workers a node holds."""
         by_cpus = _units(node.num_cpus) // _units(self.num_cpus)
         if not self.num_gpus:
             return by_cpus
@@ -73,14 +73,14 @@ class Demand:
 
 @dataclass(frozen=True)
 class Capacity:
-    """Totals of the cluster, whatever others use of it now.
+    """Total resources of the cluster, including those that others use now.
 
     Attributes:
-        nodes: Those that are alive.
-        groups: What an autoscaler says that it may start.
-        limits: What an autoscaler allows in all, by resource.
-        has_autoscaler: Whether there is one, which may not say its maximum.
-        num_trial_drivers: How many the cluster declares; None where it does not.
+        nodes: Nodes that are alive.
+        groups: Groups of nodes that an autoscaler may start.
+        limits: Totals that an autoscaler allows, by resource.
+        has_autoscaler: Whether there is an autoscaler; it may not tell its maximum.
+        num_trial_drivers: Declared amount of the resource `trial_driver`; None if undeclared.
         is_local: Whether Ray was started by this process, on this machine alone.
     """
 
@@ -92,20 +92,20 @@ class Capacity:
     is_local: bool = False
 
     def driver_resources(self) -> dict[str, float]:
-        """What a process takes that only waits for the workers of a trial."""
+        """Return the resources of a process that only waits for a trial's workers."""
         return {HEAD_NODE: HEAD_SHARE} if self.num_trial_drivers is None else {TRIAL_DRIVER: 1.0}
 
     @property
     def has_gpus(self) -> bool:
-        """Whether a node has GPUs, or one that may be started."""
+        """Whether a node has GPUs, or an autoscaler may start one that has."""
         return any(node.num_gpus for node in (*self.nodes, *(g.node for g in self.groups)))
 
     def trials_now(self, demand: Demand) -> int:
-        """How many trials the nodes hold that are alive."""
+        """Return how many trials the living nodes hold."""
         return self._at_most(sum(map(demand.bundles_on, self.nodes)), demand)
 
     def trials_ever(self, demand: Demand) -> int | None:
-        """How many trials the cluster holds at its largest; None: no limit is known."""
+        """Return how many trials the cluster holds at its largest; None if no limit is known."""
         if not self.groups:
             return None if self.has_autoscaler else self.trials_now(demand)
         num_bundles: float = sum(map(demand.bundles_on, self._nodes_of_no_group()))
@@ -126,7 +126,7 @@ class Capacity:
         return min(fitting, self.num_trial_drivers)
 
     def _nodes_of_no_group(self) -> list[Node]:
-        """The head, mostly: a group counts with its maximum, its living nodes included."""
+        """Return the living nodes of no group, mostly the head; groups count by their maximum."""
         shapes = {group.node for group in self.groups if group.max_count != 0}
         return [node for node in self.nodes if node not in shapes]
 
@@ -144,7 +144,7 @@ class Capacity:
 
 
 def trial_demand(training: TrainingConfig, resources: ResourcesConfig) -> Demand:
-    """What a trial needs at least.
+    """Return the minimum resources of a trial.
 
     Raises:
         ConfigError: If workers would share a GPU, or have one and a half.
@@ -176,16 +176,16 @@ def trial_demand(training: TrainingConfig, resources: ResourcesConfig) -> Demand
 def trials_that_fit(
     demand: Demand, resources: ResourcesConfig, capacity: Capacity, setting: str = WORKERS
 ) -> int:
-    """How many trials run at a time, at most as many as were asked for.
+    """Return how many trials run at a time, at most `resources.trials_at_a_time`.
 
     Args:
-        demand: Of a trial.
-        resources: What was asked for.
-        capacity: What there is.
-        setting: The one that gives the number of workers.
+        demand: Resources of a trial.
+        resources: Settings of the study.
+        capacity: Capacity of the cluster.
+        setting: Name of the setting that gives the number of workers.
 
     Raises:
-        EnvironmentProblem: If not even one ever fits, with the numbers.
+        EnvironmentProblem: If not even one trial ever fits; gives the numbers.
     """
     ever = capacity.trials_ever(demand)
     if ever == 0:
@@ -225,11 +225,11 @@ def _bundle_text(bundle: Mapping[str, float]) -> str:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where trials run.
+    """The cluster on which trials run.
 
     Attributes:
-        capacity: What it holds.
-        token: What its nodes must find in the shared place; None: nothing needs to be shared.
+        capacity: Its capacity.
+        token: Token that its nodes must find in the shared storage; None if they share nothing.
         on_notice: Takes a line for the user.
     """
 

@@ -1,4 +1,4 @@
-"""Environment variables: set for a time, and what the job server gives a job."""
+"""Environment variables: setting them for a while, and those of a Ray job."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SUBMITTED_WITH = "drtune_arguments"  # in a job's metadata: those of the command
 
 @contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Within, these variables are set."""
+    """Set environment variables within a block."""
     former = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -29,6 +29,6 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def job_config() -> Mapping[str, Any]:
-    """What Ray's job server gave this process: ``runtime_env``, ``metadata``; empty without one."""
+    """Return ``runtime_env`` and ``metadata`` of this process's Ray job; empty if it is none."""
     config: Mapping[str, Any] = json.loads(os.environ.get(JOB_CONFIG) or "{}")
     return config

@@ -1,4 +1,4 @@
-"""What the machine did to a trial, by name, from what Ray says of it."""
+"""The names of the machine's failures, from Ray's errors."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass(frozen=True)
 class Failure:
-    """What the machine did.
+    """A failure of the machine.
 
     Attributes:
-        outcome: Its name.
-        error: One line that says more.
-        problem: What is wrong with a node, for the user to mend; None of everything else.
+        outcome: Name of the failure.
+        error: One line with details.
+        problem: Problem of a node that the user must fix; None for other failures.
     """
 
     outcome: str
@@ -42,7 +42,7 @@ class Failure:
 
 
 def failure_from(error: BaseException | None, trial_folder: Path) -> Failure:
-    """As :func:`failure_of`, from the error itself."""
+    """Return the failure that an error stands for."""
     if hung := _hung(trial_folder):
         return hung
     if error is None:
@@ -53,7 +53,7 @@ def failure_from(error: BaseException | None, trial_folder: Path) -> Failure:
 
 
 def outcome_of(error: BaseException) -> str:
-    """The name of a failure, as Optuna, MLflow and the table of trials show it."""
+    """Return the name of a failure, as Optuna, MLflow and the table of trials show it."""
     for cause in causes(error):
         text = str(cause)
         if isinstance(cause, OSError) and cause.errno in FULL_DISK:
@@ -74,7 +74,7 @@ def outcome_of(error: BaseException) -> str:
 
 
 def _node_problem(error: BaseException) -> EnvironmentProblem | None:
-    """What a process found wrong with its node when it started."""
+    """Return the problem that a process found on its node when it started."""
     for cause in causes(error):
         if isinstance(cause, EnvironmentProblem):
             return EnvironmentProblem(str(cause))
@@ -85,7 +85,7 @@ def _node_problem(error: BaseException) -> EnvironmentProblem | None:
 
 
 def described(error: BaseException) -> str:
-    """The failure in one line."""
+    """Return a failure in one line."""
     *_, root = causes(error)
     lines = [line.strip() for line in str(root).splitlines() if line.strip()]
     if isinstance(root, RayError):
@@ -95,7 +95,7 @@ def described(error: BaseException) -> str:
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and what it came from: Ray and Ray Train wrap what a worker raised."""
+    """Yield an error and its causes: Ray and Ray Train wrap what a worker raised."""
     yield error
     inner = getattr(error, "cause", None) or _of_ray_train(error)
     inner = inner or error.__cause__ or error.__context__
@@ -104,9 +104,9 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _of_ray_train(error: BaseException) -> BaseException | None:
-    """What Ray Train's errors carry; of several workers', one that has a name.
+    """Return a worker's error from Ray Train's; of several, one whose name is known.
 
-    The others have only lost sight of the worker that failed.
+    The other workers only lost their connection to the one that failed.
     """
     failures: list[BaseException] = [*getattr(error, "worker_failures", {}).values()]
     if failures:
@@ -136,9 +136,9 @@ def _hung(trial_folder: Path) -> Failure | None:
 
 
 def _innermost(stacks: str) -> str:
-    """The newest frame of the thread that trains: the main thread, which is written last.
+    """Return the newest frame of the training thread: the main thread, which is written last.
 
-    Ray Train's workers train in another one, known by our frames in it.
+    Ray Train's workers train in another thread, which is recognised by this package's frames.
     """
     threads = stacks.split("\n\n")
     ours = [text for text in threads if "train_epochs" in text] or threads
@@ -150,11 +150,11 @@ def _innermost(stacks: str) -> str:
 
 
 def clear_stacks(trial_folder: Path, *, has_failed: bool) -> None:
-    """Remove what processes that hung left of a trial that has ended, or those that were killed.
+    """Remove the stack files of a trial that has ended.
 
     Args:
-        trial_folder: Of the trial.
-        has_failed: Then the stacks stay: they say why.
+        trial_folder: Folder of the trial.
+        has_failed: Whether the trial failed; its stacks are kept, since they show why.
     """
     for path in trial_folder.glob(STACKS.format("*")):
         path.unlink(missing_ok=True)
@@ -164,7 +164,7 @@ def clear_stacks(trial_folder: Path, *, has_failed: bool) -> None:
 
 @contextlib.contextmanager
 def full_disk_as_problem(folder: Path) -> Iterator[None]:
-    """A full disk is the user's to mend: one message, and the study can be resumed.
+    """Turn the error of a full disk into one message; the study can be resumed.
 
     Raises:
         EnvironmentProblem: Naming the folder.

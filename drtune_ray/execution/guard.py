@@ -1,7 +1,7 @@
-"""What a process that trains owes to the cluster and to the driver of its study.
+"""The guard of a training process: saves on request, preemption, progress and hangs.
 
-It saves when it is asked to, leaves when its machine is taken away, shows that it moves, and ends
-itself when it is stuck. A resident actor and a Ray Train worker do the same::
+A process saves when requested, leaves when its machine is taken away, reports progress, and ends
+itself when it is stuck. A resident actor and a Ray Train worker use it alike::
 
     guard = WorkerGuard(study_id, hang_seconds)
     with guard.guarding(trial_folder, rank):
@@ -11,18 +11,17 @@ itself when it is stuck. A resident actor and a Ray Train worker do the same::
             event.save(folder)
             guard.leave_if_told()
 
-Three things ask for a save: SIGTERM, the drain of the process's own node, and the driver when it
-is interrupted (`ask_to_save`). After the first two the process must leave, and `leave_if_told`
-raises what Ray Tune takes for a preemption: the trial goes on elsewhere, and no failure is
-counted.
+Three things request a save: SIGTERM, the drain of the process's own node, and the driver when it is
+interrupted (`ask_to_save`). After the first two the process must leave: `leave_if_told` raises what
+Ray Tune treats as a preemption, so that the trial resumes elsewhere and no failure is counted.
 
-SIGTERM is heard where `listening_for_sigterm` is entered on the main thread, as `guarding` does
-in a resident actor. Ray Train calls its training function in another thread, and Ray sets its own
-handler after every setup hook; there, the worker's own actor has to be asked, whose methods run on
-the main thread: ``RayTrainWorker.execute(listen_for_sigterm)``.
+SIGTERM is handled where `listening_for_sigterm` is entered on the main thread, as `guarding` does
+in a resident actor. Ray Train calls its training function in another thread, and Ray installs its
+own handler after every setup hook. There, a method of the worker's actor must install ours, since
+these run on the main thread: ``RayTrainWorker.execute(listen_for_sigterm)``.
 
-Driver and processes talk through the key-value store of Ray's head: it reaches every node, whether
-or not a file system does, and nothing of it stays on a disk.
+Driver and processes communicate through the key-value store of Ray's head. It reaches every node
+without a shared file system, and writes nothing to a disk.
 """
 
 from __future__ import annotations
@@ -45,15 +44,15 @@ from drtune_ray.execution.ray_state import is_drained, read_value, write_value
 from drtune_ray.training.distributed import gather_objects
 
 POLL_SECONDS = 0.5
-# How often the guard is wound up again, at most.
+# Minimum interval between two resets of the hang timer.
 PROGRESS_SECONDS = 1.0
 STACKS = "hang-{}.txt"
-# SIGTERM is told to a process, not to an object in it.
+# SIGTERM concerns the process, not one object in it.
 _told_to_leave = threading.Event()
 
 
 class Preempted(RayActorError):  # type: ignore[misc]
-    """This process was told to leave and has saved; not a failure of the trial."""
+    """Raised when this process must leave and has saved; not a failure of the trial."""
 
     def __init__(self, message: str = "the process was told to leave") -> None:
         super().__init__(error_msg=message, preempted=True)
@@ -63,11 +62,11 @@ class Preempted(RayActorError):  # type: ignore[misc]
 
 
 class WorkerGuard:
-    """One for each process that trains.
+    """The guard of one training process.
 
     Args:
-        study_id: Of the study or training.
-        hang_seconds: A process that makes no progress for so long writes its stacks into the
+        study_id: Id of the study or training.
+        hang_seconds: Seconds without progress after which the process writes its stacks into the
             trial's folder and ends.
     """
 
@@ -87,11 +86,11 @@ class WorkerGuard:
 
     @contextlib.contextmanager
     def guarding(self, trial_folder: Path, rank: int = 0) -> Iterator[None]:
-        """Within, the trial of this folder must make progress.
+        """Require progress of a trial within a block.
 
         Args:
-            trial_folder: Takes the stacks of a process that hangs.
-            rank: Of this process among those of the trial.
+            trial_folder: Folder that receives the stacks of a hanging process.
+            rank: Rank of this process among those of the trial.
         """
         trial_folder.mkdir(parents=True, exist_ok=True)
         self._trial_name, self._rank = trial_folder.name, rank
@@ -106,7 +105,7 @@ class WorkerGuard:
                 path.unlink(missing_ok=True)  # it is empty: a process that hangs never comes here
 
     def progressed(self) -> None:
-        """The training moves; cheap enough for every step."""
+        """Report progress; cheap enough for every step."""
         now = time.monotonic()
         if now - self._last_progress < self._interval:
             return
@@ -117,7 +116,7 @@ class WorkerGuard:
         faulthandler.dump_traceback_later(self._hang_seconds, exit=True, file=self._stacks)
 
     def save_requested(self) -> bool:
-        """Whether a save is due that nobody has made; True once for each request."""
+        """Return whether a save was requested; True once for each request."""
         if _told_to_leave.is_set() and not self._has_saved_to_leave:
             self._has_saved_to_leave = True
             return True
@@ -128,13 +127,13 @@ class WorkerGuard:
         return False
 
     def leave_if_told(self) -> None:
-        """To be called where everything is saved; the driver that asked for it is told.
+        """Confirm a requested save, and leave if this process must; call it after a save.
 
-        All processes of a trial call it at the same time and leave together: one alone would let
-        the others wait for it.
+        All processes of a trial call it at the same time and leave together: the others would wait
+        for one that left alone.
 
         Raises:
-            Preempted: If a process was told to leave: by SIGTERM or because its node is drained.
+            Preempted: If a process must leave, after SIGTERM or because its node is drained.
         """
         if self._is_awaited:
             self._is_awaited = False
@@ -161,16 +160,16 @@ class WorkerGuard:
 
 
 def listen_for_sigterm() -> None:
-    """From now on SIGTERM does not end this process but tells it to save and leave.
+    """Make SIGTERM request a save and an end of this process instead of killing it.
 
-    On the main thread only, as Python wants it.
+    Python allows this on the main thread only.
     """
     signal.signal(signal.SIGTERM, lambda signum, frame: _told_to_leave.set())
 
 
 @contextlib.contextmanager
 def listening_for_sigterm() -> Iterator[None]:
-    """`listen_for_sigterm` for a while; no change where this is not the main thread."""
+    """Apply `listen_for_sigterm` within a block; do nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

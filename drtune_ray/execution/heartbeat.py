@@ -1,4 +1,4 @@
-"""What a trial and its driver exchange while it runs: progress, and requests to save."""
+"""Messages between a running trial and its driver: progress, and requests to save."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Iterable
 
 from drtune_ray.execution.ray_state import keys_below, read_value, remove_below, write_value
 
-# Keys: the study's id, one of these, then name of the trial's folder and rank.
+# Keys: the study's id, one of these words, then the name of the trial's folder and the rank.
 SAVE, SAVED, PROGRESS = "save", "saved", "progress"
-# The driver looks this much later than the process itself, whose stacks say more.
+# The driver acts this much later than the process itself, whose stacks tell more.
 GRACE_SECONDS = 5.0
 
 
 def ask_to_save(study_id: str, trial_names: Iterable[str], seconds: float) -> None:
-    """Have the running trials of a study save at their next step, and wait until they did.
+    """Request that the running trials save at their next step, and wait until they did.
 
     Args:
-        study_id: Of the study.
-        trial_names: Names of the folders of the trials that run now.
-        seconds: How long to wait at most.
+        study_id: Id of the study.
+        trial_names: Names of the folders of the running trials.
+        seconds: Maximum time to wait.
     """
     request, deadline = str(time.time_ns()), time.monotonic() + seconds
     write_value(f"{study_id}/{SAVE}", request)
@@ -30,19 +30,19 @@ def ask_to_save(study_id: str, trial_names: Iterable[str], seconds: float) -> No
 
 
 def forget(study_id: str) -> None:
-    """Remove from Ray's head what a study and its processes told each other."""
+    """Remove the messages of a study from Ray's head."""
     remove_below(f"{study_id}/")
 
 
 class HeartbeatMonitor:
-    """The driver's eye on processes that do not even run: stopped, or on a machine that is stuck.
+    """The driver's monitor of processes that do not run: stopped, or on a machine that hangs.
 
-    It judges by what changes, and by the time that the driver itself was awake: no clocks are
-    compared, and a driver that was stopped for an hour blames nobody.
+    It counts only the time that the driver itself was awake since a process last reported progress.
+    No clocks are compared, and a driver that was stopped for an hour accuses no trial.
 
     Args:
-        study_id: Of the study.
-        hang_seconds: As for `WorkerGuard`.
+        study_id: Id of the study.
+        hang_seconds: Seconds without progress after which a process counts as hung.
     """
 
     def __init__(self, study_id: str, hang_seconds: float) -> None:
@@ -52,10 +52,10 @@ class HeartbeatMonitor:
         self._seen: dict[str, tuple[list[str] | None, float]] = {}
 
     def stuck(self, trial_names: list[str]) -> list[str]:
-        """Which of the running trials have made no progress for too long; call it often.
+        """Return the running trials without progress for too long; call it often.
 
         Args:
-            trial_names: Names of the folders of the trials that run now.
+            trial_names: Names of the folders of the running trials.
         """
         waited = time.monotonic() - self._last_look
         if waited < self._interval:
@@ -75,6 +75,6 @@ class HeartbeatMonitor:
 
 
 def _told(study_id: str, what: str, trial_name: str) -> list[str] | None:
-    """What the processes of a trial told last, by rank; None where nobody can be asked."""
+    """Return the last messages of a trial's processes by rank; None if Ray does not answer."""
     keys = keys_below(f"{study_id}/{what}/{trial_name}/")
     return None if keys is None else [read_value(key) or "" for key in keys]

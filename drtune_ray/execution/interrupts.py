@@ -1,4 +1,4 @@
-"""Interrupts of a driver: SIGTERM as Ctrl-C, and an end that further signals do not disturb."""
+"""Interrupts of a driver: SIGTERM and Ctrl-C, and saving before it ends."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ SAVE_SECONDS = 1.5
 
 @contextmanager
 def signals_as_interrupt() -> Iterator[None]:
-    """SIGTERM and Ctrl-C both become KeyboardInterrupt and leave a resumable study.
+    """Raise KeyboardInterrupt for SIGTERM and Ctrl-C within a block.
 
-    Whatever error an interruption causes on its way, it is an interruption that is reported.
+    An error that the interrupt causes on its way is replaced by the KeyboardInterrupt.
     """
     was_interrupted = False
 
@@ -47,14 +47,14 @@ def signals_as_interrupt() -> Iterator[None]:
 def saving_when_interrupted(
     study_id: str, running: Callable[[], list[str]], tell: Callable[[], None]
 ) -> Iterator[None]:
-    """Within, Ctrl-C and SIGTERM have the running trials save first, for a short time.
+    """Let the running trials save for a short time when a block is interrupted.
 
     Args:
-        study_id: Of the study.
-        running: Gives the names of the folders of the trials that run.
-        tell: Called meanwhile: tells the observers.
+        study_id: Id of the study.
+        running: Returns the names of the folders of the running trials.
+        tell: Called meanwhile, to inform the observers.
     """
-    forget(study_id)  # what a killed driver asked for
+    forget(study_id)  # requests of a killed driver
 
     def save() -> None:
         ask_to_save(study_id, running(), SAVE_SECONDS)
@@ -63,7 +63,7 @@ def saving_when_interrupted(
     try:
         yield
     except KeyboardInterrupt:
-        # In a thread: a cluster whose head is gone must not hold up who leaves it.
+        # In a thread: a cluster whose head is gone must not delay the end.
         saving = threading.Thread(target=save, daemon=True)
         saving.start()
         tell()

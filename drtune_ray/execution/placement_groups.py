@@ -1,11 +1,11 @@
-"""What a trial of several workers may leave behind when it is stopped, and its end.
+"""Removal of the placement groups that stopped trials of several workers leave.
 
 Ray Train's workers hold their resources in a placement group that belongs to the controller of
 their trial. Tune stops a trial by killing its processes, the controller among them, and the group
-remains. A detached actor of Ray Train's removes it, but it asks Ray's dashboard whether the
-controller lives, and it never hears of a group that was still waiting for resources: that one takes
-them as soon as they are free, for nobody. Ray's own table says of each group whether its creator
-is dead; the driver of the study removes those.
+remains. A detached actor of Ray Train removes it, but asks Ray's dashboard whether the controller
+lives, and is never informed of a group that still waits for resources: that group takes them as
+soon as they are free, unused. Ray's own table tells whether the creator of a group is dead; the
+study's driver removes those groups.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ STATE_API_SECONDS = 10
 
 
 def remove_orphans() -> int:
-    """Remove this job's placement groups whose creating actor is dead; returns their number."""
+    """Remove this job's placement groups whose creating actor is dead; return their number."""
     orphans = list(_orphans())
     for group in orphans:
         remove_placement_group(group)
@@ -39,11 +39,11 @@ def remove_orphans() -> int:
 
 
 def remove_leftovers() -> int:
-    """Remove the placement groups of our jobs that have ended; returns their number.
+    """Remove the placement groups of our jobs that have ended; return their number.
 
-    One that was asked for while its job was ending comes behind Ray's own cleaning and stays for
-    ever (2.60): it waits for resources and takes them when they are free. Other users' jobs are
-    not looked at: theirs may live on in a detached actor that made the group.
+    A group that was requested while its job was ending escapes Ray's own clean-up and stays for
+    ever (Ray 2.60): it takes its resources when they are free. Groups of other users' jobs are left
+    alone: a detached actor of theirs may still use them.
     """
     ours = registered_ended_jobs()
     leftovers = [
@@ -62,10 +62,10 @@ def remove_leftovers() -> int:
 
 
 def check_state_api() -> None:
-    """Ray Train's actors that outlive a trial end themselves only where the dashboard answers.
+    """Check that the dashboard answers: without it, Ray Train's clean-up actors never end.
 
     Raises:
-        EnvironmentProblem: If the cluster's does not.
+        EnvironmentProblem: If it does not answer.
     """
     try:
         with own_cluster():

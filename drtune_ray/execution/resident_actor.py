@@ -1,4 +1,9 @@
-"""The resident actor: one-worker trials, one after another, in one process."""
+"""The resident actor: runs one-worker trials one after another in one warm process.
+
+Process, torch, memory-mapped tables and the pretrained weights stay. Everything that a trial
+changes is built anew for each, so that the third trial of an actor equals the same trial in a fresh
+process bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +28,10 @@ from drtune_ray.training.reports import (
 
 
 class TrialActor(tune.Trainable):  # type: ignore[misc]
-    """Ray Tune's class trainable; one step is one epoch."""
+    """Class trainable of Ray Tune; one step is one epoch."""
 
     def setup(self, config: dict[str, Any], context: WorkerContext) -> None:
-        """Open what the trials share."""
+        """Open what the trials share, and start the first one."""
         self._epochs: Iterator[EpochReport | SavePoint] = iter(())
         self._last: dict[str, Any] | None = None
         self._guard = WorkerGuard(context.study_id, context.hang_seconds)
@@ -35,18 +40,18 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
             self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Begin another trial in the same process."""
+        """Start another trial in the same process."""
         self._begin(new_config)
         return True
 
     def step(self) -> dict[str, Any]:
         """Train until the end of the next epoch.
 
-        What the point itself causes comes back as a result; only the machine's failures are
+        A failure that the configuration causes becomes a result; only failures of the machine are
         exceptions, which Tune retries.
 
         Raises:
-            Preempted: If the process was told to leave; all that was trained is saved.
+            Preempted: If the process must leave; everything is saved.
         """
         self._guard.leave_if_told()  # between two epochs everything is saved
         try:
@@ -74,6 +79,6 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
     def _first_step_begins(
         self, trial: TrialConfig, folder: TrialFolder
     ) -> Iterator[EpochReport | SavePoint]:
-        # Tune may have given the trial of an actor that takes long to start to one that is free
-        # meanwhile. Only the one that is told to step may touch its folder.
+        # If an actor takes long to start, Tune may give its trial to another one that became free.
+        # Only the actor that steps may touch the trial's folder.
         yield from self._runner.epochs(trial, folder, self._guard)

@@ -1,4 +1,4 @@
-"""Waiting for resources where the user sees it, and not for ever."""
+"""Waiting for resources: visible to the user, and limited."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ GAP_SECONDS = 5.0
 
 
 class ResourceWait:
-    """Watches a run of trials: as long as none can be placed it says so, and gives up in the end.
+    """Reports while no trial can be placed, and gives up after a time.
 
     Args:
-        demand: What a trial asks for.
-        limit_seconds: How long no trial may have its resources.
+        demand: Resources of a trial.
+        limit_seconds: Seconds without a placed trial after which it gives up.
         notify: Takes a line for the user.
-        look: Asks Ray how the trials are placed.
-        clock: Seconds.
+        look: Returns how Ray has placed the trials.
+        clock: Monotonic clock in seconds.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class ResourceWait:
         self._next_notice = FIRST_NOTICE_SECONDS
 
     def check(self) -> None:
-        """Look once a second; to be called often.
+        """Check the placement, at most once a second; call it often.
 
         Raises:
             EnvironmentProblem: If no trial had its resources for too long.

@@ -1,4 +1,4 @@
-"""Joining or starting Ray, quietly, and leaving it as it was found."""
+"""Joining or starting Ray, and stopping what was started."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CONNECT_SECONDS = 10.0
 
 
 def set_environment() -> None:
-    """Settings that Ray reads when it is imported; what the user set stays."""
+    """Set the variables that Ray reads when it is imported; the user's own values stay."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # Workers may import the package from a checkout that is not installed.
@@ -89,15 +89,15 @@ def ray_session(*, with_dashboard: bool = False) -> Iterator[Capacity]:
 def ready_cluster(
     trainings: Mapping[str, TrainingConfig], resources: ResourcesConfig, *, with_dashboard: bool
 ) -> Iterator[Capacity]:
-    """A cluster that can hold each training: what never fits is refused before a byte is written.
+    """Join a cluster that can hold each training, or refuse before anything is written.
 
     Args:
-        trainings: By the setting that gives their workers.
-        resources: What a worker takes.
-        with_dashboard: Whether one is needed.
+        trainings: Trainings by the setting that gives their workers.
+        resources: Resources of a worker.
+        with_dashboard: Whether the dashboard is needed.
 
     Raises:
-        ConfigError: If the workers' shares of GPUs make no sense.
+        ConfigError: If the workers' shares of GPUs are invalid.
         EnvironmentProblem: If the cluster cannot be reached, no trial ever fits, or a dashboard
             is needed and does not answer.
     """
@@ -113,9 +113,9 @@ def ready_cluster(
 
 
 def worker_environment() -> dict[str, str]:
-    """Variables that the processes on other nodes need; what the user's job sets is not repeated.
+    """Return the variables for processes on other nodes, without those that the job already sets.
 
-    Nothing else of this process's environment goes to the cluster, where others can read it.
+    Nothing else of this process's environment is sent to the cluster, where others can read it.
     """
     wanted = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     wanted |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}
@@ -128,7 +128,7 @@ def worker_environment() -> dict[str, str]:
 
 
 def check_address(address: str) -> None:
-    """Refuse at once what Ray would try for minutes.
+    """Check an address at once that Ray would try for minutes.
 
     Raises:
         ConnectionError: With the reason.
@@ -160,7 +160,7 @@ def _unreachable(address: str, error: Exception) -> str:
 
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """An empty folder that is gone afterwards, and cleared first if a driver was killed."""
+    """Create an empty folder for a block and delete it afterwards, also a killed driver's."""
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     try:

@@ -1,7 +1,7 @@
-"""A place that is not the same for every node is found out before the first trial.
+"""The proof, before the first trial, that all nodes see the same storage.
 
-The driver leaves a token in the study's folder, or in the artifacts of its trials. A task on each
-node must read it there and write it back; a node that joins later is asked when its first worker
+The driver writes a token to the study's folder, or to the artifacts of its trials. A task on each
+node must read it there and write it back; a node that joins later is checked when its first worker
 starts.
 """
 
@@ -35,11 +35,11 @@ ARTIFACTS_FIX = (
 
 @dataclass(frozen=True)
 class SharedPlace:
-    """What every node must reach.
+    """The storage that every node must reach.
 
     Attributes:
-        folder: The study's, under the storage.
-        artifacts: Of the study's trials, which nodes share instead; None: they share `folder`.
+        folder: Folder of the study.
+        artifacts: Artifacts of the study's trials, shared instead of `folder`; None without them.
     """
 
     folder: Path
@@ -47,17 +47,17 @@ class SharedPlace:
 
     @property
     def files(self) -> Folder:
-        """Where token and answers lie."""
+        """Folder of the token and the answers."""
         return self.artifacts or LocalFolder(self.folder)
 
     @property
     def address(self) -> str:
-        """Of the files, for people."""
+        """Address of the files, for messages."""
         return self.files.address("")
 
     @property
     def fix(self) -> str:
-        """What to do where a node does not reach it."""
+        """What to do if a node does not reach it."""
         return ARTIFACTS_FIX if self.artifacts else FIX
 
     def __str__(self) -> str:
@@ -68,15 +68,15 @@ class SharedPlace:
 def shared_folder(
     folder: Path, capacity: Capacity | None, artifacts: Folder | None
 ) -> Iterator[str | None]:
-    """Prove that all nodes share a place; yields the token that later nodes are asked for.
+    """Prove that all nodes share the storage; yield the token that later nodes must find.
 
     Args:
-        folder: The study's.
-        capacity: The cluster; None: nothing will run.
-        artifacts: Of the study's trials, where the nodes find everything instead, if they do.
+        folder: Folder of the study.
+        capacity: Capacity of the cluster; None if nothing will run.
+        artifacts: Artifacts of the study's trials; None without them.
 
     Raises:
-        EnvironmentProblem: Naming the nodes that do not, each with its reason.
+        EnvironmentProblem: Naming the nodes that do not share it, each with the reason.
     """
     if capacity is None or capacity.is_local:
         yield None
@@ -87,10 +87,10 @@ def shared_folder(
 
 @contextmanager
 def shared_token(place: SharedPlace) -> Iterator[str]:
-    """A token that every node has found in a place.
+    """Write a token that every node must find; return it.
 
     Raises:
-        EnvironmentProblem: Naming the nodes that did not, each with its reason.
+        EnvironmentProblem: Naming the nodes that did not find it, each with the reason.
     """
     token = secrets.token_hex(16)
     with as_problem(place.address) if place.artifacts else nullcontext():
@@ -111,9 +111,9 @@ def check_token(folder: Path, token: str | None, artifacts: Folder | None = None
     """Refuse to work on a node that has another folder of this name, or other artifacts.
 
     Args:
-        folder: The study's.
-        token: What the driver wrote; None: nothing needs to be shared.
-        artifacts: Of the study's trials.
+        folder: Folder of the study.
+        token: The driver's token; None if nothing is shared.
+        artifacts: Artifacts of the study's trials; None without them.
 
     Raises:
         EnvironmentProblem: Naming the node.
@@ -132,7 +132,7 @@ def check_token(folder: Path, token: str | None, artifacts: Folder | None = None
 
 
 def answer(place: SharedPlace, token: str, name: str, version: str) -> str:
-    """Runs on a node: read the token, write it back under a name; returns the problem, or ""."""
+    """Read the token on a node and write it back under a name; return the problem, or ""."""
     if drtune_ray.__version__ != version:
         return f"has drtune-ray {drtune_ray.__version__}, the driver {version}"
     try:
@@ -149,7 +149,7 @@ def answer(place: SharedPlace, token: str, name: str, version: str) -> str:
 
 
 def _disk_problem(storage: Path, name: str) -> str:
-    """Where nodes share artifacts only, each keeps its own copies under the storage's path."""
+    """Return why this node cannot keep its own copies, where nodes share artifacts only."""
     try:
         LocalFolder(storage).write(name)
         LocalFolder(storage).remove(name)
@@ -163,7 +163,7 @@ def _reason(error: Exception) -> str:
 
 
 def _ask_nodes(place: SharedPlace, token: str) -> list[str]:
-    """What is wrong, a line a node."""
+    """Return a line for each node that has a problem."""
     import ray
 
     asked = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
@@ -208,7 +208,7 @@ def _problem(place: SharedPlace, token: str, node: str, ref: Any) -> str:
 
 
 def ray_error_text(error: Exception) -> str:
-    """Why a node has no answer: whatever happened there, drtune-ray missing above all."""
+    """Return why a node did not answer, for example because drtune-ray is missing there."""
     import ray
 
     if isinstance(error, ray.exceptions.GetTimeoutError):
@@ -218,7 +218,7 @@ def ray_error_text(error: Exception) -> str:
 
 
 def _remove(place: SharedPlace, name: str) -> None:
-    """Remove it if that can be done; the next run writes over it."""
+    """Remove a file if possible; the next run overwrites it."""
     with suppress(OSError, ValueError):
         place.files.remove(name)
 

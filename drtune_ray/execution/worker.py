@@ -1,9 +1,4 @@
-"""The resident actor: runs one-worker trials one after another in one warm process.
-
-Process, torch, memory-mapped tables and the pretrained weights stay; everything that a trial
-changes is built anew for each (`train_epochs`), so a trial that runs third equals the same trial
-in a fresh process bit for bit.
-"""
+"""What resident actors and Ray Train workers have in common: tables, weights, epochs."""
 
 from __future__ import annotations
 
@@ -34,18 +29,18 @@ def trial_of(config: Mapping[str, Any]) -> TrialConfig:
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """What all trials of a study share; sent to every actor once.
+    """What the workers of a study share; sent to every process once.
 
     Attributes:
-        tables: Plain values of `Tables`, by `TrialConfig.tables_key`.
-        trials_folder: Holds one folder a trial, named by its number.
-        num_threads: torch's threads a worker.
+        tables: Plain values of `Tables` by `TrialConfig.tables_key`.
+        trials_folder: Folder that holds one folder a trial, named by its number.
+        num_threads: Number of torch's threads a worker.
         device: ``cpu`` or ``cuda``.
-        artifacts: Holds the folders of the trials instead; None: `trials_folder` does.
-        shelf: Where a node finds tables that it lacks; None: all nodes share one file system.
-        study_id: Of the study or training.
-        hang_seconds: After so long without progress a process is taken for hung.
-        token: What a node must find in the shared storage; None: nothing needs to be shared.
+        artifacts: Artifacts that hold the trials' checkpoints; None keeps them in `trials_folder`.
+        shelf: Store of tables for nodes that lack them; None if all nodes share a file system.
+        study_id: Id of the study or training.
+        hang_seconds: Seconds without progress after which a process counts as hung.
+        token: Token that a node must find in the shared storage; None if nothing is shared.
     """
 
     tables: dict[str, dict[str, Any]]
@@ -59,7 +54,7 @@ class WorkerContext:
     token: str | None = field(default=None, kw_only=True)
 
     def folder(self, number: int) -> TrialFolder:
-        """The folder of a trial."""
+        """Return the folder of a trial."""
         return trial_folder(self.trials_folder, number, self.artifacts)
 
 
@@ -67,8 +62,8 @@ class TrialRunner:
     """Opens the shared tables and starts trials over them.
 
     Args:
-        context: Where everything lies.
-        device: Where to train; by default the first device of the context's kind.
+        context: What the workers share.
+        device: Device to train on; by default the first one of the context's kind.
     """
 
     def __init__(self, context: WorkerContext, device: torch.device | None = None) -> None:
@@ -84,8 +79,8 @@ class TrialRunner:
 
         Args:
             config: The trial.
-            folder: Its checkpoints.
-            guard: Asked for saves and told of progress.
+            folder: Folder for its checkpoints.
+            guard: Guard of this process.
         """
         opened = self._open(config)
         content = (opened.tables.images.name, opened.tables.backbone.name)
@@ -101,7 +96,7 @@ class TrialRunner:
         )
 
     def _open(self, config: TrialConfig) -> _Opened:
-        """The tables of a trial; those of the trial before where they are the same."""
+        """Open the tables of a trial; reuse those of the trial before if they are the same."""
         last, wanted = self._opened, (config.tables_key, config.data)
         if last is not None and last.wanted == wanted:
             return last

@@ -1,4 +1,4 @@
-"""Studies and trainings, from what was asked to the winner."""
+"""Studies and trainings, from the request to the winner."""
 
 from __future__ import annotations
 

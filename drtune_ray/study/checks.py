@@ -1,4 +1,4 @@
-"""Everything that can be checked of a study without a cluster."""
+"""The checks of a study that need no cluster."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from drtune_ray.values import full_path
 def check_study(
     config: StudyConfig,
 ) -> tuple[StudyInputs, SearchSpace, tuple[FixedTrial, ...], tuple[str, ...]]:
-    """Everything that can be seen without a cluster: inputs, space, reference trials, notes.
+    """Check a study without a cluster; return inputs, space, reference trials and notes.
 
     Nothing is written.
 
@@ -58,7 +58,7 @@ def check_study(
 
 
 def _check_final_fit(config: StudyConfig, num_train: int) -> None:
-    """Whether its workers make sense; its settings are those of some trial."""
+    """Check the workers of the final fit; its other settings are those of some trial."""
     if config.final_fit.images == "none":
         return
     trial = with_final_workers(config.trial, config.final_fit)
@@ -68,7 +68,7 @@ def _check_final_fit(config: StudyConfig, num_train: int) -> None:
 
 
 def study_trainings(config: StudyConfig) -> dict[str, TrainingConfig]:
-    """What must fit on the cluster, by the setting that gives the workers."""
+    """Return the trainings that must fit on the cluster, by the setting of their workers."""
     trainings = {WORKERS: config.trial.training}
     if config.final_fit.images != "none":
         again = with_final_workers(config.trial, config.final_fit)

@@ -1,4 +1,4 @@
-"""One run of a study in this process: from what was checked to the winner."""
+"""One run of a study in this process: from the checked inputs to the winner."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ class StudyDriver:
 
     Args:
         config: The study.
-        study: Its trials.
-        artifacts: What outlives this machine's disk.
-        checked: Images, splits and weights that were seen to work.
-        space: What to search.
-        references: Trials to run first.
+        study: Optuna study with its trials.
+        artifacts: Files that outlive this machine's disk.
+        checked: Checked images, splits and weights.
+        space: Search space.
+        references: Reference trials, which run first.
         notes: Sentences for the plan.
-        cluster: Where the trials run; None where the study is done.
+        cluster: Cluster for the trials; None where the study is done.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class StudyDriver:
         earlier: Sequence[tuple[Record, Sequence[FrozenTrial]]],
         deciding: Mapping[str, Any],
     ) -> None:
-        """Have the sampler know what earlier studies found; see `add_earlier_trials`."""
+        """Add the trials of earlier studies for the sampler; see `add_earlier_trials`."""
         notes = add_earlier_trials(self.study, earlier, deciding, self.space, self.base)
         self.notes += notes
 
@@ -120,12 +120,12 @@ class StudyDriver:
         on_plan: Callable[[StudyPlan], None],
         is_restored: bool,
     ) -> StudyResult:
-        """Search, train the finalists and finish; nothing of it where the study is done.
+        """Search, train the finalists and write the winner; return at once if the study is done.
 
         Args:
             observer: Takes the events of the run as they happen.
             on_plan: Called before the first trial of the search and of the finalists.
-            is_restored: Whether the study was brought back from artifacts.
+            is_restored: Whether the study was downloaded from artifacts.
         """
         if is_done(self.folder, self.config, self._num_ended()):
             num_unsent = Spool(self.folder / SPOOL_NAME).num_unsent()
@@ -178,7 +178,7 @@ class StudyDriver:
         self._end, self._is_exhausted = proposals.end, proposals.is_exhausted
 
     def _search_proposals(self) -> tuple[Budget, SearchProposals]:
-        """What is left of the search by now, and its limits."""
+        """Return the limits of the search, and the trials that it still has to run."""
         budget = Budget(self.config.trials, self.config.budget, self.study)
         return budget, SearchProposals(
             self.study,
@@ -191,7 +191,7 @@ class StudyDriver:
         )
 
     def _run_finalists(self, on_plan: Callable[[StudyPlan], None]) -> None:
-        """Train the finalists on their new seeds, where that is still to be done."""
+        """Train the finalists on the new seeds that are still missing."""
         chosen = self._finalists(self._summaries())
         wanted = repetitions(chosen)
         proposals = FinalistProposals(self.study, wanted)
@@ -205,7 +205,7 @@ class StudyDriver:
         tune_run.run(StudySearch(proposals, outcomes), tables)
 
     def _costs(self, tables: Mapping[str, Tables]) -> dict[str, dict[str, float]]:
-        """Of the classifiers of the tables' backbones, where an objective asks for them."""
+        """Return the costs of the tables' classifiers, if an objective needs them."""
         if not OF_CLASSIFIERS.keys() & set(self.config.objectives):
             return {}
         num_classes, cpu = len(self.checked.splits.classes), torch.device("cpu")
@@ -244,7 +244,7 @@ class StudyDriver:
         )
 
     def _prepare(self, configs: Iterable[TrialConfig]) -> dict[str, Tables]:
-        """The tables that trials of these configurations read, by `TrialConfig.tables_key`."""
+        """Prepare the tables that these trials read; return them by `TrialConfig.tables_key`."""
         device = "cpu"
         if self.cluster is not None:
             device, notes = preparing_device(self.config.resources, self.cluster.capacity)
@@ -254,7 +254,7 @@ class StudyDriver:
         return tables
 
     def _tell_start(self, is_restored: bool) -> None:
-        # Its trials carry their own settings; the base and the space stand in study.yaml.
+        # The trials record their own settings; study.yaml holds the base and the space.
         params = flattened(self.config.model_dump(mode="json", exclude={"trial", "space"}))
         tags = {"mlflow.note.content": f"drtune-ray study in {self.folder}"}
         self._emit(RunStarted(None, self.config.name, params, tags))
@@ -264,7 +264,7 @@ class StudyDriver:
                 continue
             if is_restored:  # what the lost spool held
                 self._emit(run_started(trial))
-            # Told again because a killed driver may not have come to it; twice changes nothing.
+            # Sent again because a killed driver may not have sent it; twice changes nothing.
             self._emit(run_finished(trial))
 
     def _tell_interruption(self) -> None:
@@ -279,7 +279,7 @@ class StudyDriver:
         self._is_interruption_told = True
 
     def _finish(self) -> StudyResult:
-        """Name the winner, write it, and say that the study is done."""
+        """Choose the winner, write it, and record that the study is done."""
         trials = self._summaries()
         write_trials(list(trials), self.folder / TRIALS_NAME)
         self.artifacts.keep(TRIALS_NAME)
@@ -306,11 +306,11 @@ class StudyDriver:
         if self._is_exhausted or not self._search_proposals()[1].has_next():
             write_done(self.config, self._num_ended())
             self.artifacts.keep(DONE_NAME)
-        # Otherwise the machine failed trials, which the same command makes good.
+        # Otherwise the machine failed trials, which the same command runs again.
         return result
 
     def _free_disk(self, event: Event) -> None:
-        """A finished trial keeps its best weights only."""
+        """Delete the resumable checkpoints of a trial that has finished."""
         if isinstance(event, RunFinished) and event.state != "INTERRUPTED":
             if isinstance(event.number, int):
                 folder = trial_folder(
@@ -321,7 +321,7 @@ class StudyDriver:
                 clear_stacks(folder.path, has_failed=has_failed)
 
     def _num_ended(self) -> int:
-        """Trials that came to a result, the finalists' included."""
+        """Return the number of trials with a result, repetitions of finalists included."""
         trials = self.study.get_trials(deepcopy=False, states=RESULT_STATES)
         return sum(map(is_trained, trials))
 
@@ -353,7 +353,7 @@ class StudyDriver:
         )
 
     def _pareto_front(self, trials: Sequence[TrialSummary]) -> tuple[TrialSummary, ...]:
-        """Of the completed trials of the search; repetitions of finalists would hide them."""
+        """Return the Pareto front of the search, without the repetitions of finalists."""
         if len(self.config.objectives) == 1:
             return ()
         by_number = {trial.number: trial for trial in trials}
@@ -364,7 +364,7 @@ class StudyDriver:
         return tuple(by_number[searched[trial.number].number] for trial in alone.best_trials)
 
     def _settings(self, trial: TrialSummary) -> dict[str, Any]:
-        """What the space varies and this trial uses."""
+        """Return the searched settings that this trial uses, with its values."""
         values = flattened(trial.config)
         return {path: values[path] for path in self.space.active(config_of(trial))}
 

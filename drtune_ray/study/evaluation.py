@@ -1,4 +1,4 @@
-"""Looking at a study or training that has run: testing its winner, its MLflow store."""
+"""The sealed test split of a study or training, opened for its winner."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate_study(name_or_folder: str, storage: str, *, again: bool = False) -> Evaluation:
-    """Open the sealed test split for a winner, and record what it said.
+    """Open the sealed test split for a winner, and record the result.
 
     Raises:
         ConfigError: If there is no such study or winner, or the split was opened before.

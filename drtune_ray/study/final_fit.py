@@ -1,7 +1,7 @@
-"""The final fit: the winner's configuration once more, on training and validation images together.
+"""The final fit: the winner's configuration, trained on training and validation images together.
 
-No image is left to choose an epoch by, so it ends at the epoch at which the winner was best, on the
-winner's schedule, and the weights of that epoch are handed back.
+No images are left to choose an epoch by. The fit therefore ends at the epoch at which the winner
+was best, on the winner's schedule, and returns the weights of that epoch.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from drtune_ray.values import flattened
 
 @dataclass(frozen=True)
 class FinalFit:
-    """What is trained again, and on what.
+    """The training of a final fit.
 
     Attributes:
         source: Number of the trial that won the search.
-        config: Its configuration, the epoch to end at, and the workers.
-        checked: The images; none of them is for validation.
+        config: Configuration of the fit, with its last epoch and its workers.
+        checked: Images of the fit; none of them is for validation.
     """
 
     source: int
@@ -52,11 +52,11 @@ class FinalFit:
 
     @property
     def name(self) -> str:
-        """Of its run and its folder."""
+        """Name of the fit's run and folder."""
         return f"final-fit-{self.source:05d}"
 
     def about(self, outcome: str) -> dict[str, Any]:
-        """For the card of the model: plain values."""
+        """Return the fit's entry in the model's card, as plain values."""
         return {
             "trial": self.source,
             "seed": self.config.seed,
@@ -66,21 +66,21 @@ class FinalFit:
         }
 
     def train(self, run: RunContext, tables: Tables) -> str:
-        """Train, or go on, unless it was trained before.
+        """Train or resume the fit, unless it was trained before.
 
         Args:
             run: The study's run.
             tables: Tables of images and features.
 
         Returns:
-            The outcome; with `COMPLETED` the weights are there.
+            The outcome; `COMPLETED` if the weights exist.
 
         Raises:
             EnvironmentProblem: If the workers failed more often than they are retried.
         """
         checkpoints = run.checkpoints(self.name)
         with as_problem(run.artifacts.uri):
-            # With a checkpoint to go on from it may not have told all of its epochs.
+            # With a checkpoint to resume from, some of its epochs may not be recorded yet.
             if checkpoints.newest() is None and self._is_trained(checkpoints, tables):
                 return COMPLETED
         tags = {"drtune.final_fit": str(self.source)}
@@ -97,7 +97,7 @@ class FinalFit:
         return outcome
 
     def _is_trained(self, checkpoints: TrialFolder, tables: Tables) -> bool:
-        """Whether weights of this very training, at its last epoch, are there."""
+        """Return whether weights of this very training, at its last epoch, exist."""
         try:
             best = read_checkpoint(checkpoints.fetch_best())
         except (CheckpointError, FileNotFoundError):
@@ -108,15 +108,15 @@ class FinalFit:
 
 
 def final_fit(result: StudyResult, asked: FinalFitConfig, checked: StudyInputs) -> FinalFit | None:
-    """The final fit of a study; None where none was asked for.
+    """Return the final fit of a study; None if the study has none.
 
-    It has the seed of the run whose weights would be handed back without it. The epoch is the
-    median over the best epochs of the winner's runs on new seeds, or the search's own without
-    finalists.
+    The fit has the seed of the run whose weights would be shipped without it. Its last epoch is the
+    median of the best epochs of the winner's runs on new seeds, or without finalists the best epoch
+    of the winning trial.
 
     Args:
-        result: What the study came to.
-        asked: Whether, and on how many workers.
+        result: Result of the study.
+        asked: Settings of the final fit.
         checked: Images and weights of the study.
     """
     if asked.images == "none":
@@ -132,14 +132,14 @@ def final_fit(result: StudyResult, asked: FinalFitConfig, checked: StudyInputs) 
 
 
 def with_final_workers(config: TrialConfig, asked: FinalFitConfig) -> TrialConfig:
-    """A configuration on the workers of the final fit."""
+    """Return a configuration with the workers of the final fit."""
     if asked.workers is None:
         return config
     return config.with_values({"training.workers": asked.workers})
 
 
 def without_validation(checked: StudyInputs) -> StudyInputs:
-    """The same images, those for validation among those for training; the test stays sealed."""
+    """Return the inputs with the validation images moved to training; the test stays sealed."""
     splits = checked.splits
     former = splits.manifest["split"].to_pylist()
     column = pa.array([TRAIN if split == VALIDATION else split for split in former], pa.string())

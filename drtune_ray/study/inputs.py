@@ -1,4 +1,4 @@
-"""Fail before spending: everything that can be checked is checked before the first trial."""
+"""The inputs of a study or training, checked before the first trial."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from drtune_ray.values import digest, full_path
 
 @dataclass(frozen=True)
 class StudyInputs:
-    """Inputs that were seen to work; nothing was written for them yet.
+    """Checked inputs; nothing is written for them yet.
 
     Attributes:
-        splits: The images and their splits.
-        backbone: The pretrained encoder of the trial, or of the base of a study.
-        key_report: How its weights fitted.
+        splits: Images and their splits.
+        backbone: Pretrained encoder of the trial, or of the base of a study.
+        key_report: How the weights matched the encoder.
         more: Encoders of other trials of the study, by `_encoder_key`.
     """
 
@@ -43,7 +43,7 @@ class StudyInputs:
         return digest(self.backbone.digest, others) if others else self.backbone.digest
 
     def encoder_of(self, config: TrialConfig) -> Backbone:
-        """The pretrained encoder of a trial."""
+        """Return the pretrained encoder of a trial."""
         return self.more.get(_encoder_key(config), self.backbone)
 
     @property
@@ -52,7 +52,7 @@ class StudyInputs:
         return self.splits.count(TRAIN)
 
     def summary(self) -> str:
-        """One line about the images and the weights."""
+        """Return a line about the images and the weights."""
         counts = f"{self.num_train} to train, {self.splits.count(VALIDATION)} to validate"
         sealed = len(self.splits.manifest) - self.num_train - self.splits.count(VALIDATION)
         return (
@@ -71,12 +71,12 @@ def check_inputs(
 
     Args:
         config: The trial, or the base of a study.
-        storage: Holds earlier manifests of the same images.
-        others: Further checks to call, whose problems are shown together with these.
-        resources: What each worker gets; CPUs alone by default.
+        storage: Folder that holds earlier manifests of the same images.
+        others: Further checks, whose problems are reported together with these.
+        resources: Resources of a worker; CPUs only by default.
 
     Raises:
-        ConfigError: Naming every problem that was found.
+        ConfigError: Naming every problem.
         EnvironmentProblem: If the weights cannot be fetched and nothing else is wrong.
     """
     problems: list[str] = []
@@ -108,7 +108,7 @@ def check_inputs(
 
 
 def check_storage(storage: Path) -> None:
-    """Refuse a place where nothing can be written; nothing is.
+    """Check that the storage can be written to, without writing.
 
     Raises:
         ConfigError: If it is no folder and cannot become one.
@@ -149,19 +149,19 @@ def _encoder_key(config: TrialConfig) -> str:
 
 
 def data_root(config: DataConfig) -> Path:
-    """The folder of images."""
+    """Return the folder of images."""
     return full_path(config.train)
 
 
 def write_manifest(splits: Splits, path: Path) -> None:
-    """Write which image belongs to which split."""
+    """Write the table of images and their splits."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     pq.write_table(splits.manifest, temporary)
     temporary.replace(path)
 
 
 def manifest_path(config: DataConfig, storage: Path) -> Path:
-    """Where the storage remembers the splits of a folder: one a folder and quota."""
+    """Return the file with the splits of an image folder: one for each folder and quota."""
     quotas = (config.train_per_class, config.validation_fraction, config.test_fraction)
     return storage / "splits" / f"{digest(str(data_root(config)), *quotas)}.parquet"
 

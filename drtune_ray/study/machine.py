@@ -1,4 +1,4 @@
-"""The machine at hand, and defaults that fit it."""
+"""The present machine, and defaults that fit it."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from drtune_ray.training.backbones import DEMO_BACKBONE, has_demo_weights
 
 @dataclass(frozen=True)
 class Machine:
-    """CPUs that this process may use, and CUDA devices."""
+    """Numbers of CPUs that this process may use, and of CUDA devices."""
 
     num_cpus: int
     num_gpus: int
 
     def describe(self) -> str:
-        """For people."""
+        """Return the numbers as a phrase."""
         gpus = f" and {self.num_gpus} GPUs" if self.num_gpus else ", no GPU"
         return f"{self.num_cpus} CPUs{gpus}"
 
 
 def this_machine() -> Machine:
-    """Look at the machine."""
+    """Count the CPUs and CUDA devices of this machine."""
     import torch
 
     return Machine(len(os.sched_getaffinity(0)), torch.cuda.device_count())
 
 
 def fitting_defaults(machine: Machine) -> dict[str, Any]:
-    """Study settings for a user who named none: small on CPUs, the usual ones on GPUs."""
+    """Return default settings of a study: small on CPUs, the usual ones on GPUs."""
     if machine.num_gpus:
         cpus = max(1, machine.num_cpus // machine.num_gpus)
         return {

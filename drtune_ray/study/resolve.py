@@ -1,4 +1,4 @@
-"""From what a user asked for to a full configuration.
+"""The full configuration from a file, flags, assignments and defaults.
 
 Precedence: ``--set`` > flags > file > defaults that fit the machine.
 """
@@ -29,12 +29,12 @@ from drtune_ray.values import deep_merge, flattened, full_path, nested, parse_as
 def study_request(
     study_file: Path | None, assignments: Iterable[str], flags: Mapping[str, Any]
 ) -> tuple[StudyConfig, list[str]]:
-    """A study's configuration, and sentences about the defaults that were chosen.
+    """Return a study's configuration, and sentences about the chosen defaults.
 
     Args:
-        study_file: YAML of a `StudyConfig`, or a study's record; None where flags say it all.
-        assignments: ``path=value``; paths of the trial, or of the study.
-        flags: As in `merged_study`.
+        study_file: YAML of a `StudyConfig`, or a study's record; None if there are only flags.
+        assignments: Strings ``path=value``, with paths of the trial or of the study.
+        flags: Flags of the command line; see `merged_study`.
 
     Raises:
         ConfigError: Naming every problem.
@@ -52,7 +52,7 @@ def study_request(
 def trial_request(
     trial_file: Path | None, assignments: Iterable[str], flags: Mapping[str, Any]
 ) -> tuple[TrialConfig, ResourcesConfig, list[str]]:
-    """As :func:`study_request`, for a single training: its configuration and a worker's share.
+    """Return the configuration of a single training, and the resources of its workers.
 
     The file may hold ``resources`` beside the settings of the trial, as a study's does.
     """
@@ -72,14 +72,14 @@ def trial_request(
 
 
 def default_name(config: TrialConfig) -> str:
-    """A name from the folder of images."""
+    """Return the default name, that of the folder of images."""
     return name_of(full_path(config.data.train))
 
 
 def _fitted(
     defaults: dict[str, Any], trial: Mapping[str, Any], folder: Path, prefix: str = ""
 ) -> dict[str, Any]:
-    """Defaults that agree with what was asked for."""
+    """Return the defaults, adjusted to the given settings."""
     backbone = mapping_of(trial, "backbone", prefix)
     name, weights = backbone.get("name"), backbone.get("weights")
     chosen: dict[str, Any] = {}
@@ -96,13 +96,13 @@ def _fitted(
 
 
 def _fitting_resources(defaults: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Default resources that do not say otherwise what was asked for."""
+    """Return the default resources without those that the given settings replace."""
     replaced = "gpus_per_worker" if "gpus_per_trial" in asked else None
     return {key: value for key, value in defaults["resources"].items() if key != replaced}
 
 
 def _num_train_at_least(folder: Path, data: Mapping[str, Any]) -> int:
-    """Images that training gets for sure; the real count is known after the scan."""
+    """Return a lower bound of the number of training images, before they are scanned."""
     if not folder.is_dir():
         return 0
     classes = [path for path in folder.iterdir() if path.is_dir()]

@@ -1,4 +1,4 @@
-"""What is told of a study before it runs and after: its plan and its result."""
+"""The plan of a study, before it runs, and its result."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ SEARCH, FINALISTS = "search", "finalists"
 
 @dataclass(frozen=True)
 class StudyResult:
-    """What a study came to.
+    """Result of a study.
 
     Attributes:
-        folder: Where it lies.
-        study_id: Marks its runs in MLflow.
-        trials: All that were run, by number, repetitions of the finalists included.
-        finalists: What the search's best reached on new seeds; empty where none were asked for.
-        winner: The trial of the search that won: by its mean over new seeds, or without
-            finalists as the maximum over the completed trials, each trained on one seed.
-        shipped: The trial whose weights are handed back: the winner's best seed.
-        pareto_front: Of several objectives; else empty.
-        end: Why the search ended; None where an earlier run ended it.
-        num_unsent: Events that the tracking server has not taken yet.
-        was_done: Whether there was nothing left to run.
-        searched: Paths that the search space varies.
-        settings: Those of them that the winner uses, with its values.
-        seconds: How long this run took.
-        final_fit: What the model's card says of the final fit; None where none was asked for.
+        folder: Folder of the study.
+        study_id: Id of the study, which marks its runs in MLflow.
+        trials: All trials by number, repetitions of the finalists included.
+        finalists: Finalists with their accuracies on new seeds; empty if the study has none.
+        winner: Winning trial of the search: by its mean over new seeds, or without finalists by
+            the maximum over the completed trials, each trained on one seed.
+        shipped: Trial whose weights are shipped: the winner's best seed.
+        pareto_front: Pareto front of several objectives; else empty.
+        end: Why the search ended; None if it ended in an earlier run.
+        num_unsent: Number of events that the tracking server has not received yet.
+        was_done: Whether nothing was left to run.
+        searched: Paths of the settings that the search space varies.
+        settings: Searched settings that the winner uses, with its values.
+        seconds: Duration of this run in seconds.
+        final_fit: Entry of the final fit in the model's card; None if the study has none.
     """
 
     folder: Path
@@ -54,14 +54,14 @@ class StudyResult:
 
     @property
     def is_fitted_again(self) -> bool:
-        """Whether the weights of the final fit are handed back."""
+        """Whether the shipped weights are those of the final fit."""
         return self.final_fit is not None and self.final_fit["outcome"] == COMPLETED
 
     def about(self) -> dict[str, Any]:
-        """What was measured of the winner, and how it was chosen: plain values.
+        """Return how the winner was measured and chosen, as plain values.
 
-        `val_accuracy` is that of the weights: None of a final fit, which leaves nothing to
-        measure it on but the test split.
+        `val_accuracy` is the accuracy of the shipped weights; it is None for a final fit, which
+        leaves only the test split to measure it on.
         """
         is_again = self.is_fitted_again
         about: dict[str, Any] = {
@@ -90,27 +90,27 @@ class StudyResult:
 
     @property
     def searched_trials(self) -> tuple[TrialSummary, ...]:
-        """Without the repetitions of the finalists."""
+        """Trials of the search, without the repetitions of the finalists."""
         return tuple(trial for trial in self.trials if not trial.is_final)
 
     @property
     def references(self) -> tuple[TrialSummary, ...]:
-        """The reference trials."""
+        """Reference trials."""
         return tuple(trial for trial in self.trials if trial.reference)
 
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """Told to the observer before the first trial of each part of the study.
+    """Plan of one part of a study, announced before its first trial.
 
     Attributes:
         config: The study.
         part: `SEARCH` or `FINALISTS`.
-        num_trials: Of the part.
-        num_done: Those of them that earlier runs finished.
-        trials_at_a_time: How many run side by side.
-        searched: Paths that the search space varies.
-        notes: Sentences about it.
+        num_trials: Number of trials of the part.
+        num_done: Number of them that earlier runs finished.
+        trials_at_a_time: Number of trials that run side by side.
+        searched: Paths of the settings that the search space varies.
+        notes: Sentences about the plan.
     """
 
     config: StudyConfig
@@ -122,5 +122,5 @@ class StudyPlan:
     notes: tuple[str, ...] = ()
 
     def of_part(self, trials: Iterable[TrialSummary]) -> tuple[TrialSummary, ...]:
-        """The trials that belong to the part."""
+        """Return the trials that belong to the part."""
         return tuple(trial for trial in trials if trial.is_final == (self.part == FINALISTS))

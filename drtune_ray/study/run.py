@@ -1,4 +1,4 @@
-"""run_study: a search from its configuration to its winner; the same call resumes it."""
+"""`run_study`: a study from its configuration to its winner; the same call resumes it."""
 
 from __future__ import annotations
 
@@ -47,33 +47,33 @@ def run_study(
     on_plan: Callable[[StudyPlan], None] = lambda plan: None,
     on_notice: Notify = logger.warning,
 ) -> StudyResult:
-    """Search, or go on searching, and name the winner.
+    """Run a study, or resume it, and choose the winner.
 
-    Everything is checked before the first trial. Where a study of this name exists, its
-    unfinished trials are resumed first, then new ones follow up to ``config.trials``.
+    Everything is checked before the first trial. If a study of this name exists, its unfinished
+    trials are resumed first, then new ones follow up to ``config.trials``.
 
     Args:
         config: The study.
         observer: Takes the events of the run as they happen.
         on_plan: Called with a `StudyPlan` before the first trial.
-        on_notice: Takes a line while no trial can start.
+        on_notice: Takes a line for the user while no trial can start.
 
     Raises:
-        ConfigError: For bad input, or a name taken by another configuration.
+        ConfigError: If the input is invalid, or the name belongs to another configuration.
         EnvironmentProblem: If the machine cannot run a trial or another process drives the study.
         NoTrialCompleted: If all trials ran and none completed.
-        KeyboardInterrupt: When interrupted; the study can be resumed by the same call.
+        KeyboardInterrupt: If interrupted; the same call resumes the study.
     """
     artifacts = StudyArtifacts(config.artifacts, config.folder)
     artifacts.restore_shared(_manifest(config))
-    _warm_start(config)  # they are there
+    _warm_start(config)  # fails if one is missing
     checked, space, references, notes = check_study(config)
-    # As it must be found again from any working directory.
+    # Absolute, so that it is found from any working directory.
     trial = config.trial.with_values({"data.train": str(data_root(config.trial.data))})
     config = config.model_copy(update={"space": space_content(config), "trial": trial})
     values = config.to_mapping()
     deciding = deciding_values(values, checked.splits.content_digest(), checked.weights_digest)
-    former_record(config.folder, STUDY, deciding)  # a taken name is told before Ray is started
+    former_record(config.folder, STUDY, deciding)  # refuse a taken name before Ray starts
     with (
         opened_study(config.folder, artifacts, _cluster(config), on_notice) as opened,
         database_as_problem(config.optuna_storage),
@@ -98,12 +98,12 @@ def run_study(
 
 
 def _warm_start(config: StudyConfig) -> tuple[Record, ...]:
-    """The earlier studies that this one learns from."""
+    """Read the records of the earlier studies that this one learns from."""
     return tuple(read_record(find_study(name, config.storage)) for name in config.warm_start)
 
 
 def _cluster(config: StudyConfig) -> AbstractContextManager[Capacity | None]:
-    """The cluster for the search; none is joined to show a study that is done."""
+    """Return the context that joins the cluster; it joins none if the study is done."""
     if is_done(config.folder, config):
         return nullcontext()
     trainings = study_trainings(config)

@@ -1,4 +1,4 @@
-"""How a study or training stands, seen from any process: it reads, and changes nothing."""
+"""The status of a study or training, read from any process without changing anything."""
 
 from __future__ import annotations
 
@@ -49,22 +49,22 @@ COMPLETE, UNFINISHED = "COMPLETE", "RUNNING"
 
 @dataclass(frozen=True)
 class Status:
-    """How a study or training stands.
+    """Status of a study or training.
 
     Attributes:
-        folder: Where it lies.
+        folder: Folder of the study or training.
         kind: ``study`` or ``training``.
         state: RUNNING, NOT_SEEN, INTERRUPTED, DONE or FAILED.
-        driver: Process and host that drive it, or did last; None where nothing says so.
-        last_sign: Seconds since 1970 of its last sign of life: an epoch, a save, a start.
-        num_trials: That the study is to have.
-        num_epochs: Of a trial that is not stopped early.
-        trials: All of them, by number; a training is one.
-        sampled: Paths that the search gave a trial, by its number.
-        num_unsent: Events that MLflow has not taken.
-        num_bytes: Disk that the folder takes; tables that studies share lie beside it.
-        command: What goes on with it; None where it was not started from a command line.
-        notes: What could not be seen.
+        driver: Process and host that drive it, or did last; None if unknown.
+        last_sign: Time of its last sign of life (an epoch, save or start), in seconds since 1970.
+        num_trials: Number of trials that the study will have.
+        num_epochs: Number of epochs of a trial that is not stopped early.
+        trials: All trials by number; a training is one.
+        sampled: Paths of the settings that were sampled for a trial, by its number.
+        num_unsent: Number of events that MLflow has not received.
+        num_bytes: Size of the folder in bytes, without the tables that studies share.
+        command: Command that resumes it; None if it was not started from a command line.
+        notes: Sentences on what could not be read.
     """
 
     folder: Path
@@ -83,33 +83,33 @@ class Status:
 
     @property
     def searched(self) -> tuple[str, ...]:
-        """Paths that the search has varied so far."""
+        """Paths of the settings that the search varied so far."""
         return tuple(dict.fromkeys(chain.from_iterable(self.sampled.values())))
 
     @property
     def num_done(self) -> int:
-        """Trials of the search with a result: those that the machine failed are run again."""
+        """Number of trials of the search with a result; failed ones run again."""
         return sum(trial.state in RESULT_STATES for trial in self.of_search)
 
     @property
     def of_search(self) -> tuple[TrialSummary, ...]:
-        """The trials without the repetitions of finalists."""
+        """Trials of the search, without the repetitions of finalists."""
         return tuple(trial for trial in self.trials if not trial.is_final)
 
     @property
     def finals(self) -> tuple[TrialSummary, ...]:
-        """The repetitions of finalists on new seeds."""
+        """Repetitions of finalists on new seeds."""
         return tuple(trial for trial in self.trials if trial.is_final)
 
     @property
     def outcomes(self) -> dict[str, int]:
-        """How many trials ended in which way, the most frequent first."""
+        """Number of trials by outcome, the most frequent first."""
         ended = (trial for trial in self.of_search if trial.state != UNFINISHED)
         return dict(Counter(t.outcome or t.state.lower() for t in ended).most_common())
 
     @property
     def best(self) -> TrialSummary | None:
-        """The best trial of the search that is complete or may become so; of equals the first."""
+        """Best trial of the search that completed or still may; of equals the first."""
         able = [
             trial
             for trial in self.of_search
@@ -119,21 +119,21 @@ class Status:
 
     @property
     def references(self) -> tuple[TrialSummary, ...]:
-        """The reference trials."""
+        """Reference trials."""
         return tuple(trial for trial in self.trials if trial.reference)
 
     @property
     def unfinished(self) -> tuple[TrialSummary, ...]:
-        """The trials that run, or go on when the command is repeated."""
+        """Trials that run, or resume when the command is repeated."""
         return tuple(trial for trial in self.trials if trial.state == UNFINISHED)
 
 
 def read_status(name_or_folder: str, storage: str) -> Status:
-    """Look at a study or training.
+    """Read the status of a study or training.
 
     Args:
-        name_or_folder: Its name under the storage, or its folder.
-        storage: Where studies lie.
+        name_or_folder: Name of the study under the storage, or its folder.
+        storage: Folder that holds the studies.
 
     Raises:
         ConfigError: If there is none, or an environment variable that its database's address
@@ -168,7 +168,7 @@ def read_status(name_or_folder: str, storage: str) -> Status:
 
 
 def read_trials(folder: Path) -> tuple[TrialSummary, ...]:
-    """The trials of a study, from its storage, which may be in use.
+    """Read the trials of a study from its storage, which may be in use.
 
     Raises:
         ConfigError: If the folder holds no study.
@@ -178,7 +178,7 @@ def read_trials(folder: Path) -> tuple[TrialSummary, ...]:
 
 
 def write_command(folder: Path) -> None:
-    """Remember the command that this process, or its job, was called with: `Status.command`."""
+    """Record the command of this process, or of its job, for `Status.command`."""
     job = job_config()
     submitted_with = (job.get("metadata") or {}).get(SUBMITTED_WITH)
     arguments = json.loads(submitted_with) if submitted_with else sys.argv[1:]
@@ -203,7 +203,7 @@ def _read_command(folder: Path) -> str | None:
 
 
 def _training(record: Record) -> tuple[TrialSummary, ...]:
-    """A training as a trial, from its events."""
+    """Return a training as a trial, from its events."""
     last = _last_events(record.folder / SPOOL_NAME / EVENTS_NAME)
     epoch, end = last.get(MetricsRecorded.kind, {}), last.get(RunFinished.kind, {})
     state = end.get("state", UNFINISHED)
@@ -222,7 +222,7 @@ def _training(record: Record) -> tuple[TrialSummary, ...]:
 
 
 def _last_events(path: Path) -> dict[str, dict[str, Any]]:
-    """The last event of some kinds, as plain values; an end that was gone on from is none."""
+    """Return the last event of some kinds, as plain values; ends before a resume do not count."""
     lines: dict[str, bytes] = {}
     kinds = (RunStarted.kind, MetricsRecorded.kind, RunFinished.kind)
     starts = {kind: json.dumps({"kind": kind})[:-1].encode() for kind in kinds}
@@ -258,7 +258,7 @@ def _state(
 
 
 def _last_sign(folder: Path, trials: tuple[TrialSummary, ...]) -> float:
-    """When something of it was written last; seconds since 1970."""
+    """Return the time of the last write to the folder, in seconds since 1970."""
     names = [HOLDER_NAME, JOURNAL_NAME, f"{SPOOL_NAME}/{EVENTS_NAME}", DONE_NAME]
     names += [f"{TRIALS_FOLDER}/{t.number:05d}" for t in trials if t.state == UNFINISHED]
     times = []
@@ -271,7 +271,7 @@ def _last_sign(folder: Path, trials: tuple[TrialSummary, ...]) -> float:
 
 
 def _sizes(folder: Path) -> Iterator[int]:
-    """Of the files below; those that vanish meanwhile count nothing."""
+    """Yield the sizes of the files below a folder; files that vanish meanwhile are skipped."""
     for path in folder.rglob("*"):
         try:
             if path.is_file() and not path.is_symlink():
@@ -281,11 +281,11 @@ def _sizes(folder: Path) -> Iterator[int]:
 
 
 def facts(status: Status, now: float | None = None) -> dict[str, Any]:
-    """A status for programs.
+    """Return a status as plain values for programs.
 
     Args:
         status: The status.
-        now: Seconds since 1970; None: the present.
+        now: Time in seconds since 1970; None is the present.
     """
     left_out = ("kind", "trials", "sampled")
     kept = {key: value for key, value in vars(status).items() if key not in left_out}
@@ -305,7 +305,7 @@ def facts(status: Status, now: float | None = None) -> dict[str, Any]:
 
 
 def best_settings(status: Status) -> dict[str, Any]:
-    """The settings that the search gave the best trial; of one outside of the space all of them."""
+    """Return the sampled settings of the best trial; all searched ones if it is off the space."""
     if status.best is None:
         return {}
     values = flattened(status.best.config)

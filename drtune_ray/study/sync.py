@@ -1,4 +1,4 @@
-"""Replay what the tracking server missed."""
+"""Sending the events that the tracking server missed."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from drtune_ray.tracking.spool import Spool, send_unsent
 
 
 def tracking_of(name_or_folder: str, storage: str) -> tuple[str, str]:
-    """Where MLflow keeps a study: tracking URI and the name of the experiment."""
+    """Return MLflow's tracking URI and experiment name of a study."""
     record = read_record(find_study(name_or_folder, storage))
     tracking = TrackingConfig(**record.tracking)
     return tracking.uri or default_tracking_uri(record.folder.parent), tracking.experiment
 
 
 def sync_study(name_or_folder: str, storage: str) -> int:
-    """Send MLflow the events that it has not taken; returns their number.
+    """Send MLflow the events that it has not received; return their number.
 
     Raises:
-        EnvironmentProblem: If it cannot be reached.
+        EnvironmentProblem: If MLflow cannot be reached.
     """
     record = read_record(find_study(name_or_folder, storage))
     recorder = build_recorder(

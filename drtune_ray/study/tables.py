@@ -1,4 +1,4 @@
-"""The prepared tables of a study: which ones its trials read, and their building."""
+"""The prepared tables of a study: which ones its trials read, and how they are built."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ MAX_VARIANTS = 16
 
 
 def prepare(checked: StudyInputs, config: TrialConfig, store: TableStore, device: str) -> Tables:
-    """Write what trials share: manifest, images, weights, views and frozen features.
+    """Write the files that trials share: manifest, images, weights, views and frozen features.
 
     Args:
-        checked: What :func:`check_inputs` found.
+        checked: Inputs from `check_inputs`.
         config: One of the trials that read these tables.
-        store: Of the storage; what is there already and sound is used.
-        device: Where the frozen encoder runs.
+        store: Table store; sound tables that exist are reused.
+        device: Device of the frozen encoder.
     """
     manifest = manifest_path(config.data, store.storage)
     manifest.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def prepare(checked: StudyInputs, config: TrialConfig, store: TableStore, device
 def build_tables(
     checked: StudyInputs, config: TrialConfig, store: TableStore, device: str
 ) -> Tables:
-    """As :func:`prepare`, the tables alone, whatever else lies in the store."""
+    """Build the tables alone; see `prepare`."""
     root, backbone = data_root(config.data), checked.encoder_of(config)
     images = store.table(
         images_name(checked.splits), lambda path: write_images(checked.splits, root, path)
@@ -55,12 +55,12 @@ def build_tables(
 
 
 def images_name(splits: Splits) -> str:
-    """The file name of the table of encoded images."""
+    """Return the file name of the table of encoded images."""
     return table_name("images", splits.content_digest())
 
 
 def backbone_name(backbone: Backbone) -> str:
-    """The file name of a pretrained encoder among the tables."""
+    """Return the file name of a pretrained encoder among the tables."""
     about = (backbone.digest, backbone.image_size, asdict(backbone.normalization))
     return table_name("backbone", *about, suffix=".safetensors")
 
@@ -68,16 +68,16 @@ def backbone_name(backbone: Backbone) -> str:
 def prepare_all(
     checked: StudyInputs, configs: Iterable[TrialConfig], store: TableStore, device: str
 ) -> dict[str, Tables]:
-    """As :func:`prepare`, for trials of several kinds: their tables by `TrialConfig.tables_key`."""
+    """Prepare the tables of several trials; return them by `TrialConfig.tables_key`."""
     by_key = {config.tables_key: config for config in configs}
     return {key: prepare(checked, config, store, device) for key, config in by_key.items()}
 
 
 def preparing_device(resources: ResourcesConfig, capacity: Capacity) -> tuple[str, tuple[str, ...]]:
-    """Where this process computes the frozen features, and what is to be said about it.
+    """Return the device for the frozen features, and sentences about it.
 
     Raises:
-        EnvironmentProblem: If workers get GPUs that torch cannot use.
+        EnvironmentProblem: If workers are given GPUs that torch cannot use.
     """
     if not resources.worker_gpus(1):
         return "cpu", ()
@@ -93,10 +93,10 @@ def preparing_device(resources: ResourcesConfig, capacity: Capacity) -> tuple[st
 
 
 def table_variants(space: SearchSpace, base: TrialConfig) -> tuple[TrialConfig, ...]:
-    """One configuration for each kind of tables, the base's first.
+    """Return one configuration for each kind of tables, the base's first.
 
     Args:
-        space: On images that were read.
+        space: Search space, clamped to the images.
         base: The configuration that the space varies.
 
     Raises:

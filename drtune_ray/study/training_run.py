@@ -1,4 +1,4 @@
-"""run_training: one configuration on Ray Train, recorded as a run of its own."""
+"""`run_training`: one configuration on Ray Train, recorded as a run of its own."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a training came to.
+    """Result of a training.
 
     Attributes:
-        folder: Where it lies; the model is in its ``winner`` folder.
-        val_accuracy: Of the best epoch, 0 to 1.
+        folder: Folder of the training; the model is in its ``winner`` folder.
+        val_accuracy: Validation accuracy of the best epoch, 0 to 1.
         outcome: Why it ended.
-        num_unsent: Events that the tracking server has not taken yet.
-        was_done: Whether there was nothing left to train.
+        num_unsent: Number of events that the tracking server has not received yet.
+        was_done: Whether nothing was left to train.
     """
 
     folder: Path
@@ -80,16 +80,16 @@ def run_training(
 
     Args:
         config: The trial.
-        name: Of its folder under the storage.
-        storage: Where everything goes.
-        resources: What a worker takes.
-        tracking: Where MLflow records.
-        artifacts: URI of what the next driver needs; None: everything lies under the storage.
+        name: Name of its folder under the storage.
+        storage: Folder for all outputs.
+        resources: Resources of a worker.
+        tracking: Settings of MLflow.
+        artifacts: URI for the files that the next driver needs; None keeps them in the storage.
         observer: Takes the events as they happen.
-        on_notice: Takes a line while the workers cannot start.
+        on_notice: Takes a line for the user while the workers cannot start.
 
     Raises:
-        ConfigError: For bad input, or a name taken by another configuration.
+        ConfigError: If the input is invalid, or the name belongs to another configuration.
         EnvironmentProblem: If the machine cannot hold the workers.
         DrtuneError: If the loss diverged or the workers failed.
     """
@@ -103,7 +103,7 @@ def run_training(
     values = config.to_mapping()
     deciding = deciding_values(values, checked.splits.content_digest(), checked.weights_digest)
     folder = storage / name
-    former_record(folder, TRAINING, deciding)  # a taken name is told before Ray is started
+    former_record(folder, TRAINING, deciding)  # refuse a taken name before Ray starts
     joining = ready_cluster({WORKERS: config.training}, resources, with_dashboard=True)
     is_done = (folder / DONE_NAME).exists()
     with opened_study(folder, kept, nullcontext() if is_done else joining, on_notice) as opened:
@@ -138,7 +138,7 @@ def _result(folder: Path, num_unsent: int, *, was_done: bool) -> TrainingResult:
 def _checked(
     config: TrialConfig, storage: Path, resources: ResourcesConfig, tracking: TrackingConfig
 ) -> StudyInputs:
-    """Everything that can be seen without a cluster; see `check_inputs`."""
+    """Check the training without a cluster; see `check_inputs`."""
     others = [
         lambda: trial_demand(config.training, resources),
         lambda: check_tracking(tracking.uri),
@@ -179,7 +179,7 @@ class _Training:
         context.emit(RunFinished(None, "COMPLETE", outcome, {}, {}))
         LocalFolder(context.folder).write(DONE_NAME, outcome.encode())
         context.artifacts.keep(DONE_NAME)
-        # Last: who is killed before finds the end of the training in its checkpoint.
+        # Last: a driver killed before this finds the end of the training in its checkpoint.
         context.checkpoints(0).drop_resumable()
 
     def _train_and_write(self) -> str:

@@ -1,4 +1,4 @@
-"""What a study hands back: the winner's model, and copies of the best checkpoints for MLflow."""
+"""The output of a study: the winner's model, and the best checkpoints for MLflow."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from drtune_ray.training.checkpoint import TrialFolder
 
 @dataclass(frozen=True)
 class WinnerWriter:
-    """Writes what is handed back.
+    """Writes the winner's model, and sends the best checkpoints to MLflow.
 
     Attributes:
         config: The study.
-        checked: Its images and weights.
-        store: Of its storage.
+        checked: Images and weights of the study.
+        store: Table store of the storage.
         run: The study's run, for a final fit.
     """
 
@@ -40,9 +40,9 @@ class WinnerWriter:
     run: RunContext
 
     def write_winner(self, result: StudyResult) -> StudyResult:
-        """Write the model, trained once more where that was asked for; returns what came of it.
+        """Write the model, after a final fit if there is one; return the updated result.
 
-        A final fit that diverges is said to, and the winner's best seed is handed back.
+        If the final fit diverges, the result says so and the winner's best seed is shipped.
         """
         config = config_of(result.shipped)
         folder, checked = self.run.checkpoints(result.shipped.number), self.checked
@@ -65,7 +65,7 @@ class WinnerWriter:
         return result
 
     def keep_top_checkpoints(self, trials: Iterable[TrialSummary]) -> None:
-        """Have MLflow take copies of the best weights of the best trials."""
+        """Send MLflow copies of the best weights of the best trials."""
         for trial in best_first(trials)[: self.config.tracking.num_top_checkpoints]:
             weights = self._weights(self.run.checkpoints(trial.number))
             self.run.emit(FilesReady(trial.number, str(weights), "checkpoint"))

@@ -1,4 +1,4 @@
-"""One training over Ray Train's workers, and what its driver watches meanwhile."""
+"""One training on Ray Train's workers, with its retries."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from drtune_ray.tracking.events import MetricsRecorded, RunKey, Sink, StepsRecor
 from drtune_ray.training.checkpoint import TrialFolder
 from drtune_ray.training.reports import OUT_OF_MEMORY, EpochRecord
 
-# Of a single training, without an epoch in between. A study leaves the count to Tune.
+# Failures of a single training within one epoch. In a study, Tune counts them.
 MAX_FAILURES = 2
 CONTROLLER_END_SECONDS = 1.0
 
@@ -37,14 +37,14 @@ def fit(
 ) -> dict[str, Any]:
     """Train one configuration on Ray Train, or resume it from its newest checkpoint.
 
-    What the machine breaks is resumed from the last save, as long as it does not fail over and
-    over within one epoch.
+    A training that the machine breaks is resumed from the last save, unless it fails repeatedly
+    within one epoch.
 
     Args:
-        run: The study or training that it belongs to.
-        config: What to train, on how many workers.
+        run: Run of the study or training.
+        config: Configuration to train, with its workers.
         tables: Tables of images and features.
-        folder: Its checkpoints.
+        folder: Folder for its checkpoints.
         key: Run under which the epochs are recorded.
 
     Returns:
@@ -90,7 +90,7 @@ def fit(
 
 
 def advice(outcome: str, config: TrialConfig) -> str:
-    """What to do about a configuration that cannot be trained."""
+    """Return what to do about a configuration that cannot be trained."""
     if outcome == OUT_OF_MEMORY:
         return (
             f"the GPU's memory does not hold this training: lower "
@@ -131,7 +131,7 @@ def _fit_until_it_ends(
 
 
 class _Epochs:
-    """Emits each epoch once: workers that were started again begin with those before."""
+    """Emits each epoch once: restarted workers send earlier epochs again."""
 
     def __init__(self, emit: Sink, key: RunKey) -> None:
         self._emit, self._key = emit, key
@@ -151,7 +151,7 @@ class _Epochs:
 
 
 def _queue_here() -> Any:
-    """A queue that lives as long as this node: that of a worker may go at any time."""
+    """Create a queue on this node, since a worker's node may be lost at any time."""
     from ray.util.queue import Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -160,7 +160,7 @@ def _queue_here() -> Any:
 
 
 def _fit_in_thread(trainer: TorchTrainer, on_turn: Callable[[], None]) -> Any:
-    """``trainer.fit()`` off the main thread: on it, Ray would take Ctrl-C and leave with code 0."""
+    """Call ``trainer.fit()`` in a thread: on the main one, Ray exits with code 0 on Ctrl-C."""
     outcome: list[Any] = []
 
     def fit() -> None:
@@ -181,7 +181,7 @@ def _fit_in_thread(trainer: TorchTrainer, on_turn: Callable[[], None]) -> Any:
 
 @contextlib.contextmanager
 def controllers_ended() -> Iterator[None]:
-    """Around a training that may be given up: where Ray runs on, it would train on for nobody."""
+    """End the training's Ray Train controllers if the block fails; they would train on unused."""
     former = train_controllers()
     try:
         yield

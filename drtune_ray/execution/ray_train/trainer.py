@@ -1,9 +1,9 @@
-"""Trials of several workers on Ray Train; `drtune-ray train` always comes this way.
+"""Trials of several workers on Ray Train; `drtune-ray train` always uses it.
 
-Ray Train itself restarts workers only where a machine was taken away in an orderly manner, or where
-their number changes. Any other failure ends the run and says what each worker raised, so that the
-point's own fault is told as a result, and the machine's is retried by who started the run: Tune,
-for a trial of a study, or `train_on_workers`.
+Ray Train itself restarts workers only if a machine was drained, or if their number changes. Any
+other failure ends the run with the error of each worker. A failure that the configuration causes
+becomes a result; one of the machine is retried by the caller: Tune for a trial of a study, else
+`ray_train.fit.fit`.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ from drtune_ray.training.reports import (
 )
 
 logger = logging.getLogger(__name__)
-# Infinite by default: workers that cannot start would be started for ever, in silence.
+# Infinite by default: workers that cannot start would be retried for ever, silently.
 MAX_CONTROLLER_FAILURES = 3
-# Who waits for a worker that hangs must outlast the guard that ends it.
+# Workers that wait for a hanging one must wait longer than the guard that ends it.
 COLLECTIVE_GRACE_SECONDS = 60
-# How often Ray Train looks whether it could have more workers.
+# Interval in seconds at which Ray Train checks whether more workers are available.
 RESIZE_SECONDS = 60.0
-# How long a trial's driver waits for Tune to end it, once Tune was told the last result.
+# Time that a trial's driver waits for Tune to end it after the last result.
 END_SECONDS = 600.0
 
 
 class PointFailed(Exception):
-    """The configuration made it impossible to go on; raised by a worker.
+    """Raised by a worker whose configuration cannot be trained further.
 
     Args:
-        outcome: Its name.
-        last: The worker's last result.
+        outcome: Name of the outcome.
+        last: Last result of the worker.
     """
 
     def __init__(self, outcome: str, last: dict[str, Any]) -> None:
@@ -64,16 +64,16 @@ class PointFailed(Exception):
         return type(self), (self.outcome, self.last)
 
     def result(self) -> dict[str, Any]:
-        """The last result of the trial."""
+        """Return the last result of the trial."""
         return failed_by_point(self.outcome, self.last)
 
 
 def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
-    """What every Ray Train worker runs; returns the trial's last result.
+    """Train in a Ray Train worker; return the trial's last result.
 
     Raises:
-        PointFailed: If the configuration makes it impossible to go on.
-        Preempted: If one of the workers was told to leave; all that was trained is saved.
+        PointFailed: If the configuration cannot be trained further.
+        Preempted: If one of the workers must leave; everything is saved.
     """
     context: WorkerContext = payload["context"]
     folder: TrialFolder = payload["folder"]
@@ -115,17 +115,17 @@ def build_trainer(
     queue: Any = None,
     callbacks: list[Any] | None = None,
 ) -> TorchTrainer:
-    """A TorchTrainer over ``training.workers`` workers.
+    """Build a TorchTrainer over ``training.workers`` workers.
 
     Args:
         config: The trial.
-        context: The shared tables.
-        resources: What a worker takes.
-        folder: The trial's folder, for its checkpoints.
-        name: Of the run.
-        scratch: Ray Train's own folder; disposable.
-        queue: Receives the records of new epochs from rank 0, from the first one on.
-        callbacks: Of Ray Train.
+        context: What the workers share.
+        resources: Resources of a worker.
+        folder: Folder for the trial's checkpoints.
+        name: Name of the run.
+        scratch: Folder for Ray Train's own files; disposable.
+        queue: Queue that receives the records of new epochs from rank 0, beginning with the first.
+        callbacks: Callbacks of Ray Train.
     """
     training = config.training
     per_worker: dict[str, float] = {"CPU": resources.cpus_per_worker}
@@ -165,16 +165,16 @@ def build_trainer(
 def drive_trial(
     config: dict[str, Any], context: WorkerContext, resources: ResourcesConfig, num_workers: int
 ) -> None:
-    """A Tune function trainable: trains one trial of several workers.
+    """Train one trial of several workers, as a Tune function trainable.
 
-    What the point itself causes is told as a result; only the machine's failures are exceptions,
-    which Tune retries.
+    A failure that the configuration causes becomes a result; only failures of the machine are
+    exceptions, which Tune retries.
 
     Args:
-        config: Tune's.
-        context: The shared tables.
-        resources: What a worker takes.
-        num_workers: The study's present number; a trial that began under another one goes on.
+        config: Tune's configuration of the trial.
+        context: What the workers share.
+        resources: Resources of a worker.
+        num_workers: The study's present number of workers; a resumed trial may have had another.
     """
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
@@ -197,13 +197,13 @@ def drive_trial(
         if (point := point_failed(error)) is None:
             raise
         tell_tune.after_report(None, [point.result()], None)
-    # Tune ends the trial when it has read the last result. To return before would put a result
-    # behind it into a place for one, where Tune's own thread may be about to put the last one:
-    # it would wait for itself (Ray 2.60, `_TrainSession._get_result_from_queues`).
+    # Tune ends the trial when it has read the last result. Returning earlier would put another
+    # result into a queue of one, where Tune's own thread may be about to put the last one: it would
+    # wait for itself (Ray 2.60, `_TrainSession._get_result_from_queues`).
     time.sleep(END_SECONDS)
 
 
 def point_failed(error: BaseException) -> PointFailed | None:
-    """What a worker said of its configuration, if one did."""
+    """Return the `PointFailed` that a worker raised, if one did."""
     failures = getattr(error, "worker_failures", {}).values()
     return next((failure for failure in failures if isinstance(failure, PointFailed)), None)

@@ -1,4 +1,4 @@
-"""A group of Ray Train workers: its limits, and what its controller does for it."""
+"""A group of Ray Train workers: its time limits and callbacks."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from drtune_ray.execution.guard import listen_for_sigterm
 from drtune_ray.execution.heartbeat import ask_to_save
 from drtune_ray.execution.ray_state import own_cluster
 
-# A group that may be smaller is asked for by what Ray believed of the cluster some seconds ago:
-# where a node has gone meanwhile, the request must soon be made again.
+# An elastic group is requested by the cluster's state of some seconds ago: if a node was lost
+# meanwhile, the request must soon be repeated.
 ELASTIC_START_SECONDS = 30.0
-# The study gives up first, so that no request is made while its job is ending.
+# The study gives up first, so that nothing is requested while its job is ending.
 LATER_SECONDS = 60.0
-# Within it a group whose size changes must have saved; it loses no more than it did since.
+# Time in which a group must save before its size changes; otherwise it loses the steps since.
 RESIZE_SAVE_SECONDS = 60.0
 
 
 class WorkerGroupCallbacks(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
-    """Runs in the controller of a trial.
+    """Callbacks in the controller of a trial.
 
-    SIGTERM makes a worker save and leave; a group whose size is to change saves first.
+    They make SIGTERM request a save from a worker, and a group save before its size changes.
 
     Args:
-        study_id: Of the study or training.
+        study_id: Id of the study or training.
         trial_name: Name of the trial's folder.
     """
 
@@ -39,25 +39,25 @@ class WorkerGroupCallbacks(WorkerGroupCallback, ControllerCallback):  # type: ig
         self._is_running = False
 
     def after_worker_group_start(self, worker_group: Any) -> None:
-        """Its actors are there; their methods run on the main thread."""
+        """Install the handler of SIGTERM: the actors' methods run on the main thread."""
         worker_group.execute(listen_for_sigterm)
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-        """Remember whether the workers can still be asked for anything."""
+        """Record whether the workers still run."""
         self._is_running = not worker_group_status.errors and not worker_group_status.finished
 
     def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
-        """The workers are gone."""
+        """Record that the workers have ended."""
         self._is_running = False
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
-        """Called before every start; save if there is something that runs."""
+        """Save if workers run; Ray Train calls this before every start as well."""
         if self._is_running:
             ask_to_save(self._study_id, [self._trial_name], RESIZE_SAVE_SECONDS)
 
 
 def start_seconds(resources: ResourcesConfig, training: TrainingConfig) -> float:
-    """How long one request for workers waits before it is made again."""
+    """Return how many seconds one request for workers waits before it is repeated."""
     if training.min_workers == training.max_workers:
         return resources.wait_seconds + LATER_SECONDS
     return min(resources.wait_seconds, ELASTIC_START_SECONDS)
@@ -65,9 +65,9 @@ def start_seconds(resources: ResourcesConfig, training: TrainingConfig) -> float
 
 @contextmanager
 def train_environment(resources: ResourcesConfig, training: TrainingConfig) -> Iterator[None]:
-    """Within, a trainer that is started keeps to the limits of the configuration.
+    """Set the time limits of trainers that start within a block.
 
-    Ray Train reads them from the environment of the process that calls ``fit`` and hands them on.
+    Ray Train reads them from the environment of the process that calls ``fit`` and passes them on.
     """
     values = {
         # For a process that does not answer; one that runs but does not train ends itself

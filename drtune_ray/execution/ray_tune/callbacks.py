@@ -1,4 +1,4 @@
-"""Ray Tune's callback: plain events for any observer, and an eye on the processes."""
+"""Callbacks of Ray Tune: events for observers, hanging processes, waiting, clean-up."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ END_SECONDS = 15.0
 class StudyCallback(Callback):  # type: ignore[misc]
     """Emits an event for the start, each epoch and the end of every trial.
 
-    It says by name what the machine did to a trial, and ends processes that do not run.
+    It names the machine's failures, and kills processes that make no progress.
 
     Args:
-        search: Asked what became of a trial, and told why one failed.
+        search: The study's searcher; it records why a trial failed.
         context: The study's run.
-        watch: Sees that the processes of the trials run; None where somebody else does.
+        watch: Monitor of the trials' processes; None if they have another.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class StudyCallback(Callback):  # type: ignore[misc]
 
     @property
     def running(self) -> list[str]:
-        """Names of the folders of the trials that run now."""
+        """Names of the folders of the running trials."""
         return list(self._running)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class StudyCallback(Callback):  # type: ignore[misc]
         return {}
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """End the processes that make no progress; Tune starts their trials again."""
+        """Kill the processes without progress; Tune restarts their trials."""
         try:
             self._context.artifacts.check_lease()
         except EnvironmentProblem as problem:
@@ -77,7 +77,7 @@ class StudyCallback(Callback):  # type: ignore[misc]
             ray.kill(trial.temporary_state.ray_actor)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial begins or goes on."""
+        """Emit the start of a trial, also when it resumes."""
         number = trial.config[CONFIG_NUMBER]
         self._running[folder_name(number)] = trial
         self._context.emit(run_started(self._frozen(number)))
@@ -85,28 +85,28 @@ class StudyCallback(Callback):  # type: ignore[misc]
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """An epoch ended; epochs that a former driver missed are told too."""
+        """Emit an epoch, and the earlier ones that a killed driver missed."""
         number = trial.config[CONFIG_NUMBER]
         for record in result_history(result):
             if (number, record.epoch) not in self._seen:
                 self._seen.add((number, record.epoch))
                 self._context.emit(epoch_event(number, record))
         if (error := self._context.full_disk()) is not None:
-            # A trial that stays unfinished tells all its epochs again.
+            # An unfinished trial reports all its epochs again.
             self._search.end_with(error)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial ended; Optuna knows how."""
+        """Emit the end of a trial, as Optuna recorded it."""
         self._running.pop(folder_name(trial.config[CONFIG_NUMBER]), None)
         self._finish(trial.config[CONFIG_NUMBER])
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial lost its process and is started again."""
+        """Log the failure of a process whose trial is restarted."""
         number, failure = trial.config[CONFIG_NUMBER], self._failure(trial)
         logger.warning("trial %d goes on from its last save: %s", number, failure.error)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial failed for the last time."""
+        """Record and emit the last failure of a trial."""
         number, failure = trial.config[CONFIG_NUMBER], self._failure(trial)
         logger.warning("trial %d failed: %s", number, failure.error)
         self._search.fail(trial.trial_id, failure.outcome)
@@ -119,7 +119,7 @@ class StudyCallback(Callback):  # type: ignore[misc]
             return self._ended.pop(number)
         failure = failure_of(trial, self._context.trials_folder / folder_name(number))
         if failure.problem is not None:
-            # Such a node is free at once, and would take and fail one trial after another.
+            # Such a node is free at once: it would take and fail one trial after another.
             self._search.end_with(failure.problem)
         return failure
 
@@ -133,11 +133,11 @@ class StudyCallback(Callback):  # type: ignore[misc]
 
 
 class PlacementGroupCleaner(Callback):  # type: ignore[misc]
-    """Tune's callback: removes the placement groups of dead controllers, and sees them all gone.
+    """Removes the placement groups of dead controllers, and waits until all are gone.
 
     Args:
-        sweep: Called with the number of each trial that ended, when no worker lives that could
-            still write into its folder.
+        sweep: Called with the number of each trial that ended, once no worker can write into its
+            folder any more.
     """
 
     def __init__(self, sweep: Callable[[int], None]) -> None:
@@ -157,11 +157,11 @@ class PlacementGroupCleaner(Callback):  # type: ignore[misc]
             remove_orphans()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial ended, or was stopped in the middle of an epoch."""
+        """Note a trial that ended, or was stopped within an epoch."""
         self._ended.append(trial.config[CONFIG_NUMBER])
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        """Wait for the workers of trials that were stopped last."""
+        """Wait for the workers of the trials that were stopped last."""
         deadline = time.monotonic() + END_SECONDS
         while remove_orphans() or num_train_workers():
             if time.monotonic() > deadline:
@@ -172,7 +172,7 @@ class PlacementGroupCleaner(Callback):  # type: ignore[misc]
 
 
 class _GaveUp(BaseException):
-    """Leaves Tune's loop at once: an Exception would first wait for the trials to end."""
+    """Leaves Tune's loop at once, where an Exception would first wait for the trials to end."""
 
     def __init__(self, problem: EnvironmentProblem) -> None:
         super().__init__(str(problem))
@@ -181,7 +181,7 @@ class _GaveUp(BaseException):
 
 @contextmanager
 def giving_up() -> Iterator[None]:
-    """Around Tune's loop, where `WaitCallback` may end it.
+    """Raise the problem for which `WaitCallback` ended Tune's loop.
 
     Raises:
         EnvironmentProblem: If no trial had its resources for too long.
@@ -193,7 +193,7 @@ def giving_up() -> Iterator[None]:
 
 
 class WaitCallback(Callback):  # type: ignore[misc]
-    """Lets `ResourceWait` look at every turn of Tune's loop, inside of `giving_up`."""
+    """Calls `ResourceWait.check` at every turn of Tune's loop, within `giving_up`."""
 
     def __init__(self, wait: ResourceWait) -> None:
         self._wait = wait

@@ -1,4 +1,4 @@
-"""What Ray Tune does otherwise than a study needs, changed from outside."""
+"""Changes of Ray Tune's behaviour that a study needs, applied from outside."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from drtune_ray.execution.failures import Failure, failure_from
 
 
 def failure_of(trial: Any, trial_folder: Path) -> Failure:
-    """What ended the process of a Tune trial.
+    """Return the failure that ended the process of a Tune trial.
 
-    Stacks that it left behind when it hung are moved: they are not of the next process.
+    Stack files of a hanging process are moved, so that they are not taken for the next process's.
     """
     return failure_from(_kept_error(trial), trial_folder)
 
 
 @contextlib.contextmanager
 def nothing_unpickled() -> Iterator[None]:
-    """Within, Tune reads no pickle from a disk; its trials hold their errors themselves.
+    """Keep Tune from reading pickles from a disk; its trials hold their errors in memory.
 
     Tune (Ray 2.60) writes the error of a trial into Ray's session folder, which is open to all
     users of the machine, and into its experiment folder under our storage, and unpickles it from
@@ -50,15 +50,15 @@ def _kept_error(trial: Any) -> BaseException | None:
 
 
 class ProcessLost(RayActorError):  # type: ignore[misc]
-    """What Ray said of an actor in words that Tune does not know."""
+    """An error of an actor that Tune does not know, as one that it knows."""
 
 
 @contextlib.contextmanager
 def lost_processes_are_failures() -> Iterator[None]:
-    """Within, every error that Ray reports of an actor is a failure of its trial.
+    """Make every error that Ray reports of an actor a failure of its trial.
 
-    Tune knows `RayActorError` and `RayTaskError` and ends the whole study at any other: so it does
-    when Ray's memory monitor kills one actor (Ray 2.60, `RayActorManager._actor_task_failed`).
+    Tune handles `RayActorError` and `RayTaskError` and ends the whole study on any other error,
+    such as that of Ray's memory monitor (Ray 2.60, `RayActorManager._actor_task_failed`).
     """
     methods = ("_actor_task_failed", "_actor_start_failed")
     former = {name: getattr(RayActorManager, name) for name in methods}

@@ -1,4 +1,4 @@
-"""One part of a study through Ray Tune: the search, or its finalists."""
+"""One part of a study on Ray Tune: the search, or its finalists."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class TuneRun:
 
     @property
     def trials_at_a_time(self) -> int:
-        """How many trials run side by side."""
+        """Number of trials that run side by side."""
         demand = trial_demand(self.config.trial.training, self.config.resources)
         return trials_that_fit(demand, self.config.resources, self.context.cluster.capacity)
 
@@ -64,19 +64,19 @@ class TuneRun:
         """Run the trials that a searcher proposes until it has no more.
 
         Args:
-            search: Proposes trials and takes what became of them.
+            search: Searcher that proposes trials and records their outcomes.
             tables: Tables of images and features by `TrialConfig.tables_key`.
-            scheduler: Stops trials early; None: each runs to its end.
-            budget: Stops trials for the sake of the whole study.
+            scheduler: Scheduler that stops trials early; None lets each run to its end.
+            budget: Budget of the study, which may stop running trials.
         """
         context, watch = self.context, self._watch()
         callback = StudyCallback(search, context, watch)
         callbacks = [callback, WaitCallback(context.resource_wait(self.config.trial.training))]
         if watch is None:
             callbacks.append(PlacementGroupCleaner(self._drop_resumable))
-        # Our callback tells a trial's error in one line, and Tune's own files are not needed.
+        # Our callback logs a trial's error in one line.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-        # Tune's own folder is disposable: Optuna's storage and ours hold everything.
+        # Tune's own folder is disposable: Optuna's storage and the trials' folders hold everything.
         with scratch_folder(context.scratch) as scratch:
             tuner = tune.Tuner(
                 tune_trainable(
@@ -121,7 +121,7 @@ class TuneRun:
 
 
 def tune_trainable(config: StudyConfig, context: WorkerContext, capacity: Capacity) -> Any:
-    """A trainable with its resources."""
+    """Return a trainable with its resources."""
     # Tune would write the driver's keys into each actor's description, for all users of the
     # cluster to read. A node has its own.
     passed_on = class_cache.ENV_VARS_TO_PROPAGATE

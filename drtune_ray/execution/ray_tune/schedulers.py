@@ -1,7 +1,7 @@
 """Ray Tune's early stopping by epochs, over trials that are known by their Optuna number.
 
-Of Tune's schedulers two need nothing but to stop a trial, and those are offered. The others are
-refused in `drtune_ray.config.study` with the reason.
+Two of Tune's schedulers need only to stop trials, and these are offered. The others are refused in
+`drtune_ray.config.study` with the reason.
 """
 
 from __future__ import annotations
@@ -54,20 +54,20 @@ def build_scheduler(
 
 @dataclass(frozen=True)
 class _Known:
-    """A trial as a rule sees it: Tune's ids change between drivers, Optuna's numbers do not."""
+    """A trial for a rule: Tune's ids change between drivers, Optuna's numbers do not."""
 
     trial_id: str
 
 
 class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
-    """A stopping rule of Tune's that knows the trials of earlier drivers.
+    """A stopping rule of Tune with the trials of earlier drivers.
 
-    Reference trials run to their last epoch and leave no trace in the rule. A trial that fails
-    keeps its values: they were true.
+    Reference trials run to their last epoch and do not enter the rule. The values of a trial that
+    fails stay in it: they are valid.
 
     Args:
         rule: Tune's ASHA or median stopping rule (Golovin et al., Vizier, KDD 2017).
-        enter: The rule's method that takes a value and stops nothing.
+        enter: Method of the rule that enters a value without stopping a trial.
         reference_numbers: Numbers of the reference trials; may grow later.
     """
 
@@ -81,7 +81,7 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
         self.rule, self._enter, self._reference_numbers = rule, enter, reference_numbers
 
     def refill(self, trials: Iterable[FrozenTrial]) -> None:
-        """Enter the recorded values of earlier trials: it decides as one that saw them would."""
+        """Enter the recorded values of earlier trials, so that the rule decides as if unbroken."""
         for trial in trials:
             values = sorted(values_by_epoch(trial).items())
             if values and trial.number not in self._reference_numbers:
@@ -96,7 +96,7 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
             self.rule.on_trial_add(tune_controller, known)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Stop a trial that the rule finds too bad."""
+        """Stop a trial if the rule says so."""
         if (known := self._known(trial)) is None:
             return str(TrialScheduler.CONTINUE)
         return str(self.rule.on_trial_result(tune_controller, known, result))
@@ -112,7 +112,7 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
 
 
 class _MedianRule(MedianStoppingRule):  # type: ignore[misc]
-    """Tune's median stopping rule; of too few trials it stops none."""
+    """Tune's median stopping rule, which stops nothing while there are too few trials."""
 
     def _on_insufficient_samples(self, tune_controller: Any, trial: Any, time: float) -> str:
         # Tune's own would pause the trial, to let others run that are not there.

@@ -1,7 +1,7 @@
-"""StudySearch: Ray Tune's searcher over an Optuna study, which is the truth.
+"""Ray Tune's searcher over an Optuna study, which holds the truth.
 
-A trial is known by its Optuna number. Which one is next says `search.proposals`; what Optuna is
-told of it, `search.outcomes`.
+A trial is identified by its Optuna number. `search.proposals` chooses the next one;
+`search.outcomes` records what became of it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from drtune_ray.training.reports import CONFIG_NUMBER, CONFIG_TRIAL, OBJECTIVE
 
 
 class StudySearch(Searcher):  # type: ignore[misc]
-    """Hands Tune one trial after another and has Optuna told what became of each.
+    """Gives Tune one trial after another and records what became of each.
 
     Args:
-        proposals: Which trial is next.
-        outcomes: Tells Optuna what became of a trial.
+        proposals: Chooses the next trial.
+        outcomes: Records in Optuna what became of a trial.
     """
 
     def __init__(self, proposals: Proposals, outcomes: Outcomes) -> None:
@@ -53,9 +53,9 @@ class StudySearch(Searcher):  # type: ignore[misc]
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Have Optuna told what became of the trial; without a result it stays unfinished.
+        """Record what became of the trial; without a result it stays unfinished.
 
-        Of an error Tune says here no more than that there was one: see `fail`.
+        For an error Tune passes no details here; see `fail`.
         """
         if error or not result or trial_id not in self._active or self._end is not None:
             return
@@ -64,7 +64,7 @@ class StudySearch(Searcher):  # type: ignore[misc]
             del self._active[trial_id]
 
     def fail(self, trial_id: str, outcome: str) -> None:
-        """Have Optuna told that the machine failed a trial for the last time, and how.
+        """Record that the machine failed a trial for the last time, and how.
 
         After `end_with` it stays unfinished.
         """
@@ -75,11 +75,11 @@ class StudySearch(Searcher):  # type: ignore[misc]
                 self._outcomes.tell_failure(trial, outcome)
 
     def end_with(self, error: Exception) -> None:
-        """End the study at the next `check_storage`; Optuna is told of no further trial."""
+        """End the study at the next `check_storage`, and record no further trial."""
         self._end = error
 
     def check_storage(self) -> None:
-        """Raise what ended the study; called where an error ends it.
+        """Raise the error that ended the study; called where an exception ends Tune's loop.
 
         Raises:
             Exception: The one given to `end_with`; or what Optuna's storage raised before, where
