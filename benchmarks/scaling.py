@@ -40,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from drtune_ray.config.trial import CalibrationConfig, TrialConfig
 from drtune_ray.data.views import Normalization
 from drtune_ray.method import DRTune
-from drtune_ray.method.collective import Collective, OneProcess
+from drtune_ray.method.collective import Collective
 from drtune_ray.training.backbones import Backbone
 from drtune_ray.training.distributed import ProcessGroup, data_parallel
 from drtune_ray.training.model import build_method, set_training_mode
@@ -87,15 +87,15 @@ def floats_per_step(
         "class translations": sizes.classes * num_features if asked.translation else 0,
         "softmax of the classes": 2 * sizes.classes * world_size if weighs else 0,
         "means of the rows": num_means
-        * (num_features + 1)
+        * num_features
         / (1 if asked.rotation_kept else sizes.interval),
         "norms and flags": 3,
         "R": solved / sizes.interval if asked.rotation else 0,
     }
 
 
-class CountingGroup:
-    """A `Collective` that counts floats and seconds of what goes through another."""
+class CountingGroup(Collective):
+    """One that counts floats and seconds of what goes through another."""
 
     def __init__(self, group: Collective) -> None:
         self._group = group
@@ -128,8 +128,8 @@ class Runner:
         )
         method = build_method(config, backbone, num_classes, bank_size, live_features=False)
         assert isinstance(method, DRTune) and method.calibration is not None
-        self.group = CountingGroup(OneProcess() if alone else ProcessGroup())
-        method.collective = method.calibration.collective = self.group
+        self.group = CountingGroup(Collective() if alone else ProcessGroup())
+        method.collective = self.group
         self.method = method.to(memory_format=torch.channels_last)
         set_training_mode(self.method, "frozen")
         self.interval = config.method.calibration.rotation_interval

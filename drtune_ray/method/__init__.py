@@ -6,9 +6,9 @@ Regularization with Semantic Calibration", ICCV 2023, https://arxiv.org/abs/2308
 
 from drtune_ray.method.baselines import CETuning
 from drtune_ray.method.calibration import SemanticCalibration
+from drtune_ray.method.dr_tune import DRTune, MethodOutput
+from drtune_ray.method.equations import global_rotation
 from drtune_ray.method.feature_bank import FeatureBank
-from drtune_ray.method.objective import DRTune, MethodOutput
-from drtune_ray.method.rotation import global_rotation
 
 __all__ = [
     "CETuning",

@@ -1,15 +1,14 @@
-"""What DR-Tune is compared with: methods with the same interface as ``DRTune``."""
+"""Baselines of DR-Tune: methods with the same interface as ``DRTune``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from drtune_ray.method.collective import Collective, OneProcess
-from drtune_ray.method.objective import MethodOutput, checked_shares, row_share
-from drtune_ray.method.precision import at_least_float32
+from drtune_ray.method.collective import ALONE, Collective
+from drtune_ray.method.dr_tune import MethodOutput
+from drtune_ray.method.equations import cross_entropy
 
 
 class CETuning(nn.Module):
@@ -20,23 +19,17 @@ class CETuning(nn.Module):
     Args:
         downstream_encoder: Images to features (B, D); trained.
         head: Linear layer, (B, D) to (B, C).
-        collective: The other processes of the trial.
     """
 
-    def __init__(
-        self,
-        downstream_encoder: nn.Module,
-        head: nn.Linear,
-        *,
-        collective: Collective | None = None,
-    ) -> None:
+    collective: Collective = ALONE
+
+    def __init__(self, downstream_encoder: nn.Module, head: nn.Linear) -> None:
         super().__init__()
         self.downstream_encoder = downstream_encoder
         self.head = head
-        self.collective = collective or OneProcess()
 
     def begin_epoch(self) -> None:
-        """Nothing depends on the epoch."""
+        """Start an epoch, on which nothing here depends."""
 
     def forward(
         self,
@@ -45,15 +38,13 @@ class CETuning(nn.Module):
         pretrained_features: Tensor | None = None,
         shares: Sequence[int] | None = None,
     ) -> MethodOutput:
-        """Loss of one step, with the part ``cross_entropy``; arguments as for ``DRTune``."""
-        shares = checked_shares(shares, len(labels), self.collective)
-        num_rows = shares[self.collective.rank]
-        logits = self.head(self.downstream_encoder(images))[:num_rows]
-        loss_sum = F.cross_entropy(at_least_float32(logits), labels[:num_rows], reduction="sum")
-        loss = row_share(loss_sum, sum(shares), self.collective.world_size)
+        """Compute the loss of one step, its only part; arguments as for `DRTune`."""
+        batch = self.collective.batch(len(labels), shares)
+        logits = self.head(self.downstream_encoder(images))[batch.own]
+        loss = cross_entropy(logits, labels[batch.own], batch.divisor)
         parts = {"cross_entropy": loss.detach()}
         return MethodOutput(loss, parts, logits, loss.detach().isfinite())
 
     def diagnostics(self) -> dict[str, Tensor]:
-        """Nothing: there is no bank."""
+        """Return nothing: there is no bank."""
         return {}

@@ -1,4 +1,4 @@
-"""Rows grouped by class: sums, means and softmax of each class, and its table's row for each row.
+"""Rows grouped by class: sums, means and softmax within each class, and a table by class.
 
 Nothing here waits for an accelerator: no shape depends on the labels.
 Legend: K rows, D features, C classes.
@@ -12,39 +12,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from drtune_ray.method.collective import Collective, OneProcess, own_block
-
 # Rows for which a table's rows are gathered at a time: they stay in a processor's cache.
 BLOCK_ROWS = 128
 
 
 class ClassRows:
-    """Which rows belong to which class.
-
-    With several processes each works on its block of the rows (:func:`own_block`): K is then the
-    length of the block, and what is summed or averaged over a class is this process's part of it,
-    until :meth:`total` adds the parts.
+    """Class of each of K rows.
 
     Args:
-        labels: Of the rows of all processes, each from 0 to C - 1.
+        labels: Label of each row, 0 to C - 1, shape (K,).
         num_classes: C.
-        collective: The processes that divide the rows.
+        counts: Number of rows of each class, shape (C,), where the rows at hand are a part of
+            them; by default these are counted.
     """
 
-    def __init__(
-        self, labels: Tensor, num_classes: int, collective: Collective | None = None
-    ) -> None:
-        self.collective = collective or OneProcess()
-        self.counts = _counts(labels, num_classes)
-        self.labels = labels[own_block(len(labels), self.collective)]
-        is_whole = self.collective.world_size == 1
-        own_counts = self.counts if is_whole else _counts(self.labels, num_classes)
-        self._order = self.labels.argsort(stable=True)
+    def __init__(self, labels: Tensor, num_classes: int, counts: Tensor | None = None) -> None:
+        own_counts = class_counts(labels, num_classes)
+        self.labels, self.counts = labels, own_counts if counts is None else counts
+        self._order = labels.argsort(stable=True)
         self._starts = own_counts.cumsum(0) - own_counts
-
-    def total(self, part: Tensor) -> Tensor:
-        """The sum over the processes of what each has of it."""
-        return self.collective.sum(part)
 
     def sums(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum of each class's rows, always in the same order.
@@ -70,54 +56,44 @@ class ClassRows:
         return self.sums(rows, self.plain_weights(rows.dtype))
 
     def plain_weights(self, dtype: torch.dtype) -> Tensor:
-        """1 / number of rows of the own class over all processes, shape (K,)."""
+        """1 / number of rows of the class of each row, shape (K,)."""
         return self.counts.to(dtype).reciprocal().index_select(0, self.labels)
 
     def softmax(self, scores: Tensor, temperature: float = 1.0) -> Tensor:
-        """Softmax of the scores / temperature over all rows of each class: (K,) -> (K,).
+        """Softmax of the scores / temperature over the rows of each class: (K,) -> (K,).
 
-        The class's own maximum is subtracted before the division, so no temperature overflows.
+        The maximum of the class is subtracted before the division, so no temperature overflows.
         """
         maxima = scores.new_full(self.counts.shape, -torch.inf)
         maxima = maxima.scatter_reduce(0, self.labels, scores, "amax")
         # A temperature that the precision cannot hold would be zero, and the best row's score 0/0.
         temperature = max(temperature, torch.finfo(scores.dtype).tiny)
-        weights = ((scores - maxima[self.labels]) / temperature).exp()
-        totals = self.sums(weights.unsqueeze(1), torch.ones_like(weights)).squeeze(1)
-        if self.collective.world_size > 1:
-            factors, totals = self._over_processes(maxima, totals, temperature)
-            weights = weights * factors[self.labels]
-        return weights / totals[self.labels]
+        exponentials = ((scores - maxima[self.labels]) / temperature).exp()
+        totals = self.sums(exponentials.unsqueeze(1), torch.ones_like(exponentials)).squeeze(1)
+        return self._normalised(exponentials, maxima, totals, temperature)
 
-    def _over_processes(
-        self, maxima: Tensor, totals: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        """What this process's exponentials are multiplied by, and the totals over all, (C,) each.
-
-        One exchange of 2 C numbers a process; a class of which a process has no row counts 0.
-        """
-        own = torch.stack([maxima, totals]).unsqueeze(0)
-        shares = [1] * self.collective.world_size
-        all_maxima, all_totals = self.collective.gather_rows(own, shares).unbind(1)
-        factors = ((all_maxima - all_maxima.amax(0)) / temperature).exp()
-        return factors[self.collective.rank], (all_totals * factors).sum(0)
+    def _normalised(
+        self, exponentials: Tensor, maxima: Tensor, totals: Tensor, temperature: float
+    ) -> Tensor:
+        """Divide each exponential, (K,), by the total of its class, (C,)."""
+        return exponentials / totals[self.labels]
 
     def dot(self, rows: Tensor, table: Tensor) -> Tensor:
-        """Dot product of each row with its class's row of the table: (K, D), (C, D) -> (K,)."""
+        """Dot product of each row with the table's row of its class: (K, D), (C, D) -> (K,)."""
         return torch.cat([own.mul_(block).sum(1) for block, own in self._blocks(rows, table)])
 
     def add_(self, rows: Tensor, table: Tensor) -> None:
-        """Add to each row, in place, its class's row of the table: (K, D), (C, D)."""
+        """Add to each row, in place, the table's row of its class: (K, D), (C, D)."""
         for block, own in self._blocks(rows, table):
             block += own
 
     def _blocks(self, rows: Tensor, table: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Some rows at a time, and for each of them a new copy of its class's row of the table."""
+        """Some rows at a time, with a new copy of the table's row of the class of each."""
         labels = torch.split(self.labels, BLOCK_ROWS)
         for block, own in zip(torch.split(rows, BLOCK_ROWS), labels, strict=True):
             yield block, table.index_select(0, own)
 
 
-def _counts(labels: Tensor, num_classes: int) -> Tensor:
+def class_counts(labels: Tensor, num_classes: int) -> Tensor:
     """Number of rows of each class, (C,)."""
     return labels.new_zeros(num_classes).index_add_(0, labels, torch.ones_like(labels))

@@ -64,59 +64,6 @@ class Rotation(NamedTuple):
         return product
 
 
-@torch.no_grad()
-def global_rotation(
-    pretrained: Tensor,
-    downstream: Tensor,
-    *,
-    solver: str = "svd",
-    rank: int = 32,
-    shrinkage: float = 0.02,
-    proper: bool = False,
-) -> Tensor:
-    """R that brings the centred pretrained rows near the centred downstream rows (eq. 7).
-
-    ``svd`` is the exact minimiser of sum_k |R v^p_k - v^d_k|^2 over orthogonal R. Where the
-    cross-covariance is singular the minimiser is not unique: the one nearest to the identity
-    (Frobenius norm) is returned, so directions without evidence are left as they are.
-    ``randomized`` is :func:`subspace_rotation` from a seeded start, which is not orthogonal.
-
-    Differs from the authors' code: theirs takes whatever the SVD gives in directions without
-    evidence.
-
-    Args:
-        pretrained: v^p, shape (K, D). Need not be centred.
-        downstream: v^d of the same images, shape (K, D).
-        solver: ``svd``, in which singular values below min(D, 2K) * eps of the largest are
-            rounding and count as zero (1.5e-4 of it in float32 at 1280), or ``randomized``.
-        rank: See :func:`subspace_rotation`; not read by ``svd``.
-        shrinkage: See :func:`subspace_rotation`; not read by ``svd``.
-        proper: Ask ``svd`` for det R = +1 (a rotation, as the authors' code does) where the paper
-            asks for an orthogonal matrix only.
-
-    Returns:
-        R, shape (D, D), with ``R @ v_p ~ v_d`` for centred rows; for rows ``centred @ R.T``.
-
-    Raises:
-        ValueError: If the shapes differ, the solver is unknown or a number is out of range.
-    """
-    if pretrained.shape != downstream.shape or pretrained.ndim != 2:
-        raise ValueError(
-            "pretrained and downstream must both be (K, D), but got "
-            f"{tuple(pretrained.shape)} and {tuple(downstream.shape)}"
-        )
-    check_solver(solver, rank, shrinkage)
-    # Mixed precision would round the covariance to bfloat16 and rotate by the rounding.
-    with torch.autocast(pretrained.device.type, enabled=False):
-        source, target = centred(pretrained), centred(downstream)
-        if solver == "svd":
-            return exact_rotation(source, target, proper=proper).matrix()
-        start = random_start(pretrained.shape[1], rank).to(source)
-        return subspace_rotation(
-            source, target, start, shrinkage=shrinkage, num_iterations=COLD_ITERATIONS
-        ).matrix()
-
-
 def check_solver(solver: str, rank: int, shrinkage: float) -> None:
     """Refuse an unknown solver, or a rank or shrinkage out of its range.
 

@@ -13,30 +13,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from drtune_ray.method.collective import Collective
 
-class ProcessGroup:
-    """The `drtune_ray.method.collective.Collective` of torch's default process group."""
 
-    @property
-    def rank(self) -> int:
-        """This process's rank."""
-        return dist.get_rank() if is_distributed() else 0
+class ProcessGroup(Collective):
+    """torch's default process group, as it is now; without one, this process alone."""
 
-    @property
-    def world_size(self) -> int:
-        """Number of processes."""
-        return dist.get_world_size() if is_distributed() else 1
+    def __init__(self) -> None:
+        if is_distributed():
+            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Elementwise sum over the processes."""
-        if is_distributed():
+        if self.world_size > 1:
             tensor = tensor.clone()
             dist.all_reduce(tensor)
         return tensor
 
     def gather_rows(self, rows: Tensor, shares: Sequence[int]) -> Tensor:
         """Rows of all processes in the order of the ranks; `shares` are their numbers."""
-        if not is_distributed():
+        if self.world_size == 1:
             return rows
         longest = max(shares)
         if len(rows) < longest:  # collectives need equal shapes: pad to the longest, then cut
@@ -50,9 +46,9 @@ class ProcessGroup:
     def sum_in_order(self, tensor: Tensor) -> Tensor:
         """Elementwise sum in the order of the ranks: equal bit for bit in a message of any length.
 
-        That of :meth:`sum` may be taken in an order that depends on the length.
+        :meth:`sum` may add in an order that depends on the length.
         """
-        if not is_distributed():
+        if self.world_size == 1:
             return tensor
         parts = self.gather_rows(tensor.unsqueeze(0), [1] * self.world_size)
         total = parts[0]
@@ -62,7 +58,7 @@ class ProcessGroup:
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """The tensor of rank 0."""
-        if is_distributed():
+        if self.world_size > 1:
             tensor = tensor.clone()
             dist.broadcast(tensor, 0)
         return tensor

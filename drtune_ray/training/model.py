@@ -111,17 +111,31 @@ def build_method(
     head = nn.Linear(backbone.num_features, num_classes)
     nn.init.normal_(head.weight, std=HEAD_INIT_STD, generator=generator(config.seed, "head"))
     nn.init.zeros_(head.bias)
-    group = ProcessGroup()
+    method: Method
     if config.method.name == "ce_tuning":
-        return CETuning(encoder, head, collective=group)
-    scale = method_scale(config, num_train)
+        method = CETuning(encoder, head)
+    else:
+        frozen = backbone.build_frozen() if live_features else None
+        method = _dr_tune(config, encoder, head, frozen, num_train)
+    method.collective = ProcessGroup()
+    return method
+
+
+def _dr_tune(
+    config: TrialConfig,
+    encoder: nn.Module,
+    head: nn.Linear,
+    frozen: nn.Module | None,
+    num_train: int,
+) -> DRTune:
+    scale, num_features = method_scale(config, num_train), head.in_features
     calibration = config.method.calibration
     return DRTune(
         encoder,
         head,
-        FeatureBank(scale.bank_size, backbone.num_features),
+        FeatureBank(scale.bank_size, num_features),
         SemanticCalibration(
-            backbone.num_features,
+            num_features,
             rotation=calibration.rotation,
             rotation_interval=calibration.rotation_interval,
             rotation_solver=calibration.rotation_solver,
@@ -136,12 +150,10 @@ def build_method(
             confidence_weighting=calibration.confidence_weighting,
             confidence_temperature=calibration.confidence_temperature,
             similarity=calibration.similarity,
-            collective=group,
         ),
-        backbone.build_frozen() if live_features else None,
+        frozen,
         regularization_weight=scale.regularization_weight,
         reduction=config.method.reduction,
-        collective=group,
     )
 
 

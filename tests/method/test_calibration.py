@@ -6,11 +6,8 @@ import pytest
 import torch
 
 from drtune_ray.method import SemanticCalibration
-from drtune_ray.method.calibration import (
-    class_level_translation,
-    confidence_guided_weights,
-)
 from drtune_ray.method.class_rows import ClassRows
+from drtune_ray.method.equations import class_level_translation, confidence_guided_weights
 from tests.method.reference import AUTHORS, PAPER, ReferenceCalibration, confidence, mean
 
 C, D = 5, 6

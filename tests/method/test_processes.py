@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from drtune_ray.method import CETuning, objective
-from drtune_ray.method.collective import OneProcess
+from drtune_ray.method import CETuning
+from drtune_ray.method.collective import Collective, Shard
 from tests.method.reference import AUTHORS
 from tests.method.tiny import (
     KEPT,
@@ -22,7 +22,7 @@ from tests.method.tiny import (
 )
 
 
-class ThreadRank:
+class ThreadRank(Collective):
     """A `Collective` whose processes are threads: the double of `training.distributed`."""
 
     def __init__(self, rank, slots, barrier):
@@ -104,8 +104,6 @@ def run_together(shares, bank_size, num_warm, **arguments):
 
     def run(collective):
         method = make_method(bank_size=bank_size, weight=0.7, collective=collective, **arguments)
-        if method.calibration is not None:
-            method.calibration.collective = collective
         warm_images, warm_labels = make_data(num_warm, seed=9)
         parts = blocks(num_warm, num_ranks)
         mine = parts[collective.rank]
@@ -196,10 +194,8 @@ def test_the_comparison_sees_a_wrong_order(monkeypatch, shares, arguments):
 def test_the_comparison_sees_a_wrong_weighting(monkeypatch, shares, arguments):
     """Each process divides by its part of the rows as if these were divided evenly, from above."""
 
-    def from_above(loss_sum, num_global_rows, world_size):
-        return loss_sum / -(-num_global_rows // world_size)
-
-    monkeypatch.setattr(objective, "row_share", from_above)
+    from_above = property(lambda shard: -(-shard.num_rows // len(shard.shares)))
+    monkeypatch.setattr(Shard, "divisor", from_above)
     assert max(differences(shares, **arguments).values()) > 1e-3
 
 
@@ -209,7 +205,8 @@ def test_ce_tuning_on_several_processes_equals_one(share):
     expected = run_step(CETuning(make_encoder(0), make_head()), images, labels)
 
     def run(collective):
-        method = CETuning(make_encoder(0), make_head(), collective=collective)
+        method = CETuning(make_encoder(0), make_head())
+        method.collective = collective
         first = sum(share[: collective.rank])
         num_rows = share[collective.rank]
         rows = slice(first, first + num_rows) if num_rows else slice(0, 1)
@@ -220,7 +217,7 @@ def test_ce_tuning_on_several_processes_equals_one(share):
 
 @pytest.mark.parametrize("shares", [None, [2], [2, 1, 1], [5, 0]])
 def test_processes_must_know_their_shares(shares):
-    class Two(OneProcess):
+    class Two(Collective):
         world_size = 2
 
     images, labels = make_data(4)

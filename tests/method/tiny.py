@@ -35,10 +35,12 @@ def randomise(module, seed, std):
     return module
 
 
-def make_method(bank_size=5, options=PAPER, weight=0.7, reduction="sum", **arguments):
+def make_method(
+    bank_size=5, options=PAPER, weight=0.7, reduction="sum", collective=None, **arguments
+):
     """DRTune in float64; the frozen encoder starts as the trained one."""
     arguments = {"pretrained_encoder": make_encoder(0)} | arguments
-    return DRTune(
+    method = DRTune(
         make_encoder(0),
         make_head(),
         FeatureBank(bank_size, D),
@@ -47,6 +49,9 @@ def make_method(bank_size=5, options=PAPER, weight=0.7, reduction="sum", **argum
         reduction=reduction,
         **arguments,
     ).double()
+    if collective is not None:
+        method.collective = collective
+    return method
 
 
 def make_reference(bank_size=5, options=PAPER, weight=0.7, reduction="sum"):

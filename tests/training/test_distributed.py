@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import Tables, TrainingData
+from drtune_ray.method.collective import Shard
 from drtune_ray.training.backbones import Backbone, read_backbone
 from drtune_ray.training.checkpoint import TrialFolder
 from drtune_ray.training.distributed import ProcessGroup, gather_objects
@@ -186,13 +187,9 @@ def _wrong_weighting() -> Iterator[None]:
     def own_mean(logits: torch.Tensor, labels: torch.Tensor, reduction: str) -> torch.Tensor:
         return cross_entropy(logits, labels, reduction=reduction) / max(1, len(labels))
 
-    def as_it_is(loss: torch.Tensor, num_global_rows: int, world_size: int) -> torch.Tensor:
-        return loss
-
     with (
         mock.patch.object(F, "cross_entropy", own_mean),
-        mock.patch("drtune_ray.method.objective.row_share", as_it_is),
-        mock.patch("drtune_ray.method.baselines.row_share", as_it_is),
+        mock.patch.object(Shard, "divisor", 1.0),
     ):
         yield
 

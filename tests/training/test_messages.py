@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from drtune_ray.config.trial import CalibrationConfig
+from drtune_ray.method.collective import Collective
 from tests.method.tiny import D, make_data, make_method
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -29,7 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-class CountingRank:
+class CountingRank(Collective):
     """The first of some processes, of which the others say what it says."""
 
     rank, world_size, num_floats = 0, WORLD_SIZE, 0
@@ -57,7 +58,7 @@ def test_a_step_sends_as_many_floats_as_the_formula_says(monkeypatch, changes, b
     scaling = importlib.import_module("scaling")
     config = CalibrationConfig(**{"rotation_rank": RANK, "rotation_interval": INTERVAL} | changes)
     collective = CountingRank()
-    options = config.model_dump() | {"collective": collective}
+    options = config.model_dump()
     options["restart_each_epoch"] = options.pop("rotation_restarts_each_epoch")
     method = make_method(bank_size, options, collective=collective)
     images, labels = make_data(BATCH)

@@ -1,6 +1,7 @@
-"""The objective of DR-Tune: cross-entropy of the batch plus distribution regularization (DR).
+"""One training step of DR-Tune: cross-entropy of the batch plus distribution regularization.
 
-DR-Tune (https://arxiv.org/abs/2308.12058), eq. 5, 13 and 14.
+DR-Tune (https://arxiv.org/abs/2308.12058), eq. 5, 13 and 14, by the functions of
+:mod:`~drtune_ray.method.equations`.
 Legend: B batch rows, K bank rows, C classes, D features; W processes.
 """
 
@@ -8,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,25 +16,28 @@ from torch.nn import functional as F
 
 from drtune_ray.method.calibration import SemanticCalibration
 from drtune_ray.method.class_rows import ClassRows
-from drtune_ray.method.collective import Collective, OneProcess, own_block
+from drtune_ray.method.collective import ALONE, Collective, Shard
 from drtune_ray.method.diagnostics import agreement, sparse_class_share
+from drtune_ray.method.equations import (
+    REDUCTIONS,
+    Reduction,
+    cross_entropy,
+    distribution_regularization,
+    objective,
+)
 from drtune_ray.method.feature_bank import FeatureBank
 from drtune_ray.method.precision import at_least_float32
-
-Reduction = Literal["sum", "mean"]
-REDUCTIONS = get_args(Reduction)
 
 
 @dataclass(frozen=True)
 class MethodOutput:
-    """What one step of a method gives.
+    """Result of one step of a method.
 
     Attributes:
         loss: Scalar to call ``backward`` on. With W processes the *mean* over the processes of
             this loss and of its gradients equals those of one process.
-        parts: The named parts of the loss, scalars without gradient, of this process's share:
-            their mean over the processes is the global part.
-        logits: Of the batch rows, shape (B, C).
+        parts: Named parts of the loss, scalars without gradient, averaged like the loss.
+        logits: Logits of the batch rows, shape (B, C).
         is_finite: Whether the loss and every feature so far were finite: a boolean scalar on the
             device, which nothing here waits for. False means that the training has diverged.
     """
@@ -45,60 +48,15 @@ class MethodOutput:
     is_finite: Tensor
 
 
-def combine(
-    cross_entropy: Tensor, regularization: Tensor, weight: float, reduction: Reduction
-) -> Tensor:
-    """Eq. 14, ``CE + weight * DR`` (`sum`), or the authors' code's mean of both (`mean`).
-
-    The authors' code takes one mean over the B + K rows, ``(CE + weight * DR) / (1 + weight)`` at
-    ``weight = K/B``: the weight then also scales the step of the backbone.
-    """
-    total = cross_entropy + weight * regularization
-    return total / (1.0 + weight) if reduction == "mean" else total
-
-
-def row_share(loss_sum: Tensor, num_global_rows: int, world_size: int) -> Tensor:
-    """A rank's part of a mean over all ranks' rows: ``W * sum / rows``.
-
-    Averaging over the processes, as data-parallel training does to gradients, then yields the
-    mean over the global rows, however unevenly these are divided.
-    """
-    return loss_sum * world_size / num_global_rows
-
-
-def checked_shares(
-    shares: Sequence[int] | None, num_rows: int, collective: Collective
-) -> list[int]:
-    """How many rows of the global batch each process has.
-
-    Raises:
-        ValueError: If several processes train and no shares are given, or they cannot be.
-    """
-    if shares is None:
-        if collective.world_size > 1:
-            raise ValueError(
-                f"shares is needed with {collective.world_size} processes: pass how many rows of "
-                "the global batch each of them has"
-            )
-        return [num_rows]
-    if len(shares) != collective.world_size or shares[collective.rank] > num_rows:
-        raise ValueError(
-            f"shares must hold one number of rows for each of {collective.world_size} processes, "
-            f"here at most {num_rows}, but got shares={list(shares)} in process {collective.rank}"
-        )
-    return list(shares)
-
-
 class DRTune(nn.Module):
-    """One training step of DR-Tune.
+    """One training step of DR-Tune (eq. 14).
 
-    Only `downstream_encoder` and `head` have a gradient and are needed after training. Each
-    process holds the same bank in the same order: the new rows are gathered, and the work on the
-    bank's rows is divided among the processes.
+    Only `downstream_encoder` and `head` have a gradient and are needed after training. A trainer
+    of several processes sets `collective` on the finished module.
 
-    Differs from the authors' code: see :class:`FeatureBank`,
-    :class:`SemanticCalibration` and :func:`combine`; `regularization_weight` is a parameter of
-    its own instead of following from the size of the bank.
+    Differs from the authors' code: see :class:`FeatureBank`, :class:`SemanticCalibration` and
+    :func:`~drtune_ray.method.equations.objective`; `regularization_weight` is a parameter of its
+    own instead of following from the size of the bank.
 
     Args:
         downstream_encoder: Images to features (B, D); trained.
@@ -108,13 +66,14 @@ class DRTune(nn.Module):
         pretrained_encoder: Frozen copy of the encoder before training; None where the caller
             always passes the pretrained features.
         regularization_weight: lambda of eq. 14, not negative.
-        reduction: See :func:`combine`.
-        collective: The other processes of the trial.
+        reduction: ``sum`` (eq. 14) or ``mean`` (the authors' code).
 
     Raises:
         ValueError: If `regularization_weight` is negative, `reduction` is unknown or both encoders
             are one module.
     """
+
+    collective: Collective = ALONE
 
     def __init__(
         self,
@@ -126,7 +85,6 @@ class DRTune(nn.Module):
         *,
         regularization_weight: float = 1.0,
         reduction: Reduction = "sum",
-        collective: Collective | None = None,
     ) -> None:
         super().__init__()
         if not regularization_weight >= 0:
@@ -152,17 +110,16 @@ class DRTune(nn.Module):
             pretrained_encoder.requires_grad_(False).eval()
         self.regularization_weight = regularization_weight
         self.reduction: Reduction = reduction
-        self.collective = collective or OneProcess()
 
     def train(self, mode: bool = True) -> DRTune:
-        """As ``nn.Module.train``; the frozen encoder stays in eval mode."""
+        """Set the mode as ``nn.Module.train`` does; the frozen encoder stays in eval mode."""
         super().train(mode)
         if self.pretrained_encoder is not None:
             self.pretrained_encoder.eval()
         return self
 
     def begin_epoch(self) -> None:
-        """Tell that an epoch starts."""
+        """Start an epoch."""
         if self.calibration is not None:
             self.calibration.begin_epoch()
 
@@ -180,13 +137,11 @@ class DRTune(nn.Module):
             images: (B, 3, H, W); not read where `pretrained_features` is given.
             labels: (B,).
             pretrained_features: z^p of the images, (B, D), where they are known already.
-            shares: As for `forward`.
+            shares: See :meth:`forward`.
         """
-        shares = checked_shares(shares, len(labels), self.collective)
-        num_rows = shares[self.collective.rank]
-        known = None if pretrained_features is None else pretrained_features[:num_rows]
-        pretrained = self._pretrained(images[:num_rows], known)
-        self._enqueue(pretrained, pretrained, labels[:num_rows], shares)
+        batch = self.collective.batch(len(labels), shares)
+        pretrained = self._pretrained(images, pretrained_features, batch)
+        self._enqueue(pretrained, pretrained, labels[batch.own], batch)
 
     def forward(
         self,
@@ -195,41 +150,34 @@ class DRTune(nn.Module):
         pretrained_features: Tensor | None = None,
         shares: Sequence[int] | None = None,
     ) -> MethodOutput:
-        """Loss of one step; afterwards the batch is in the bank.
+        """Compute the loss of one step; afterwards the batch is in the bank.
 
         Args:
             images: Augmented images, (B, 3, H, W).
             labels: (B,).
             pretrained_features: z^p of the same augmented images, (B, D); without them the frozen
                 encoder computes them.
-            shares: How many rows of the global batch each process has, in the order of the ranks;
-                needed with several processes. This one's leading rows count: there are more only
-                where a process without rows of its own runs a spare row to keep its graph.
+            shares: Number of rows of each process; see
+                :meth:`~drtune_ray.method.collective.Collective.batch`.
 
         Returns:
             The loss with parts ``cross_entropy`` and ``distribution_regularization``.
         """
-        shares = checked_shares(shares, len(labels), self.collective)
-        num_rows, num_global = shares[self.collective.rank], sum(shares)
-        known = None if pretrained_features is None else pretrained_features[:num_rows]
+        batch = self.collective.batch(len(labels), shares)
         # First, so that what it needs is free again before the graph of the other encoder is held.
-        pretrained = self._pretrained(images[:num_rows], known)
+        pretrained = self._pretrained(images, pretrained_features, batch)
         features = self.downstream_encoder(images)
-        logits = self.head(features)[:num_rows]
-        labels, features = labels[:num_rows], features[:num_rows]
-        cross_entropy = row_share(
-            F.cross_entropy(at_least_float32(logits), labels, reduction="sum"),
-            num_global,
-            self.collective.world_size,
-        )
-        regularization = self._regularization(self._norm_sum(features) / num_global)
-        self._enqueue(pretrained, features.detach(), labels, shares)
-        loss = combine(cross_entropy, regularization, self.regularization_weight, self.reduction)
+        logits = self.head(features)[batch.own]
+        labels, features = labels[batch.own], features[batch.own].detach()
+        batch_loss = cross_entropy(logits, labels, batch.divisor)
+        bank_loss = self._regularization(self._mean_norm(features, batch))
+        self._enqueue(pretrained, features, labels, batch)
+        loss = objective(batch_loss, bank_loss, self.regularization_weight, self.reduction)
         return MethodOutput(
             loss,
             {
-                "cross_entropy": cross_entropy.detach(),
-                "distribution_regularization": regularization.detach(),
+                "cross_entropy": batch_loss.detach(),
+                "distribution_regularization": bank_loss.detach(),
             },
             logits,
             loss.detach().isfinite() & (self.bank.num_nonfinite == 0),
@@ -237,7 +185,7 @@ class DRTune(nn.Module):
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, Tensor]:
-        """What the bank tells of the training, as scalars; meant for an epoch's end.
+        """Scalars that describe the training by the bank as it is; for the end of an epoch.
 
         Returns:
             ``sparse_class_share``: classes with fewer than two bank rows. ``head_agreement``: bank
@@ -277,71 +225,52 @@ class DRTune(nn.Module):
         )
 
     @torch.no_grad()
-    def _norm_sum(self, features: Tensor) -> Tensor:
-        """Sum of the norms of the rows of the global batch, a scalar."""
+    def _mean_norm(self, features: Tensor, batch: Shard) -> Tensor:
+        """Mean norm of the downstream features of the global batch, a scalar."""
         norms = torch.linalg.vector_norm(at_least_float32(features), dim=1)
-        return self.collective.sum(norms.sum())
+        return self.collective.sum(norms.sum()) / batch.num_rows
 
     def _regularization(self, scale: Tensor) -> Tensor:
-        """Eq. 5 and 13: mean cross-entropy of the head on the calibrated bank; 0 if empty.
-
-        Each process computes the part of its block of the bank's rows.
-        """
+        """DR of the calibrated bank (eq. 5, 13); 0 if it is empty."""
         if len(self.bank) == 0:
             return self.head.weight.sum() * 0.0
         pretrained, downstream, labels = self.bank.stored()
         labels = labels.clone()  # part of the graph when the next rows are enqueued
-        own = own_block(len(labels), self.collective)
+        block = self.collective.block(len(labels))
         # Mixed precision is for the encoder: these products are small.
         with torch.autocast(labels.device.type, enabled=False):
             weight, bias = self._head_parameters()
             if self.calibration is None:
-                rows = at_least_float32(pretrained[own].clone())
+                rows = at_least_float32(pretrained[block.own].clone())
             else:
-                rows = self.calibration(pretrained, downstream, labels, weight, scale)
-            logits = F.linear(rows, weight, bias)
-        loss_sum = F.cross_entropy(logits, labels[own], reduction="sum")
-        return row_share(loss_sum, len(labels), self.collective.world_size)
+                rows = self.calibration(
+                    pretrained, downstream, labels, weight, scale, self.collective
+                )
+            return distribution_regularization(rows, labels[block.own], weight, bias, block.divisor)
 
     def _head_parameters(self) -> tuple[Tensor, Tensor | None]:
         bias: Tensor | None = self.head.bias
         return at_least_float32(self.head.weight), None if bias is None else at_least_float32(bias)
 
     @torch.no_grad()
-    def _pretrained(self, images: Tensor, pretrained_features: Tensor | None) -> Tensor:
-        if pretrained_features is not None:
-            return pretrained_features
+    def _pretrained(self, images: Tensor, known: Tensor | None, batch: Shard) -> Tensor:
+        """z^p of the images, (B, D), computed where it is not known."""
+        if known is not None:
+            return known[batch.own]
         if self.pretrained_encoder is None:
             raise ValueError("pretrained_features is needed where there is no pretrained_encoder")
+        images = images[batch.own]
         if len(images) == 0:
             return images.new_zeros(0, self.bank.pretrained.shape[1])
         features: Tensor = self.pretrained_encoder(images)
         return features
 
     def _enqueue(
-        self, pretrained: Tensor, downstream: Tensor, labels: Tensor, shares: list[int]
+        self, pretrained: Tensor, downstream: Tensor, labels: Tensor, batch: Shard
     ) -> None:
-        """Enter the rows of all processes, in the order of the ranks: one message."""
+        """Enter the global batch into the bank."""
         pretrained, downstream = pretrained.to(self.bank.pretrained), downstream.to(pretrained)
-        if self.collective.world_size > 1:
-            skipped = _surplus(shares, self.bank.bank_size)
-            kept = [share - skip for share, skip in zip(shares, skipped, strict=True)]
-            # Labels travel as numbers of the same kind; float32 is exact up to 2^24 classes.
-            message = torch.cat(
-                [at_least_float32(rows) for rows in (pretrained, downstream, labels.unsqueeze(1))],
-                dim=1,
-            )[skipped[self.collective.rank] :]
-            width = pretrained.shape[1]
-            rows = self.collective.gather_rows(message, kept)
-            pretrained, downstream, numbers = torch.split(rows, [width, width, 1], dim=1)
-            labels = numbers.squeeze(1).long()
-        self.bank.enqueue(pretrained, downstream, labels)
-
-
-def _surplus(shares: Sequence[int], bank_size: int) -> list[int]:
-    """How many of each process's first rows would be pushed out again by those behind them."""
-    left, skipped = max(0, sum(shares) - bank_size), []
-    for share in shares:
-        skipped.append(min(share, left))
-        left -= skipped[-1]
-    return skipped
+        rows = self.collective.gathered_batch(
+            pretrained, downstream, labels, batch, self.bank.bank_size
+        )
+        self.bank.enqueue(*rows)

@@ -9,7 +9,7 @@ from torch import nn
 from drtune_ray.config.presets import PRESETS
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.method import CETuning, DRTune, FeatureBank
-from drtune_ray.method.objective import combine
+from drtune_ray.method.equations import objective
 from drtune_ray.training.model import build_method, method_scale
 from tests.method.reference import AUTHORS, PAPER
 from tests.method.tiny import (
@@ -219,8 +219,8 @@ def test_mean_is_one_mean_over_batch_and_bank_rows():
 
 
 @pytest.mark.parametrize(("reduction", "expected"), [("sum", 2.0 + 3 * 5.0), ("mean", 17 / 4)])
-def test_combine(reduction, expected):
-    total = combine(torch.tensor(2.0), torch.tensor(5.0), 3.0, reduction)
+def test_objective(reduction, expected):
+    total = objective(torch.tensor(2.0), torch.tensor(5.0), 3.0, reduction)
     assert total.item() == pytest.approx(expected)
 
 
