@@ -76,7 +76,7 @@ WITHOUT_EXAMPLE = {
     "study x has no attempt x: there are x": JOBS,
     "cannot read checkpoint x: x": OWN_FILES,
     "x: remove it": OWN_FILES,
-    "checkpoint x is of another trial or configuration": OWN_FILES,
+    "checkpoint x belongs to another trial or configuration": OWN_FILES,
     "x is not a drtune-ray checkpoint": OWN_FILES,
     "checkpoint x is torn (its checksum differs)": OWN_FILES,
 }

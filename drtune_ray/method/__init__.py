@@ -1,4 +1,4 @@
-"""DR-Tune as its paper means it, in torch alone.
+"""DR-Tune as in its paper, in torch alone; `equations` holds the equations in their order.
 
 Zhou, Chen, Huang, "DR-Tune: Improving Fine-tuning of Pretrained Visual Models by Distribution
 Regularization with Semantic Calibration", ICCV 2023, https://arxiv.org/abs/2308.12058.

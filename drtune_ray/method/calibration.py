@@ -7,6 +7,9 @@ Legend: K bank rows, D features, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -210,27 +213,18 @@ class SemanticCalibration(nn.Module):
         rotates: bool,
         collective: Collective = ALONE,
     ) -> Tensor:
-        """Calibrate with the present R, or without any (eq. 12); in float32 at least.
+        """Calibrate with the present R, or with none (eq. 12), in float32 at least.
 
-        Args:
-            pretrained: See :meth:`forward`, as for all tensors and the collective.
-            downstream: Shape (K, D).
-            labels: Shape (K,).
-            prototypes: Shape (C, D).
-            scale: Norm of the calibrated rows where `normalize`.
-            rotates: Apply R.
-            collective: Processes that divide the K rows.
-
-        Returns:
-            As :meth:`forward`.
+        Takes and returns what :meth:`forward` does, without counting a step or refreshing R.
         """
         own = collective.block(len(labels)).own
+        mean = partial(collective.mean, num_rows=len(labels))
         # Mixed precision is for the encoder: calibration is float32 at least.
         with torch.autocast(pretrained.device.type, enabled=False):
             pretrained = at_least_float32(pretrained[own])
             downstream = at_least_float32(downstream[own])
             prototypes = prototypes.to(pretrained.dtype)
-            rows = self._rotated(pretrained, downstream, rotates, len(labels), collective)
+            rows = self._rotated(pretrained, downstream, rotates, mean)
             if self.translation:
                 classes = collective.class_rows(labels, len(prototypes))
                 weights = self._row_weights(downstream, classes, prototypes)
@@ -269,8 +263,7 @@ class SemanticCalibration(nn.Module):
         pretrained: Tensor,
         downstream: Tensor,
         rotates: bool,
-        num_rows: int,
-        collective: Collective,
+        mean: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """R (v^p - mean v^p) + mean v^d, or v^p where it is not rotated: new rows, (K, D)."""
         rows = pretrained * (inverse_norms(pretrained) if self.normalize else 1.0)
@@ -280,10 +273,10 @@ class SemanticCalibration(nn.Module):
         rotation = rotation.map(lambda part: part.to(rows.dtype))
         if self.translation:  # a shift common to all rows cancels (row q of docs/method.md)
             return rotation.apply_(rows)
-        rows = rotation.apply_(rows.sub_(collective.mean(rows, num_rows)))
+        rows = rotation.apply_(rows.sub_(mean(rows)))
         if self.recenter:
             target = F.normalize(downstream, dim=1) if self.normalize else downstream
-            rows += collective.mean(target, num_rows)
+            rows += mean(target)
         return rows
 
     def _row_weights(self, downstream: Tensor, classes: ClassRows, prototypes: Tensor) -> Tensor:

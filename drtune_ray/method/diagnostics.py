@@ -1,4 +1,4 @@
-"""What happens inside a DR-Tune training, in a few numbers an epoch: why one trial beats another.
+"""A few numbers an epoch that show what happens inside a DR-Tune training.
 
 DR-Tune (https://arxiv.org/abs/2308.12058), sections 3.3 and 3.4.
 Legend: K bank rows, D features, C classes.
@@ -17,13 +17,13 @@ from drtune_ray.method.class_rows import ClassRows
 def centre_distance(first: Tensor, second: Tensor, classes: ClassRows) -> Tensor:
     """Mean distance of the class centres of two sets of rows, over the classes that have rows.
 
-    Between pretrained and downstream features that is the *semantic drift* which the calibration
-    is to correct (section 3.4); between calibrated and downstream features, what remains of it.
+    Between pretrained and downstream features it is the *semantic drift* that the calibration
+    corrects (section 3.4); between calibrated and downstream features, what remains of it.
 
     Args:
-        first: Shape (K, D).
-        second: Of the same images, shape (K, D).
-        classes: Which class each row belongs to.
+        first: Features, shape (K, D).
+        second: Features of the same images, shape (K, D).
+        classes: Class of each row.
 
     Returns:
         Scalar, in units of the rows.
@@ -34,13 +34,13 @@ def centre_distance(first: Tensor, second: Tensor, classes: ClassRows) -> Tensor
 
 
 def turning_angle(rows: Tensor, turned: Tensor) -> Tensor:
-    """Angle between rows and what they were turned into, in degrees, 0 to 180.
+    """Angle between rows and the same rows rotated, in degrees, 0 to 180.
 
-    From the cosine of both taken as one long vector, in which long rows count for more.
+    Angle of the two matrices as vectors, so that long rows count for more.
 
     Args:
-        rows: Centred, shape (K, D).
-        turned: R times each of them, shape (K, D).
+        rows: Centred rows, shape (K, D).
+        turned: R times each row, shape (K, D).
     """
     lengths = torch.linalg.vector_norm(rows) * torch.linalg.vector_norm(turned)
     cosine = (rows * turned).sum() / lengths.clamp(min=torch.finfo(rows.dtype).tiny)
@@ -53,5 +53,5 @@ def sparse_class_share(classes: ClassRows) -> Tensor:
 
 
 def agreement(first_logits: Tensor, second_logits: Tensor) -> Tensor:
-    """Share of the rows for which both logits, (K, C), name the same class, 0 to 1."""
+    """Share of the rows for which both logits, (K, C), are largest at the same class, 0 to 1."""
     return (first_logits.argmax(1) == second_logits.argmax(1)).double().mean()

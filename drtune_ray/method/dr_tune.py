@@ -2,7 +2,7 @@
 
 DR-Tune (https://arxiv.org/abs/2308.12058), eq. 5, 13 and 14, by the functions of
 :mod:`~drtune_ray.method.equations`.
-Legend: B batch rows, K bank rows, C classes, D features; W processes.
+Legend: B batch rows, K bank rows, C classes, D features.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class MethodOutput:
     """Result of one step of a method.
 
     Attributes:
-        loss: Scalar to call ``backward`` on. With W processes the *mean* over the processes of
-            this loss and of its gradients equals those of one process.
-        parts: Named parts of the loss, scalars without gradient, averaged like the loss.
+        loss: Scalar to call ``backward`` on. Where several processes train, the *mean* of their
+            losses and gradients is that of one process.
+        parts: Named parts of the loss, scalars without gradient.
         logits: Logits of the batch rows, shape (B, C).
         is_finite: Whether the loss and every feature so far were finite: a boolean scalar on the
             device, which nothing here waits for. False means that the training has diverged.
@@ -188,13 +188,14 @@ class DRTune(nn.Module):
         """Scalars that describe the training by the bank as it is; for the end of an epoch.
 
         Returns:
-            ``sparse_class_share``: classes with fewer than two bank rows. ``head_agreement``: bank
-            rows for which the head names one class on (calibrated) pretrained and on downstream
-            features. With a calibration: ``semantic_drift`` and ``semantic_drift_remaining``, the
-            mean distance of the class centres of pretrained and downstream features before and
-            after calibration (of unit-length features where it normalises), and, once R was
-            solved, ``rotation_angle``, by which it turns the pretrained rows, in degrees. R is
-            applied, also where ``rotation_kept`` is false. Empty for an empty bank.
+            ``sparse_class_share``: share of the classes with fewer than two bank rows.
+            ``head_agreement``: share of the bank rows for which the head predicts the same class
+            from (calibrated) pretrained and from downstream features. With a calibration also
+            ``semantic_drift`` and ``semantic_drift_remaining``: mean distance of the class centres
+            of pretrained and downstream features before and after calibration (unit-length
+            features where it normalises), and, once R was solved, ``rotation_angle``: angle by
+            which R turns the pretrained rows, in degrees. R is applied even where
+            ``rotation_kept`` is false. Empty for an empty bank.
         """
         if len(self.bank) == 0:
             return {}
@@ -213,7 +214,7 @@ class DRTune(nn.Module):
         return found
 
     def _calibrated(self, pretrained: Tensor, downstream: Tensor, labels: Tensor) -> Tensor:
-        """The bank's rows with R as it is, (K, D), at the mean length of the downstream rows."""
+        """Calibrate all rows with R as it is, (K, D), to the mean norm of the downstream rows."""
         assert self.calibration is not None
         return self.calibration.calibrated(
             pretrained,

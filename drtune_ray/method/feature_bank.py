@@ -14,17 +14,17 @@ class FeatureBank(nn.Module):
     """First-in-first-out queue of (pretrained features, downstream features, label).
 
     The two banks M^p and M^d of the paper hold features of the *same* images, so they are one
-    queue with one write position. Only rows that were written are ever returned. A row with a
-    feature that is not finite is stored as zeros and counted: nothing computed from the bank
-    becomes NaN by it. All state is in ``state_dict``: rows, labels, write position, fill count and
-    the count of such rows.
+    queue with one write position. Only rows that were written are returned. A row with a feature
+    that is not finite is stored as zeros and counted, so that nothing computed from the bank
+    becomes NaN. All state is in ``state_dict``: rows, labels, write position, fill count and the
+    count of such rows.
 
     Differs from the authors' code: any K and any batch may be combined (theirs needs K to be a
     multiple of B), and the bank starts empty instead of with random rows labelled 1.
 
     Args:
-        bank_size: K, the number of rows kept.
-        num_features: D, the width of a feature.
+        bank_size: K, number of rows kept.
+        num_features: D, width of a feature.
 
     Raises:
         ValueError: If ``bank_size`` or ``num_features`` is below 1.
@@ -55,7 +55,7 @@ class FeatureBank(nn.Module):
         return {"position": self._position, "num_rows": self._num_rows}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        """Counterpart of :meth:`get_extra_state`."""
+        """Restore what :meth:`get_extra_state` returned."""
         self._position, self._num_rows = state["position"], state["num_rows"]
 
     def __len__(self) -> int:
@@ -64,7 +64,7 @@ class FeatureBank(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, pretrained: Tensor, downstream: Tensor, labels: Tensor) -> None:
-        """Append rows, the oldest falling out; of more than K rows the last K are kept.
+        """Append rows and drop the oldest; of more than K rows the last K are kept.
 
         Args:
             pretrained: z^p, shape (B, D).
@@ -101,7 +101,7 @@ class FeatureBank(nn.Module):
         self._num_rows = min(self._num_rows + num_kept, self.bank_size)
 
     def stored(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The filled rows where they lie, in no order: views, valid until the next `enqueue`.
+        """Views of the filled rows, in no particular order, valid until the next `enqueue`.
 
         Returns:
             (pretrained (rows, D), downstream (rows, D), labels (rows,)).

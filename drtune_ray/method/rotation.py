@@ -1,4 +1,4 @@
-"""Global rotation (GR): the orthogonal Procrustes problem between two paired feature sets.
+"""Solvers of the global rotation (GR): orthogonal Procrustes between two paired feature sets.
 
 DR-Tune (https://arxiv.org/abs/2308.12058), eq. 7. Solution: Schoenemann, "A generalized solution
 of the orthogonal Procrustes problem", Psychometrika 1966; determinant: Kabsch, 1976; subspace
@@ -21,23 +21,23 @@ from drtune_ray.method.precision import at_least_float32
 
 Solver = Literal["randomized", "svd"]
 SOLVERS = get_args(Solver)
-NUM_ROUNDINGS = 8  # a mean's error, in units of the last place
+NUM_ROUNDINGS = 8  # error of a mean, in units of the last place
 START_SEED = 0
-ROOT_FLOOR = 1.2e-7  # its square, which is added to the Gram matrix, is still seen in float64
+ROOT_FLOOR = 1.2e-7  # its square, added to the Gram matrix, is still above rounding in float64
 SVD_PERTURBATION = 1e-10
 EXPLORATION = 1e-3  # far above rounding, far below the directions with evidence
 COLD_ITERATIONS, WARM_ITERATIONS = 3, 1
-NEWTON_GROWTH = 1.5  # of a small eigenvalue's root in one Newton-Schulz step
+NEWTON_GROWTH = 1.5  # factor of a small eigenvalue's root in one Newton-Schulz step
 NUM_POLISHING = 6  # further steps, whose convergence is quadratic
 
 
 class Rotation(NamedTuple):
-    """R = rest I + left right^T, in factors so that rows are rotated at K D r products.
+    """R = rest I + left right^T, in factors: rows are rotated at 2 K D r products.
 
     Attributes:
-        left: (D, r), or R itself, (D, D), where the others are None.
-        right: (D, r).
-        rest: Scalar: the length at which a direction without evidence stays, 0 to 1.
+        left: Left factor, (D, r); R itself, (D, D), where the others are None.
+        right: Right factor, (D, r).
+        rest: Length kept by a direction without evidence, a scalar from 0 to 1.
     """
 
     left: Tensor
@@ -45,18 +45,18 @@ class Rotation(NamedTuple):
     rest: Tensor | None = None
 
     def apply_(self, rows: Tensor) -> Tensor:
-        """R v for each row, (K, D); the rows given may be overwritten."""
+        """Return R v for each row, (K, D); the given rows may be overwritten."""
         if self.right is None or self.rest is None:
             return rows @ self.left.T
         coordinates = rows @ self.right
         return rows.mul_(self.rest).addmm_(coordinates, self.left.T)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Rotation:
-        """Each of its tensors changed."""
+        """Apply a function to each tensor."""
         return Rotation(*(None if part is None else change(part) for part in self))  # type: ignore[arg-type]
 
     def matrix(self) -> Tensor:
-        """R, (D, D)."""
+        """Return R, (D, D)."""
         if self.right is None or self.rest is None:
             return self.left
         product = self.left @ self.right.T
@@ -65,10 +65,10 @@ class Rotation(NamedTuple):
 
 
 def check_solver(solver: str, rank: int, shrinkage: float) -> None:
-    """Refuse an unknown solver, or a rank or shrinkage out of its range.
+    """Check that the solver is known and that rank and shrinkage are within their ranges.
 
     Raises:
-        ValueError: Naming what must hold and what was given.
+        ValueError: If one of them is not; the message states the condition and the value.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {list(SOLVERS)}, but got solver={solver!r}")
@@ -79,14 +79,14 @@ def check_solver(solver: str, rank: int, shrinkage: float) -> None:
 
 
 def centred(rows: Tensor, row_scale: Tensor | None = None) -> Tensor:
-    """Rows minus their mean, (K, D), in float32 at least; zero where all rows are equal.
+    """Subtract the mean of the rows, in float32 at least; zero where all rows are equal.
 
     Args:
         rows: Shape (K, D).
-        row_scale: Multiplies each row first, shape (K, 1).
+        row_scale: Factor of each row, applied first, shape (K, 1).
 
     Returns:
-        A new tensor, of float32 rows the only one of this size that is made.
+        A new tensor, shape (K, D); for float32 rows no other of this size is allocated.
     """
     rows = at_least_float32(rows)
     spread = rows.clone() if row_scale is None else rows * row_scale
@@ -99,9 +99,9 @@ def centred(rows: Tensor, row_scale: Tensor | None = None) -> Tensor:
 
 
 def random_start(num_features: int, rank: int) -> Tensor:
-    """Where subspace iteration starts when nothing is known: (D, min(rank, D)).
+    """Start of the subspace iteration without a former solution, (D, min(rank, D)).
 
-    Seeded, with columns of a length near 1.
+    Seeded; the columns have lengths near 1.
     """
     generator = torch.Generator().manual_seed(START_SEED)
     start = torch.randn(num_features, min(rank, num_features), generator=generator)
@@ -109,11 +109,10 @@ def random_start(num_features: int, rank: int) -> Tensor:
 
 
 def warm_start(former: Rotation, seeded: Tensor) -> Tensor:
-    """Where it starts from a former solution: its right factor, and a little of the seeded start.
+    """Start of the subspace iteration from a former solution, (D, r).
 
-    A direction without evidence has left only rounding in the right factor. What it is searched
-    for next must not depend on that: it would differ between machines, and with the number of
-    processes.
+    The right factor plus a little of the seeded start: in a direction without evidence the factor
+    holds only rounding, which differs between machines, and the next search must not depend on it.
     """
     assert former.right is not None
     return former.right + EXPLORATION * seeded.to(former.right.dtype)
@@ -127,7 +126,7 @@ def subspace_rotation(
     shrinkage: float,
     num_iterations: int,
 ) -> Rotation:
-    """Rotation of the leading r directions, shrunk towards what the others keep.
+    """Rotate the r leading directions, shrunk towards what the others keep.
 
     With the r leading singular triplets of H = U S V^T, found by subspace iteration,
 
@@ -138,16 +137,16 @@ def subspace_rotation(
     near 1 where the encoder has hardly changed, near 0 where nothing of the pretrained features
     is left in place; 1 where the rows tell nothing of these directions. Equal banks give R = I on
     their rows once the iteration has converged; after a few products it is off by a few percent
-    where singular values are alike. No direction is lengthened by more than the square root of
+    where singular values are close. No direction is lengthened by more than the square root of
     two. The exact minimiser of eq. 7 aligns the rows that it was fitted to better, and all other
     rows worse (docs/benchmarks.md).
 
-    Matrix products and QR alone: on an accelerator nothing waits for the host.
+    Only matrix products and QR: on an accelerator nothing waits for the host.
 
     Args:
         source: A, the centred pretrained rows, shape (K, D); overwritten.
         target: B, the centred downstream rows, shape (K, D); overwritten.
-        start: Columns whose span is near that of V_r, shape (D, r): :func:`random_start` or
+        start: Columns whose span is near that of V_r, shape (D, r), from :func:`random_start` or
             :func:`warm_start`.
         shrinkage: Singular value, over |S|_F, that is shrunk to 1/sqrt(2). Taken as at least 1e-6
             in float32 and 1.2e-7 in float64, below which a singular value is rounding.
@@ -183,10 +182,10 @@ def _orthonormal(columns: Tensor) -> Tensor:
 
 
 def _inverse_root(gram: Tensor, shrinkage: float) -> Tensor:
-    """(G + shrinkage^2 tr(G) I)^(-1/2) of a positive semi-definite G, (r, r) in float64.
+    """(G + shrinkage^2 tr(G) I)^(-1/2) for a positive semi-definite G, (r, r) in float64.
 
-    By the coupled Newton-Schulz iteration: an eigendecomposition would make an accelerator wait
-    for the host.
+    Computed by the coupled Newton-Schulz iteration: an eigendecomposition would make an
+    accelerator wait for the host.
     """
     # Without any evidence G is zero, and its product with this root must stay zero in float32.
     trace = gram.trace().clamp(min=torch.finfo(torch.float32).tiny)
@@ -209,7 +208,7 @@ def _tiny(like: Tensor) -> float:
 
 
 def exact_rotation(source: Tensor, target: Tensor, *, proper: bool = False) -> Rotation:
-    """The minimiser of eq. 7 nearest to the identity; see :func:`global_rotation`.
+    """The minimiser of eq. 7 nearest to the identity, by one SVD.
 
     Args:
         source: A, the centred pretrained rows, shape (K, D).
@@ -236,10 +235,10 @@ def _joint_basis(source: Tensor, target: Tensor) -> Tensor | None:
 
 
 def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, singular values and V^T, also where the library's algorithm does not converge.
+    """U, singular values and V^T, even where the library's algorithm does not converge.
 
-    That happens in float32 with many equal singular values, as those of a product of projections.
-    A perturbation far below float32's rounding, in float64, tells them apart.
+    It fails in float32 with many equal singular values, as those of a product of projections. A
+    perturbation in float64, far below the rounding of float32, separates them.
     """
     try:
         left, values, right_t = torch.linalg.svd(matrix)

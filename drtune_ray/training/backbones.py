@@ -1,4 +1,4 @@
-"""timm backbones with pretrained weights: where these come from and how well they fit."""
+"""timm backbones with pretrained weights: their sources and how well they fit."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ KNOWN_WRAPPERS = ("state_dict", "model", "model_state_dict", "teacher", "student
 
 @dataclass(frozen=True)
 class KeyReport:
-    """How a file's tensors met the encoder's.
+    """How the tensors of a weights file fit the encoder.
 
     Attributes:
-        matched_share: Share of the encoder's elements that the file gave, 0 to 1.
-        missing: The encoder's names without a tensor.
-        unused: The file's names that were not used (a classifier's, usually).
-        is_by_order: Whether tensors were paired by their order and shape, not by name.
+        matched_share: Share of the encoder's elements found in the file, 0 to 1.
+        missing: Names of the encoder's tensors without one in the file.
+        unused: Names of the file's tensors that were not used, usually those of a classifier.
+        is_by_order: Whether tensors were matched by position and shape instead of by name.
     """
 
     matched_share: float
@@ -51,12 +51,16 @@ class KeyReport:
     is_by_order: bool
 
     def __str__(self) -> str:
-        paired = "in order" if self.is_by_order else "by name"
-        text = f"{self.matched_share:.1%} of the encoder's weights {paired}"
-        for what, names in (("missing", self.missing), ("unused", self.unused)):
+        loaded = f"{self.matched_share:.1%}" if self.missing else "all"
+        matched = "position" if self.is_by_order else "name"
+        text = f"{loaded} of the encoder's weights loaded, matched by {matched}"
+        for what, names in (
+            ("missing from the file", self.missing),
+            ("of the file unused", self.unused),
+        ):
             if names:
                 shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-                text += f"; {len(names)} {what} ({shown})"
+                text += f"; {len(names)} tensor{'s' * (len(names) > 1)} {what} ({shown})"
         return text
 
 
@@ -65,11 +69,11 @@ class Backbone:
     """A pretrained encoder: a timm model without its classifier, and its weights.
 
     Attributes:
-        name: timm's name.
-        image_size: The side that it was built for.
-        num_features: D, the width of its pooled features.
-        normalization: What the weights expect of the pixels.
-        state: The encoder's ``state_dict``.
+        name: Name in timm.
+        image_size: S, side of the images in pixels.
+        num_features: D, width of the pooled features.
+        normalization: Mean, standard deviation and interpolation that the weights expect.
+        state: ``state_dict`` of the encoder.
     """
 
     name: str
@@ -79,13 +83,13 @@ class Backbone:
     state: Mapping[str, Tensor]
 
     def build(self) -> nn.Module:
-        """A new encoder with the pretrained weights: images (B, 3, S, S) to features (B, D)."""
+        """Build an encoder with the pretrained weights: images (B, 3, S, S) to features (B, D)."""
         encoder = create_encoder(self.name, self.image_size)
         encoder.load_state_dict(dict(self.state))
         return encoder
 
     def build_frozen(self) -> nn.Module:
-        """As :meth:`build`, never to be trained: in eval mode, its BatchNorm layers folded."""
+        """Build an encoder that is never trained: in eval mode, its BatchNorm layers folded."""
         return folded(self.build(), self.image_size)
 
     @property
@@ -103,7 +107,7 @@ class Backbone:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.state.values())
 
     def write(self, path: Path) -> None:
-        """Write as one safetensors file from which :func:`read_backbone` makes the same."""
+        """Write one safetensors file, which :func:`read_backbone` reads."""
         about = asdict(self) | {"state": None, "normalization": asdict(self.normalization)}
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.contiguous() for name, tensor in self.state.items()}
@@ -111,7 +115,7 @@ class Backbone:
 
 
 def read_backbone(path: Path) -> Backbone:
-    """The counterpart of :meth:`Backbone.write`."""
+    """Read what :meth:`Backbone.write` wrote."""
     with safetensors.safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["backbone"])
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -130,15 +134,15 @@ def read_backbone(path: Path) -> Backbone:
 
 
 def load_backbone(config: BackboneConfig, image_size: int) -> tuple[Backbone, KeyReport]:
-    """Build the encoder and give it the pretrained weights that the configuration names.
+    """Build the encoder and load the pretrained weights that the configuration names.
 
     Args:
-        config: Name and source of the weights.
-        image_size: S, the side of the images.
+        config: Name of the backbone and source of the weights.
+        image_size: S, side of the images in pixels.
 
     Raises:
-        ConfigError: For an unknown backbone, an unreadable file, or weights that fit less than
-            half of the encoder.
+        ConfigError: If the backbone is unknown, the file is unreadable, or the weights fit less
+            than half of the encoder.
         EnvironmentProblem: If timm's hub cannot be reached.
     """
     _check_name(config.name)
@@ -154,11 +158,11 @@ def load_backbone(config: BackboneConfig, image_size: int) -> tuple[Backbone, Ke
 
 
 def weights_file(config: BackboneConfig) -> Path | None:
-    """The file that holds the weights; None where they come from timm's hub.
+    """Return the file that holds the weights; None where they come from timm's hub.
 
     Raises:
-        ConfigError: If they are the demo's and its package is not installed, or their path cannot
-            be one here.
+        ConfigError: If they are those of the demo and its package is not installed, or their path
+            is not valid on this machine.
     """
     return None if config.weights == "timm" else full_path(_file_of(config.weights))
 
@@ -168,7 +172,7 @@ def _file_of(weights: str) -> Path:
 
 
 def demo_weights_file() -> Path:
-    """The packaged ImageNet weights of EfficientNet-Lite0.
+    """Return the file of the packaged ImageNet weights of EfficientNet-Lite0.
 
     Raises:
         ConfigError: If the package of the demo extra is not installed.
@@ -206,7 +210,7 @@ def _check_name(name: str) -> None:
 
 
 def create_encoder(name: str, image_size: int, pretrained: bool = False) -> nn.Module:
-    """A timm model without its classifier: images (B, 3, S, S) to features (B, D).
+    """Build a timm model without its classifier: images (B, 3, S, S) to features (B, D).
 
     Raises:
         ConfigError: If timm cannot build it for this image size or does not know its tag.
@@ -214,7 +218,7 @@ def create_encoder(name: str, image_size: int, pretrained: bool = False) -> nn.M
     # Transformers with position embeddings are built for one size; convolutional ones take any.
     fixed = timm.get_pretrained_cfg(name, allow_unregistered=True)
     options: dict[str, Any] = {"img_size": image_size} if fixed and fixed.fixed_input_size else {}
-    # Weights that a file does not give are the same at every load.
+    # Weights missing from a file are initialised alike at every load.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
@@ -234,11 +238,11 @@ def _first_line(error: Exception) -> str:
 
 
 def check_hub_weights(name: str) -> None:
-    """See that timm has the weights of a backbone here, or that its hub answers.
+    """Check that timm's weights of a backbone are cached on this machine or its hub answers.
 
     Raises:
-        ConfigError: If timm knows no weights of it.
-        EnvironmentProblem: If its hub cannot be reached.
+        ConfigError: If timm has no weights for it.
+        EnvironmentProblem: If the hub cannot be reached.
     """
     _check_name(name)
     fetched = timm.get_pretrained_cfg(name)
@@ -259,12 +263,12 @@ def _is_cached(repository: str) -> bool:
 
 
 def _check_hub(name: str) -> None:
-    """One short request, because the hub's client retries for most of a minute."""
+    """Send one short request, because the hub's client retries for most of a minute."""
     from huggingface_hub import constants
 
     request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
-        # The hub's own address: of https, unless this user's HF_ENDPOINT says otherwise.
+        # The hub's own address, https unless HF_ENDPOINT is set to another one.
         urllib.request.urlopen(request, timeout=HUB_TIMEOUT_SECONDS).close()  # nosec B310
     except urllib.error.HTTPError:
         return  # it answered
@@ -289,7 +293,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each format has its own errors, none of them the user's concern
+    except Exception as error:  # each format raises its own errors, of no use to the user
         raise ConfigError(
             f"backbone.weights={str(path)!r} is neither a safetensors nor a PyTorch weights file "
             f"({type(error).__name__}): convert it to one of them"
@@ -327,7 +331,7 @@ def _load_state(encoder: nn.Module, given: dict[str, Tensor], config: BackboneCo
 def _fitting(
     given: dict[str, Tensor], prefix: str, encoder: nn.Module
 ) -> tuple[dict[str, Tensor], set[str]]:
-    """Tensors below a prefix that fit the encoder by name, and the file's names they came from."""
+    """Tensors below a prefix that fit the encoder by name, with their names in the file."""
     wanted = encoder.state_dict()
     below = _without_prefix(given, prefix)
     state = below
@@ -336,7 +340,7 @@ def _fitting(
         # timm's own conversion also resizes position embeddings to the image size.
         try:
             state = convert(dict(below), encoder)
-        except RuntimeError:  # an image smaller than a patch, which is refused by name later
+        except RuntimeError:  # an image smaller than a patch, which raises its own error later
             state = below
     fitting = {n: t for n, t in state.items() if n in wanted and t.shape == wanted[n].shape}
     return fitting, {prefix + name for name in below if name in fitting}
@@ -347,7 +351,7 @@ def _without_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _in_order(given: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors paired by position, if every shape agrees; else none."""
+    """Tensors matched by position, if every shape agrees; otherwise none."""
     pairs = list(zip(wanted, given.values(), strict=False))
     agrees = len(given) >= len(wanted) and all(t.shape == wanted[n].shape for n, t in pairs)
     return dict(pairs) if agrees else {}

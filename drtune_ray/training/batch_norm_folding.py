@@ -1,4 +1,4 @@
-"""Folding BatchNorm into the convolution before it: the same frozen encoder with fewer layers."""
+"""Fold BatchNorm into the convolution before it: the same frozen encoder with fewer layers."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 def folded(encoder: nn.Module, image_size: int) -> nn.Module:
-    """A frozen encoder in eval mode that computes the same features with fewer layers.
+    """Return a frozen encoder in eval mode that computes the same features with fewer layers.
 
     Args:
-        encoder: Images (B, 3, S, S) to features (B, D); frozen, otherwise left as it is.
-        image_size: S.
+        encoder: Module from images (B, 3, S, S) to features (B, D); frozen by this call, and
+            otherwise unchanged.
+        image_size: S, side of the images in pixels.
 
     Returns:
-        The encoder, or a copy in which each BatchNorm that takes a convolution's output is part of
-        it. Where that changes the features of a probe image (a convolution whose output others
-        read too), it is not folded.
+        A copy in which each BatchNorm that reads the output of a convolution is part of it; the
+        encoder itself where folding changes the features of a probe image (another layer reads
+        the same output) or there is nothing to fold.
     """
     encoder.requires_grad_(False).eval()
     fewer = copy.deepcopy(encoder)
@@ -38,7 +39,7 @@ def folded(encoder: nn.Module, image_size: int) -> nn.Module:
         for convolution, name in pairs:
             _fold(fewer, convolution, name)
         expected, found = encoder(image), fewer(image)
-    # Not "greater than": features that are not finite are not equal either.
+    # Negated, so that features that are not finite count as different.
     if not (found - expected).abs().max() <= RELATIVE_ERROR * expected.abs().max():
         logger.warning("the frozen encoder's BatchNorm layers could not be folded: it runs slower")
         return encoder
@@ -46,11 +47,11 @@ def folded(encoder: nn.Module, image_size: int) -> nn.Module:
 
 
 def _pairs(model: nn.Module, image: Tensor) -> list[tuple[nn.Conv2d, str]]:
-    """Each convolution whose output a BatchNorm takes as it is, and that BatchNorm's name.
+    """Each convolution whose output a BatchNorm reads unchanged, with the name of that BatchNorm.
 
     Layers that are used more than once are left out, as are BatchNorms without statistics.
     """
-    outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # the tensor is kept: its id stays its own
+    outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # keeps the tensor: its id stays unique
     found: list[tuple[nn.Conv2d, str]] = []
     calls: Counter[nn.Module] = Counter()
 

@@ -1,8 +1,8 @@
-"""A trial's folder: everything it needs to go on exactly where it stopped.
+"""Checkpoints of a trial, from which it resumes exactly where it stopped.
 
-A checkpoint carries its own checksum and the identity of its trial, appears under its name only
-when it is complete, and is verified before a byte of it is used. The newest two are kept, and the
-best epoch's weights.
+A checkpoint holds its own checksum and the identity of its trial, appears under its name only when
+it is complete, and is verified before a byte of it is used. The newest two and the weights of the
+best epoch are kept.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ logger = logging.getLogger(__name__)
 MAGIC = b"drtune-ray checkpoint 1\n"
 NUM_KEPT = 2
 BEST_NAME = "best.ckpt"
-IDENTITY = "trial"  # the key under which a checkpoint says whose it is
+IDENTITY = "trial"  # key of the trial's identity in a checkpoint
 
 
 def trial_identity(config: TrialConfig, *of_what: str) -> str:
-    """What the checkpoints of a trial have in common, and those of no other trial.
+    """Return a digest that identifies a trial; its checkpoints carry it.
 
     Args:
-        config: Its configuration. Places, and the number of workers, may change between two runs.
+        config: Configuration of the trial. Paths and the number of workers do not count, since
+            they may change between two runs.
         of_what: Names of the trial, its images and its pretrained weights.
     """
     return digest(of_what, flattened_without(config.to_mapping(), TRIAL_NOT_DECIDING))
@@ -62,8 +63,9 @@ class TrialFolder:
     """The checkpoints of one trial.
 
     Args:
-        path: The trial's folder; made when first written to.
-        artifacts: Where the checkpoints lie instead, so that they outlive this machine's disk.
+        path: Folder of the trial, created at the first write.
+        artifacts: Folder that holds the checkpoints instead, so that they outlive this machine's
+            disk.
     """
 
     def __init__(self, path: Path, artifacts: Folder | None = None) -> None:
@@ -74,11 +76,11 @@ class TrialFolder:
 
     @property
     def best(self) -> Path:
-        """Weights of the best epoch; from artifacts they come by :meth:`fetch_best`."""
+        """File of the best epoch's weights; :meth:`fetch_best` downloads it from artifacts."""
         return self.path / BEST_NAME
 
     def fetch_best(self) -> Path:
-        """The weights of the best epoch, on this machine.
+        """Return the file of the best epoch's weights, downloaded to this machine if need be.
 
         Raises:
             FileNotFoundError: If there are none.
@@ -88,19 +90,19 @@ class TrialFolder:
         return self.best
 
     def begin(self, identity: str) -> dict[str, Any] | None:
-        """Make the folder this trial's: clear what a former process left, and go on from there.
+        """Claim the folder for a trial: remove temporary files and find the checkpoint to resume.
 
         All processes of a trial call it and get the same checkpoint.
 
         Args:
-            identity: Of the trial; checkpoints that are saved from now on carry it.
+            identity: Identity of the trial, stored in the checkpoints saved from now on.
 
         Returns:
-            The newest sound checkpoint of the trial, if there is one. Unsound ones are named in
-            the log and removed.
+            The newest sound checkpoint of the trial, if there is one. Unsound ones are logged and
+            removed.
 
         Raises:
-            OSError: If checkpoints are there and none can be read: the trial must not start over.
+            OSError: If checkpoints exist and none can be read: the trial must not start over.
         """
         self._identity = identity
         is_first = ProcessGroup().rank == 0
@@ -124,7 +126,7 @@ class TrialFolder:
         self._files.write(BEST_NAME, *_encoded(state | {IDENTITY: self._identity}))
 
     def newest(self) -> dict[str, Any] | None:
-        """The newest sound checkpoint, whosever it is; unsound ones are passed over."""
+        """Return the newest sound checkpoint of any trial; unsound ones are skipped."""
         found = self._newest_sound(None, remove=False)
         return found[1] if found else None
 
@@ -146,7 +148,7 @@ class TrialFolder:
                 return name, self._read(name, identity)
             except CheckpointError as error:
                 logger.warning("%s; the one before it is used", error)
-                if remove:  # by its name it may be newer than those to come, and outlast them
+                if remove:  # its name may sort after those of checkpoints to come
                     self._files.remove(name)
             except OSError as error:
                 unreadable = error
@@ -160,28 +162,28 @@ class TrialFolder:
         address = self._files.address(name)
         state = _decoded(self._files.read(name), address)
         if identity is not None and state.get(IDENTITY) != identity:
-            raise CheckpointError(f"checkpoint {address} is of another trial or configuration")
+            raise CheckpointError(f"checkpoint {address} belongs to another trial or configuration")
         return state
 
 
 def trial_folder(trials: Path, number: int, artifacts: Folder | None = None) -> TrialFolder:
-    """The folder of a trial among those of its study.
+    """Return the folder of a numbered trial.
 
     Args:
-        trials: Holds them.
-        number: Of the trial.
-        artifacts: Holds their checkpoints instead.
+        trials: Folder that holds those of all trials of a study.
+        number: Number of the trial.
+        artifacts: Folder that holds the checkpoints of all trials instead.
     """
     return named_folder(trials, folder_name(number), artifacts)
 
 
 def named_folder(trials: Path, name: str, artifacts: Folder | None = None) -> TrialFolder:
-    """As :func:`trial_folder`, of a training that is none of the numbered trials."""
+    """Return the folder of a training outside the numbered trials; see :func:`trial_folder`."""
     return TrialFolder(trials / name, artifacts.below(name) if artifacts else None)
 
 
 def folder_name(number: int) -> str:
-    """Of the folder of a trial."""
+    """Name of the folder of a trial."""
     return f"{number:05d}"
 
 

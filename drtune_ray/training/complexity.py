@@ -1,4 +1,4 @@
-"""What a classifier costs to use: parameters, operations, and time for one image."""
+"""Cost of using a classifier: parameters, operations, and time for one image."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def complexity(backbone: Backbone, num_classes: int, device: torch.device) -> di
     """Measure an encoder with a linear head; its weights do not matter.
 
     Args:
-        backbone: The encoder.
-        num_classes: C.
-        device: Where time is taken.
+        backbone: Pretrained encoder.
+        num_classes: C, number of classes.
+        device: Device on which the time is measured.
 
     Returns:
-        ``num_parameters``; ``flops`` of one image, a multiplication and an addition counted
-        apart; ``latency_ms``, the median time for one image, with torch's present threads.
+        ``num_parameters``; ``flops`` of one image, with a multiplication and an addition counted
+        as two; ``latency_ms``, the median time for one image with torch's present threads.
     """
     head = nn.Linear(backbone.num_features, num_classes)
     model = nn.Sequential(backbone.build(), head).eval().to(device)

@@ -1,6 +1,6 @@
 """The process group of a trial; the only file that calls torch.distributed.
 
-Every function gives the one-process answer where there is no group.
+Without a group every function returns what a process alone computes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from drtune_ray.method.collective import Collective
 
 
 class ProcessGroup(Collective):
-    """torch's default process group, as it is now; without one, this process alone."""
+    """torch's default process group at the time of construction; without one, a process alone."""
 
     def __init__(self) -> None:
         if is_distributed():
@@ -72,7 +72,7 @@ def is_distributed() -> bool:
 def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
     """Average the gradients of the module over the processes.
 
-    Buffers (the bank among them) are not broadcast: each process keeps them equal by itself.
+    Buffers, such as the bank, are not broadcast: each process keeps them equal by itself.
     """
     if not is_distributed():
         return module
@@ -90,10 +90,10 @@ def data_parallel(module: nn.Module, device: torch.device) -> nn.Module:
 class _Settled(nn.Module):
     """A module that can also be called without inputs, for a backward pass of no effect.
 
-    DDP lays out its messages anew after its first backward pass, and with the layout changes the
-    order in which a sum over more than two processes is taken: a resumed run, whose first step is
-    another one, would differ by rounding from the unbroken one. After a pass of no effect the
-    layout is final, and the same in every run: gradients in the reverse order of the parameters.
+    DDP rebuilds its gradient buckets after its first backward pass, and their layout decides the
+    order in which more than two processes are summed: a resumed run, whose first step is a
+    different one, would differ from the unbroken run by rounding. After a pass of no effect the
+    layout is final and the same in every run: gradients in the reverse order of the parameters.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -101,7 +101,7 @@ class _Settled(nn.Module):
         self.module = module
 
     def forward(self, *inputs: Any) -> Any:
-        """What the module gives; for None a zero that depends on every trained parameter."""
+        """Call the module; for None return a zero that depends on every trained parameter."""
         if inputs != (None,):
             return self.module(*inputs)
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -112,17 +112,17 @@ class _Settled(nn.Module):
 
 
 def _ignore_intended() -> None:
-    """Silence what torch says of what is meant, in every worker of every trial."""
-    # Until the torch that is required has `forward_sync_buffers` (2.13): that name means the same
-    # but for one broadcast of the buffers, which are equal, at the start.
+    """Silence the warnings about intended settings, which every worker of every trial repeats."""
+    # `forward_sync_buffers` replaces it from torch 2.13, newer than the oldest supported release;
+    # it differs only by one broadcast of the buffers, which are equal, at the start.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-    # Of 1x1 convolutions in channels_last, whose strides can be written in two ways; the gradient
-    # is copied into the message in any case.
+    # The strides of 1x1 convolutions in channels_last can be written in two ways; the gradient is
+    # copied into the bucket in any case.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The values of all processes in the order of the ranks."""
+    """Return the values of all processes, in the order of the ranks."""
     if not is_distributed():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()

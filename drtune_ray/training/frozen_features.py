@@ -1,4 +1,4 @@
-"""Preparing a study: pixels of all views and the frozen encoder's features, written once."""
+"""Tables written once a study: the pixels of all views and the features of the frozen encoder."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def prepare_tables(
     backbone_file: Path,
     device: str,
 ) -> Tables:
-    """Write what the trials share and is not there yet; any number of processes may try.
+    """Write the shared tables of the trials that do not exist yet; safe in several processes.
 
     Args:
-        store: Takes the tables and keeps them as long as it is open.
-        config: The data settings.
-        classes: Names in the order of the labels.
-        images: The table of encoded images.
-        backbone_file: The pretrained encoder, as `Backbone.write` wrote it.
-        device: Where the frozen encoder runs.
+        store: Store of the tables, which keeps them as long as it is open.
+        config: Data settings.
+        classes: Class names in the order of the labels.
+        images: Table of encoded images.
+        backbone_file: Pretrained encoder, as `Backbone.write` wrote it.
+        device: Device on which the frozen encoder runs.
     """
     backbone = read_backbone(backbone_file)
     maker = ViewMaker(config, backbone.normalization.interpolation)
@@ -61,11 +61,12 @@ def prepare_tables(
 
 
 class Normalizer:
-    """Turns uint8 pixels into what the network wants.
+    """Normalise uint8 pixels to the mean and standard deviation that the network expects.
 
     Args:
         normalization: Mean and standard deviation.
-        device: Of the pixels. The numbers go there once: a device waits for such a copy.
+        device: Device of the pixels. The numbers are copied there once, since a device waits for
+            such a copy.
     """
 
     def __init__(self, normalization: Normalization, device: torch.device) -> None:
@@ -73,13 +74,13 @@ class Normalizer:
         self._std = torch.tensor(normalization.std, device=device).view(1, 3, 1, 1)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, 3, S, S) to float32, channels last."""
+        """Normalise uint8 (B, 3, S, S) to float32, channels last."""
         images = pixels.to(memory_format=torch.channels_last).float().div_(255.0)
         return images.sub_(self._mean).div_(self._std)
 
 
 class TableNames(NamedTuple):
-    """File names of the tables that one kind of trials reads."""
+    """File names of the tables of all trials that share data settings and backbone."""
 
     views: str
     evaluation: str
@@ -89,7 +90,7 @@ class TableNames(NamedTuple):
 def table_names(
     config: DataConfig, maker: ViewMaker, images_name: str, backbone_name: str, device: str
 ) -> TableNames:
-    """The names of the tables; those of images and backbone stand for their content."""
+    """Return the names of the tables; the names of images and backbone identify their content."""
     views = (images_name, maker.training_key, config.views)
     # Kernels differ between devices and releases by more than rounding.
     numerics = (backbone_name, FEATURES_DTYPE, device, torch.__version__)
@@ -107,7 +108,7 @@ def table_sizes(
     num_features: int,
     names: TableNames,
 ) -> dict[str, int]:
-    """Bytes of each table, but for a few of Arrow's own, by name."""
+    """Return the size of each table by name, in bytes, without the few that Arrow adds."""
     picture, num_views = 3 * config.image_size**2, num_train * config.views
     features = num_views * num_features * np.dtype(FEATURES_DTYPE).itemsize
     return {
@@ -120,7 +121,7 @@ def table_sizes(
 def _with_pixels(
     tables: Tables, store: TableStore, config: DataConfig, maker: ViewMaker, names: TableNames
 ) -> Tables:
-    """The tables with the pixels of all views, which spare every epoch the decoding."""
+    """Add the pixels of all views to the tables, so that no epoch decodes images."""
     train, validation = read_images(tables.images)
 
     def write_evaluation(path: Path) -> None:

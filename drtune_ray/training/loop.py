@@ -1,7 +1,7 @@
-"""One trial as a generator: whoever drives it decides what happens between epochs.
+"""One trial as a generator: its caller decides what happens between epochs.
 
 Ray Train's worker, the resident Tune actor, a script and a test drive the same
-:func:`train_epochs`. It knows nothing of studies, Tune or MLflow.
+:func:`train_epochs`, which knows nothing of studies, Tune or MLflow.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ def train_epochs(
     with the same arguments and takes part in every `save`.
 
     Args:
-        config: The trial.
+        config: Configuration of the trial.
         data: Training and validation images.
-        backbone: The pretrained encoder.
-        resume: A checkpoint of the same trial, as `TrialFolder.newest` gives it.
-        device: Where to train; the CPU by default.
-        num_threads: torch's threads; None leaves them.
-        save_requested: Asked at every step; True in any process yields a `SavePoint` after it
-            (on CUDA devices of several processes, `LAG` steps later).
-        on_progress: Called before every batch, validation and bank warm-up included: a training
-            that does not call it for long is stuck.
+        backbone: Pretrained encoder.
+        resume: Checkpoint of the same trial, as `TrialFolder.newest` returns it.
+        device: Device to train on. Default: the CPU.
+        num_threads: Number of torch's threads; None leaves it unchanged.
+        save_requested: Function called at every step; if it returns True in any process, a
+            `SavePoint` follows the step (on CUDA devices of several processes, `LAG` steps later).
+        on_progress: Function called before every batch, also in validation and bank warm-up. A
+            training that has not called it for long is stuck.
 
     Yields:
-        An `EpochReport` for each epoch, the last with an outcome; `SavePoint` in between when
-        asked or when ``training.save_every_seconds`` have passed since the last save.
+        An `EpochReport` for each epoch, the last with an outcome; a `SavePoint` in between when
+        requested or ``training.save_every_seconds`` after the last save.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
@@ -64,7 +64,7 @@ def train_epochs(
         yield trial.report()
         trial.is_best = False
     if resume is not None and not trial.has_trained:
-        yield trial.report()  # it had ended already: say again how
+        yield trial.report()  # it had already ended: report the outcome again
 
 
 def _train_one_epoch(trial: Trial, save_requested: Callable[[], bool]) -> Iterator[SavePoint]:

@@ -1,4 +1,4 @@
-"""From configuration to the modules of one trial."""
+"""Build the modules of one trial from its configuration."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Method = DRTune | CETuning
 
 @dataclass(frozen=True)
 class MethodScale:
-    """Numbers that depend on the size of the data, fixed for the whole trial.
+    """Settings that depend on the number of training images, fixed for the whole trial.
 
     Attributes:
-        bank_size: K = min(bank_size, training images).
-        regularization_weight: lambda.
-        head_lr_multiplier: Learning rate of the head over that of the backbone.
+        bank_size: K = min(bank_size, number of training images).
+        regularization_weight: lambda of eq. 14.
+        head_lr_multiplier: Learning rate of the head divided by that of the backbone.
     """
 
     bank_size: int
@@ -47,12 +47,12 @@ def method_scale(config: TrialConfig, num_train: int) -> MethodScale:
 
 
 def check_trial(config: TrialConfig, num_train: int, *, on_gpus: bool = False) -> list[str]:
-    """Sentences for what cannot work with this many training images.
+    """Return a sentence for each setting that cannot work with this many training images.
 
     Args:
-        config: The trial.
+        config: Configuration of the trial.
         num_train: N, number of training images.
-        on_gpus: Whether its workers have GPUs; this process need not.
+        on_gpus: Whether the workers of the trial have GPUs; this process need not have one.
     """
     problems = []
     training = config.training
@@ -98,14 +98,14 @@ def _synchronised_problems(training: TrainingConfig, num_train: int, on_gpus: bo
 def build_method(
     config: TrialConfig, backbone: Backbone, num_classes: int, num_train: int, live_features: bool
 ) -> Method:
-    """The modules of a trial on the CPU, with weights that follow from the seed alone.
+    """Build the modules of a trial on the CPU, with weights that depend on the seed alone.
 
     Args:
-        config: The trial.
-        backbone: The pretrained encoder.
-        num_classes: C.
+        config: Configuration of the trial.
+        backbone: Pretrained encoder.
+        num_classes: C, number of classes.
         num_train: N, number of training images.
-        live_features: Whether the frozen encoder must run at every step.
+        live_features: Whether the frozen encoder runs at every step.
     """
     encoder = backbone.build()
     head = nn.Linear(backbone.num_features, num_classes)
@@ -158,15 +158,15 @@ def _dr_tune(
 
 
 def classifier(backbone_name: str, image_size: int, state: dict[str, torch.Tensor]) -> nn.Module:
-    """What remains after training: encoder and head, images (B, 3, S, S) to logits (B, C).
+    """Build the trained model: encoder and head, images (B, 3, S, S) to logits (B, C).
 
     Args:
-        backbone_name: timm's name.
-        image_size: S.
-        state: ``encoder.*`` and ``head.*`` tensors, as :func:`classifier_state` gives them.
+        backbone_name: Name of the backbone in timm.
+        image_size: S, side of the images in pixels.
+        state: ``encoder.*`` and ``head.*`` tensors, as :func:`classifier_state` returns them.
 
     Raises:
-        ConfigError: If the tensors are of another backbone.
+        ConfigError: If the tensors do not fit this backbone.
     """
     model = nn.Sequential()
     model.add_module("encoder", create_encoder(backbone_name, image_size))
@@ -182,15 +182,15 @@ def classifier(backbone_name: str, image_size: int, state: dict[str, torch.Tenso
             if name not in wanted or name not in state or wanted[name].shape != state[name].shape
         )
         raise ConfigError(
-            f"the weights are not of {backbone_name} as timm {timm.__version__} has it: "
-            f"{len(other)} tensors differ, such as {other[0]}; use the timm and the backbone that "
+            f"the weights do not fit {backbone_name} of timm {timm.__version__}: {len(other)} "
+            f"tensors differ, such as {other[0]}; use the backbone and the version of timm that "
             "they were trained with"
         ) from None
     return model.eval()
 
 
 def classifier_state(method: Method) -> dict[str, torch.Tensor]:
-    """The tensors for :func:`classifier`, copied to the CPU."""
+    """Return the tensors for :func:`classifier`, copied to the CPU."""
     parts = (("encoder", method.downstream_encoder), ("head", method.head))
     return {
         f"{prefix}.{name}": tensor.detach().cpu().clone()
@@ -200,7 +200,7 @@ def classifier_state(method: Method) -> dict[str, torch.Tensor]:
 
 
 def set_training_mode(method: Method, batch_norm: str) -> None:
-    """Train mode; with ``frozen``, BatchNorm layers keep their pretrained statistics."""
+    """Set train mode; with ``frozen``, BatchNorm layers keep their pretrained statistics."""
     method.train()
     if batch_norm == "frozen":
         for module in method.downstream_encoder.modules():
@@ -209,10 +209,10 @@ def set_training_mode(method: Method, batch_norm: str) -> None:
 
 
 def generator(seed: int, purpose: str, index: int = 0) -> torch.Generator:
-    """A generator of its own for each (seed, purpose, index)."""
+    """Return a separate random generator for each (seed, purpose, index)."""
     return torch.Generator().manual_seed(derived_seed(seed, purpose, index))
 
 
 def derived_seed(seed: int, purpose: str, index: int = 0, *more: int) -> int:
-    """A seed of its own for each (seed, purpose, index, ...)."""
+    """Return a separate random seed for each (seed, purpose, index, ...)."""
     return int(digest(seed, purpose, index, *more), 16) % 2**63

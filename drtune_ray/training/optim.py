@@ -16,10 +16,10 @@ BACKBONE, HEAD = "backbone", "head"
 def build_optimizer(
     encoder: nn.Module, head: nn.Module, config: OptimConfig, head_lr_multiplier: float
 ) -> Optimizer:
-    """SGD or AdamW over two groups; the head's learning rate is a multiple of the backbone's.
+    """Build SGD or AdamW over two groups; the head's learning rate is a multiple of the backbone's.
 
-    Weight decay spares biases and the affine parameters of normalisation layers with AdamW, as is
-    customary for it, and spares nothing with SGD, as in the paper's recipe.
+    With AdamW biases and the affine parameters of normalisation layers have no weight decay, as is
+    customary; with SGD all parameters have it, as in the paper's recipe (section 4.2).
     """
     groups = []
     for name, module, multiplier in (
@@ -43,9 +43,9 @@ def build_optimizer(
 def build_schedule(
     optimizer: Optimizer, config: OptimConfig, num_epochs: int, steps_per_epoch: int
 ) -> LambdaLR:
-    """A factor on all learning rates; its ``step`` is called after every training step.
+    """Build the schedule, a factor of all learning rates that is stepped after every training step.
 
-    ``cosine`` falls step by step from 1 to 0, ``cosine_per_epoch`` only when an epoch begins.
+    ``cosine`` falls from 1 to 0 step by step, ``cosine_per_epoch`` at the start of each epoch.
     """
 
     def factor(step: int) -> float:
@@ -60,5 +60,5 @@ def build_schedule(
 
 
 def learning_rates(optimizer: Optimizer) -> dict[str, float]:
-    """The present learning rate of backbone and head."""
+    """Return the present learning rates of backbone and head."""
     return {str(group["name"]): float(group["lr"]) for group in optimizer.param_groups}

@@ -1,4 +1,4 @@
-"""Modules, optimiser and progress of one trial: what a checkpoint holds and a step changes."""
+"""State of one trial: modules, optimiser and progress, which checkpoints hold."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ class _Progress:
 
 
 class Trial:
-    """One trial in this process; with several processes, each holds one.
+    """One trial in this process; of several processes each has its own.
 
     Args:
-        config: The trial.
+        config: Configuration of the trial.
         data: Training and validation images.
-        backbone: The pretrained encoder.
-        device: Where to train.
-        on_progress: Called before every batch.
+        backbone: Pretrained encoder.
+        device: Device to train on.
+        on_progress: Function called before every batch.
     """
 
     def __init__(
@@ -84,13 +84,13 @@ class Trial:
         self._on_progress = on_progress
         self.normalizer = Normalizer(backbone.normalization, device)
         self.group = ProcessGroup()
-        # Dropout and the like draw from torch's global state: each rank its own, from the seed.
+        # Dropout and the like draw from torch's global generator: one seed for each rank.
         torch.manual_seed(derived_seed(config.seed, "training", self.group.rank) % 2**32)
         method = build_method(
             config, backbone, len(data.classes), len(data.train), not data.has_features
         )
         if config.training.batch_norm == "synchronised" and is_distributed():
-            # timm's, which keeps the activation within a BatchNormAct2d; torch's drops it.
+            # timm's function keeps the activation within a BatchNormAct2d; torch's drops it.
             convert = convert_sync_batchnorm
             method.downstream_encoder = convert(method.downstream_encoder)  # type: ignore[no-untyped-call]
         self.dtype = torch.float64 if config.training.precision == "float64" else torch.float32
@@ -133,12 +133,12 @@ class Trial:
                 self.method.warm_up_bank(*batch)
 
     def steps(self, wants_save: Callable[[], bool] = lambda: False) -> Iterator[bool]:
-        """Train the rest of the present epoch; after each step, whether all is finite so far.
+        """Train the rest of the present epoch; yield after each step whether all was finite so far.
 
         On an accelerator the answer is `LAG` steps late: by then the weights may be broken.
 
         Args:
-            wants_save: Asked at each step; see `StepSignals.take_save`.
+            wants_save: Function called at each step; see `StepSignals.take_save`.
         """
         progress = self.progress
         set_training_mode(self.method, self.config.training.batch_norm)
@@ -169,7 +169,7 @@ class Trial:
         self._collect_steps()
         validation = self._validate() if len(self.data.validation) else {}
         if not self._is_sound(validation):
-            # The last update broke the weights: the epoch is no result, and cannot be the best.
+            # The last update broke the weights: the epoch is not a result and cannot be the best.
             progress.outcome = DIVERGED
             return
         means = self._step_means()
@@ -195,33 +195,33 @@ class Trial:
             progress.outcome = PATIENCE
 
     def _is_sound(self, validation: Mapping[str, float]) -> bool:
-        """Whether the weights are finite; they are looked at where no validation shows it."""
+        """Whether the weights are finite: by the validation loss, without one by the weights."""
         if validation:
             return math.isfinite(validation["val_loss"])
         tensors = self.method.downstream_encoder.state_dict() | self.method.head.state_dict()
         return all(bool(t.isfinite().all()) for t in tensors.values())
 
     def _judged(self, validation: dict[str, float]) -> dict[str, float]:
-        """Note whether the epoch that has just ended is the best; what its validation says."""
+        """Update the best epoch; return the metrics of the epoch's validation."""
         progress = self.progress
-        if not validation:  # nothing to choose by: the last epoch counts
+        if not validation:  # without validation images the last epoch counts
             progress.best_epoch, self.is_best = progress.epochs_done, True
             return {}
         if validation["val_accuracy"] > progress.best_val_accuracy:
             progress.best_val_accuracy = validation["val_accuracy"]
             progress.best_epoch, self.is_best = progress.epochs_done, True
-        # The objective first: MLflow's comparisons open on the metric that was logged first.
+        # The objective comes first: MLflow's comparisons open on the metric logged first.
         return {"best_val_accuracy": progress.best_val_accuracy} | validation
 
     def report(self) -> EpochReport:
-        """The present state as a report."""
+        """Return the present state as a report."""
         history = tuple(EpochRecord(**record) for record in self.progress.history)
         return EpochReport(
             history[-1] if history else None, history, self.progress.outcome, self.save
         )
 
     def save(self, folder: TrialFolder) -> None:
-        """Write the checkpoint; after a best epoch, first its weights."""
+        """Write the checkpoint; after a best epoch, write its weights first."""
         self._collect_steps()
         state = self._state()
         if self.group.rank == 0:
@@ -232,21 +232,21 @@ class Trial:
         barrier()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Resume from a checkpoint."""
         own = {k for k in self.method.state_dict() if k.startswith(FROZEN_PREFIX)}
         missing, unexpected = self.method.load_state_dict(state["method"], strict=False)
         assert set(missing) <= own and not unexpected, (missing, unexpected)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        if state["scaler"]:  # that of another precision or device has nothing to say
+        if state["scaler"]:  # empty after training with another precision or device
             self.scaler.load_state_dict(state["scaler"])
         self.progress = _Progress(**state["progress"])
         self._load_random_states(state["random"])
 
     def _load_random_states(self, states: Sequence[Mapping[str, Tensor]]) -> None:
-        """Those of this rank; what the checkpoint's processes had not is seeded anew.
+        """Restore the random states of this rank; seed those that the checkpoint does not hold.
 
-        That is all of a rank that is new, and a CUDA device's after training on CPUs.
+        These are all states of a rank that is new, and a CUDA device's after training on CPUs.
         """
         rank, progress = self.group.rank, self.progress
         at = (rank, progress.epochs_done, progress.steps_done)
@@ -272,7 +272,7 @@ class Trial:
         }
 
     def _global_batches(self, epoch: int, drop_last: bool | None = None) -> list[list[int]]:
-        """Rows of each step of an epoch, over all processes together."""
+        """Rows of each step of an epoch, for all processes together."""
         training = self.config.training
         drop_last = training.drop_last if drop_last is None else drop_last
         order = generator(self.config.seed, "order", epoch)
@@ -284,7 +284,7 @@ class Trial:
     def _batches(
         self, global_batches: Sequence[Sequence[int]], epoch: int
     ) -> Iterator[tuple[Tensor, Tensor, Tensor | None, list[int]]]:
-        """This process's part of each batch: images, labels, z^p, and the rows each has of it."""
+        """Yield this process's part of each batch: images, labels, z^p, and the rows of each."""
         view = self.data.view_of_epoch(epoch)
         shares = [_shares(len(batch), self.group.world_size) for batch in global_batches]
         loaded = []
@@ -327,10 +327,10 @@ class Trial:
         )
 
     def _collect_steps(self) -> None:
-        """Turn this process's pending steps into global numbers."""
+        """Sum the pending steps over the processes and record them."""
         if not self.pending:
             return
-        # How many are pending depends on the save points, which must not change a sum.
+        # The number of pending steps depends on the save points, which must not change a sum.
         values = self.group.sum_in_order(torch.stack(self.pending))
         values[:, :-1] /= self.group.world_size
         self.progress.step_values += values.tolist()
@@ -353,7 +353,7 @@ class Trial:
 
     @torch.inference_mode()
     def _validate(self) -> dict[str, float]:
-        """Measures over the validation images, each counted once."""
+        """Compute the validation metrics; each image counts once."""
         self.method.eval()
         rows = list(range(len(self.data.validation)))[self.group.rank :: self.group.world_size]
         batches = [rows[at : at + EVALUATION_ROWS] for at in range(0, len(rows), EVALUATION_ROWS)]
@@ -368,7 +368,7 @@ class Trial:
 
 
 def _shares(num_rows: int, world_size: int) -> list[int]:
-    """How many rows of a global batch each process gets; the first ones one more."""
+    """Number of rows of a global batch for each process; the first ones get one more."""
     short, num_longer = divmod(num_rows, world_size)
     return [short + (rank < num_longer) for rank in range(world_size)]
 

@@ -1,4 +1,4 @@
-"""What a classifier is measured by on the validation images, summed over any number of batches."""
+"""Validation metrics of a classifier, from sums over any number of batches."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-NUM_BINS = 15  # of confidence, as in Guo et al., "On calibration of modern neural networks", 2017
+NUM_BINS = 15  # confidence bins, as in Guo et al., "On calibration of modern neural networks", 2017
 
 
 class ValidationTotals:
-    """Sums from which all measures follow; those of several processes are added.
+    """Sums from which all metrics follow; the sums of several processes are added.
 
     Args:
-        num_classes: C.
-        device: Of the logits.
+        num_classes: C, number of classes.
+        device: Device of the logits.
     """
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
@@ -26,14 +26,14 @@ class ValidationTotals:
         self._loss, self._correct, self._count, self._confidence, self._hits = parts
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch: logits (B, C) and labels (B,)."""
+        """Add a batch: logits (B, C) and labels (B,)."""
         logits = logits.double()
         confidence, predicted = logits.softmax(1).max(1)
         is_correct = (predicted == labels).double()
         self._loss += F.cross_entropy(logits, labels, reduction="sum")
         self._correct.index_add_(0, labels, is_correct)
         self._count.index_add_(0, labels, torch.ones_like(is_correct))
-        # Bins are open on the left; a loss that is not finite is told by its own measure.
+        # Bins are open on the left; a loss that is not finite shows in `val_loss`.
         bins = (confidence.nan_to_num() * NUM_BINS).ceil().long().sub(1).clamp(0, NUM_BINS - 1)
         self._confidence.index_add_(0, bins, confidence)
         self._hits.index_add_(0, bins, is_correct)
@@ -42,7 +42,7 @@ class ValidationTotals:
         """Accuracy, cross-entropy, accuracy of the worst class and expected calibration error.
 
         Args:
-            sums: `sums` of all processes together.
+            sums: Elementwise total of `sums` over all processes.
         """
         self.sums.copy_(sums)
         total = self._count.sum()

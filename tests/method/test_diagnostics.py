@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from drtune_ray.method import CETuning
+from drtune_ray.method import CETuning, global_rotation
 from drtune_ray.method.class_rows import ClassRows
 from drtune_ray.method.diagnostics import (
     agreement,
@@ -13,7 +13,6 @@ from drtune_ray.method.diagnostics import (
     sparse_class_share,
     turning_angle,
 )
-from drtune_ray.method.rotation import global_rotation
 from tests.method.reference import mean
 from tests.method.tiny import KEPT, make_data, make_encoder, make_head, make_method, warmed_up
 

@@ -84,7 +84,7 @@ def test_check_inputs__what_it_found(trial: TrialConfig, storage: Path) -> None:
     assert checked.summary().startswith(
         "2 classes; 12 to train, 4 to validate, 4 sealed for the test; "
     )
-    assert "100.0% of the encoder's weights by name; 2 unused" in checked.summary()
+    assert "all of the encoder's weights loaded, matched by name; 2 tensors" in checked.summary()
     assert checked.backbone.name == BACKBONE
     assert checked.key_report.matched_share == 1.0
     assert not storage.exists()  # nothing is written by looking

@@ -133,7 +133,8 @@ def test_load_backbone__by_order_with_renamed_keys(
     last = len(state) - 1
     assert report == KeyReport(1.0, (), (f"layer{last - 1:03d}", f"layer{last:03d}"), True)
     assert str(report) == (
-        f"100.0% of the encoder's weights in order; 2 unused (layer{last - 1:03d}, layer{last:03d})"
+        "all of the encoder's weights loaded, matched by position; 2 tensors of the file unused "
+        f"(layer{last - 1:03d}, layer{last:03d})"
     )
 
 
@@ -153,7 +154,7 @@ def test_load_backbone__unused_are_the_classifiers(weights_file: WeightsFile, na
     classifier = timm.get_pretrained_cfg(name).classifier
     assert report.unused == (f"{classifier}.bias", f"{classifier}.weight")
     assert str(report) == (
-        "100.0% of the encoder's weights by name; 2 unused "
+        "all of the encoder's weights loaded, matched by name; 2 tensors of the file unused "
         f"({classifier}.bias, {classifier}.weight)"
     )
 
@@ -202,9 +203,10 @@ def test_load_backbone__partial_weights_are_reported(
     assert report.matched_share == pytest.approx(share)
     assert 0.5 < share < 1.0
     assert_same_state({key: backbone.state[key] for key in kept}, kept)
-    assert f"{share:.1%} of the encoder's weights by name; {len(report.missing)} missing (" in str(
-        report
-    )
+    text = str(report)
+    assert text.startswith(f"{share:.1%} of the encoder's weights loaded, matched by name; ")
+    assert f"; {len(report.missing)} tensors missing from the file (" in text
+    assert text.endswith("; 1 tensor of the file unused (projector.weight)")
 
 
 def test_load_backbone__partial_weights_give_the_same_digest_again(
