@@ -308,7 +308,7 @@ def test_trial_folder__foreign_checkpoint_is_refused_by_name(
     with caplog.at_level(logging.WARNING):
         assert_same(folder.begin("mine"), stamped(1, "mine"))
     assert [record.getMessage() for record in caplog.records] == [
-        f"checkpoint {folder.path}/epoch-{epoch:05d}-step-0000000.ckpt is of another trial or "
+        f"checkpoint {folder.path}/epoch-{epoch:05d}-step-0000000.ckpt belongs to another trial or "
         "configuration; the one before it is used"
         for epoch in (5, 4)
     ]
