@@ -11,7 +11,7 @@ __all__ = ["train_epochs"]
 
 
 def __getattr__(name: str) -> Any:
-    # The reports that a driver reads must not import torch.
+    # A driver imports the reports without torch.
     if name == "train_epochs":
         from drtune_ray.training.loop import train_epochs
 

@@ -1,4 +1,4 @@
-"""What a trial says of itself while it trains."""
+"""Reports of a trial while it trains."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ OUT_OF_MEMORY = "out of memory"
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """One epoch that was finished; kept in the checkpoint, so that no report is ever lost.
+    """One completed epoch; kept in the checkpoint, so that no report is lost.
 
     Attributes:
-        epoch: From 1.
-        time_ms: When it ended, milliseconds since 1970.
-        metrics: Named numbers, all finite.
-        steps: Named numbers of each training step; loss parts are global.
+        epoch: Number of the epoch, from 1.
+        time_ms: Time of its end, in milliseconds since 1970.
+        metrics: Metrics by name, all finite.
+        steps: Loss and its parts by name for each training step, over all processes.
     """
 
     epoch: int
@@ -43,10 +43,11 @@ class EpochReport:
     """The end of an epoch, or of the trial.
 
     Attributes:
-        record: The epoch; where a trial diverged before its first epoch ended, None.
+        record: The epoch; None if the trial diverged before its first epoch ended.
         history: All epochs so far, this one included.
-        outcome: None while the trial goes on; `COMPLETED`, `PATIENCE` or `DIVERGED` at its end.
-        save: Writes checkpoint and, after a best epoch, its weights; all processes call it.
+        outcome: `COMPLETED`, `PATIENCE` or `DIVERGED` at the end of the trial; None before.
+        save: Function that writes the checkpoint and, after a best epoch, its weights; all
+            processes call it.
     """
 
     record: EpochRecord | None
@@ -65,14 +66,13 @@ class SavePoint:
 
 
 def trial_result(report: EpochReport, num_threads: int) -> dict[str, Any]:
-    """An epoch's report as Tune carries it.
+    """Convert the report of an epoch to a result of Tune.
 
-    The whole history goes along: a report that a killed driver never received is made good by the
-    next one.
+    It holds the whole history, so that the next report replaces one that a killed driver missed.
     """
     record = report.record
     return {
-        # Without validation images there is none.
+        # Without validation images there is no objective.
         OBJECTIVE: record.metrics.get(OBJECTIVE, math.nan) if record else math.nan,
         EPOCH: record.epoch if record else 0,
         OUTCOME: report.outcome or "",
@@ -83,13 +83,13 @@ def trial_result(report: EpochReport, num_threads: int) -> dict[str, Any]:
 
 
 def failed_by_point(outcome: str, last: dict[str, Any] | None) -> dict[str, Any]:
-    """The last result of a trial whose configuration made it impossible to go on."""
+    """Return the last result of a trial whose configuration made it impossible to continue."""
     empty = {OBJECTIVE: math.nan, EPOCH: 0, HISTORY: "[]", NUM_THREADS: 0}
     return (last or empty) | {OUTCOME: outcome, "done": True}
 
 
 def result_history(result: dict[str, Any]) -> list[EpochRecord]:
-    """The epochs that a result carries."""
+    """Return the epochs that a result holds."""
     return [EpochRecord(**entry) for entry in json.loads(result.get(HISTORY) or "[]")]
 
 
