@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.errors import ConfigError
+from drtune_ray.folders import atomic_write
 from drtune_ray.space.search_space import read_space
 from drtune_ray.study.inputs import check_storage
 from drtune_ray.training.backbones import DEMO_BACKBONE
@@ -33,12 +35,10 @@ def write_digits(folder: Path) -> Path:
     for number, (picture, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         path = folder / str(label) / f"{number:04d}.png"
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
             pixels = (picture * 255 / 16).round().astype("uint8")
             side = pixels.shape[0] * IMAGE_SCALE
-            temporary = path.with_suffix(".tmp")
-            Image.fromarray(pixels).resize((side, side)).save(temporary, "PNG")
-            temporary.replace(path)
+            image = Image.fromarray(pixels).resize((side, side))
+            atomic_write(path, partial(image.save, format="PNG"), is_durable=False)
     return folder
 
 

@@ -48,3 +48,8 @@ class EnvironmentProblem(DrtuneError, RuntimeError):
     """The machine, cluster or server cannot do what was asked of it."""
 
     exit_code = 3
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if the message is empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
-from drtune_ray.errors import ConfigError, EnvironmentProblem
+from drtune_ray.errors import ConfigError, EnvironmentProblem, first_line
 from drtune_ray.server_uri import secrets_hidden, with_secrets, without_password
 
 Content = bytes | memoryview
@@ -72,12 +72,9 @@ class LocalFolder:
 
         def fill(temporary: Path) -> None:
             with temporary.open("xb") as file:
-                for part in parts:
-                    file.write(part)
-                file.flush()
-                os.fsync(file.fileno())
+                file.writelines(parts)
 
-        _put(self.path / name, fill)
+        atomic_write(self.path / name, fill)
 
     def read(self, name: str) -> bytes:
         """What the file holds."""
@@ -85,11 +82,11 @@ class LocalFolder:
 
     def upload(self, path: Path, name: str) -> None:
         """Copy a file into the folder."""
-        _put(self.path / name, lambda temporary: _copy(path, temporary))
+        atomic_write(self.path / name, lambda temporary: shutil.copyfile(path, temporary))
 
     def download(self, name: str, path: Path) -> None:
         """Copy a file out of the folder."""
-        _put(path, lambda temporary: _copy(self.path / name, temporary))
+        atomic_write(path, lambda temporary: shutil.copyfile(self.path / name, temporary))
 
     def names(self) -> list[str]:
         """Of the files, sorted."""
@@ -173,9 +170,8 @@ class ObjectFolder:
                     source_filesystem=files,
                     destination_filesystem=fs.LocalFileSystem(),
                 )
-            _sync(temporary)
 
-        _put(path, fill)
+        atomic_write(path, fill)
 
     def names(self) -> list[str]:
         """Of the objects directly below the prefix, sorted."""
@@ -287,31 +283,31 @@ def as_problem(uri: str | None) -> Iterator[None]:
         ) from error
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, in a line; its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def atomic_write(path: Path, fill: Callable[[Path], object], *, is_durable: bool = True) -> None:
+    """Write a file that readers see complete or not at all.
 
-
-def _put(path: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a temporary file that no other writer has, and give it its name."""
+    Args:
+        path: The file; missing parent folders are created.
+        fill: Writes the content to the temporary path that it is given.
+        is_durable: Whether the file must survive a power cut once this returns: file and folder
+            are flushed to disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         fill(temporary)
+        if is_durable:
+            _flush(temporary)
         temporary.replace(path)
-    except BaseException:  # a full disk, most of all: what was written makes it fuller
+    except BaseException:  # such as a full disk, which the partial file would keep full
         temporary.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    if is_durable:
+        _flush(path.parent)
 
 
-def _copy(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
-    _sync(target)
-
-
-def _sync(path: Path) -> None:
-    """Onto the disk."""
+def _flush(path: Path) -> None:
+    """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

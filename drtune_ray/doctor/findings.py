@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from drtune_ray.errors import DrtuneError, EnvironmentProblem
-from drtune_ray.folders import first_line
+from drtune_ray.errors import DrtuneError, EnvironmentProblem, first_line
 
 
 class State(StrEnum):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import drtune_ray
+from drtune_ray.errors import first_line
 
 SHARED_MEMORY = Path("/dev/shm")  # nosec B108 # no file of ours lies there
 READ_BYTES = 2**16
@@ -96,7 +97,7 @@ def usable_gpus() -> tuple[int, str]:
             assert torch.ones(8, device=f"cuda:{index}").sum().item() == 8.0
             num_usable += 1
         except Exception as error:  # CUDA's ways to fail are many
-            problem = problem or f"device {index}: {str(error).splitlines()[0]}"
+            problem = problem or f"device {index}: {first_line(error)}"
     return num_usable, problem
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import NoTrialCompleted
+from drtune_ray.folders import atomic_write
 from drtune_ray.values import flattened
 
 # User attributes of an Optuna trial. What it is beside a sampled one:
@@ -109,9 +111,8 @@ def write_trials(trials: list[TrialSummary], path: Path) -> None:
     text_columns = sorted({key for row in rows for key in row} - set(schema.names))
     for name in text_columns:
         schema = schema.append(pa.field(name, pa.string()))
-    temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
-    temporary.replace(path)
+    table = pa.Table.from_pylist(rows, schema=schema)
+    atomic_write(path, partial(pq.write_table, table), is_durable=False)
 
 
 def best_trial(trials: Sequence[TrialSummary]) -> TrialSummary:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.errors import EnvironmentProblem, first_line
 from drtune_ray.server_uri import secrets_hidden, with_secrets
 from drtune_ray.tracking.mlflow_recorder import quiet_mlflow
 
@@ -164,6 +164,6 @@ def _sent_and_read(client: Any, run_id: str, content: str) -> str:
 
 def _reason(error: Exception) -> str:
     """The first line, without the repetitions of the HTTP client."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = first_line(error)
     _, found, cause = line.rpartition("(Caused by ")
     return cause.removesuffix(")") if found else line

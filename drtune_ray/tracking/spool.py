@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import IO, Protocol
 
+from drtune_ray.folders import atomic_write
 from drtune_ray.tracking.events import Event, from_plain, to_plain
 
 logger = logging.getLogger(__name__)
@@ -66,9 +67,7 @@ class Spool:
 
     def mark_sent(self, offset: int) -> None:
         """Remember that everything before the mark was sent."""
-        temporary = self._sent.with_suffix(".tmp")
-        temporary.write_text(str(offset))
-        temporary.replace(self._sent)
+        atomic_write(self._sent, lambda path: path.write_text(str(offset)), is_durable=False)
 
     def num_unsent(self) -> int:
         """How many events were not sent."""
