@@ -13,14 +13,14 @@ from drtune_ray.study.inputs import check_storage
 from drtune_ray.training.backbones import DEMO_BACKBONE
 
 DEMO_NAME = "demo"
-IMAGE_SCALE = 4  # 8 x 8 originals; PNG files that a person can look at
+IMAGE_SCALE = 4  # enlarges the 8 x 8 originals so that people can read them
 
 
 def write_digits(folder: Path) -> Path:
     """Write scikit-learn's 1797 handwritten digits as class folders of PNG files.
 
     Args:
-        folder: Receives ``0/ ... 9/``; files that are there already are left alone.
+        folder: Receives ``0/ ... 9/``; existing files are kept.
 
     Raises:
         ConfigError: If scikit-learn is not installed.
@@ -43,7 +43,7 @@ def write_digits(folder: Path) -> Path:
 
 
 def demo_config(storage: Path, seed: int = 0) -> StudyConfig:
-    """The demo's study; its images are written under the storage first."""
+    """Write the demo's images under the storage and return the configuration of its study."""
     check_storage(storage)
     data = write_digits(storage / "demo-data" / "digits")
     return StudyConfig.from_mapping(
@@ -59,7 +59,7 @@ def demo_config(storage: Path, seed: int = 0) -> StudyConfig:
                 "data": {
                     "train": str(data),
                     "train_per_class": 10,
-                    # Half of what is left for each; a mirrored digit is another sign.
+                    # Half of the remaining images each. No flip: a mirrored digit is no digit.
                     "validation_fraction": 0.2,
                     "test_fraction": 0.2,
                     "image_size": 48,
