@@ -272,6 +272,6 @@ def test_table_shelf__a_damaged_one_is_built_anew_and_replaced(
     with caplog.at_level(logging.WARNING), TableStore(tmp_path / "second", 1.0, shelf) as store:
         path = store.table("t.safetensors", lambda path: path.write_bytes(b"other") and None)
         assert path.read_bytes() == b"other"
-    assert re.search(r"t\.safetensors\.[0-9a-f]{8} is not what its seal says", caplog.text)
+    assert re.search(r"t\.safetensors\.[0-9a-f]{8} does not match its seal", caplog.text)
     with TableStore(tmp_path / "third", 1.0, shelf) as store:
         assert store.table("t.safetensors", never).read_bytes() == b"other"
