@@ -78,7 +78,7 @@ class TrialSummary:
 
     @property
     def is_final(self) -> bool:
-        """Whether it repeats a finalist on a new seed and is no trial of the search."""
+        """Whether the trial repeats a finalist on a new seed."""
         return self.finalist is not None
 
     @property
@@ -151,7 +151,7 @@ def is_trained(trial: FrozenTrial) -> bool:
 
 
 def is_final(trial: FrozenTrial) -> bool:
-    """Whether a trial of Optuna's repeats a finalist on a new seed."""
+    """Return whether an Optuna trial repeats a finalist on a new seed."""
     return FINALIST in trial.user_attrs
 
 
