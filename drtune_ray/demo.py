@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.errors import ConfigError
+from drtune_ray.folders import atomic_write
 from drtune_ray.space.search_space import read_space
 from drtune_ray.study.inputs import check_storage
 from drtune_ray.training.backbones import DEMO_BACKBONE
 
 DEMO_NAME = "demo"
-IMAGE_SCALE = 4  # 8 x 8 originals; PNG files that a person can look at
+IMAGE_SCALE = 4  # enlarges the 8 x 8 originals so that people can read them
 
 
 def write_digits(folder: Path) -> Path:
     """Write scikit-learn's 1797 handwritten digits as class folders of PNG files.
 
     Args:
-        folder: Receives ``0/ ... 9/``; files that are there already are left alone.
+        folder: Receives ``0/ ... 9/``; existing files are kept.
 
     Raises:
         ConfigError: If scikit-learn is not installed.
@@ -33,17 +35,15 @@ def write_digits(folder: Path) -> Path:
     for number, (picture, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         path = folder / str(label) / f"{number:04d}.png"
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
             pixels = (picture * 255 / 16).round().astype("uint8")
             side = pixels.shape[0] * IMAGE_SCALE
-            temporary = path.with_suffix(".tmp")
-            Image.fromarray(pixels).resize((side, side)).save(temporary, "PNG")
-            temporary.replace(path)
+            image = Image.fromarray(pixels).resize((side, side))
+            atomic_write(path, partial(image.save, format="PNG"), is_durable=False)
     return folder
 
 
 def demo_config(storage: Path, seed: int = 0) -> StudyConfig:
-    """The demo's study; its images are written under the storage first."""
+    """Write the demo's images under the storage and return the configuration of its study."""
     check_storage(storage)
     data = write_digits(storage / "demo-data" / "digits")
     return StudyConfig.from_mapping(
@@ -59,7 +59,7 @@ def demo_config(storage: Path, seed: int = 0) -> StudyConfig:
                 "data": {
                     "train": str(data),
                     "train_per_class": 10,
-                    # Half of what is left for each; a mirrored digit is another sign.
+                    # Half of the remaining images each. No flip: a mirrored digit is no digit.
                     "validation_fraction": 0.2,
                     "test_fraction": 0.2,
                     "image_size": 48,

@@ -3,7 +3,7 @@
 DrtuneError                       1
 ├── NoTrialCompleted              1   the study ran and no trial completed
 ├── ConfigError (ValueError)      2   bad input or configuration
-│   └── CheckpointError           2   a torn or foreign checkpoint file
+│   └── CheckpointError           2   a corrupt or foreign checkpoint file
 └── EnvironmentProblem            3   unreachable server, not enough resources
 """
 
@@ -24,7 +24,7 @@ class NoTrialCompleted(DrtuneError):
 
 
 class ConfigError(DrtuneError, ValueError):
-    """Bad input or configuration: every problem that was found, each with its fix.
+    """Bad input or configuration, with every problem that was found and its fix.
 
     Args:
         problems: One sentence per problem, or a single sentence.
@@ -41,10 +41,15 @@ class ConfigError(DrtuneError, ValueError):
 
 
 class CheckpointError(ConfigError):
-    """A checkpoint that is torn, foreign, or of another trial."""
+    """A checkpoint that is corrupt, of another format, or of another trial."""
 
 
 class EnvironmentProblem(DrtuneError, RuntimeError):
-    """The machine, cluster or server cannot do what was asked of it."""
+    """The machine, cluster or server cannot do what the command needs."""
 
     exit_code = 3
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if the message is empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

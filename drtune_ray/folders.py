@@ -1,7 +1,7 @@
-"""Named files in a folder of this machine or under a prefix of an object store.
+"""Named files in a local folder or under a prefix of an object store.
 
-Few operations, and each is atomic: a file is seen complete or not at all. An object store
-publishes an object only when it is complete; on a file system a temporary file is renamed.
+Every write is atomic: readers see a complete file or none. An object store publishes an object
+only when it is complete; on a file system a temporary file is renamed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
-from drtune_ray.errors import ConfigError, EnvironmentProblem
+from drtune_ray.errors import ConfigError, EnvironmentProblem, first_line
 from drtune_ray.server_uri import secrets_hidden, with_secrets, without_password
 
 Content = bytes | memoryview
@@ -24,87 +24,84 @@ LEFTOVERS = ".*.tmp"
 
 
 class Folder(Protocol):
-    """Files by name. What is missing raises `FileNotFoundError`, other failures `OSError`."""
+    """Files by name. A missing file raises `FileNotFoundError`, any other failure `OSError`."""
 
     def write(self, name: str, *parts: Content) -> None:
-        """Make the file of this name hold the parts, one behind the other."""
+        """Write the concatenated parts to the file, replacing it."""
 
     def read(self, name: str) -> bytes:
-        """What the file holds."""
+        """Return the content of the file."""
 
     def upload(self, path: Path, name: str) -> None:
-        """Copy a file of this machine into the folder."""
+        """Copy a local file into the folder."""
 
     def download(self, name: str, path: Path) -> None:
-        """Copy a file to this machine; atomic like the rest."""
+        """Copy a file to a local path, atomically."""
 
     def names(self) -> list[str]:
-        """Of the files, sorted; none where there is no such folder."""
+        """Return the sorted names of the files; empty if the folder does not exist."""
 
     def folders(self) -> list[str]:
-        """Names of the folders in it, sorted; none where there is no such folder."""
+        """Return the sorted names of the subfolders; empty if the folder does not exist."""
 
     def remove(self, name: str) -> None:
-        """Remove the file if it is there."""
+        """Remove the file if it exists."""
 
     def remove_leftovers(self) -> None:
-        """Remove what killed writers left half written."""
+        """Remove incomplete files of writers that were killed."""
 
     def below(self, name: str) -> Folder:
-        """A folder in this one."""
+        """Return a subfolder."""
 
     def address(self, name: str) -> str:
-        """Where a file lies, for people."""
+        """Return the path or URI of a file, for messages."""
 
 
 class LocalFolder:
     """A folder on a file system.
 
     Args:
-        path: Made when first written to.
+        path: The folder; created by the first write.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def write(self, name: str, *parts: Content) -> None:
-        """Write, fsync and rename, so that a crash at any time leaves the former file."""
+        """Write, flush to disk and rename; a crash at any time leaves the former file intact."""
 
         def fill(temporary: Path) -> None:
             with temporary.open("xb") as file:
-                for part in parts:
-                    file.write(part)
-                file.flush()
-                os.fsync(file.fileno())
+                file.writelines(parts)
 
-        _put(self.path / name, fill)
+        atomic_write(self.path / name, fill)
 
     def read(self, name: str) -> bytes:
-        """What the file holds."""
+        """Return the content of the file."""
         return (self.path / name).read_bytes()
 
     def upload(self, path: Path, name: str) -> None:
         """Copy a file into the folder."""
-        _put(self.path / name, lambda temporary: _copy(path, temporary))
+        atomic_write(self.path / name, lambda temporary: shutil.copyfile(path, temporary))
 
     def download(self, name: str, path: Path) -> None:
         """Copy a file out of the folder."""
-        _put(path, lambda temporary: _copy(self.path / name, temporary))
+        atomic_write(path, lambda temporary: shutil.copyfile(self.path / name, temporary))
 
     def names(self) -> list[str]:
-        """Of the files, sorted."""
+        """Return the sorted names of the files."""
         if not self.path.is_dir():
             return []
         return sorted(p.name for p in self.path.iterdir() if p.is_file() and p.name[0] != ".")
 
     def folders(self) -> list[str]:
-        """Names of the folders in it, sorted."""
+        """Return the sorted names of the subfolders."""
         if not self.path.is_dir():
             return []
         return sorted(p.name for p in self.path.iterdir() if p.is_dir())
 
     def remove(self, name: str) -> None:
-        """Remove the file if it is there."""
+        """Remove the file if it exists."""
         (self.path / name).unlink(missing_ok=True)
 
     def remove_leftovers(self) -> None:
@@ -113,19 +110,19 @@ class LocalFolder:
             path.unlink(missing_ok=True)
 
     def below(self, name: str) -> LocalFolder:
-        """A folder in this one."""
+        """Return a subfolder."""
         return LocalFolder(self.path / name)
 
     def address(self, name: str) -> str:
-        """The file's path."""
+        """Return the path of a file."""
         return str(self.path / name)
 
 
 class ObjectFolder:
-    """A prefix of an object store, through Arrow's file systems.
+    """A prefix of an object store, accessed through Arrow's file systems.
 
     Args:
-        uri: As `pyarrow.fs.FileSystem.from_uri` takes it. Credentials come from the environment.
+        uri: URI for `pyarrow.fs.FileSystem.from_uri`. Credentials come from the environment.
     """
 
     def __init__(self, uri: str) -> None:
@@ -133,24 +130,24 @@ class ObjectFolder:
         self._opened: tuple[Any, str] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Each process opens its own connection."""
+        """Pickle the URI alone: each process opens its own connection."""
         return type(self), (self._uri,)
 
     def write(self, name: str, *parts: Content) -> None:
-        """Write an object; it appears when all of it has arrived."""
-        # In one piece: what fails between two pieces would be published half written.
+        """Write an object, which appears once it is complete."""
+        # In one call: a failure between two calls would publish a partial object.
         with self._store() as (files, root):
             with files.open_output_stream(f"{root}/{name}") as stream:
                 stream.write(parts[0] if len(parts) == 1 else b"".join(parts))
 
     def read(self, name: str) -> bytes:
-        """What the object holds."""
+        """Return the content of the object."""
         with self._store() as (files, root), files.open_input_stream(f"{root}/{name}") as stream:
             content: bytes = stream.readall()
         return content
 
     def upload(self, path: Path, name: str) -> None:
-        """Copy a file of this machine, piece by piece."""
+        """Copy a local file in chunks."""
         from pyarrow import fs
 
         with self._store() as (files, root):
@@ -162,7 +159,7 @@ class ObjectFolder:
             )
 
     def download(self, name: str, path: Path) -> None:
-        """Copy an object to this machine, piece by piece."""
+        """Copy an object to a local path in chunks."""
         from pyarrow import fs
 
         def fill(temporary: Path) -> None:
@@ -173,33 +170,32 @@ class ObjectFolder:
                     source_filesystem=files,
                     destination_filesystem=fs.LocalFileSystem(),
                 )
-            _sync(temporary)
 
-        _put(path, fill)
+        atomic_write(path, fill)
 
     def names(self) -> list[str]:
-        """Of the objects directly below the prefix, sorted."""
+        """Return the sorted names of the objects directly below the prefix."""
         return sorted(info.base_name for info in self._infos() if info.is_file)
 
     def folders(self) -> list[str]:
-        """Prefixes directly below this one, sorted."""
+        """Return the sorted names of the prefixes directly below this one."""
         return sorted(info.base_name for info in self._infos() if not info.is_file)
 
     def remove(self, name: str) -> None:
-        """Remove the object if it is there."""
+        """Remove the object if it exists."""
         with self._store() as (files, root), suppress(FileNotFoundError):
             files.delete_file(f"{root}/{name}")
 
     def remove_leftovers(self) -> None:
-        """None are ever seen: the store drops them by a rule of its own (docs/servers.md)."""
+        """Do nothing: the store expires incomplete uploads by its own rule (docs/servers.md)."""
 
     def below(self, name: str) -> ObjectFolder:
-        """A longer prefix."""
+        """Return a longer prefix."""
         address, question, options = self._uri.partition("?")
         return ObjectFolder(f"{address.rstrip('/')}/{name}{question}{options}")
 
     def address(self, name: str) -> str:
-        """The object's URI."""
+        """Return the URI of an object."""
         return f"{self._uri.partition('?')[0].rstrip('/')}/{name}"
 
     def _infos(self) -> list[Any]:
@@ -211,7 +207,7 @@ class ObjectFolder:
 
     @contextmanager
     def _store(self) -> Iterator[tuple[Any, str]]:
-        """The file system and the prefix in it; no error of theirs holds a password."""
+        """Yield the file system and the prefix in it; errors within show no password."""
         with secrets_hidden(self._uri):
             if self._opened is None:
                 from pyarrow import fs
@@ -222,10 +218,10 @@ class ObjectFolder:
 
 
 def open_folder(uri: str) -> Folder:
-    """The folder of a URI: ``file:///...``, or a prefix of an object store.
+    """Return the folder of a URI: ``file:///...``, or a prefix of an object store.
 
     Raises:
-        ConfigError: For a URI of another kind.
+        ConfigError: If the URI is of another kind.
     """
     try:
         parts = urlsplit(without_password(uri))
@@ -242,10 +238,10 @@ def open_folder(uri: str) -> Folder:
 
 
 def check_folder(folder: Folder) -> None:
-    """Write, read and remove a file.
+    """Check that a file can be written, read and removed.
 
     Raises:
-        EnvironmentProblem: If that fails, with the reason.
+        EnvironmentProblem: If not, with the reason.
     """
     name, problem = probe_folder(folder)
     if problem:
@@ -257,7 +253,7 @@ def check_folder(folder: Folder) -> None:
 
 
 def probe_folder(folder: Folder) -> tuple[str, str]:
-    """Write, read and remove a file; returns its name, and what went wrong or ""."""
+    """Write, read and remove a file; return its name and the problem, "" if there is none."""
     name, content = f"probe-{uuid.uuid4().hex}", b"drtune-ray"
     try:
         folder.write(name, content)
@@ -265,15 +261,15 @@ def probe_folder(folder: Folder) -> tuple[str, str]:
         folder.remove(name)
     except (OSError, ValueError) as error:
         return name, f"cannot be written, read and removed ({first_line(error)})"
-    return name, "" if found == content else "reads as something else"
+    return name, "" if found == content else "returns other content than was written"
 
 
 @contextmanager
 def as_problem(uri: str | None) -> Iterator[None]:
-    """Turn failures of artifacts into one message; nothing else may fail within.
+    """Turn each `OSError` within into one message about the artifacts.
 
     Args:
-        uri: What to name; None: there are no artifacts.
+        uri: Address to name in the message; None if there are no artifacts.
 
     Raises:
         EnvironmentProblem: Instead of `OSError`.
@@ -282,36 +278,36 @@ def as_problem(uri: str | None) -> Iterator[None]:
         yield
     except OSError as error:
         raise EnvironmentProblem(
-            f"artifacts={uri!r} did not do what it was asked ({first_line(error)}): repeat the "
-            "command when it answers again"
+            f"artifacts={uri!r} failed ({first_line(error)}): repeat the command once it can be "
+            "reached again"
         ) from error
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, in a line; its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def atomic_write(path: Path, fill: Callable[[Path], object], *, is_durable: bool = True) -> None:
+    """Write a file that readers see complete or not at all.
 
-
-def _put(path: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a temporary file that no other writer has, and give it its name."""
+    Args:
+        path: The file; missing parent folders are created.
+        fill: Writes the content to the temporary path that it is given.
+        is_durable: Whether the file must survive a power cut once this returns: file and folder
+            are flushed to disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         fill(temporary)
+        if is_durable:
+            _flush(temporary)
         temporary.replace(path)
-    except BaseException:  # a full disk, most of all: what was written makes it fuller
+    except BaseException:  # such as a full disk, which the partial file would keep full
         temporary.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    if is_durable:
+        _flush(path.parent)
 
 
-def _copy(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
-    _sync(target)
-
-
-def _sync(path: Path) -> None:
-    """Onto the disk."""
+def _flush(path: Path) -> None:
+    """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Addresses of servers, which are recorded, without the passwords, which are not."""
+"""Addresses of servers. They are recorded; the passwords in them are not."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from drtune_ray.errors import ConfigError
 
 
 def without_password(uri: str) -> str:
-    """The URI of a server, if it may be recorded and shown.
+    """Return the URI of a server unchanged if it holds no password.
 
     Raises:
-        ValueError: If it may not.
+        ValueError: If it holds one, or is not a valid address.
     """
     try:
         parts = urlsplit(uri)
     except ValueError as error:
-        raise ValueError(f"it is no address ({error}): write SCHEME://HOST:PORT/PATH") from None
+        raise ValueError(
+            f"it is not a valid address ({error}): write SCHEME://HOST:PORT/PATH"
+        ) from None
     secrets = {"the password": parts.password or ""}
     secrets |= {f"the value of {k!r}": v for k, v in parse_qsl(parts.query) if _is_secret(k)}
     for what, secret in secrets.items():
@@ -37,7 +39,7 @@ def without_password(uri: str) -> str:
 
 _REFERENCE = re.compile(r"\$(\w+)|\$\{(\w+)\}")
 _SECRET_OPTION = re.compile("secret|token|key|sig|credential|pass|pwd", re.IGNORECASE)
-# Paths of files, by these names in libpq, in PyMySQL and in curl.
+# Options of libpq, PyMySQL and curl that hold paths, not secrets.
 _FILE_OPTIONS = ("sslkey", "ssl_key", "passfile", "sslkeylogfile")
 
 
@@ -49,33 +51,33 @@ ServerUri = Annotated[str, AfterValidator(without_password)]
 
 
 def with_secrets(uri: str) -> str:
-    """The URI of a server with the environment's values for each ``$NAME``, for connecting only.
+    """Replace each ``$NAME`` of a URI by the environment variable's value, for connecting only.
 
     Raises:
-        ConfigError: If one is not set.
+        ConfigError: If a variable is not set.
     """
 
     def value(found: re.Match[str]) -> str:
         name = found[1] or found[2]
         if name not in os.environ:
             raise ConfigError(f"{uri} needs the environment variable {name}: set it")
-        # Any character may stand in a password, but not in a part of a URI.
+        # A password may contain characters that a part of a URI may not.
         return os.environ[name] if found[0] == uri else quote(os.environ[name], safe="")
 
     return _REFERENCE.sub(value, uri)
 
 
 def names_in(uri: str) -> tuple[str, ...]:
-    """The environment variables whose values :func:`with_secrets` needs."""
+    """Return the names of the environment variables that :func:`with_secrets` needs."""
     return tuple(dict.fromkeys(found[1] or found[2] for found in _REFERENCE.finditer(uri)))
 
 
 def without_secrets(text: str, uri: str | None) -> str:
-    """What others say of a server, to be shown: ``$NAME`` where it holds the value.
+    """Replace secret values in a text by their ``$NAME``, so that it may be shown.
 
     Args:
-        text: Such as the message of an error in connecting.
-        uri: The server's, as it was given to :func:`with_secrets`.
+        text: Text of another program, such as a connection error.
+        uri: URI of the server as given to :func:`with_secrets`.
     """
     names = _names_of_values(uri or "")
     if not names:
@@ -86,7 +88,7 @@ def without_secrets(text: str, uri: str | None) -> str:
 
 
 def _names_of_values(uri: str) -> dict[str, str]:
-    """``$NAME`` by each form in which its value may be met, in lower case."""
+    """Map each form in which a secret value may appear, in lower case, to its ``$NAME``."""
     names: dict[str, str] = {}
     for found in _REFERENCE.finditer(uri):
         name = found[1] or found[2]
@@ -95,7 +97,7 @@ def _names_of_values(uri: str) -> dict[str, str]:
             password = urlsplit(values[0]).password or ""
             values += [password, unquote(password)]
         for value in filter(None, values):
-            # As it is, as a part of a URI, and within a literal.
+            # Verbatim, quoted in a URI, and escaped in a string literal.
             forms = (value, quote(value, safe=""), quote(value), quote_plus(value))
             names |= {form.lower(): f"${name}" for form in (*forms, repr(value)[1:-1])}
     return names
@@ -103,10 +105,10 @@ def _names_of_values(uri: str) -> dict[str, str]:
 
 @contextmanager
 def secrets_hidden(uri: str | None) -> Iterator[None]:
-    """What is raised within, and what that came from, says ``$NAME`` and not the value.
+    """Replace secret values by ``$NAME`` in errors raised within, and in their causes.
 
-    The errors themselves are changed: they go to logs with their tracebacks, to other processes
-    and to the records of trials.
+    The errors are changed in place, since they go to logs with their tracebacks, to other
+    processes and to the records of trials.
     """
     try:
         yield
@@ -122,7 +124,7 @@ def _hide(error: BaseException | None, uri: str | None, seen: set[int]) -> None:
     for part in (error.__cause__, error.__context__, *error.args):
         if isinstance(part, BaseException):
             _hide(part, uri, seen)
-    # An `OSError` shows these and not its `args`; other libraries' keep their message anywhere.
+    # `OSError` prints these, not its `args`; errors of libraries keep text in any attribute.
     for name in ("strerror", "filename", "filename2", *getattr(error, "__dict__", ())):
         held = getattr(error, name, None)
         if isinstance(held, str):

@@ -12,43 +12,42 @@ import yaml
 
 from drtune_ray.errors import ConfigError
 
-# Of PyYAML on a file. The second: no text, a date that does not exist; the third: !!timestamp of
-# something else.
+# Errors of PyYAML: syntax; binary content or an impossible date; !!timestamp on another value.
 NOT_YAML = (yaml.YAMLError, ValueError, AttributeError)
 
 
 def full_path(path: str | Path) -> Path:
-    """An absolute path from one that a user gave, which may begin with ``~``.
+    """Return the absolute path of a user's path, which may begin with ``~``.
 
     Raises:
-        ConfigError: If it cannot be a path here.
+        ConfigError: If it is not a valid path.
     """
     there = at_home(path)
     try:
         return there.resolve()
     except ValueError as error:
-        raise ConfigError(f"{str(path)!r} cannot be a path ({error}): correct it") from None
+        raise ConfigError(f"{str(path)!r} is not a valid path ({error}): correct it") from None
 
 
 def at_home(path: str | Path) -> Path:
-    """A path that a user gave, which may begin with ``~``; links are not followed.
+    """Expand ``~`` in a user's path without following links.
 
     Raises:
-        ConfigError: If it begins with a home that is not known here.
+        ConfigError: If the home directory is unknown.
     """
     try:
         return Path(path).expanduser()
     except RuntimeError:
         raise ConfigError(
-            f"{str(path)!r} begins with a home that is not known here: write the whole path"
+            f"{str(path)!r} begins with an unknown home directory: write the full path"
         ) from None
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
-    """``path=value`` strings to {path: value}; values are read as YAML.
+    """Parse ``path=value`` strings to {path: value}; values are YAML.
 
     Raises:
-        ConfigError: For a string without ``=``.
+        ConfigError: If a string has no ``=`` or a value is not YAML.
     """
     values, problems = {}, []
     for assignment in assignments:
@@ -66,11 +65,11 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
 
 
 class LinedDict(dict[str, Any]):
-    """A mapping of a YAML file that knows where its keys stand.
+    """A mapping from a YAML file, with the line of each key.
 
     Attributes:
-        source: The file, as it was given.
-        lines: Line of each key, from 1.
+        source: Path of the file as the user gave it.
+        lines: Line number of each key, from 1.
     """
 
     source = ""
@@ -78,11 +77,11 @@ class LinedDict(dict[str, Any]):
 
 
 class LinedList(list[Any]):
-    """A list of a YAML file that knows where its items stand.
+    """A list from a YAML file, with the line of each item.
 
     Attributes:
-        source: The file, as it was given.
-        lines: Line of each item, from 1.
+        source: Path of the file as the user gave it.
+        lines: Line number of each item, from 1.
     """
 
     source = ""
@@ -90,12 +89,12 @@ class LinedList(list[Any]):
 
 
 class _LinedLoader(yaml.SafeLoader):
-    """Gives `LinedDict` and `LinedList` for mappings and lists."""
+    """Loads mappings as `LinedDict` and lists as `LinedList`."""
 
 
 def _lined_dict(loader: _LinedLoader, node: yaml.MappingNode) -> Iterator[LinedDict]:
     content = LinedDict()
-    yield content  # filled afterwards, so that an alias to it may stand below it
+    yield content  # filled after the yield, so that it may contain an alias to itself
     content.update(cast(dict[str, Any], loader.construct_mapping(node)))
     content.source = str(loader.name)
     content.lines = {loader.construct_object(key): key.start_mark.line + 1 for key, _ in node.value}
@@ -114,14 +113,14 @@ _LinedLoader.add_constructor("tag:yaml.org,2002:seq", _lined_list)
 
 
 def read_yaml(path: Path, *, with_lines: bool = False) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
+    """Read a YAML file that holds a mapping.
 
     Args:
         path: The file.
-        with_lines: Give `LinedDict` and `LinedList`, for messages that name a line.
+        with_lines: Return `LinedDict` and `LinedList`, for messages that name a line.
 
     Raises:
-        ConfigError: If it is missing, not YAML, not a mapping, or repeats a key.
+        ConfigError: If the file is missing, not YAML, not a mapping, or repeats a key.
     """
     try:
         content = _loaded(path, _LinedLoader if with_lines else yaml.SafeLoader)
@@ -151,7 +150,7 @@ def _loaded(path: Path, kind: type[yaml.SafeLoader]) -> Any:
 
 
 def _repeated_keys(node: yaml.Node, path: Path, seen: set[int]) -> Iterator[str]:
-    """A sentence for each key that a mapping has twice: YAML would drop the first silently."""
+    """Yield a message for each duplicate key: YAML would silently drop the first."""
     if id(node) in seen:  # an alias
         return
     seen.add(id(node))
@@ -165,8 +164,8 @@ def _repeated_keys(node: yaml.Node, path: Path, seen: set[int]) -> Iterator[str]
         line = key.start_mark.line + 1
         if isinstance(key, yaml.ScalarNode) and key.value in first:
             yield (
-                f"{path}:{line}: {key.value} stands here and on line {first[key.value]}: remove "
-                "one of them"
+                f"{path}:{line}: {key.value} is also set on line {first[key.value]}: remove one of "
+                "them"
             )
         elif isinstance(key, yaml.ScalarNode):
             first[key.value] = line
@@ -174,12 +173,12 @@ def _repeated_keys(node: yaml.Node, path: Path, seen: set[int]) -> Iterator[str]
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:
-    """YAML in the order of the mapping."""
+    """Return a mapping as YAML, keeping its order."""
     return yaml.safe_dump(dict(values), sort_keys=False)
 
 
 def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the nested values of `over` on top."""
+    """Return `base` with the nested values of `over` replacing its own."""
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
@@ -189,7 +188,7 @@ def deep_merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, An
 
 
 def flattened_without(values: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
-    """As :func:`flattened`, without the values at and below some paths."""
+    """Return :func:`flattened` values without those at or below the given paths."""
     groups = tuple(f"{path}." for path in paths)
     return {
         key: value for key, value in flattened(values).items() if not f"{key}.".startswith(groups)
@@ -197,7 +196,7 @@ def flattened_without(values: Mapping[str, Any], paths: Iterable[str]) -> dict[s
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a.b": 1} to {"a": {"b": 1}}."""
+    """Nest dotted paths: {"a.b": 1} becomes {"a": {"b": 1}}."""
     result: dict[str, Any] = {}
     for path, value in values.items():
         *groups, leaf = path.split(".")
@@ -209,7 +208,7 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} to {"a.b": 1}."""
+    """Flatten to dotted paths: {"a": {"b": 1}} becomes {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
@@ -220,5 +219,5 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def digest(*parts: Any) -> str:
-    """A short stable hash of plain values."""
+    """Return a short, stable hash of plain values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -20,7 +20,7 @@ ROOT = Path(drtune_ray.__file__).parent
 
 # From below; the modules of a room may import those of the rooms below it, besides its own.
 STOREYS: tuple[set[str], ...] = (
-    {"errors", "method"},
+    {"errors", "processes", "method"},
     {"values", "server_uri"},
     {"folders"},
     {"config"},
@@ -34,7 +34,7 @@ STOREYS: tuple[set[str], ...] = (
     {"display"},
     {"cli"},
 )
-FLOOR = {"errors", "values", "server_uri", "folders", "config"}
+FLOOR = {"errors", "processes", "values", "server_uri", "folders", "config"}
 # What may be imported of the rooms below; of the others, everything below.
 NARROW: dict[str, set[str]] = {
     "method": set(),

@@ -72,7 +72,7 @@ WITHOUT_EXAMPLE = {
     "its features": "no model of timm 1.0 is known to do it",
     "no study xx was submitted to x": JOBS,
     "; it has x": JOBS,
-    "studies of the name x were submitted with the storages x: say which by --storage": JOBS,
+    "studies named x were submitted with the storages x: choose one with --storage": JOBS,
     "study x has no attempt x: there are x": JOBS,
     "cannot read checkpoint x: x": OWN_FILES,
     "x: remove it": OWN_FILES,

@@ -12,6 +12,7 @@ from drtune_ray.errors import (
     DrtuneError,
     EnvironmentProblem,
     NoTrialCompleted,
+    first_line,
 )
 
 ALL = sorted(
@@ -69,6 +70,19 @@ def test_config_error__keeps_every_problem(error: type[ConfigError]) -> None:
     for shown in (original, pickle.loads(pickle.dumps(original))):
         assert shown.problems == ("problem 1", "problem 2")
         assert str(shown) == "problem 1\nproblem 2"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError("no route to host\nand more"), "no route to host"),
+        (OSError("\n  no route to host \n"), "no route to host"),
+        (TimeoutError(), "TimeoutError"),
+        (ValueError("  \n "), "ValueError"),
+    ],
+)
+def test_first_line(error: Exception, line: str) -> None:
+    assert first_line(error) == line
 
 
 def test_config_error__a_single_sentence_is_one_problem() -> None:

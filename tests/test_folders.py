@@ -17,6 +17,7 @@ from drtune_ray.folders import (
     Folder,
     LocalFolder,
     ObjectFolder,
+    atomic_write,
     check_folder,
     open_folder,
 )
@@ -126,6 +127,61 @@ def test_object_folder__no_password_in_what_fails(
     assert secret not in str(refused.value)
 
 
+# ---- a file
+
+
+def noted_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the calls that make a file last, in their order."""
+    calls: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def noted_fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        calls.append("fsync folder" if path.is_dir() else "fsync file")
+        fsync(descriptor)
+
+    def noted_replace(path: Path, target: Path) -> Path:
+        calls.append("replace")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("is_durable", "expected"),
+    [(True, ["fsync file", "replace", "fsync folder"]), (False, ["replace"])],
+)
+def test_atomic_write(
+    is_durable: bool, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "deep" / "file"
+    calls = noted_calls(monkeypatch)
+    atomic_write(path, lambda aside: aside.write_text("new"), is_durable=is_durable)
+    assert calls == expected
+    assert path.read_text() == "new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_atomic_write__a_failure_leaves_the_former_file(
+    error: BaseException, tmp_path: Path
+) -> None:
+    path = tmp_path / "file"
+    path.write_text("former")
+
+    def fill(aside: Path) -> None:
+        aside.write_text("half")
+        assert path.read_text() == "former"
+        raise error
+
+    with pytest.raises(type(error)):
+        atomic_write(path, fill)
+    assert path.read_text() == "former"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 # ---- its address
 
 
@@ -216,6 +272,6 @@ def test_table_shelf__a_damaged_one_is_built_anew_and_replaced(
     with caplog.at_level(logging.WARNING), TableStore(tmp_path / "second", 1.0, shelf) as store:
         path = store.table("t.safetensors", lambda path: path.write_bytes(b"other") and None)
         assert path.read_bytes() == b"other"
-    assert re.search(r"t\.safetensors\.[0-9a-f]{8} is not what its seal says", caplog.text)
+    assert re.search(r"t\.safetensors\.[0-9a-f]{8} does not match its seal", caplog.text)
     with TableStore(tmp_path / "third", 1.0, shelf) as store:
         assert store.table("t.safetensors", never).read_bytes() == b"other"

@@ -79,9 +79,9 @@ def test_read_yaml__repeated_keys(tmp_path: Path, with_lines: bool) -> None:
     with pytest.raises(ConfigError) as caught:
         read_yaml(path, with_lines=with_lines)
     assert caught.value.problems == (
-        f"{path}:3: x stands here and on line 3: remove one of them",
-        f"{path}:7: y stands here and on line 5: remove one of them",
-        f"{path}:8: trials stands here and on line 1: remove one of them",
+        f"{path}:3: x is also set on line 3: remove one of them",
+        f"{path}:7: y is also set on line 5: remove one of them",
+        f"{path}:8: trials is also set on line 1: remove one of them",
     )
 
 
@@ -90,7 +90,7 @@ def test_read_yaml__a_space_that_repeats_a_parameter(tmp_path: Path) -> None:
         tmp_path,
         "parameters:\n  optim.momentum: {float: [0.1, 0.9]}\n  optim.momentum: {constant: 0.9}\n",
     )
-    sentence = f"{path}:3: optim.momentum stands here and on line 2: remove one of them"
+    sentence = f"{path}:3: optim.momentum is also set on line 2: remove one of them"
     with pytest.raises(ConfigError, match=f"^{re.escape(sentence)}$"):
         read_yaml(path, with_lines=True)
 

@@ -1,1 +1,1 @@
-"""Images in, batches out; knows no model."""
+"""Images in, batches out, independent of any model."""

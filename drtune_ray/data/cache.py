@@ -1,9 +1,9 @@
-"""Memory-mapped Arrow tables that all trials of a node share: what they hold and their names.
+"""Memory-mapped Arrow tables that all trials of a node share: their content and their names.
 
 `images-*.arrow` holds the encoded images of training and validation (never of test),
-`views-*.arrow` their pixels view by view where these fit under the limit, `features-*.arrow` the
-frozen encoder's features. Each name carries a hash of all that decides its content. `TableStore`
-sees to it that a file appears under its name only when it is complete.
+`views-*.arrow` their pixels view by view if these fit under the limit, `features-*.arrow` the
+frozen encoder's features. Each name contains a hash of everything that decides the content.
+`TableStore` publishes a file under its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from drtune_ray.data.views import Pixels, ViewMaker
 from drtune_ray.values import digest
 
 ROWS_PER_BATCH = 256
-# Raised when the same inputs come to be written as other bytes or in another order.
+# Increment when the same inputs are written as other bytes or in another order.
 TABLE_VERSION = 1
 
 
 def table_name(kind: str, *decided_by: Any, suffix: str = ".arrow") -> str:
-    """The file name of a table.
+    """Return the file name of a table.
 
     Args:
-        kind: What it holds.
-        decided_by: Plain values: everything that its content depends on.
-        suffix: Of its format.
+        kind: Kind of content, such as ``images``.
+        decided_by: Plain values that decide the content, all of them.
+        suffix: File suffix of the format.
     """
     return f"{kind}-{digest(TABLE_VERSION, *decided_by)}{suffix}"
 
 
 class ImageRows:
-    """Images of one split: labels at hand, encoded bytes mapped from disk.
+    """Images of one split: labels in memory, encoded bytes mapped from disk.
 
     Args:
         table: Columns ``image``, ``label`` and ``content_hash``.
@@ -53,12 +53,12 @@ class ImageRows:
         return len(self.labels)
 
     def training_view(self, maker: ViewMaker, row: int, view: int) -> Pixels:
-        """Pixels of view `view` of image `row`, (3, S, S)."""
+        """Return the pixels of view `view` of image `row`, (3, S, S)."""
         image = decode(self._images[row].as_py())
         return maker.training_view(image, self._hashes[row], view)
 
     def evaluation_view(self, maker: ViewMaker, row: int) -> Pixels:
-        """Pixels of the evaluation view of image `row`, (3, S, S)."""
+        """Return the pixels of the evaluation view of image `row`, (3, S, S)."""
         return maker.evaluation_view(decode(self._images[row].as_py()))
 
 
@@ -66,10 +66,10 @@ def write_images(splits: Splits, root: Path, path: Path) -> None:
     """Write the encoded images of training and validation.
 
     Raises:
-        ConfigError: If a file is gone or changed since the scan.
+        ConfigError: If a file is missing or changed since the scan.
     """
-    # Files, not row groups, decide the order: training rows first, each split by content hash, so
-    # that the order of rows does not depend on names.
+    # Training rows first, each split ordered by content hash, so that the order of rows does not
+    # depend on file names.
     rows = [
         row
         for split in (TRAIN, VALIDATION)
@@ -97,15 +97,15 @@ def write_images(splits: Splits, root: Path, path: Path) -> None:
 
 
 def read_images(path: Path) -> tuple[ImageRows, ImageRows]:
-    """(training, validation) rows of a file made by :func:`write_images`."""
+    """Return the (training, validation) rows of a file written by :func:`write_images`."""
     table = read_table(path)
-    # Training rows come first; slices leave the images on disk, where a filter would copy them.
+    # Training rows come first. Slices leave the images on disk; a filter would copy them.
     num_train = table["split"].to_pylist().count(TRAIN)
     return ImageRows(table.slice(0, num_train)), ImageRows(table.slice(num_train))
 
 
 def write_array(path: Path, blocks: Iterable[NDArray[Any]]) -> None:
-    """Write blocks of equal row shape, (rows, ...), one below the other.
+    """Write blocks of equal row shape, (rows, ...), concatenated along the rows.
 
     Raises:
         ValueError: If there is no block.
@@ -130,7 +130,7 @@ def write_array(path: Path, blocks: Iterable[NDArray[Any]]) -> None:
 
 
 class MappedArray:
-    """Rows of a file made by :func:`write_array`, mapped from disk."""
+    """Rows of a file written by :func:`write_array`, mapped from disk."""
 
     def __init__(self, path: Path) -> None:
         table = read_table(path)
@@ -150,17 +150,17 @@ class MappedArray:
         return picked
 
     def take(self, rows: Iterable[int]) -> NDArray[Any]:
-        """Copies of rows, (rows, ...)."""
+        """Return copies of rows, (rows, ...)."""
         return np.stack([self[row] for row in rows])
 
 
 def write_table(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
-    """Write an Arrow file, batch by batch."""
+    """Write an Arrow file batch by batch."""
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for batch in batches:
             writer.write_batch(batch)
 
 
 def read_table(path: Path) -> pa.Table:
-    """An Arrow file, mapped into memory without a copy."""
+    """Map an Arrow file into memory without a copy."""
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()

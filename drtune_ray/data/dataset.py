@@ -1,4 +1,4 @@
-"""The tables of a study as batches: what a trial reads, and nothing of the test split."""
+"""The tables of a study as batches for a trial, without the test split."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Tables:
-    """Where the prepared tables of a study lie, and the names of its classes.
+    """Paths of the prepared tables of a study, and the names of its classes.
 
     Attributes:
-        classes: Names in the order of the labels.
-        backbone: The pretrained encoder, safetensors.
+        classes: Class names in the order of the labels.
+        backbone: Weights of the pretrained encoder, safetensors.
         images: Encoded images of training and validation.
         views: Pixels of all training views, view by view; None where they exceed the limit.
-        evaluation: Pixels of the validation images; None likewise.
+        evaluation: Pixels of the validation images; None where they exceed the limit.
         features: The frozen encoder's features of all training views; None for live features.
     """
 
@@ -39,7 +39,7 @@ class Tables:
     features: Path | None
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain values, for sending to another process."""
+        """Return plain values, for sending to another process."""
         return {
             key: str(value) if isinstance(value, Path) else value
             for key, value in asdict(self).items()
@@ -47,7 +47,7 @@ class Tables:
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any]) -> Tables:
-        """The counterpart of :meth:`to_mapping`."""
+        """Build from the values of :meth:`to_mapping`."""
         paths = {
             key: None if value is None else Path(value)
             for key, value in values.items()
@@ -61,8 +61,8 @@ class TrainingData:
 
     Args:
         tables: The prepared tables.
-        config: The data settings they were prepared for.
-        interpolation: Of the pretrained weights.
+        config: The data settings that they were prepared for.
+        interpolation: Interpolation that the pretrained weights expect.
     """
 
     def __init__(self, tables: Tables, config: DataConfig, interpolation: str) -> None:
@@ -77,23 +77,23 @@ class TrainingData:
 
     @property
     def has_features(self) -> bool:
-        """Whether the frozen features are at hand; otherwise the frozen encoder must run."""
+        """Whether the frozen features are prepared; otherwise the frozen encoder must run."""
         return self._features is not None
 
     def view_of_epoch(self, epoch: int) -> int:
-        """The view that an epoch (from 0; -1 is before the first) is trained on."""
+        """Return the view for an epoch (from 0; -1 is before the first)."""
         return epoch % self.num_views if self.num_views else epoch
 
     def training_batches(self, batches: Sequence[Sequence[int]], view: int) -> Iterator[Batch]:
-        """Pixels (B, 3, S, S) uint8 and labels (B,) of each batch of rows."""
+        """Yield pixels (B, 3, S, S) uint8 and labels (B,) for each batch of rows."""
         return self._load(_Views(self.train, self._maker, view, self._views), batches)
 
     def validation_batches(self, batches: Sequence[Sequence[int]]) -> Iterator[Batch]:
-        """As :meth:`training_batches`, of the evaluation view of validation images."""
+        """Yield :meth:`training_batches` of the evaluation view of validation images."""
         return self._load(_Views(self.validation, self._maker, None, self._evaluation), batches)
 
     def pretrained_features(self, rows: Sequence[int], view: int) -> Tensor | None:
-        """z^p of rows in a view, (rows, D); None where they are not at hand."""
+        """Return z^p of rows in a view, (rows, D); None if they are not prepared."""
         if self._features is None:
             return None
         first = view * len(self.train)
@@ -108,14 +108,14 @@ class TrainingData:
                 num_workers=workers,
                 collate_fn=_collate,
                 pin_memory=torch.cuda.is_available(),
-                # Its own generator: the loader must not draw from the trial's random state.
+                # A separate generator: the loader must not advance the trial's random state.
                 generator=torch.Generator().manual_seed(0),
             )
         )
 
 
 class _Views(Dataset[tuple[Pixels, int]]):
-    """Pixels of one view (None: the evaluation view), mapped where there is a table."""
+    """Pixels of one view (None: the evaluation view), mapped from a table if there is one."""
 
     def __init__(
         self, images: ImageRows, maker: ViewMaker, view: int | None, mapped: MappedArray | None

@@ -1,4 +1,4 @@
-"""Locks between processes that the operating system drops when their holder dies."""
+"""Locks between processes that the operating system releases when their holder dies."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ EXCLUSIVE_AT_ONCE = fcntl.LOCK_EX | fcntl.LOCK_NB
 
 @contextmanager
 def flocked(path: Path, kind: int) -> Iterator[bool]:
-    """Hold a lock file, which may be removed by whoever holds it exclusively.
+    """Hold a lock on a file, which an exclusive holder may remove.
 
     Args:
-        path: The lock file; made if there is none.
+        path: The lock file; created if missing.
         kind: `EXCLUSIVE` and `SHARED` wait for other holders, `EXCLUSIVE_AT_ONCE` does not.
 
     Yields:
-        Whether it is held: False only where `EXCLUSIVE_AT_ONCE` met another holder.
+        Whether the lock is held: False only if `EXCLUSIVE_AT_ONCE` found another holder.
     """
     descriptor = _acquire(path, kind)
     try:
         yield descriptor is not None
     finally:
         if descriptor is not None:
-            # Closing alone would leave it to processes forked meanwhile.
+            # Closing alone would leave the lock with processes forked in the meantime.
             fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
@@ -41,7 +41,7 @@ def _acquire(path: Path, kind: int) -> int | None:
         except BlockingIOError:
             os.close(descriptor)
             return None
-        except BaseException:  # an interruption of the wait, most of all
+        except BaseException:  # such as an interrupted wait
             os.close(descriptor)
             raise
         if _is_at(descriptor, path):
@@ -50,7 +50,7 @@ def _acquire(path: Path, kind: int) -> int | None:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the file was neither removed nor replaced while its lock was waited for."""
+    """Return whether the file was neither removed nor replaced while waiting for its lock."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

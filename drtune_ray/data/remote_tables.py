@@ -1,4 +1,4 @@
-"""Prepared tables in artifacts, for nodes that have no file system in common with the driver."""
+"""Prepared tables in artifacts, for nodes that share no file system with the driver."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ logger = logging.getLogger(__name__)
 
 
 class RemoteTables:
-    """Tables under the names that they have in a `TableStore`, each with its seal.
+    """Tables in a folder, under their names in a `TableStore`, each with its seal.
 
-    A table's file carries its checksum in its name and the seal says which it is, so that two
-    drivers that put other bytes under one name at a time do not mix them.
+    The file name of a table contains its checksum, and the seal names the current one. Two drivers
+    that upload different bytes under one table name at the same time therefore do not mix them.
 
     Args:
-        folder: Holds them.
+        folder: Folder of the tables.
     """
 
     def __init__(self, folder: Folder) -> None:
@@ -30,15 +30,15 @@ class RemoteTables:
 
     @property
     def address(self) -> str:
-        """Where the tables lie, for people."""
+        """Address of the folder, for messages."""
         return self._folder.address("")
 
     def fetch(self, name: str, path: Path) -> bool:
-        """Copy the table of this name to a path; whether it was there, and sound."""
+        """Copy a table to a path; return whether it existed and was sound."""
         try:
             seal = self._folder.read(_seal_name(name))
             self._folder.download(_file_name(name, seal), path)
-        except (FileNotFoundError, ValueError, KeyError):  # none, or no seal of ours
+        except (FileNotFoundError, ValueError, KeyError):  # missing, or not one of our seals
             return False
         seal_of(path).write_bytes(seal)
         if problem := damage(path):
@@ -47,10 +47,10 @@ class RemoteTables:
         return problem is None
 
     def put(self, path: Path) -> None:
-        """Take a table, unless it is there. Its seal comes last: it says that the table is there.
+        """Upload a table unless it exists. The seal is written last, once the table is complete.
 
         Raises:
-            OSError: If it cannot be written.
+            OSError: If the upload fails.
         """
         name, seal = path.name, seal_of(path).read_bytes()
         try:
@@ -63,20 +63,20 @@ class RemoteTables:
 
 
 def fetch_tables(tables: Tables, shelf: RemoteTables) -> None:
-    """Have all tables on this node, at the paths of the driver's, until this process ends.
+    """Provide all tables on this node, at the driver's paths, until this process ends.
 
     Raises:
-        EnvironmentProblem: If one is neither here nor on the shelf.
+        EnvironmentProblem: If a table is neither on this node nor on the shelf.
     """
     paths = [tables.backbone, tables.images, tables.views, tables.evaluation, tables.features]
 
     def missing(path: Path) -> None:
         raise EnvironmentProblem(
-            f"the prepared table {path.name} is neither on this node nor at {shelf.address}: do "
-            "all nodes reach the same artifacts?"
+            f"the prepared table {path.name} is neither on this node nor at {shelf.address}: check "
+            "that all nodes can reach the same artifacts"
         )
 
-    # The driver keeps the limit of its own node; here nothing is removed that a trial may need.
+    # No limit here: a trial may need any of the tables. The driver keeps its own node's limit.
     store = TableStore(tables.images.parent.parent, math.inf, shelf)
     store.__enter__()
     for path in paths:

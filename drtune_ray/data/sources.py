@@ -1,4 +1,4 @@
-"""Images in: a folder of class folders becomes one Arrow table of files and labels."""
+"""Scan a folder of class folders into one Arrow table of files and labels."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ImageFolder:
 
     Attributes:
         root: The folder.
-        classes: Names in the order of the labels.
+        classes: Class names in the order of the labels.
         files: Table of `FILE_SCHEMA`, paths relative to the root; sorted by path.
     """
 
@@ -48,12 +48,12 @@ def scan_class_folders(root: Path, known: pa.Table | None = None) -> ImageFolder
     """List, hash and decode every image of a folder of class folders.
 
     Args:
-        root: Holds one folder a class, its images at any depth below.
+        root: Folder with one folder per class, whose images may be nested.
         known: An earlier scan; files of the same path, size and time are not read again.
 
     Raises:
-        ConfigError: For a missing or empty folder, fewer than two classes, an empty class or
-            images that cannot be decoded; all that are found are named together.
+        ConfigError: If the folder is missing or empty, has fewer than two classes or an empty
+            class, or holds images that cannot be decoded; all problems are named together.
     """
     if not root.is_dir():
         raise ConfigError(
@@ -81,25 +81,25 @@ def scan_class_folders(root: Path, known: pa.Table | None = None) -> ImageFolder
 
 
 def read_bytes(root: Path, row: dict[str, object]) -> bytes:
-    """The encoded image of a row of the table.
+    """Read the encoded image of a row of the table.
 
     Raises:
-        ConfigError: If the file is gone or is not what was scanned.
+        ConfigError: If the file is missing or changed since the scan.
     """
     path = root / str(row["path"])
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}; put the file back") from None
+        raise ConfigError(f"cannot read {path}: {error.strerror}; restore the file") from None
     if content_hash(content) != row["content_hash"]:
-        raise ConfigError(f"{path} changed since the study began: put the former file back")
+        raise ConfigError(f"{path} changed since the study started: restore the original file")
     return content
 
 
 def decode(content: bytes) -> Image.Image:
-    """An RGB image from its encoded bytes; turned as its EXIF says, transparency on white."""
+    """Decode an RGB image: rotated by its EXIF orientation, transparency on white."""
     image: Image.Image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
-    if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip them at 255
+    if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip at 255
         image = Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -109,7 +109,7 @@ def decode(content: bytes) -> Image.Image:
 
 
 def content_hash(content: bytes) -> str:
-    """SHA-256 of the file, in hexadecimal."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
 
 

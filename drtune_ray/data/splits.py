@@ -1,7 +1,7 @@
 """Train / validation / sealed test: stratified by quota, in the order of the content hash.
 
-Nothing is drawn at random: an image's place among its class follows from its content. Images that
-were placed before keep their split; later ones fill up the quotas. Exact copies stay together.
+Nothing is drawn at random: an image's rank within its class follows from its content. Images that
+were assigned before keep their split; later ones fill the quotas. Exact copies stay together.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ class Splits:
     """A scanned source with a split for each image.
 
     Attributes:
-        manifest: The files' table with a column ``split`` (train, validation or test).
-        classes: Names in the order of the labels.
+        manifest: Table of files with a column ``split`` (train, validation or test).
+        classes: Class names in the order of the labels.
     """
 
     manifest: pa.Table
     classes: tuple[str, ...]
 
     def rows(self, split: str) -> pa.Table:
-        """The manifest's rows of one split."""
+        """Return the manifest's rows of one split."""
         return self.manifest.filter(pa.compute.equal(self.manifest["split"], split))
 
     def count(self, split: str) -> int:
-        """Number of images of one split."""
+        """Return the number of images of one split."""
         return len(self.rows(split))
 
     def content_digest(self, split: str | None = None) -> str:
-        """Hash over content, label and split of the images, of one split or of all."""
+        """Return a hash of content, label and split of the images, of one split or of all."""
         table = self.manifest if split is None else self.rows(split)
         columns = [table[name].to_pylist() for name in ("content_hash", "label", "split")]
         return digest(self.classes, sorted(zip(*columns, strict=True)))
@@ -51,12 +51,12 @@ def make_splits(folder: ImageFolder, config: DataConfig, former: pa.Table | None
     Args:
         folder: The scanned source.
         config: `validation_fraction`, `test_fraction` and `train_per_class`. With the last, a
-            class gives that many images for training and the rest is shared between validation
-            and test in the proportion of the fractions.
-        former: An earlier manifest of the same source, whose assignments are kept.
+            class has that many training images and the rest is divided between validation and
+            test in proportion to the fractions.
+        former: Earlier manifest of the same source, whose assignments are kept.
 
     Raises:
-        ConfigError: Naming each class with too few different images.
+        ConfigError: If a class has too few different images; every such class is named.
     """
     assigned = (
         {}
@@ -85,8 +85,8 @@ def _empty_split(name: str, found: set[str]) -> str | None:
     if not missing:
         return None
     return (
-        f"class {name!r} has no image left for {' and '.join(missing)}: its images were placed "
-        "before, with copies in other classes or in an earlier study under this storage; add "
+        f"class {name!r} has no image left for {' and '.join(missing)}: its images already belong "
+        "to a split, by copies in other classes or by an earlier study under this storage; add "
         "images to the class or use another --storage"
     )
 
@@ -116,9 +116,9 @@ def _quotas(num_images: int, config: DataConfig) -> dict[str, int]:
 
 
 def _fill_quotas(images: set[str], quotas: dict[str, int], assigned: dict[str, str]) -> None:
-    """Place the class's images that have no split yet, by content hash, where room is left.
+    """Assign the images of a class that have no split yet, in the order of the content hash.
 
-    Images are counted once however many copies of them there are; the copies follow.
+    An image counts once however many copies it has; copies share its split.
     """
     room = dict(quotas)
     for image in images & assigned.keys():

@@ -1,8 +1,8 @@
-"""The tables of a storage: found sound or built anew, by one process, and kept under a limit.
+"""The tables of a storage: verified or rebuilt by one process, and kept under a limit.
 
-Beside each table lies its seal: name, size and checksum. A table has two locks in ``.locks``:
+Each table has a seal next to it: name, size and checksum. Each has two locks in ``.locks``:
 ``build`` is held by the one process that verifies or builds it, ``use`` is shared by the drivers
-that need it, as long as they run. Removing a table takes both.
+that need it, as long as they run. Removing a table needs both.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ CHUNK_BYTES = 2**20
 
 
 class Shelf(Protocol):
-    """Where tables lie that several nodes use; see `drtune_ray.data.remote_tables`."""
+    """A place for tables that several nodes use; see `drtune_ray.data.remote_tables`."""
 
     def fetch(self, name: str, path: Path) -> bool:
-        """Copy the table of this name to a path; whether it was there, and sound."""
+        """Copy a table to a path; return whether it existed and was sound."""
 
     def put(self, path: Path) -> None:
-        """Take a table, unless it is there."""
+        """Upload a table unless it exists."""
 
 
 class TableStore:
-    """The cache folder of a storage, and the tables that this process uses of it while open.
+    """The cache folder of a storage; tables that this process uses stay locked while it is open.
 
     Args:
-        storage: The folder that all studies share; the tables lie in its ``cache``.
-        limit_gib: What the tables may take together, unless more of them are in use.
-        shelf: Holds the tables for other nodes too: what is there is not built again.
+        storage: Folder that all studies share; the tables are in its ``cache``.
+        limit_gib: Maximum total size of the tables in GiB, exceeded only by tables in use.
+        shelf: Copies of the tables for other nodes; a table found there is not rebuilt.
     """
 
     def __init__(self, storage: Path, limit_gib: float, shelf: Shelf | None = None) -> None:
@@ -74,14 +74,14 @@ class TableStore:
         self._uses.close()
 
     def table(self, name: str, write: Callable[[Path], None]) -> Path:
-        """A sound table, which stays where it is until the store is closed.
+        """Return the path of a sound table, which is not removed until the store is closed.
 
-        It is verified when this store first asks for it. A process that finds another one
-        building it waits and then uses what that one built.
+        The table is verified on the first call. If another process is building it, the call waits
+        and uses that process's table.
 
         Args:
-            name: Its file name, which follows from all that decides its content.
-            write: Writes it to a path if there is none, or the one that is there is damaged.
+            name: File name, which contains a hash of everything that decides the content.
+            write: Writes the table to a path; called if it is missing or damaged.
         """
         path = self.folder / name
         if name in self._used:
@@ -89,7 +89,7 @@ class TableStore:
         with flocked(self._build_lock(name), EXCLUSIVE):
             if not self._is_sound(path):
                 self._build(path, self._fetched_or(write, name))
-            # Before the other lock is let go, so that nobody removes the table in between.
+            # Taken before the build lock is released, so that no process removes the table.
             self._uses.enter_context(flocked(self._use_lock(name), SHARED))
         self._used.add(name)
         self._touch(name)
@@ -98,23 +98,23 @@ class TableStore:
         return path
 
     def has_room(self, sizes: Mapping[str, int]) -> bool:
-        """Whether tables of so many bytes fit under the limit beside those used here already."""
+        """Return whether tables of these sizes fit under the limit beside those in use here."""
         used = sum(_num_bytes(self.folder / name) for name in self._used)
         more = sum(size for name, size in sizes.items() if name not in self._used)
         return used + more <= self._limit_bytes
 
     def keep_limit(self) -> None:
-        """Remove tables that nobody uses, least recently used first, until the rest fits."""
+        """Remove unused tables, least recently used first, until the rest fits under the limit."""
         sizes = {name: _num_bytes(self.folder / name) for name in self._names()}
         total = sum(sizes.values())
         for name in sorted(sizes.keys() - self._used, key=self._last_use):
-            is_gone = not (self.folder / name).exists()  # what a killed builder left
+            is_gone = not (self.folder / name).exists()  # left by a killed builder
             if (is_gone or total > self._limit_bytes) and self._remove(name):
                 total -= sizes[name]
         if total > self._limit_bytes:
             logger.warning(
-                "the tables in %s take %.2f GiB, more than data.cache_limit_gib=%g: studies that "
-                "are running use all of them",
+                "the tables in %s take %.2f GiB, more than data.cache_limit_gib=%g: running "
+                "studies use all of them",
                 self.folder,
                 total / 2**30,
                 self._limit_bytes / 2**30,
@@ -131,15 +131,15 @@ class TableStore:
             return False
         problem = damage(path)
         if problem:
-            logger.warning("%s %s: it is removed and built again", path, problem)
+            logger.warning("%s %s: removing and rebuilding it", path, problem)
         return problem is None
 
     def _build(self, path: Path, write: Callable[[Path], None]) -> None:
-        """Write a table and its seal aside, then put them into their places, the seal first."""
+        """Write a table and its seal to a temporary folder, then publish them, the seal first."""
         for former in (path, seal_of(path)):
             former.unlink(missing_ok=True)
         aside = self._aside(path.name)
-        shutil.rmtree(aside, ignore_errors=True)  # a killed builder's
+        shutil.rmtree(aside, ignore_errors=True)  # left by a killed builder
         aside.mkdir()
         try:
             written = aside / path.name
@@ -151,7 +151,7 @@ class TableStore:
             shutil.rmtree(aside)
 
     def _remove(self, name: str) -> bool:
-        """Remove all that belongs to a table, unless it is being built or used."""
+        """Remove a table unless it is being built or used; return whether it was removed."""
         use, build = self._use_lock(name), self._build_lock(name)
         with (
             flocked(use, EXCLUSIVE_AT_ONCE) as is_unused,
@@ -160,26 +160,26 @@ class TableStore:
             if not (is_unused and is_idle):
                 return False
             shutil.rmtree(self._aside(name), ignore_errors=True)
-            # The build lock last: whoever waits for it shall find the rest done.
+            # The build lock last, so that a process waiting for it finds the rest removed.
             for path in (self.folder / name, seal_of(self.folder / name), use, build):
                 path.unlink(missing_ok=True)
         return True
 
     def _names(self) -> set[str]:
-        """Of all tables that lie here or were begun here."""
-        begun = {path.stem for path in self._locks.iterdir()}
-        return begun | {p.name for p in self.folder.iterdir() if p.suffix in TABLE_SUFFIXES}
+        """Return the names of all tables here, including those whose build was not finished."""
+        started = {path.stem for path in self._locks.iterdir()}
+        return started | {p.name for p in self.folder.iterdir() if p.suffix in TABLE_SUFFIXES}
 
     def _last_use(self, name: str) -> int:
-        """Nanoseconds; the seal keeps the time."""
+        """Return the time of the last use in nanoseconds, which is the seal's modification time."""
         for path in (seal_of(self.folder / name), self.folder / name):
             with suppress(FileNotFoundError):
                 return path.stat().st_mtime_ns
         return 0
 
     def _touch(self, name: str) -> None:
-        now = time.time_ns()  # the file system's own clock ticks in milliseconds
-        with suppress(FileNotFoundError):  # removed by hand: found at the next start
+        now = time.time_ns()  # the file system's own clock has a resolution of milliseconds
+        with suppress(FileNotFoundError):  # removed by hand; rebuilt at the next start
             os.utime(seal_of(self.folder / name), ns=(now, now))
 
     def _aside(self, name: str) -> Path:
@@ -193,27 +193,27 @@ class TableStore:
 
 
 def seal(path: Path) -> None:
-    """Write a table's seal beside it."""
+    """Write the seal of a table next to it."""
     seal_of(path).write_text(json.dumps(_content(path)))
 
 
 def seal_of(path: Path) -> Path:
-    """Where the seal of a table lies."""
+    """Return the path of a table's seal."""
     return path.with_name(f"{path.name}.seal")
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a table that is there; None where it is sound."""
+    """Return what is wrong with an existing table, None if it is sound."""
     try:
         expected = json.loads(seal_of(path).read_text())
     except (OSError, ValueError):
         return "has no readable seal"
     num_bytes = path.stat().st_size
     if not isinstance(expected, dict) or expected.get("num_bytes") != num_bytes:
-        return f"has {num_bytes} bytes, which is not what its seal says"
+        return f"has {num_bytes} bytes, but its seal records another size"
     try:
         if expected != _content(path):
-            return "is not what its seal says"
+            return "does not match its seal"
         if path.suffix == ARROW_SUFFIX:
             read_table(path)
     except (OSError, pa.ArrowException) as error:
@@ -222,10 +222,10 @@ def damage(path: Path) -> str | None:
 
 
 def _content(path: Path) -> dict[str, Any]:
-    """What a seal says. The name is in it so that another table's file is seen to be foreign."""
+    """Return the content of a table's seal, with the name, so that a misplaced file is found."""
     checksum, num_bytes = 0, 0
     with path.open("rb") as file:
-        # CRC-32 finds every damage that is not made on purpose, several times faster than SHA-2.
+        # CRC-32 detects accidental damage several times faster than SHA-2.
         while chunk := file.read(CHUNK_BYTES):
             checksum, num_bytes = zlib.crc32(chunk, checksum), num_bytes + len(chunk)
     return {"table": path.name, "num_bytes": num_bytes, "crc32": checksum}

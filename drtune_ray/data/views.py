@@ -22,7 +22,7 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Normalization:
-    """Mean and standard deviation that the pretrained weights expect, per channel, of [0, 1]."""
+    """Mean and standard deviation per channel that the weights expect, for pixels in [0, 1]."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -34,11 +34,11 @@ class ViewMaker:
 
     Args:
         config: `image_size`, `view_seed`, and the settings of crops and resizing.
-        interpolation: Of the pretrained weights, as timm names it.
+        interpolation: timm's name of the interpolation that the pretrained weights expect.
 
     Attributes:
-        training_key: Hash of what decides the training views of an image, its content apart.
-        evaluation_key: Likewise for the evaluation view.
+        training_key: Hash of what decides the training views, except the image's content.
+        evaluation_key: Hash of what decides the evaluation view, except the image's content.
     """
 
     def __init__(self, config: DataConfig, interpolation: str) -> None:
@@ -47,7 +47,7 @@ class ViewMaker:
         from timm.data.transforms_factory import create_transform
 
         self._seed = config.view_seed
-        # `use_prefetcher` makes timm stop at uint8 pixels; normalising is left to the device.
+        # With `use_prefetcher` timm returns uint8 pixels; the device normalises them.
         common: dict[str, Any] = {
             "input_size": config.image_size,
             "interpolation": interpolation,
@@ -66,10 +66,10 @@ class ViewMaker:
             crop_mode="squash" if config.evaluation_resize == "square" else "center",
             **common,
         )
-        # Each of them has changed pixels between releases: decoding, resampling, draws of a crop.
+        # Releases of each have changed pixels: decoding, resampling, random crops.
         versions = [timm.__version__, torchvision.__version__, PIL.__version__]
         drawn = [config.view_seed, config.crop_scale_min, config.horizontal_flip]
-        # The settings stand beside the transform because its text rounds them to four digits.
+        # The settings are hashed too, because the transform's text rounds them to four digits.
         self.training_key = digest(
             repr(self._augment), config.image_size, *drawn, interpolation, *versions
         )
@@ -78,13 +78,13 @@ class ViewMaker:
         )
 
     def training_view(self, image: Image.Image, content_hash: str, view: int) -> Pixels:
-        """View number `view` of an image, (3, S, S); the same at every call."""
+        """Return view number `view` of an image, (3, S, S); the same at every call."""
         seed = int(digest(self._seed, content_hash, view), 16)
         with _seeded(seed):
             return _pixels(self._augment, image)
 
     def evaluation_view(self, image: Image.Image) -> Pixels:
-        """The view on which models are compared: resize and centre crop, (3, S, S)."""
+        """Return the view on which models are compared: resize and centre crop, (3, S, S)."""
         return _pixels(self._evaluate, image)
 
 
@@ -94,7 +94,7 @@ def _pixels(transform: Callable[[Image.Image], Any], image: Image.Image) -> Pixe
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators that timm and torchvision draw from, then put them back."""
+    """Seed the global generators that timm and torchvision use, then restore their state."""
     python_state, torch_state = random.getstate(), torch.get_rng_state()
     random.seed(seed)
     torch.default_generator.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What a person, or a program, reads while a study or training runs, and at its end."""
+"""Output for people and programs while a study or training runs, and at its end."""
 
 from __future__ import annotations
 

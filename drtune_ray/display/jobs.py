@@ -20,37 +20,37 @@ from drtune_ray.jobs.submission import STUDY_FILE, Submission
 
 
 def submit_lines(submission: Submission, attempt: Attempt, *, is_new: bool) -> Iterator[str]:
-    """What was sent, and to which attempt it led.
+    """Yield lines on what was submitted, and on the attempt that runs it.
 
     Args:
         submission: The study.
-        attempt: That runs it.
-        is_new: Whether it was started for this submission.
+        attempt: The attempt that runs the study.
+        is_new: Whether this submission started the attempt.
     """
     if is_new:
         sent = ", ".join([STUDY_FILE, *submission.variables.sent])
-        yield f"Submitted {attempt.submission_id}, and with it: {sent}"
+        yield f"Submitted {attempt.submission_id} with {sent}"
         return
-    yield f"{attempt.submission_id} is {attempt.state.lower()}: nothing was sent"
+    yield f"{attempt.submission_id} is already {attempt.state.lower()}: nothing was submitted"
     if attempt.settings != submission.settings:
-        yield "It was submitted with other settings; for these to hold, stop it first"
+        yield "It was submitted with other settings; to apply these, stop it first"
 
 
 def job_lines(attempts: Sequence[Attempt], address: str, now: float | None = None) -> Iterator[str]:
-    """The attempts of one study, oldest first.
+    """Yield lines on the attempts of one study, oldest first.
 
     Args:
-        attempts: Of one study.
-        address: Of their cluster.
-        now: Seconds since 1970; None: the present.
+        attempts: Attempts of one study.
+        address: Address of their cluster.
+        now: Seconds since 1970; None means the present time.
     """
     now = time.time() if now is None else now
     newest = attempts[-1]
     yield f"Study {newest.study!r} in {newest.storage}, jobs at {address}:"
     for attempt in attempts:
-        begun = datetime.fromtimestamp(attempt.started).strftime("%Y-%m-%d %H:%M:%S")
+        since = datetime.fromtimestamp(attempt.started).strftime("%Y-%m-%d %H:%M:%S")
         took = duration((attempt.ended or now) - attempt.started)
-        yield f"  {attempt.submission_id}  {_state(attempt)}; since {begun}, for {took}"
+        yield f"  {attempt.submission_id}  {_state(attempt)}; since {since}, for {took}"
     if newest.state == PENDING and newest.message:
         yield f"  {newest.message}"
     if end := end_of(newest):
@@ -58,11 +58,11 @@ def job_lines(attempts: Sequence[Attempt], address: str, now: float | None = Non
 
 
 def job_facts(attempts: Sequence[Attempt], address: str) -> dict[str, Any]:
-    """The attempts of one study, oldest first, for programs.
+    """Return the attempts of one study, oldest first, for programs.
 
     Args:
-        attempts: Of one study.
-        address: Of their cluster.
+        attempts: Attempts of one study.
+        address: Address of their cluster.
     """
     jobs = [
         {key: value for key, value in asdict(attempt).items() if key not in ("study", "storage")}
@@ -77,12 +77,12 @@ def job_facts(attempts: Sequence[Attempt], address: str) -> dict[str, Any]:
 
 
 def ways_on(attempt: Attempt, address: str, program: str) -> Iterator[str]:
-    """How an attempt that was left is met again.
+    """Yield the commands that follow or stop a running attempt.
 
     Args:
         attempt: The attempt.
-        address: Of its cluster, with what must follow it.
-        program: How this program is called from here.
+        address: Address of its cluster, with the options that it needs.
+        program: Command line name of this program.
     """
     where = f"{attempt.study} --storage {attempt.storage} --address {address}"
     yield f"Follow it:  {program} logs {where} --follow"
@@ -90,20 +90,20 @@ def ways_on(attempt: Attempt, address: str, program: str) -> Iterator[str]:
 
 
 class JsonLog:
-    """A log in which JSON lines and words are mixed: only the former go to stdout.
+    """A log of JSON lines mixed with text: only the JSON lines go to stdout.
 
     Args:
-        stdout: Takes the objects.
-        stderr: Takes the rest.
+        stdout: Receives the JSON lines.
+        stderr: Receives the rest.
     """
 
     def __init__(self, stdout: TextIO, stderr: TextIO) -> None:
-        self._stdout, self._stderr, self._begun = stdout, stderr, ""
+        self._stdout, self._stderr, self._partial = stdout, stderr, ""
         self._has_result = False
 
     def write(self, text: str) -> None:
-        """Take text that may end within a line."""
-        *lines, self._begun = (self._begun + text).split("\n")
+        """Write text, which may end within a line."""
+        *lines, self._partial = (self._partial + text).split("\n")
         for line in lines:
             stream = self._stdout if line.startswith("{") else self._stderr
             stream.write(f"{line}\n")
@@ -111,7 +111,7 @@ class JsonLog:
             self._has_result |= line.startswith('{"kind": "result"')
 
     def close(self, exit_code: int, reason: str) -> None:
-        """Say the end where the log does not: its job was killed, or goes on unseen."""
+        """Write a result line if the log has none: its job was killed or is no longer followed."""
         if not self._has_result:
             write_json(self._stdout, "result", {"exit_code": exit_code, "reason": reason})
 

@@ -1,4 +1,4 @@
-"""The live table of a terminal: figures are never cut, whatever its width."""
+"""The live table of a terminal; it never truncates figures, whatever the width."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from drtune_ray.display.text import folded, packed, percent, short
 
 REFRESHES_PER_SECOND = 2
 MAX_ROWS, MIN_ROWS = 14, 3
-NUM_OTHER_LINES = 8  # headings, bar, how it stands, and the prompt above
+NUM_OTHER_LINES = 8  # headings, bar, summary, and the prompt above
 GAP = 2
-NAME_WIDTH = 10  # of a line of a setting's name
+NAME_WIDTH = 10  # characters per line of a setting's name
 BAR_WIDTH = 40
 STATE_STYLES = {"complete": "green", "pruned": "yellow", "fail": "red", "running": "cyan"}
 
@@ -28,10 +28,10 @@ class Column:
     """A column that is shown whole or not at all.
 
     Attributes:
-        heading: Its lines.
-        cells: One a row.
-        rank: Columns of a lower one are given room first.
-        is_figure: Whether it stands at the right.
+        heading: Lines of the heading.
+        cells: Text of each row.
+        rank: Priority; columns of a lower rank are shown first if the width is short.
+        is_figure: Whether the cells are aligned to the right.
     """
 
     heading: tuple[str, ...]
@@ -41,18 +41,17 @@ class Column:
 
     @property
     def width(self) -> int:
-        """Characters that it needs."""
+        """Width in characters."""
         return max(len(text) for text in (*self.heading, *self.cells))
 
 
 class LiveTable:
-    """Draws a study's progress again and again until it is left.
+    """Draws a study's progress repeatedly until it is stopped.
 
     Args:
         console: A terminal.
-        progress: What to draw.
-        take_stderr: Whether what goes to stderr shall stand above the table: where it is the
-            same terminal.
+        progress: The progress to draw.
+        take_stderr: Whether to print stderr above the table, because it is the same terminal.
     """
 
     def __init__(self, console: Console, progress: StudyProgress, *, take_stderr: bool) -> None:
@@ -64,29 +63,29 @@ class LiveTable:
         )
 
     def start(self) -> None:
-        """Begin to draw."""
+        """Start drawing."""
         self._live.start()
 
     def stop(self) -> None:
-        """Leave the last state on the screen."""
+        """Stop drawing and leave the last state on the screen."""
         self._live.stop()
 
 
 def rendered(progress: StudyProgress, width: int, height: int) -> RenderableType:
-    """The table, a bar and how the study stands, for a terminal of so many columns and lines."""
+    """Render table, progress bar and summary for a terminal of this width and height."""
     rows = progress.shown(max(MIN_ROWS, min(MAX_ROWS, height - NUM_OTHER_LINES)))
     columns = table_columns(progress, rows)
     chosen = fitting(columns, width)
-    standing = progress.standing()
+    summary = progress.summary()
     if num_hidden := len(columns) - len(chosen):
         columns_hidden = "1 column" if num_hidden == 1 else f"{num_hidden} columns"
-        standing.append(f"{columns_hidden} hidden: widen the terminal")
-    lines = packed(standing, width)
+        summary.append(f"{columns_hidden} hidden: widen the terminal")
+    lines = packed(summary, width)
     return Group(_table(chosen), _bar(progress, width), Text("\n".join(lines), no_wrap=True))
 
 
 def table_columns(progress: StudyProgress, rows: Sequence[TrialRow]) -> list[Column]:
-    """All columns, as they stand from left to right."""
+    """Return all columns from left to right."""
     epochs = tuple(f"{row.epoch}/{progress.num_epochs}" for row in rows)
     columns = [
         Column(("trial",), tuple(row.label for row in rows), 0, is_figure=False),
@@ -95,14 +94,14 @@ def table_columns(progress: StudyProgress, rows: Sequence[TrialRow]) -> list[Col
         Column(("accuracy",), tuple(percent(row.accuracy) for row in rows), 3),
         Column(("best",), tuple(percent(row.best) for row in rows), 0),
     ]
-    for rank, (path, name) in enumerate(progress.telling(rows).items(), 4):
+    for rank, (path, name) in enumerate(progress.distinguishing(rows).items(), 4):
         cells = tuple(short(row.setting(path)) for row in rows)
         columns.append(Column(tuple(folded(name, NAME_WIDTH)), cells, rank))
     return columns
 
 
 def fitting(columns: Sequence[Column], width: int) -> list[Column]:
-    """Those that have room side by side, the most important first."""
+    """Return the columns that fit the width, choosing by rank."""
     chosen, left = [], width + GAP
     for column in sorted(columns, key=lambda column: column.rank):
         if column.width + GAP <= left:
@@ -116,7 +115,7 @@ def _table(columns: Sequence[Column]) -> Table:
     height = max((len(column.heading) for column in columns), default=0)
     for column in columns:
         table.add_column(
-            # The last line of each stands above the figures.
+            # Headings are aligned at the bottom.
             "\n".join(("",) * (height - len(column.heading)) + column.heading),
             justify="right" if column.is_figure else "left",
             width=column.width,

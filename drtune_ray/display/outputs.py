@@ -1,4 +1,4 @@
-"""Where a command's words go: to people, live or line by line; to programs; or nowhere."""
+"""Outputs of a command: for people, live or line by line; for programs; or quiet."""
 
 from __future__ import annotations
 
@@ -20,59 +20,59 @@ from drtune_ray.errors import DrtuneError
 from drtune_ray.execution.environment import JOB_CONFIG
 from drtune_ray.tracking.events import Event, MetricsRecorded, RunFinished, StepsRecorded, to_plain
 
-STANDING_SECONDS = 60.0
+SUMMARY_SECONDS = 60.0
 NUM_NAMED = 8
 LOSSES = ("loss", "cross_entropy", "distribution_regularization")
 INTERRUPTED_CODE = 130
 STOPPING = (
-    "Stopping: running trials save what they have, a few seconds. Ctrl-C again does not wait for "
-    "them and loses what they trained since their last save."
+    "Stopping: running trials write a checkpoint, which takes a few seconds. Ctrl-C again stops at "
+    "once and loses the training since their last checkpoint."
 )
 
 
 class Quiet:
-    """Says nothing but warnings, on stderr; the other outputs say more."""
+    """Prints only warnings, on stderr; base class of the other outputs."""
 
     def __init__(self) -> None:
         self._is_stopping = False
 
     def say(self, text: str) -> None:
-        """A sentence about what is going to happen."""
+        """Print a sentence about the plan or the result."""
 
     def plan(self, progress: StudyProgress, facts: Mapping[str, Any]) -> None:
-        """The trials are about to start.
+        """Announce that the trials are about to start.
 
         Args:
-            progress: Of the study; kept up to date by the output.
+            progress: Progress of the study; the output updates it with each event.
             facts: The plan, for programs.
         """
 
     def take(self, event: Event) -> None:
-        """Something happened."""
+        """Receive an event."""
         is_end = isinstance(event, RunFinished) and event.state == INTERRUPTED
         if is_end and not self._is_stopping:
             self._is_stopping = True
             self.warn(STOPPING)
 
     def notice(self, text: str) -> None:
-        """A line for the user while trials run or wait."""
+        """Print a line for the user while trials run or wait."""
         self.warn(text)
 
     def warn(self, text: str) -> None:
-        """A line that is shown in every mode."""
+        """Print a line in every mode."""
         click.echo(text, err=True)
 
     def close(self) -> None:
-        """The trials have ended, in whatever way."""
+        """End the output after the trials, whatever their outcome."""
 
 
 class People(Quiet):
-    """A live table on a terminal; elsewhere a line a trial and, now and then, how it stands.
+    """Shows a live table on a terminal; elsewhere a line per trial and a regular summary.
 
     Args:
-        console: Where to write.
-        is_live: Whether it can be drawn over.
-        clock: Seconds.
+        console: Console to write to.
+        is_live: Whether the console can be redrawn.
+        clock: Returns seconds.
     """
 
     def __init__(
@@ -82,31 +82,31 @@ class People(Quiet):
         self._console, self._is_live, self._clock = console, is_live, clock
         self._progress: StudyProgress | None = None
         self._table: LiveTable | None = None
-        self._told = 0.0
+        self._summarized = 0.0
 
     def say(self, text: str) -> None:
-        """Print it."""
+        """Print a sentence."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     notice = say
 
     def warn(self, text: str) -> None:
-        """Above the table where there is one: elsewhere it would be drawn over."""
+        """Print a line, above the table if there is one."""
         if self._table is not None:
             self.say(text)
         else:
             super().warn(text)
 
     def plan(self, progress: StudyProgress, facts: Mapping[str, Any]) -> None:
-        """From now on, show the progress."""
-        self.close()  # of the part of the study before
-        self._progress, self._told = progress, self._clock()
+        """Start to show the progress."""
+        self.close()  # the table of an earlier part of the study
+        self._progress, self._summarized = progress, self._clock()
         if self._is_live:
             self._table = LiveTable(self._console, progress, take_stderr=sys.stderr.isatty())
             self._table.start()
 
     def take(self, event: Event) -> None:
-        """Show it."""
+        """Show an event."""
         super().take(event)
         if isinstance(event.number, str):
             self._take_of_final_fit(event)
@@ -115,33 +115,33 @@ class People(Quiet):
         if self._progress is None or row is None or self._table is not None:
             return
         if isinstance(event, RunFinished):
-            self._tell(_end_line(self._progress, row))
+            self._print(_end_line(self._progress, row))
         elif isinstance(event, MetricsRecorded):
-            if self._clock() - self._told >= STANDING_SECONDS:
-                self._tell(_standing_line(self._progress))
+            if self._clock() - self._summarized >= SUMMARY_SECONDS:
+                self._print(_summary_line(self._progress))
 
     def _take_of_final_fit(self, event: Event) -> None:
-        """A line an epoch, below the table of the trials."""
+        """Print a line per epoch of the final fit, below the table of the trials."""
         self.close()
         if isinstance(event, MetricsRecorded):
             self.say(f"  final fit, epoch {event.step}  {epoch_text(event.metrics)}")
 
     def close(self) -> None:
-        """Leave the table as it is."""
+        """Stop redrawing the table."""
         if self._table is not None:
             self._table.stop()
             self._table = None
 
-    def _tell(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         self.say(text)
-        self._told = self._clock()
+        self._summarized = self._clock()
 
 
 class TrainingLines(Quiet):
-    """A line an epoch of a single training, for people.
+    """Prints a line per epoch of a single training, for people.
 
     Args:
-        num_epochs: Of the training.
+        num_epochs: Number of epochs of the training.
     """
 
     def __init__(self, num_epochs: int) -> None:
@@ -149,13 +149,13 @@ class TrainingLines(Quiet):
         self._num_epochs = num_epochs
 
     def say(self, text: str) -> None:
-        """Print it."""
+        """Print a sentence."""
         click.echo(text)
 
     notice = say
 
     def take(self, event: Event) -> None:
-        """Print an epoch's end."""
+        """Print the metrics at the end of an epoch."""
         super().take(event)
         if not isinstance(event, MetricsRecorded):
             return
@@ -163,7 +163,7 @@ class TrainingLines(Quiet):
 
 
 def epoch_text(metrics: Mapping[str, float]) -> str:
-    """Losses, validation accuracy where there is one, and seconds of an epoch."""
+    """Format losses, validation accuracy if measured, and duration of an epoch."""
     parts = [f"{key} {metrics[key]:.4f}" for key in LOSSES if key in metrics]
     if "val_accuracy" in metrics:
         parts.append(f"validation {percent(metrics['val_accuracy'])}")
@@ -171,10 +171,10 @@ def epoch_text(metrics: Mapping[str, float]) -> str:
 
 
 class JsonLines(Quiet):
-    """One JSON object a line for each event; docs/json.md is their schema.
+    """Writes one line of JSON per event; docs/json.md describes the schema.
 
     Args:
-        stream: Where to write.
+        stream: Stream to write to.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -182,19 +182,19 @@ class JsonLines(Quiet):
         self._stream = stream
 
     def say(self, text: str) -> None:
-        """As a notice."""
+        """Write a sentence as a notice."""
         self.notice(text)
 
     def notice(self, text: str) -> None:
-        """A line for people, as an object."""
+        """Write a line for people as an object."""
         write_json(self._stream, "notice", {"text": text})
 
     def plan(self, progress: StudyProgress, facts: Mapping[str, Any]) -> None:
-        """The facts."""
+        """Write the facts."""
         write_json(self._stream, "study_planned", facts)
 
     def take(self, event: Event) -> None:
-        """The event, but for the numbers of single steps."""
+        """Write an event, except the metrics of single steps."""
         super().take(event)
         if not isinstance(event, StepsRecorded):
             values = to_plain(event)
@@ -203,10 +203,10 @@ class JsonLines(Quiet):
 
 @contextmanager
 def json_stdout(*, is_wanted: bool) -> Iterator[TextIO]:
-    """Stdout for JSON alone, with an error as its last line too; all else goes to stderr.
+    """Reserve stdout for JSON, with an error as its last line; other output goes to stderr.
 
     Args:
-        is_wanted: False: stdout stays as it is.
+        is_wanted: False leaves stdout as it is.
     """
     stream = sys.stdout
     if not is_wanted:
@@ -216,7 +216,7 @@ def json_stdout(*, is_wanted: bool) -> Iterator[TextIO]:
         try:
             yield stream
         except KeyboardInterrupt:
-            reason = "interrupted: the same command goes on"
+            reason = "interrupted: repeat the command to resume"
             write_json(stream, "result", {"exit_code": INTERRUPTED_CODE, "reason": reason})
             raise
         except DrtuneError as error:
@@ -226,7 +226,7 @@ def json_stdout(*, is_wanted: bool) -> Iterator[TextIO]:
 
 
 def is_live(console: Console, environment: Mapping[str, str]) -> bool:
-    """Whether a console can be drawn over: a terminal, and not the log of a Ray job."""
+    """Return whether a console can be redrawn: a terminal, and not the log of a Ray job."""
     is_screen = console.is_terminal and not console.is_dumb_terminal
     return is_screen and JOB_CONFIG not in environment
 
@@ -234,13 +234,13 @@ def is_live(console: Console, environment: Mapping[str, str]) -> bool:
 def write_json(
     stream: TextIO, kind: str, values: Mapping[str, Any], time_ms: int | None = None
 ) -> None:
-    """Write an object that says what it is and when it was.
+    """Write an object with its kind and time.
 
     Args:
-        stream: Where to.
-        kind: What it is.
-        values: The rest.
-        time_ms: Milliseconds since 1970; None: now.
+        stream: Stream to write to.
+        kind: Kind of the object.
+        values: Its other values.
+        time_ms: Milliseconds since 1970; None means now.
     """
     seconds = time.time() if time_ms is None else time_ms / 1000
     stamp = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
@@ -252,20 +252,20 @@ def write_json(
 def _end_line(progress: StudyProgress, row: TrialRow) -> str:
     return (
         f"[{progress.num_done}/{progress.num_trials}] trial {row.label}: best validation accuracy "
-        f"{percent(row.best)} after {row.epoch} epochs, {row.outcome}; {_standing(progress)}"
+        f"{percent(row.best)} after {row.epoch} epochs, {row.outcome}; {_summary(progress)}"
     )
 
 
-def _standing_line(progress: StudyProgress) -> str:
+def _summary_line(progress: StudyProgress) -> str:
     running = progress.running
     named = [f"{r.label} (epoch {r.epoch}, best {percent(r.best)})" for r in running[:NUM_NAMED]]
     if len(running) > NUM_NAMED:
         named.append(f"{len(running) - NUM_NAMED} more")
     return (
         f"[{progress.num_done}/{progress.num_trials}] running: {', '.join(named)}; "
-        f"{_standing(progress)}"
+        f"{_summary(progress)}"
     )
 
 
-def _standing(progress: StudyProgress) -> str:
-    return "; ".join(progress.standing())
+def _summary(progress: StudyProgress) -> str:
+    return "; ".join(progress.summary())

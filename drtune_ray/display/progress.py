@@ -1,4 +1,4 @@
-"""How a study stands, from its events alone."""
+"""The progress of a study, derived from its events."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from drtune_ray.values import flattened
 
 RUNNING, WAITING, INTERRUPTED = "RUNNING", "WAITING", "INTERRUPTED"
 METHOD, CE_TUNING = "method.name", "ce_tuning"
-# Of the worth of one trial; what is known from less says nothing about the time left.
+# Trained trials, as a fraction, below which no time left is estimated.
 LEAST_WORK = 0.5
 
 
 @dataclass
 class TrialRow:
-    """What is known of a trial.
+    """State of a trial.
 
     Attributes:
-        number: Optuna's.
+        number: Optuna's number of the trial.
         label: Short name for people.
-        settings: By dotted path.
-        state: Optuna's word; `WAITING` where an earlier run left it, INTERRUPTED where this did.
-        outcome: Why it ended.
-        epoch: The last that was finished.
-        num_before: Epochs of earlier runs.
+        settings: Values by dotted path.
+        state: Optuna's state; `WAITING` if an earlier run left it, INTERRUPTED if this run did.
+        outcome: Reason why it ended.
+        epoch: Last completed epoch, from 1.
+        num_before: Number of epochs that earlier runs completed.
         accuracy: Validation accuracy of the last epoch, 0 to 1.
-        best: Of its epochs so far.
-        epoch_seconds: How long the last epoch took.
+        best: Best validation accuracy so far, 0 to 1.
+        epoch_seconds: Duration of the last epoch in seconds.
     """
 
     number: int
@@ -47,7 +47,7 @@ class TrialRow:
     epoch_seconds: float | None = None
 
     def setting(self, path: str) -> Any:
-        """The value of a setting; None where the trial has or reads none."""
+        """Return the value of a setting, None if the trial has no such setting or ignores it."""
         is_read = self.settings.get(METHOD) != CE_TUNING or not path.startswith("method.")
         return self.settings.get(path) if is_read or path == METHOD else None
 
@@ -58,15 +58,15 @@ class TrialRow:
 
 
 class StudyProgress:
-    """The rows of a study, kept up to date by its events.
+    """The trials of a study, updated by its events.
 
     Args:
-        num_trials: Of the whole study.
-        num_done: Trials that earlier runs finished.
-        num_epochs: Of a trial that is not stopped early.
+        num_trials: Number of trials of the whole study.
+        num_done: Number of trials that earlier runs finished.
+        num_epochs: Number of epochs of a trial that is not stopped early.
         searched: Paths that the search space varies.
-        earlier: Trials of earlier runs, the unfinished ones too.
-        clock: Seconds.
+        earlier: Trials of earlier runs, including unfinished ones.
+        clock: Returns seconds.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class StudyProgress:
         self._clock, self._started = clock, clock()
 
     def take(self, event: Event) -> TrialRow | None:
-        """Learn from an event; returns the trial that it is about."""
+        """Update from an event; return its trial, None for events without one."""
         if not isinstance(event.number, int):
             return None
         if isinstance(event, RunStarted):
@@ -107,51 +107,51 @@ class StudyProgress:
 
     @property
     def num_done(self) -> int:
-        """Trials that ended, in this run or before."""
+        """Number of trials that ended, in this run or earlier."""
         return self._num_before + len(self._finished)
 
     @property
     def num_trials(self) -> int:
-        """Trials that the study is to have."""
+        """Number of trials of the whole study."""
         return max(self._num_trials, self.num_done)
 
     @property
     def running(self) -> list[TrialRow]:
-        """The trials that train now."""
+        """The trials that are running."""
         return [row for row in self.rows() if row.state == RUNNING]
 
     @property
     def best(self) -> TrialRow | None:
-        """The best trial that may still win; of equals the first."""
+        """The best trial that may still win, the first of equals."""
         rows = [row for row in self.rows() if row.may_win]
         return max(rows, key=lambda row: (row.best or 0.0, -row.number), default=None)
 
     @property
     def epochs_per_minute(self) -> float | None:
-        """Of all running trials together, each by its last epoch; None before the first."""
+        """Speed of all running trials together, by their last epochs; None before the first."""
         seconds = [row.epoch_seconds for row in self.running if row.epoch_seconds]
         return sum(60 / each for each in seconds) if seconds else None
 
     @property
     def seconds_left(self) -> float | None:
-        """From the speed of this run; trials under way count by their share of epochs."""
+        """Estimated seconds left at the speed of this run; None before half a trial's work."""
         rows = self.rows()
-        begun = sum(row.epoch for row in rows if self._is_under_way(row)) / self.num_epochs
+        started = sum(row.epoch for row in rows if self._is_under_way(row)) / self.num_epochs
         resumed = [r for r in rows if self._is_under_way(r) or r.number in self._finished]
         before = sum(row.num_before for row in resumed) / self.num_epochs
-        worked = len(self._finished) + begun - before
+        worked = len(self._finished) + started - before
         if worked < LEAST_WORK:
             return None
-        left = max(0.0, self.num_trials - self.num_done - begun)
+        left = max(0.0, self.num_trials - self.num_done - started)
         return (self._clock() - self._started) / worked * left
 
     def rows(self) -> list[TrialRow]:
-        """All trials, by number."""
-        # A copy at once: the table is drawn by a thread of its own.
+        """Return all trials by number."""
+        # Copied first, because another thread draws the table.
         return sorted(list(self._rows.values()), key=lambda row: row.number)
 
     def shown(self, num_rows: int) -> list[TrialRow]:
-        """The best trial, those that run, and the latest others, by number."""
+        """Return the best trial, the running ones and the latest others, by number."""
         best = self.best
         rank = {RUNNING: 1, INTERRUPTED: 1}
         ordered = sorted(
@@ -160,8 +160,8 @@ class StudyProgress:
         )
         return sorted(ordered[:num_rows], key=lambda row: row.number)
 
-    def telling(self, rows: Sequence[TrialRow]) -> dict[str, str]:
-        """Searched paths in which the rows differ, with short names."""
+    def distinguishing(self, rows: Sequence[TrialRow]) -> dict[str, str]:
+        """Return the searched paths in which the rows differ, with short names."""
         found = {}
         for path in self._searched:
             values = {repr(row.setting(path)) for row in rows if row.setting(path) is not None}
@@ -169,12 +169,12 @@ class StudyProgress:
                 found[path] = self._names[path]
         return found
 
-    def standing(self) -> list[str]:
-        """How it stands, as short pieces of text."""
+    def summary(self) -> list[str]:
+        """Return best trial, speed and time left as short pieces of text."""
         best, speed, left = self.best, self.epochs_per_minute, self.seconds_left
         texts = [f"best so far {percent(best.best)}, trial {best.label}" if best else ""]
         texts += [f"{speed:.3g} epochs/min" if speed else ""]
-        texts += ["time left not known yet" if left is None else f"about {duration(left)} left"]
+        texts += ["time left unknown" if left is None else f"about {duration(left)} left"]
         return [text for text in texts if text]
 
     def _start(self, number: int, event: RunStarted) -> None:

@@ -1,4 +1,4 @@
-"""A study's plan and result, and a training's: for people and for programs."""
+"""Plan and result of a study or training, for people and for programs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAME_WIDTH = 32
 
 
 def plan_lines(plan: StudyPlan) -> Iterator[str]:
-    """What is going to be done."""
+    """Yield lines that describe the plan."""
     config = plan.config
     trial = config.trial
     if plan.part == FINALISTS:
@@ -32,7 +32,7 @@ def plan_lines(plan: StudyPlan) -> Iterator[str]:
             yield f"  {note}"
         given = f"{len(config.reference_trials)} reference trials"
         if config.start_with:
-            given = f"{len(config.start_with)} of your own and {given}"
+            given = f"{len(config.start_with)} start points and {given}"
         yield (
             f"  {config.trials} trials ({given} first), "
             f"{plan.trials_at_a_time} at a time, {config.resources.cpus_per_worker} CPU(s) a "
@@ -40,18 +40,18 @@ def plan_lines(plan: StudyPlan) -> Iterator[str]:
             f"stopping, {config.sampler.name} sampler, seed {config.seed}"
         )
     if plan.num_done:
-        yield f"  {plan.num_done} trials were finished before: going on"
+        yield f"  {plan.num_done} trials already finished: resuming"
 
 
 def result_lines(result: StudyResult, program: str) -> Iterator[str]:
-    """The winner, the reference trials, and where everything lies.
+    """Yield the winner, the reference trials, and the next commands.
 
     Args:
         result: The result.
-        program: How this program is called from here.
+        program: Command line name of this program.
     """
     if result.was_done:
-        yield "This study is done; nothing was left to run."
+        yield "This study is already done; nothing was left to run."
     if result.end is not None:
         yield f"The search ended: {result.end}."
     winner = result.winner
@@ -76,8 +76,8 @@ def _maximum(result: StudyResult) -> Iterator[str]:
     trials = result.searched_trials
     num_completed = sum(trial.state == "COMPLETE" for trial in trials)
     yield (
-        f"Validation accuracy (the winner's is the maximum of {num_completed} completed trials, "
-        "one seed each:\nit flatters; the test split does not)"
+        f"Validation accuracy (the winner's is the maximum over {num_completed} completed trials, "
+        "one seed each,\nand therefore optimistic; the test split is not)"
     )
     yield _figure(f"best trial {result.winner.label}", result.winner.best_val_accuracy)
 
@@ -85,14 +85,14 @@ def _maximum(result: StudyResult) -> Iterator[str]:
 def _finalists(result: StudyResult) -> Iterator[str]:
     num_seeds = result.finalists[0].num_seeds
     yield (
-        f"Validation accuracy of the finalists on {num_seeds} new seed(s), and what the search "
-        "had seen"
+        f"Validation accuracy of the finalists on {num_seeds} new seed(s), with the value of the "
+        "search"
     )
     for finalist in result.finalists:
         name = f"trial {finalist.source.label}"
         seen = f"  (search: {percent(finalist.source.best_val_accuracy)})"
         if not finalist.is_complete:
-            yield f"  {name:<{NAME_WIDTH}} completed on {len(finalist.runs)} only{seen}"
+            yield f"  {name:<{NAME_WIDTH}} completed on only {len(finalist.runs)}{seen}"
             continue
         spread = "" if finalist.spread is None else f" +- {percent(finalist.spread)}"
         is_winner = finalist.source.number == result.winner.number
@@ -100,11 +100,11 @@ def _finalists(result: StudyResult) -> Iterator[str]:
         yield f"{_figure(name, finalist.mean)}{spread}{seen}{mark}"
     shipped = result.shipped
     if shipped.finalist is None:
-        yield "No finalist completed on every seed: the winner is the search's maximum, which"
-        yield "flatters; the test split does not."
+        yield "No finalist completed on every seed: the winner is the search's maximum, which is"
+        yield "optimistic; the test split is not."
     else:
         yield (
-            "The winner is named by its mean, not by the search's maximum over "
+            "The winner is chosen by this mean, not by the search's maximum over "
             f"{len(result.searched_trials)} trials."
         )
         if not result.is_fitted_again:
@@ -112,7 +112,7 @@ def _finalists(result: StudyResult) -> Iterator[str]:
                 f"The weights are those of seed {shipped.config['seed']} "
                 f"({percent(shipped.best_val_accuracy)})."
             )
-    yield "Of the search, one seed each:"
+    yield "Trials of the search, one seed each:"
 
 
 def _final_fit(fit: Mapping[str, Any]) -> Iterator[str]:
@@ -141,8 +141,8 @@ def _figure(name: str, share: float | None) -> str:
 
 
 def training_lines(result: TrainingResult, program: str) -> Iterator[str]:
-    """As :func:`result_lines`, for a single training."""
-    yield "This training was done before." if result.was_done else "Done."
+    """Yield the result of a single training and the next commands."""
+    yield "This training is already done." if result.was_done else "Done."
     yield f"Best validation accuracy {percent(result.val_accuracy)} ({result.outcome})"
     yield from _ways_on(result.folder, result.num_unsent, program)
 
@@ -153,13 +153,13 @@ def _ways_on(folder: Path, num_unsent: int, program: str) -> Iterator[str]:
             f"{num_unsent} events have not reached MLflow; send them with\n"
             f"  {program} sync {folder}"
         )
-    yield f"Everything lies in        {folder}"
+    yield f"Output folder:            {folder}"
     yield f"Open the MLflow UI:       {program} ui {folder}"
     yield f"Test the winner:          {program} evaluate {folder}"
 
 
 def plan_facts(plan: StudyPlan) -> dict[str, Any]:
-    """A plan for programs."""
+    """Return a plan for programs."""
     return {
         "study": plan.config.name,
         "folder": str(plan.config.folder),
@@ -174,7 +174,7 @@ def plan_facts(plan: StudyPlan) -> dict[str, Any]:
 
 
 def result_facts(result: StudyResult) -> dict[str, Any]:
-    """A study's result for programs."""
+    """Return the result of a study for programs."""
     return {
         "exit_code": 0,
         "reason": "done",
@@ -206,7 +206,7 @@ def result_facts(result: StudyResult) -> dict[str, Any]:
 
 
 def training_facts(result: TrainingResult) -> dict[str, Any]:
-    """A training's result for programs."""
+    """Return the result of a training for programs."""
     return {
         "exit_code": 0,
         "reason": "done",

@@ -1,4 +1,4 @@
-"""How a study stands, as text: what `drtune-ray status` prints."""
+"""The status of a study as text, as printed by `drtune-ray status`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ LABEL_WIDTH, NAME_WIDTH = 18, 14
 
 
 def status_lines(status: Status, program: str, now: float | None = None) -> Iterator[str]:
-    """The lines of a status.
+    """Yield the lines of a status.
 
     Args:
         status: The status.
-        program: How this program is called from here.
-        now: Seconds since 1970; None: the present.
+        program: Command line name of this program.
+        now: Seconds since 1970; None means the present time.
     """
     now = time.time() if now is None else now
     yield f"{status.kind.capitalize()} {status.folder.name!r}: {status.folder}"
@@ -38,17 +38,17 @@ def status_lines(status: Status, program: str, now: float | None = None) -> Iter
         yield _field("MLflow", sent + later)
     yield _field("disk", size(status.num_bytes))
     for note in status.notes:
-        yield _field("not seen", note)
+        yield _field("warning", note)
     yield from _ways_on(status, program)
 
 
 def _state(status: Status, now: float) -> str:
-    driver = status.driver or "a process that is not known"
-    ago = f"last sign of life {duration(now - status.last_sign)} ago"
+    driver = status.driver or "an unknown process"
+    ago = f"last activity {duration(now - status.last_sign)} ago"
     if status.state == RUNNING:
         return f"running: {driver}; {ago}"
     if status.state == NOT_SEEN:
-        return f"{driver} runs it or was killed, which cannot be seen from here; {ago}"
+        return f"running in {driver}, or killed: this host cannot tell; {ago}"
     if status.state == DONE:
         return "done"
     if status.state == FAILED:
@@ -61,8 +61,8 @@ def _trials(status: Status) -> Iterator[str]:
     done = f"{status.num_done} of {status.num_trials} done"
     yield _field("trials", f"{done}: {ways}" if ways else done)
     if best := status.best:
-        still = ", still unfinished" if best in status.unfinished else ""
-        text = f"{percent(best.best_val_accuracy)}, trial {best.label}{still}"
+        unfinished = ", unfinished" if best in status.unfinished else ""
+        text = f"{percent(best.best_val_accuracy)}, trial {best.label}{unfinished}"
         yield _field("best so far" if status.state != DONE else "best", text)
         for path, value in best_settings(status).items():
             yield _field("", f"{path} = {short(value)}")
@@ -74,7 +74,7 @@ def _trials(status: Status) -> Iterator[str]:
     for trial in status.finals:
         yield _field(heading, f"{_figures(trial, status)}  {trial.outcome or _now(status)}")
         heading = ""
-    heading = "running" if status.state in (RUNNING, NOT_SEEN) else "to go on"
+    heading = "running" if status.state in (RUNNING, NOT_SEEN) else "unfinished"
     for trial in status.unfinished:
         if trial in status.finals:
             continue
@@ -103,15 +103,15 @@ def _ways_on(status: Status, program: str) -> Iterator[str]:
     if status.state == DONE:
         yield _field("test the winner", f"{program} evaluate {status.folder}")
     elif status.state == RUNNING:
-        yield _field("if it is stopped", _command(status))
+        yield _field("resume if stopped", _command(status))
     elif status.state in (INTERRUPTED, NOT_SEEN):
-        yield _field("goes on with", _command(status))
+        yield _field("resume with", _command(status))
 
 
 def _command(status: Status) -> str:
     if status.command is not None:
         return status.command
-    return "what it was started with goes on; its settings are in study.yaml, under config"
+    return "repeat the command that started it; its settings are in study.yaml, under config"
 
 
 def _field(name: str, text: str) -> str:

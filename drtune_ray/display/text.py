@@ -1,4 +1,4 @@
-"""Figures and names as people read them."""
+"""Format figures and names for people."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def percent(share: float | None) -> str:
-    """0.8632 to "86.32 %"."""
+    """Format a fraction as a percentage: 0.8632 becomes "86.32 %"."""
     return "-" if share is None else f"{share:.2%}".replace("%", " %")
 
 
 def duration(seconds: float) -> str:
-    """The two largest of days, hours, minutes and seconds that are not zero."""
+    """Format a duration by its two largest units of days, hours, minutes and seconds."""
     minutes, seconds_left = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours_left = divmod(hours, 24)
@@ -26,7 +26,7 @@ def duration(seconds: float) -> str:
 
 
 def size(num_bytes: float) -> str:
-    """1536 to "1.5 KiB"."""
+    """Format a number of bytes: 1536 becomes "1.5 KiB"."""
     for unit in UNITS:
         if num_bytes < 1024 or unit == UNITS[-1]:
             break
@@ -35,7 +35,7 @@ def size(num_bytes: float) -> str:
 
 
 def short(value: Any) -> str:
-    """A setting's value; three digits of a number are enough to tell trials apart."""
+    """Format the value of a setting, with three significant digits."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -44,7 +44,7 @@ def short(value: Any) -> str:
 
 
 def short_names(paths: Sequence[str]) -> dict[str, str]:
-    """Each dotted path by its last part, or by as many as tell it from the others."""
+    """Map each dotted path to its shortest suffix that is unique."""
     names = {}
     for path in paths:
         parts = path.split(".")
@@ -56,7 +56,7 @@ def short_names(paths: Sequence[str]) -> dict[str, str]:
 
 
 def folded(name: str, width: int) -> list[str]:
-    """A name over several lines: broken behind ``_`` and ``.``, wider only where it has neither."""
+    """Wrap a name after ``_`` and ``.``; a part without either may exceed the width."""
     lines = [""]
     for part in name.replace("_", "_ ").replace(".", ". ").split():
         if lines[-1] and len(lines[-1]) + len(part) > width:
@@ -66,7 +66,7 @@ def folded(name: str, width: int) -> list[str]:
 
 
 def packed(segments: Iterable[str], width: int, gap: str = "   ") -> list[str]:
-    """Segments over as few lines as hold them; none is broken."""
+    """Join segments into as few lines as possible without breaking a segment."""
     lines: list[str] = []
     for segment in segments:
         if lines and len(lines[-1]) + len(gap) + len(segment) <= width:

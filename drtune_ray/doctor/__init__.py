@@ -1,1 +1,1 @@
-"""Whether this machine, its cluster and its servers are fit for a study."""
+"""Checks that this machine, its cluster and its servers are ready for a study."""

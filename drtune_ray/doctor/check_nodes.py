@@ -1,4 +1,4 @@
-"""What every node must have in common, and each must have enough of."""
+"""Check the nodes of a cluster: equal versions and clocks, GPUs, memory, disk and files."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from drtune_ray.execution import shared_storage
 
 MIN_DISK_BYTES = 2**30
 MIN_SHARED_MEMORY_BYTES = 2**28
-# Ray puts no object where less of the disk is free (its local_fs_capacity_threshold).
+# Below this free share of the disk Ray stores no objects (its local_fs_capacity_threshold).
 RAY_DISK_SHARE = 0.05
-ANSWER_SECONDS = 30.0  # of a process that runs
+ANSWER_SECONDS = 30.0  # for a process that is running
 
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What is known of a node.
+    """Report on a node.
 
     Attributes:
-        name: For people.
-        num_gpus: That Ray counts.
-        facts: What a process saw there.
-        skew: Of its clock.
+        name: Name of the node, for messages.
+        num_gpus: Number of GPUs that Ray counts.
+        facts: Facts that a process found there.
+        skew: Difference of its clock from this machine's.
     """
 
     name: str
@@ -40,30 +40,30 @@ class NodeReport:
 
 
 class Nodes:
-    """The living nodes of the cluster that this process has joined, and what they answered."""
+    """Reports on the living nodes of the cluster that this process has joined."""
 
     def __init__(self) -> None:
         self.reports: list[NodeReport] = []
 
-    def ask(self, paths: Sequence[str]) -> str:
-        """Run a process on each.
+    def probe(self, paths: Sequence[str]) -> str:
+        """Run a process on each node and collect its report.
 
         Args:
-            paths: Files and folders that it tries to read.
+            paths: Files and folders that each node tries to read.
 
         Raises:
-            EnvironmentProblem: Naming the nodes that did not answer; the others did.
+            EnvironmentProblem: If a node does not respond; the other nodes are still reported.
         """
         import ray
 
         alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
         probes = {key: _probe_on(key) for key in alive}
-        asked = {key: probe.facts.remote(tuple(paths)) for key, probe in probes.items()}
+        facts = {key: probe.facts.remote(tuple(paths)) for key, probe in probes.items()}
         ray.wait(
-            list(asked.values()), num_returns=len(asked), timeout=shared_storage.ANSWER_SECONDS
+            list(facts.values()), num_returns=len(facts), timeout=shared_storage.ANSWER_SECONDS
         )
         problems = []
-        for key, ref in asked.items():
+        for key, ref in facts.items():
             name = f"node {alive[key]['NodeManagerAddress']} ({key[:8]})"
             try:
                 self.reports.append(_report(name, alive[key], probes[key], ray.get(ref, timeout=0)))
@@ -72,47 +72,47 @@ class Nodes:
             ray.kill(probes[key])
         if problems:
             raise EnvironmentProblem(
-                f"{'; '.join(problems)}; have drtune-ray, Python and Ray of the same versions on "
-                "every node"
+                f"{'; '.join(problems)}; install the same versions of drtune-ray, Python and Ray "
+                "on every node"
             )
-        return f"{len(alive)} ran drtune-ray"
+        return f"drtune-ray ran on {len(alive)}"
 
     def check_versions(self) -> str:
-        """Whether all have those of this machine.
+        """Check that all nodes have the versions of this machine.
 
         Raises:
-            EnvironmentProblem: Naming the nodes that do not.
+            EnvironmentProblem: If a node has others, naming each.
         """
         own = own_versions()
         _raise_for(
             self._problems(lambda node: _differences(node.facts.versions, own)),
-            "install the same versions on every node, best from one image",
+            "install the same versions on every node, preferably from one image",
         )
         return ", ".join(f"{name} {version}" for name, version in own.items())
 
     def check_gpus(self) -> str:
-        """Whether torch can use the GPUs that Ray gives away.
+        """Check that torch can use the GPUs that Ray assigns.
 
         Raises:
-            Doubt: If torch can use more than Ray knows of.
-            EnvironmentProblem: Naming the nodes where it cannot.
+            Doubt: If torch can use more GPUs than Ray counts.
+            EnvironmentProblem: If torch can use fewer, naming the nodes.
         """
         _raise_for(
             self._problems(_gpu_problem),
-            "install a torch for the CUDA of the node's driver, or start Ray there with the "
-            "--num-gpus that there are",
+            "install a torch build for the CUDA version of the node's driver, or start Ray there "
+            "with the correct --num-gpus",
         )
         idle = self._problems(_idle_gpus)
         if idle:
-            raise Doubt(f"{'; '.join(idle)}; start Ray there with --num-gpus for it to use them")
+            raise Doubt(f"{'; '.join(idle)}; start Ray there with --num-gpus to use all of them")
         number = sum(node.num_gpus for node in self.reports)
         return f"{number}, usable by torch" if number else "none"
 
     def check_clocks(self) -> str:
-        """Whether they go with this machine's.
+        """Check that the clocks agree with this machine's.
 
         Raises:
-            EnvironmentProblem: Naming those that do not.
+            EnvironmentProblem: If a clock differs too much, naming the nodes.
         """
         _raise_for(
             self._problems(lambda n: f"its clock is {n.skew}" if n.skew.is_too_large else ""),
@@ -122,36 +122,36 @@ class Nodes:
         return f"at most {largest:.1f} s apart"
 
     def check_shared_memory(self) -> str:
-        """Whether data loaders and Ray's object store have room.
+        """Check that data loaders and Ray's object store have enough shared memory.
 
         Raises:
-            EnvironmentProblem: Naming the nodes that have none.
+            EnvironmentProblem: If a node has too little, naming each.
         """
         _raise_for(
             self._problems(lambda node: _lack(node.facts.shared_memory, MIN_SHARED_MEMORY_BYTES)),
-            "give the container more: --shm-size of docker, an emptyDir of medium Memory at "
+            "give the container more: --shm-size in docker, an emptyDir of medium Memory at "
             "/dev/shm in Kubernetes",
         )
         return f"at least {_least(node.facts.shared_memory for node in self.reports)} free"
 
     def check_disks(self) -> str:
-        """Whether Ray can write on.
+        """Check that Ray has disk space.
 
         Raises:
-            EnvironmentProblem: Naming the nodes whose disk is full.
+            EnvironmentProblem: If a disk is full, naming the nodes.
         """
         _raise_for(
             self._problems(lambda node: _ray_disk_problem(node.facts.disk)),
-            "free space where Ray keeps its sessions (/tmp/ray), or start it with another "
+            "free space where Ray keeps its sessions (/tmp/ray), or start Ray with another "
             "--temp-dir",
         )
         return f"at least {_least(node.facts.disk for node in self.reports)} free"
 
     def check_readable(self, path: str) -> str:
-        """Whether their processes can read a file or folder; they train without it.
+        """Check that every node can read a file or folder; training itself does not need it.
 
         Raises:
-            Doubt: Naming the nodes that cannot.
+            Doubt: If a node cannot, naming each.
         """
         problems = self._problems(
             lambda node: (
@@ -162,10 +162,10 @@ class Nodes:
         )
         if problems:
             raise Doubt(
-                f"{'; '.join(problems)}; workers get prepared tables and do without, but a command "
-                "that Ray starts there (`ray job submit`) needs it: mount it at the same path"
+                f"{'; '.join(problems)}; workers read prepared tables instead, but a command that "
+                "Ray starts there (`ray job submit`) needs it: mount it at the same path"
             )
-        return f"{path} can be read on all {len(self.reports)}"
+        return f"{path} is readable on all {len(self.reports)}"
 
     def _problems(self, look: Callable[[NodeReport], str]) -> list[str]:
         found = ((node.name, look(node)) for node in self.reports)
@@ -173,7 +173,7 @@ class Nodes:
 
 
 def size_text(num_bytes: int) -> str:
-    """In GiB."""
+    """Format a size in GiB."""
     return f"{num_bytes / 2**30:.2f} GiB"
 
 
@@ -188,12 +188,12 @@ def _probe_on(node: str) -> Any:
 def _report(name: str, node: Mapping[str, Any], probe: Any, facts: NodeFacts) -> NodeReport:
     import ray
 
-    def ask() -> float:
-        answer: float = ray.get(probe.clock.remote(), timeout=ANSWER_SECONDS)
-        return answer
+    def read() -> float:
+        seconds: float = ray.get(probe.clock.remote(), timeout=ANSWER_SECONDS)
+        return seconds
 
     num_gpus = math.ceil(node["Resources"].get("GPU", 0.0))
-    return NodeReport(name, num_gpus, facts, measured_skew(ask, time.time))
+    return NodeReport(name, num_gpus, facts, measured_skew(read, time.time))
 
 
 def _raise_for(problems: Sequence[str], fix: str) -> None:
@@ -212,19 +212,19 @@ def _gpu_problem(node: NodeReport) -> str:
     if node.facts.num_gpus >= node.num_gpus and not node.facts.gpu_problem:
         return ""
     why = f" ({node.facts.gpu_problem})" if node.facts.gpu_problem else ""
-    return f"of GPUs Ray counts {node.num_gpus}, torch can use {node.facts.num_gpus}{why}"
+    return f"Ray counts {node.num_gpus} GPUs, torch can use {node.facts.num_gpus}{why}"
 
 
 def _idle_gpus(node: NodeReport) -> str:
     if node.facts.num_gpus <= node.num_gpus:
         return ""
-    return f"of GPUs torch can use {node.facts.num_gpus}, Ray counts {node.num_gpus}"
+    return f"torch can use {node.facts.num_gpus} GPUs, Ray counts {node.num_gpus}"
 
 
 def _lack(space: Space, needed: int) -> str:
     if space.free >= needed:
         return ""
-    return f"{size_text(space.free)} free, at least {size_text(needed)} must be"
+    return f"{size_text(space.free)} free, but at least {size_text(needed)} needed"
 
 
 def _ray_disk_problem(space: Space) -> str:

@@ -1,4 +1,4 @@
-"""Whether a Ray cluster lets this machine in, and what of it answers."""
+"""Check that a Ray cluster accepts this machine, and which of its services answer."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from drtune_ray.execution.session import check_address
 ANSWER_SECONDS = 10.0
 COPY = "copy ~/.ray/auth_token of the head node to this machine"
 OPEN = (
-    "the cluster asks for no token: whoever reaches its ports can run code on it; start it with "
-    "RAY_AUTH_MODE=token (`ray get-auth-token --generate` makes one)"
+    "the cluster requires no token: anyone who can reach its ports can run code on it; start it "
+    "with RAY_AUTH_MODE=token (`ray get-auth-token --generate` creates a token)"
 )
 
 
 def check_reachable(address: str) -> str:
-    """Whether something listens there.
+    """Check that something listens at an address.
 
     Raises:
         EnvironmentProblem: If not.
@@ -33,31 +33,31 @@ def check_reachable(address: str) -> str:
 
 
 def check_token(address: str) -> str:
-    """Whether the cluster takes this machine's token, asked of it directly: Ray needs 20 s for it.
+    """Check that the cluster accepts this machine's token, without Ray, which takes 20 s.
 
     Args:
         address: HOST:PORT of the cluster's head.
 
     Raises:
-        Doubt: If the cluster takes anyone.
-        EnvironmentProblem: If it does not take the token.
+        Doubt: If the cluster accepts requests without a token.
+        EnvironmentProblem: If it rejects the token.
     """
     if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
-        raise Doubt("not looked at where Ray uses TLS: joining it tells")
+        raise Doubt("not checked where Ray uses TLS: joining the cluster will show it")
     token, source = _own_token()
     if _refuses(address, token):
         if token:
-            raise EnvironmentProblem(f"the cluster refuses the token of {source}: {COPY}")
+            raise EnvironmentProblem(f"the cluster rejects the token from {source}: {COPY}")
         raise EnvironmentProblem(
-            f"the cluster asks for a token, and none is sent: set RAY_AUTH_MODE=token, and {COPY}"
+            f"the cluster requires a token, and none is sent: set RAY_AUTH_MODE=token, and {COPY}"
         )
     if not _refuses(address, None):
         raise Doubt(OPEN)
-    return f"the token of {source} is accepted, and nobody is without one"
+    return f"the token from {source} is accepted, requests without a token are refused"
 
 
 def check_dashboard() -> str:
-    """Whether the State API answers.
+    """Check that the State API answers.
 
     Raises:
         EnvironmentProblem: If not.
@@ -67,17 +67,17 @@ def check_dashboard() -> str:
 
 
 def described(capacity: Capacity) -> str:
-    """The cluster in a line."""
+    """Describe the cluster in one line."""
     import ray
 
     return f"Ray {ray.__version__}: {capacity}"
 
 
 def _own_token() -> tuple[str, str]:
-    """The token that Ray sends from here, "" for none, and where it comes from.
+    """Return the token that Ray sends from here, "" if none, and its source.
 
     Raises:
-        EnvironmentProblem: If Ray is to send one and there is none.
+        EnvironmentProblem: If Ray is set to send one and there is none.
     """
     from drtune_ray.execution.ray_state import sends_token, token_of_this_machine
 
@@ -86,24 +86,24 @@ def _own_token() -> tuple[str, str]:
     token = token_of_this_machine()
     if token is None:
         raise EnvironmentProblem(
-            "RAY_AUTH_MODE=token, and no token is in RAY_AUTH_TOKEN, in the file of "
+            "RAY_AUTH_MODE=token is set, but there is no token in RAY_AUTH_TOKEN, in the file of "
             f"RAY_AUTH_TOKEN_PATH or in ~/.ray/auth_token: {COPY}"
         )
     return token, _source()
 
 
 def _source() -> str:
-    """Where Ray takes the token from, in its order."""
+    """Return the source of Ray's token, in Ray's order of precedence."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return "RAY_AUTH_TOKEN"
     return os.environ.get("RAY_AUTH_TOKEN_PATH") or str(Path("~/.ray/auth_token").expanduser())
 
 
 def _refuses(address: str, token: str | None) -> bool:
-    """Whether the cluster's head refuses a request with this token.
+    """Return whether the cluster's head refuses a request with this token.
 
     Raises:
-        EnvironmentProblem: If it answers something else.
+        EnvironmentProblem: If the address does not answer as a head node.
     """
     from drtune_ray.execution.ray_state import head_refuses
 
@@ -112,5 +112,5 @@ def _refuses(address: str, token: str | None) -> bool:
     except ConnectionError as error:
         raise EnvironmentProblem(
             f"{address} does not answer as the head of a Ray cluster ({error}): "
-            "give the address that `ray start --head` says"
+            "give the address that `ray start --head` prints"
         ) from None

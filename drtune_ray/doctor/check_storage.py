@@ -1,4 +1,4 @@
-"""Where a study is kept: on a file system, in an object store, in a database."""
+"""Check the places of a study: a file system, an object store, a database."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ OTHERS_MAY_WRITE = 0o022
 
 @dataclass(frozen=True)
 class Places:
-    """Where a study is kept.
+    """Places where a study is kept.
 
     Attributes:
-        storage: Folder for everything written.
-        artifacts: URI of what nodes and the next driver need, if not there.
-        optuna_storage: URL of the search's database, if not there.
+        storage: Folder for all output.
+        artifacts: URI of what nodes and the next driver need; None keeps it in the storage.
+        optuna_storage: URL of the search's database; None keeps it in the storage.
     """
 
     storage: Path
@@ -36,7 +36,7 @@ class Places:
     optuna_storage: str | None
 
     def check_storage(self) -> str:
-        """Whether the storage can be written and read here.
+        """Check that this machine can write to the storage and read from it.
 
         Raises:
             EnvironmentProblem: If not.
@@ -49,7 +49,7 @@ class Places:
         return f"{self.storage} can be written and read"
 
     def check_owner(self) -> str:
-        """Whether only this user can change what lies there.
+        """Check that only this user can change the content of the storage.
 
         Raises:
             Doubt: If others can.
@@ -58,34 +58,34 @@ class Places:
         if status.st_uid != os.geteuid():
             raise Doubt(
                 f"{self.storage} belongs to user {status.st_uid}, who can change every result "
-                "there; nothing of it is run as code"
+                "there; none of it is executed as code"
             )
         if status.st_mode & OTHERS_MAY_WRITE:
             raise Doubt(
-                f"others may write to {self.storage} and change every result there; nothing of it "
-                f"is run as code; `chmod go-w {self.storage}` keeps it to you"
+                f"other users may write to {self.storage} and change every result there; none of "
+                f"it is executed as code; `chmod go-w {self.storage}` restricts it to you"
             )
-        return "nobody else may write to the storage"
+        return "no other user may write to the storage"
 
     def check_space(self) -> str:
-        """Whether the storage has room.
+        """Check that the storage has free space.
 
         Raises:
-            EnvironmentProblem: If there is little.
+            EnvironmentProblem: If there is too little.
         """
         free = space(self.storage).free
         if free < MIN_DISK_BYTES:
             raise EnvironmentProblem(
-                f"{self.storage}: {size_text(free)} free, at least {size_text(MIN_DISK_BYTES)} "
-                "must be: free space there (`drtune-ray preview` says what a study takes)"
+                f"{self.storage}: {size_text(free)} free, but at least {size_text(MIN_DISK_BYTES)} "
+                "needed: free space there (`drtune-ray preview` shows what a study needs)"
             )
         return f"{size_text(free)} free under the storage"
 
     def check_shared(self) -> str:
-        """Whether every node finds there what this process wrote, and this one what they wrote.
+        """Check that every node reads what this process writes there, and vice versa.
 
         Raises:
-            EnvironmentProblem: Naming the nodes that do not.
+            EnvironmentProblem: If a node does not, naming each.
         """
         name = f".doctor-{uuid.uuid4().hex}"
         artifacts = open_folder(self.artifacts).below(name) if self.artifacts else None
@@ -99,7 +99,7 @@ class Places:
                     shutil.rmtree(folder.path, ignore_errors=True)
 
     def check_artifacts(self) -> str:
-        """Whether the artifacts can be written, read and removed here.
+        """Check that this machine can write, read and remove artifacts.
 
         Raises:
             ConfigError: If the URI is of an unknown kind.
@@ -107,30 +107,30 @@ class Places:
         """
         assert self.artifacts is not None
         check_folder(open_folder(self.artifacts))
-        return f"{self.artifacts} can be written, read and cleaned"
+        return f"{self.artifacts} can be written, read and removed"
 
     def check_database(self) -> str:
-        """Whether the database takes a study; Optuna makes its tables where there are none.
+        """Check that the database accepts a study; Optuna creates missing tables.
 
         Raises:
-            ConfigError: If the URL is not one.
-            EnvironmentProblem: If it does not.
+            ConfigError: If the URL is not valid.
+            EnvironmentProblem: If the database fails.
         """
         url = self.optuna_storage
         storage = open_storage(self.storage, url)
         with database_as_problem(url):
             study = open_study(storage, f"doctor-{uuid.uuid4().hex}")
             storage.delete_study(study._study_id)
-        return f"{url} takes studies"
+        return f"{url} accepts studies"
 
     @contextmanager
     def left_as_they_were(self) -> Iterator[None]:
-        """Within, the storage may be made to look at it."""
-        was_there = self.storage.exists()
+        """Remove a storage folder that the checks within created."""
+        existed = self.storage.exists()
         try:
             yield
         finally:
-            if not was_there:
+            if not existed:
                 with suppress(OSError):
                     self.storage.rmdir()
 

@@ -1,4 +1,4 @@
-"""How far another clock is from this one."""
+"""Measure the difference between another clock and this one."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 MAX_SKEW_SECONDS = 5.0
-NUM_QUESTIONS = 5
+NUM_READINGS = 5
 FIX = (
-    "synchronise the clocks (NTP, chrony): object stores and certificates refuse a wrong time, and "
-    "records get mixed up"
+    "synchronise the clocks (NTP, chrony): with a wrong time, object stores and certificates are "
+    "refused and records get out of order"
 )
 
 
 @dataclass(frozen=True)
 class Skew:
-    """Seconds by which a clock is ahead of this one, and how far that may be wrong."""
+    """Seconds by which a clock is ahead of this one, with the uncertainty in seconds."""
 
     seconds: float
     uncertainty: float
 
     @property
     def is_too_large(self) -> bool:
-        """Whatever the true value within the uncertainty is."""
+        """Whether every value within the uncertainty exceeds the limit."""
         return abs(self.seconds) - self.uncertainty > MAX_SKEW_SECONDS
 
     def __str__(self) -> str:
@@ -31,17 +31,17 @@ class Skew:
         return f"{abs(self.seconds):.1f} s {where} this machine's"
 
 
-def measured_skew(ask: Callable[[], float], clock: Callable[[], float] = time.time) -> Skew:
-    """Ask a clock some times; the quickest answer tells most.
+def measured_skew(read: Callable[[], float], clock: Callable[[], float] = time.time) -> Skew:
+    """Read another clock several times and return the reading with the least uncertainty.
 
     Args:
-        ask: The other clock.
-        clock: This one.
+        read: Returns the time of the other clock, in seconds.
+        clock: Returns the time of this machine, in seconds.
     """
     found = []
-    for _ in range(NUM_QUESTIONS):
+    for _ in range(NUM_READINGS):
         before = clock()
-        answer = ask()
+        other = read()
         after = clock()
-        found.append(Skew(answer - (before + after) / 2, (after - before) / 2))
+        found.append(Skew(other - (before + after) / 2, (after - before) / 2))
     return min(found, key=lambda skew: skew.uncertainty)

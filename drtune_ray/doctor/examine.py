@@ -1,6 +1,6 @@
-"""Looks at everything that a study needs before one is started: the cluster, servers and files.
+"""Check everything that a study needs before it starts: the cluster, servers and files.
 
-All checks run, whatever becomes of the others; what cannot be looked at without another says so.
+A failed check does not stop the others; a check that depends on it is skipped with the reason.
 """
 
 from __future__ import annotations
@@ -41,17 +41,16 @@ MLFLOW, ACCESS, RUNS = "mlflow", "mlflow access", "mlflow runs"
 
 @dataclass(frozen=True)
 class Setup:
-    """What is to be looked at.
+    """What to check.
 
     Attributes:
-        places: Where studies are kept.
-        address: Of the Ray cluster; None: one is started on this machine, as `tune` would.
-        tracking_uri: Of MLflow; None: SQLite under the storage.
-        data: Folder of images; None: is not looked at.
-        backbone: Whose weights are looked at.
-        trainings: How many workers each has, by the setting that says it; none is looked at
-            without a study.
-        resources: What they take.
+        places: Places where studies are kept.
+        address: Address of the Ray cluster; None starts one on this machine, as `tune` does.
+        tracking_uri: URI of MLflow; None means SQLite under the storage.
+        data: Folder of images; None skips the check.
+        backbone: Backbone whose weights are checked; None skips the check.
+        trainings: Trainings of a study, by the setting that sets their number of workers.
+        resources: Resources of a worker.
     """
 
     places: Places
@@ -64,7 +63,7 @@ class Setup:
 
 
 def study_setup(config: StudyConfig, address: str | None) -> Setup:
-    """All that a study needs."""
+    """Return the checks for a study."""
     return Setup(
         Places(full_path(config.storage), config.artifacts, config.optuna_storage),
         address,
@@ -77,7 +76,7 @@ def study_setup(config: StudyConfig, address: str | None) -> Setup:
 
 
 class _Named(Section):
-    """Places that are named without a study."""
+    """Places given by options, without a study."""
 
     storage: str
     artifacts: ServerUri | None = None
@@ -88,14 +87,14 @@ class _Named(Section):
 
 
 def named_setup(values: Mapping[str, Any], address: str | None) -> Setup:
-    """What is named by itself, without images.
+    """Return the checks for places given by options, without a study.
 
     Args:
-        values: Named as the options of the command are.
-        address: Of the Ray cluster.
+        values: Values by option name.
+        address: Address of the Ray cluster.
 
     Raises:
-        ConfigError: Naming every problem.
+        ConfigError: If a value is not valid; every problem is named.
     """
     named = validated(_Named, values)
     given = {"name": named.backbone, "weights": named.weights}
@@ -108,18 +107,18 @@ def named_setup(values: Mapping[str, Any], address: str | None) -> Setup:
     )
 
 
-def examine(setup: Setup, tell: Callable[[Finding], None]) -> None:
+def examine(setup: Setup, report: Callable[[Finding], None]) -> None:
     """Run all checks.
 
     Args:
-        setup: What is to be looked at.
-        tell: Takes the findings, as they come.
+        setup: What to check.
+        report: Receives each finding at once.
 
     Raises:
-        EnvironmentProblem: If a check failed, naming those.
+        EnvironmentProblem: If a check failed, naming each that did.
     """
     set_environment()  # before anything imports Ray
-    exam = Examination(tell)
+    exam = Examination(report)
     with setup.places.left_as_they_were():
         _examine_places(exam, setup.places)
         _examine_files(exam, setup)
@@ -139,7 +138,7 @@ def _examine_places(exam: Examination, places: Places) -> None:
 
 
 def _examine_files(exam: Examination, setup: Setup) -> None:
-    """What the command itself reads."""
+    """Check the files that the command itself reads."""
     if setup.data is not None:
         exam.check("data", lambda: _readable(str(setup.data), "--data"))
     if setup.backbone is not None:
@@ -154,11 +153,11 @@ def _examine_tracking(exam: Examination, setup: Setup) -> None:
     if _is_server(setup.tracking_uri):
         answers: list[Answer] = []
 
-        def ask() -> str:
-            answers.append(probe.ask())
+        def check_health() -> str:
+            answers.append(probe.check_health())
             return f"{setup.tracking_uri} answers"
 
-        exam.check(MLFLOW, ask)
+        exam.check(MLFLOW, check_health)
         exam.check("mlflow clock", lambda: _server_clock(answers[0]), [MLFLOW])
         exam.check(ACCESS, lambda: _done(probe.check_access, "host name and login"), [MLFLOW])
     else:
@@ -178,7 +177,7 @@ def _examine_cluster(exam: Examination, setup: Setup) -> None:
 
         def join() -> str:
             stack.enter_context(environment({ADDRESS: address}))
-            # The State API is what trials of several workers need, and `train`.
+            # Trials of several workers, and `train`, need the State API.
             found.append(stack.enter_context(ray_session(with_dashboard=True)))
             return described(found[0])
 
@@ -194,8 +193,8 @@ def _examine_cluster(exam: Examination, setup: Setup) -> None:
 
 def _examine_nodes(exam: Examination, setup: Setup) -> None:
     nodes, paths = Nodes(), _paths(setup)
-    exam.check(NODES, lambda: nodes.ask(list(paths.values())), [RAY])
-    # Some may have answered where others did not.
+    exam.check(NODES, lambda: nodes.probe(list(paths.values())), [RAY])
+    # Nodes that responded are checked even if others did not.
     needs = [] if nodes.reports else [NODES]
     exam.check("versions", nodes.check_versions, needs)
     exam.check("clocks", nodes.check_clocks, needs)
@@ -207,11 +206,11 @@ def _examine_nodes(exam: Examination, setup: Setup) -> None:
 
 
 def _paths(setup: Setup) -> dict[str, str]:
-    """What nodes are asked to read, by what it is."""
+    """Return the paths that every node should be able to read, by their kind."""
     found = {}
     if setup.data is not None:
         found["data"] = str(setup.data)
-    with suppress(ConfigError):  # was a finding
+    with suppress(ConfigError):  # already reported as a finding
         if setup.backbone is not None and (file := weights_file(setup.backbone)) is not None:
             found["weights"] = str(file)
     return found
@@ -232,30 +231,30 @@ def _weights(backbone: BackboneConfig) -> str:
     if file is not None:
         return _readable(str(file), "--weights")
     check_hub_weights(backbone.name)
-    return f"those of {backbone.name} are here, or their hub answers"
+    return f"the weights of {backbone.name} are cached here, or their hub answers"
 
 
 def _is_server(uri: str) -> bool:
-    """Whether MLflow is asked over HTTP; the whole address may stand in ``$NAME``."""
-    with suppress(ConfigError):  # comes again as a finding
+    """Return whether a URI is an HTTP server; ``$NAME`` may hold the whole address."""
+    with suppress(ConfigError):  # reported later as a finding
         uri = with_secrets(uri)
     return uri.startswith(("http://", "https://"))
 
 
 def _own_store(storage: Path) -> str:
     uri = default_tracking_uri(storage)
-    if not (storage / "mlflow.db").exists():  # opening would make it
-        return f"{uri}, which the first study makes"
+    if not (storage / "mlflow.db").exists():  # opening it would create it
+        return f"{uri}, which the first study creates"
     ServerProbe(uri).check_access()
     return f"{uri} can be read"
 
 
 def _server_clock(answer: Answer) -> str:
     if answer.server_seconds is None:
-        return "the server does not tell its time"
-    # Whole seconds are told, cut off.
-    middle = answer.server_seconds + 0.5 - (answer.asked + answer.answered) / 2
-    skew = Skew(middle, 0.5 + (answer.answered - answer.asked) / 2)
+        return "unknown: the server sends no Date header"
+    # The header holds whole seconds, rounded down.
+    middle = answer.server_seconds + 0.5 - (answer.sent_seconds + answer.received_seconds) / 2
+    skew = Skew(middle, 0.5 + (answer.received_seconds - answer.sent_seconds) / 2)
     if skew.is_too_large:
         raise EnvironmentProblem(f"the server's clock is {skew}; {CLOCK_FIX}")
     return f"at most {abs(skew.seconds) + skew.uncertainty:.1f} s apart"

@@ -1,4 +1,4 @@
-"""Checks one after another: each has its line, whatever became of the others."""
+"""Run checks one after another; each has its finding, whatever the outcome of the others."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from drtune_ray.errors import DrtuneError, EnvironmentProblem
-from drtune_ray.folders import first_line
+from drtune_ray.errors import DrtuneError, EnvironmentProblem, first_line
 
 
 class State(StrEnum):
-    """What became of a check."""
+    """Outcome of a check."""
 
     OK = "ok"
     WARNING = "warning"
@@ -24,12 +23,12 @@ LOST = (State.FAILED, State.SKIPPED)
 
 @dataclass(frozen=True)
 class Finding:
-    """The outcome of a check.
+    """The finding of a check.
 
     Attributes:
-        check: Its name.
-        state: What became of it.
-        text: What was seen; where something is wrong, what to do about it too.
+        check: Name of the check.
+        state: Outcome of the check.
+        text: What was found, and the fix if something is wrong.
     """
 
     check: str
@@ -38,28 +37,28 @@ class Finding:
 
 
 class Doubt(Exception):
-    """Something that works and that the user should know of; the check has a warning."""
+    """Raised by a check that passes with a warning."""
 
 
 class Examination:
-    """Runs checks and tells each finding as it comes.
+    """Runs checks and reports each finding at once.
 
     Args:
-        tell: Takes the findings.
+        report: Receives the findings.
     """
 
-    def __init__(self, tell: Callable[[Finding], None]) -> None:
-        self._tell = tell
+    def __init__(self, report: Callable[[Finding], None]) -> None:
+        self._report = report
         self._states: dict[str, State] = {}
 
     def check(self, name: str, look: Callable[[], str], needs: Sequence[str] = ()) -> bool:
-        """Run a check; whether what depends on it can be looked at.
+        """Run a check; return whether the checks that depend on it can run.
 
         Args:
-            name: Its name.
-            look: Returns what was seen. What it raises is the finding: a `Doubt` a warning,
-                everything else a failure.
-            needs: Names of the checks without which this one means nothing.
+            name: Name of the check.
+            look: Returns what was found. An exception is a finding too: a `Doubt` is a warning,
+                any other a failure.
+            needs: Names of the checks that must have passed; otherwise this one is skipped.
         """
         lost = [other for other in needs if self._states[other] in LOST]
         if lost:
@@ -68,14 +67,14 @@ class Examination:
         else:
             finding = _finding(name, look)
         self._states[name] = finding.state
-        self._tell(finding)
+        self._report(finding)
         return finding.state not in LOST
 
     def raise_if_failed(self) -> None:
-        """Sum up.
+        """Raise if any check failed.
 
         Raises:
-            EnvironmentProblem: If a check failed, naming those.
+            EnvironmentProblem: If a check failed, naming each that did.
         """
         failed = [name for name, state in self._states.items() if state == State.FAILED]
         if failed:
@@ -92,5 +91,5 @@ def _finding(name: str, look: Callable[[], str]) -> Finding:
     except DrtuneError as error:
         lines = (line.strip() for line in str(error).splitlines())
         return Finding(name, State.FAILED, "; ".join(filter(None, lines)).replace(":;", ":"))
-    except Exception as error:  # the other checks must not be lost by it
+    except Exception as error:  # must not end the other checks
         return Finding(name, State.FAILED, f"{type(error).__name__}: {first_line(error)}")

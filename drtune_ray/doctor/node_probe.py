@@ -1,4 +1,4 @@
-"""What is asked of every node; an actor of Ray's runs it there."""
+"""Collect the facts of a node; a Ray actor runs this there."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import drtune_ray
+from drtune_ray.errors import first_line
 
 SHARED_MEMORY = Path("/dev/shm")  # nosec B108 # no file of ours lies there
 READ_BYTES = 2**16
@@ -18,7 +19,7 @@ READ_BYTES = 2**16
 
 @dataclass(frozen=True)
 class Space:
-    """Of a file system, in bytes."""
+    """Free and total space of a file system, in bytes."""
 
     free: int
     total: int
@@ -26,15 +27,15 @@ class Space:
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """What a process of a node sees.
+    """Facts of a node, as a process there sees them.
 
     Attributes:
-        versions: By package; Python's too.
-        num_gpus: How many CUDA devices computed something.
-        gpu_problem: Why another did not; "" where all did or there is none.
-        shared_memory: Of the node.
-        disk: That Ray writes to.
-        unreadable: Why a path that was asked for cannot be read, by path.
+        versions: Version by package, Python included.
+        num_gpus: Number of CUDA devices that work.
+        gpu_problem: Error of a device that does not work; "" if there is none.
+        shared_memory: Space of /dev/shm.
+        disk: Space of the disk that Ray writes to.
+        unreadable: Reasons why paths cannot be read, by path.
     """
 
     versions: dict[str, str]
@@ -46,10 +47,10 @@ class NodeFacts:
 
 
 class NodeProbe:
-    """Lives on a node, so that a second question does not wait for the start of a process."""
+    """Actor on a node, which answers several requests without starting another process."""
 
     def facts(self, paths: tuple[str, ...]) -> NodeFacts:
-        """Look around.
+        """Collect the facts of this node.
 
         Args:
             paths: Files and folders that should be readable.
@@ -69,25 +70,25 @@ class NodeProbe:
         )
 
     def clock(self) -> float:
-        """Seconds since 1970."""
+        """Return the time of this node in seconds since 1970."""
         return time.time()
 
 
 def own_versions() -> dict[str, str]:
-    """Of what must be the same on all nodes."""
+    """Return the versions that must be the same on all nodes."""
     import ray
 
     return {
         "Python": platform.python_version(),
         "Ray": ray.__version__,
         "drtune-ray": drtune_ray.__version__,
-        # Without the build: +cpu and +cu126 understand each other's files.
+        # Without the build: the files of +cpu and +cu126 are compatible.
         "torch": importlib.metadata.version("torch").partition("+")[0],
     }
 
 
 def usable_gpus() -> tuple[int, str]:
-    """How many CUDA devices compute something, and why another does not."""
+    """Return the number of CUDA devices that work, and the error of one that does not."""
     import torch
 
     num_usable, problem = 0, ""
@@ -95,13 +96,13 @@ def usable_gpus() -> tuple[int, str]:
         try:
             assert torch.ones(8, device=f"cuda:{index}").sum().item() == 8.0
             num_usable += 1
-        except Exception as error:  # CUDA's ways to fail are many
-            problem = problem or f"device {index}: {str(error).splitlines()[0]}"
+        except Exception as error:  # CUDA errors have many types
+            problem = problem or f"device {index}: {first_line(error)}"
     return num_usable, problem
 
 
 def space(path: Path) -> Space:
-    """Of the file system that holds a path, which need not be there yet."""
+    """Return the space of the file system of a path, which need not exist yet."""
     while not path.exists():
         path = path.parent
     usage = shutil.disk_usage(path)
@@ -109,7 +110,7 @@ def space(path: Path) -> Space:
 
 
 def reading_problem(path: str) -> str:
-    """Why a file, or the first file below a folder, cannot be read; "" where it can."""
+    """Return why a file, or the first file below a folder, cannot be read; "" if it can."""
     try:
         first = path if not os.path.isdir(path) else _first_file(path)
         if first is None:

@@ -16,7 +16,7 @@ from ray import PlacementGroupID
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.state import list_nodes
 
-from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.errors import EnvironmentProblem, first_line
 from drtune_ray.execution.ray_state import (
     BY_DRIVER,
     forget_job,
@@ -75,7 +75,7 @@ def check_state_api() -> None:
             "trainings of several workers need the dashboard of the Ray cluster, which does not "
             "answer: without it each one that is stopped early leaves a process on the head node. "
             "Install ray[default] there and start it with --include-dashboard=true "
-            f"({(str(error).strip().splitlines() or [type(error).__name__])[0]})"
+            f"({first_line(error)})"
         ) from None
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import drtune_ray
-from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.errors import EnvironmentProblem, first_line
 from drtune_ray.execution.capacity import Capacity
-from drtune_ray.folders import Folder, LocalFolder, as_problem, first_line
+from drtune_ray.folders import Folder, LocalFolder, as_problem
 
 TOKEN_NAME = ".shared-token"  # nosec B105 # the name of a file
 ANSWER_SECONDS = 180.0  # a node may have to start a process and to import torch first

@@ -1,1 +1,1 @@
-"""Studies as jobs of a Ray cluster elsewhere."""
+"""Run studies as jobs of a remote Ray cluster."""

@@ -1,4 +1,4 @@
-"""The jobs of a study on a cluster: one an attempt, since Ray never takes a used id again."""
+"""The jobs of a study on a cluster: one per attempt, since Ray accepts each id only once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 
-# Metadata of a job, all texts.
+# Metadata keys of a job; all values are strings.
 STUDY_KEY, STORAGE_KEY, NUMBER_KEY, SETTINGS_KEY = (
     "drtune_study",
     "drtune_storage",
@@ -23,9 +23,9 @@ PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED = (
     "STOPPED",
 )
 INTERRUPTED = 130
-OWN_CODES = (0, 1, 2, 3, INTERRUPTED)  # of drtune-ray
+OWN_CODES = (0, 1, 2, 3, INTERRUPTED)  # exit codes of drtune-ray
 MACHINE = EnvironmentProblem.exit_code
-NOT_FOUND = 127  # a shell's, for a command that it does not find
+NOT_FOUND = 127  # exit code of a shell that does not find the command
 MAX_REASON = 2000
 
 
@@ -34,16 +34,16 @@ class Attempt:
     """A job that runs, or ran, a study.
 
     Attributes:
-        submission_id: Ray's name for it.
-        study: The study's name.
-        storage: Where it lies, on the cluster.
-        number: From 1.
-        settings: Hash of what it was to do.
-        state: Ray's: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED.
-        exit_code: Of its command; None where it has not ended by itself.
-        message: Ray's, about the state.
-        started: Seconds since 1970.
-        ended: Seconds since 1970, or None.
+        submission_id: Ray's id of the job.
+        study: Name of the study.
+        storage: Storage of the study on the cluster.
+        number: Number of the attempt, from 1.
+        settings: Hash of the submitted settings.
+        state: Ray's state: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED.
+        exit_code: Exit code of the command; None if it has not exited by itself.
+        message: Ray's message about the state.
+        started: Start time in seconds since 1970.
+        ended: End time in seconds since 1970, or None.
     """
 
     submission_id: str
@@ -59,12 +59,12 @@ class Attempt:
 
     @property
     def is_over(self) -> bool:
-        """Whether it will never run again."""
+        """Whether the job has ended."""
         return self.state not in (PENDING, RUNNING)
 
 
 def attempt_of(job: Any) -> Attempt | None:
-    """Ray's `JobDetails` as an attempt; None for a job that is none."""
+    """Convert Ray's `JobDetails` to an attempt; None for a job of another program."""
     metadata = job.metadata or {}
     number = metadata.get(NUMBER_KEY, "")
     if not job.submission_id or STUDY_KEY not in metadata or not number.isdecimal():
@@ -86,16 +86,16 @@ def attempt_of(job: Any) -> Attempt | None:
 def attempts_at(
     attempts: Iterable[Attempt], study: str, storage: str | None, address: str
 ) -> list[Attempt]:
-    """All attempts of one study, oldest first.
+    """Return the attempts of one study, oldest first.
 
     Args:
-        attempts: Of all studies of a cluster.
-        study: Its name.
-        storage: Where it lies; None where the name says it.
-        address: Of the cluster, for messages.
+        attempts: Attempts of all studies of a cluster.
+        study: Name of the study.
+        storage: Storage of the study; None if the name is unique.
+        address: Address of the cluster, for messages.
 
     Raises:
-        ConfigError: If there is none, or studies of that name in several storages.
+        ConfigError: If there is none, or if several storages hold a study of that name.
     """
     attempts = list(attempts)
     found = [a for a in attempts if a.study == study and storage in (None, a.storage)]
@@ -107,14 +107,14 @@ def attempts_at(
         )
     if len(storages := sorted({a.storage for a in found})) > 1:
         raise ConfigError(
-            f"studies of the name {study!r} were submitted with the storages {storages}: say which "
-            "by --storage"
+            f"studies named {study!r} were submitted with the storages {storages}: choose one "
+            "with --storage"
         )
     return sorted(found, key=lambda attempt: attempt.number)
 
 
 def exit_code_of(attempt: Attempt) -> int:
-    """The exit code of the study of an attempt that is over: as if it had run here."""
+    """Return the exit code of an attempt that has ended, as if the study had run here."""
     if attempt.state == SUCCEEDED:
         return 0
     if attempt.state == STOPPED:
@@ -124,9 +124,9 @@ def exit_code_of(attempt: Attempt) -> int:
 
 
 def end_of(attempt: Attempt) -> str | None:
-    """A sentence about an end that is no success."""
+    """Describe the end of an attempt that did not succeed; None for any other."""
     job, code = f"Job {attempt.submission_id}", attempt.exit_code
-    again = "the same command goes on where it stopped"
+    again = "repeat the command to resume"
     if attempt.state == STOPPED or code == INTERRUPTED:
         return f"{job} was stopped: {again}"
     if attempt.state != FAILED:
@@ -139,10 +139,10 @@ def end_of(attempt: Attempt) -> str | None:
             "image in which Ray was started"
         )
     if code in OWN_CODES:
-        return f"{job} failed with exit code {code}: its log says why"
+        return f"{job} failed with exit code {code}: see its log"
     if code < 0 or code > 128:
         return f"{job} was killed (signal {-code if code < 0 else code - 128}): {again}"
-    return f"{job} failed with exit code {code}: its log says why"
+    return f"{job} failed with exit code {code}: see its log"
 
 
 def _short(message: str) -> str:

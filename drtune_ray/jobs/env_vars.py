@@ -1,6 +1,6 @@
-"""The environment variables that go to the cluster with a study: listed here, and no others.
+"""The environment variables that are sent to the cluster with a study: only those listed here.
 
-Whoever may talk to the job server can read them there.
+Anyone with access to the job server can read them there.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.server_uri import names_in
 
-# Of a server that is named by tracking.uri. Its certificates' files lie on this machine.
+# Login of the server in tracking.uri. Files of certificates exist on this machine only.
 MLFLOW = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
-# Of s3:// artifacts, and of an MLflow server that leaves artifacts to its clients.
+# For s3:// artifacts, and for an MLflow server whose clients store the artifacts.
 S3 = (
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
@@ -30,11 +30,11 @@ HUB = ("HF_TOKEN",)
 
 @dataclass(frozen=True)
 class Variables:
-    """What of an environment a study needs.
+    """The environment variables that a study needs.
 
     Attributes:
-        sent: Names and values.
-        unset: Names in the study's addresses that are not set here: the cluster must know them.
+        sent: Names and values to send.
+        unset: Names in the study's addresses that are not set here, but must be on the cluster.
     """
 
     sent: Mapping[str, str] = field(repr=False)
@@ -42,7 +42,7 @@ class Variables:
 
 
 def needed_variables(config: StudyConfig, environment: Mapping[str, str]) -> Variables:
-    """Pick what a study needs.
+    """Select the environment variables that a study needs.
 
     Args:
         config: The study.

@@ -1,4 +1,4 @@
-"""Following the log of an attempt to its end, over connections that may break."""
+"""Follow the log of an attempt to its end, over connections that may break."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.jobs.attempts import PENDING, Attempt
 from drtune_ray.jobs.server import JobServer
 
-# Of a log that says nothing so long it is asked whether its job still runs.
-SILENT_SECONDS = 30.0
-PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)  # between tries to reach a server that was reached before
+SILENT_SECONDS = 30.0  # without output, until the state of the job is requested
+PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)  # between retries after a lost connection
 PENDING_SECONDS = 10.0
-LOOK_SECONDS = 0.5
-STOP_SECONDS = 60.0  # Ray kills after 3, where it has not been told otherwise
+POLL_SECONDS = 0.5
+STOP_SECONDS = 60.0  # by default Ray kills after 3
 
 
 class Follower:
     """Shows an attempt's log, each part once.
 
     Args:
-        server: Of the cluster.
-        submission_id: Of the attempt.
-        write: Takes text.
-        notify: Takes a line while nothing is logged.
+        server: Job server of the cluster.
+        submission_id: Id of the attempt.
+        write: Receives text of the log.
+        notify: Receives a line for the user.
     """
 
     def __init__(
@@ -40,11 +39,11 @@ class Follower:
         self._failures = 0
 
     def follow(self) -> Attempt:
-        """Until the attempt is over.
+        """Show the log until the attempt has ended.
 
         Raises:
-            EnvironmentProblem: If the server was lost; the attempt may go on.
-            KeyboardInterrupt: On Ctrl-C; the attempt goes on.
+            EnvironmentProblem: If the server cannot be reached; the attempt may still be running.
+            KeyboardInterrupt: On Ctrl-C; the attempt keeps running.
         """
         self._wait_for_start()
         while True:
@@ -52,7 +51,7 @@ class Follower:
                 is_whole = asyncio.run(self._show())
                 attempt = self._server.attempt(self._id)
                 if attempt.is_over and not is_whole:
-                    self._take(self._server.log(self._id), 0)
+                    self._show_new(self._server.log(self._id), 0)
             except EnvironmentProblem as error:
                 if self._failures == len(PAUSES_SECONDS):
                     return self._end_without_log(error)
@@ -61,10 +60,10 @@ class Follower:
                 continue
             if attempt.is_over:
                 return attempt
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
 
     def _end_without_log(self, error: EnvironmentProblem) -> Attempt:
-        """The attempt, if it is over and only its log is lost, with the node that held it."""
+        """Return an attempt that has ended although its log is lost with its node, or raise."""
         try:
             attempt = self._server.attempt(self._id)
         except EnvironmentProblem as lost:
@@ -74,34 +73,34 @@ class Follower:
                 self._notify(f"The rest of the log cannot be read: {error}")
                 return attempt
         raise EnvironmentProblem(
-            f"{error}. {self._id} may go on: the same command meets it again"
+            f"{error}. {self._id} may still be running: repeat the command to attach to it"
         ) from None
 
     def _wait_for_start(self) -> None:
-        told = time.monotonic()
+        notified = time.monotonic()
         while (attempt := self._server.attempt(self._id)).state == PENDING:
-            if time.monotonic() - told >= PENDING_SECONDS:
+            if time.monotonic() - notified >= PENDING_SECONDS:
                 self._notify(f"Job {self._id} is pending: {attempt.message or 'no reason given'}")
-                told = time.monotonic() + 5 * PENDING_SECONDS  # then every minute
-            time.sleep(LOOK_SECONDS)
+                notified = time.monotonic() + 5 * PENDING_SECONDS  # then every minute
+            time.sleep(POLL_SECONDS)
 
     async def _show(self) -> bool:
-        """What one connection says; whether it ended as one does at the log's end."""
+        """Show the log over one connection; return whether it reached the end of the log."""
         position = 0
         pieces = self._server.tail(self._id)
         while True:
-            # Kept when it takes long: to cancel it would end the connection.
+            # Not cancelled on a timeout, which would close the connection.
             piece = asyncio.ensure_future(anext(pieces, None))
             while not (await asyncio.wait({piece}, timeout=SILENT_SECONDS))[0]:
                 if self._server.attempt(self._id).is_over:
                     return False
             if (text := piece.result()) is None:
                 return True
-            self._take(text, position)
+            self._show_new(text, position)
             position += len(text)
 
-    def _take(self, text: str, position: int) -> None:
-        """Show what is new of a part of the log, which is read from its beginning each time."""
+    def _show_new(self, text: str, position: int) -> None:
+        """Show the new part of a piece of the log; each connection starts at the beginning."""
         if new := text[max(0, self._num_shown - position) :]:
             self._failures = 0
             self._num_shown = position + len(text)
@@ -116,14 +115,14 @@ def follow(
     *,
     is_stopped: bool = False,
 ) -> Attempt | None:
-    """Follow an attempt to its end; None where Ctrl-C has left it.
+    """Follow an attempt to its end; return None if Ctrl-C ended the following first.
 
     Args:
-        server: Of the cluster.
+        server: Job server of the cluster.
         attempt: The attempt.
-        write: Takes what it logs.
-        notify: Takes a line for the user.
-        is_stopped: Whether Ctrl-C stops it; a second one leaves it then.
+        write: Receives text of the log.
+        notify: Receives a line for the user.
+        is_stopped: Whether Ctrl-C stops the attempt; a second Ctrl-C then ends the following.
     """
     follower = Follower(server, attempt.submission_id, write, notify)
     try:
@@ -140,29 +139,28 @@ def follow(
 
 
 def stop(server: JobServer, attempt: Attempt) -> Attempt:
-    """Stop an attempt; it saves, as on SIGTERM.
+    """Stop an attempt, which writes its checkpoints, as on SIGTERM.
 
     Args:
-        server: Of the cluster.
-        attempt: That is not over.
+        server: Job server of the cluster.
+        attempt: An attempt that has not ended.
 
     Raises:
-        EnvironmentProblem: If it does not end.
+        EnvironmentProblem: If it does not end in time.
     """
     server.stop(attempt.submission_id)
-    begun = time.monotonic()
+    started = time.monotonic()
     while not (now := server.attempt(attempt.submission_id)).is_over:
-        waited = time.monotonic() - begun
+        waited = time.monotonic() - started
         if now.state == PENDING and waited > PENDING_SECONDS:
             raise EnvironmentProblem(
-                f"{attempt.submission_id} has not started yet, and Ray stops it when it does. "
-                "Where the cluster will never have what it waits for, Ray gives it up after a "
-                "quarter of an hour"
+                f"{attempt.submission_id} has not started yet, and Ray stops it once it has. If "
+                "the cluster never provides its resources, Ray gives up after 15 minutes"
             )
         if waited > STOP_SECONDS:
             raise EnvironmentProblem(
-                f"{attempt.submission_id} was told to stop and is {now.state.lower()} after "
-                f"{STOP_SECONDS:g} s: look at the cluster"
+                f"{attempt.submission_id} is still {now.state.lower()} {STOP_SECONDS:g} s after "
+                "the request to stop: check the cluster"
             )
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
     return now

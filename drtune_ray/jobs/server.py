@@ -1,4 +1,4 @@
-"""Ray's job server, as a user meets it: bounded waits, and one message where it fails."""
+"""A client of Ray's job server with bounded waits and one clear message for each failure."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from drtune_ray.jobs.submission import STUDY_FILE, EntrypointResources, Submissi
 from drtune_ray.jobs.token import ANSWER_SECONDS, Token, certificates, needed_token, unreachable
 
 REQUEST_SECONDS = 30.0
-# Ray's client prefers these to the address that it is given.
+# Ray's client prefers this variable to the address that it is given.
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 USED_ID = "already exists"
 
 
 class UsedId(Exception):
-    """A submission id was used before."""
+    """Raised if a submission id was used before."""
 
 
 class _Client(JobSubmissionClient):  # type: ignore[misc]
-    """Ray's client, which else would wait for ever."""
+    """Ray's client with a timeout for each request; by default it waits forever."""
 
     def _do_request(self, *args: Any, **options: Any) -> Any:
         options.setdefault("timeout", (ANSWER_SECONDS, REQUEST_SECONDS))
@@ -40,13 +40,13 @@ class _Client(JobSubmissionClient):  # type: ignore[misc]
 
 
 class JobServer:
-    """A cluster's job server, reached and willing.
+    """A connection to a cluster's job server.
 
     Args:
-        address: That was checked.
+        address: Address from :func:`~drtune_ray.jobs.address.checked_address`.
 
     Raises:
-        EnvironmentProblem: If it does not answer or does not take the token.
+        EnvironmentProblem: If the server does not answer or rejects the token.
     """
 
     def __init__(self, address: str) -> None:
@@ -59,19 +59,19 @@ class JobServer:
 
     @property
     def is_open(self) -> bool:
-        """Whether everybody who reaches it over a network may run code there."""
+        """Whether anyone who can reach the server over a network may run code there."""
         return self._token is None and not is_loopback(urlsplit(self.address).hostname or "")
 
     def attempts(self) -> list[Attempt]:
-        """The jobs of all studies that were submitted there."""
+        """Return the jobs of all studies that were submitted to the server."""
         with self._as_problem():
             return [a for a in map(attempt_of, self._client.list_jobs()) if a is not None]
 
     def attempt(self, submission_id: str) -> Attempt:
-        """How an attempt stands now."""
+        """Return an attempt with its present state."""
         with self._as_problem():
             found = attempt_of(self._client.get_job_info(submission_id))
-        assert found is not None  # it was one before
+        assert found is not None  # its id came from an attempt
         return found
 
     def start(
@@ -86,13 +86,13 @@ class JobServer:
 
         Args:
             submission: The study.
-            number: Of the attempt.
-            command: What the job runs, beside the study file.
-            resources: For it.
-            arguments: Of the command that submits.
+            number: Number of the attempt.
+            command: Command that the job runs, in the folder of the study file.
+            resources: Resources of the command.
+            arguments: Arguments of the command that submits.
 
         Raises:
-            UsedId: If there is an attempt of this number.
+            UsedId: If an attempt of this number exists.
         """
         submission_id = submission.submission_id(number)
         with TemporaryDirectory(prefix="drtune-submit-") as folder, self._as_problem():
@@ -113,18 +113,18 @@ class JobServer:
         return self.attempt(submission_id)
 
     def stop(self, submission_id: str) -> None:
-        """Have Ray send SIGTERM to an attempt, and kill it three seconds later."""
+        """Let Ray send SIGTERM to an attempt, and SIGKILL three seconds later."""
         with self._as_problem():
             self._client.stop_job(submission_id)
 
     def log(self, submission_id: str) -> str:
-        """All that an attempt has printed."""
+        """Return all output of an attempt."""
         with self._as_problem():
             text: str = self._client.get_job_logs(submission_id)
         return text
 
     async def tail(self, submission_id: str) -> AsyncIterator[str]:
-        """Pieces of what an attempt has printed, from the beginning, until it is over."""
+        """Yield the output of an attempt in pieces, from the beginning until it has ended."""
         with self._as_problem():
             async for text in self._client.tail_job_logs(submission_id):
                 yield text
@@ -135,31 +135,31 @@ class JobServer:
             yield
         except AuthenticationError:
             raise EnvironmentProblem(self._refusal()) from None
-        except RuntimeError as error:  # what Ray's client makes of the server's answers
+        except RuntimeError as error:  # what Ray's client raises for errors of the server
             if USED_ID in str(error):
                 raise UsedId from None
             raise EnvironmentProblem(
-                f"{self.address} did not do what it was asked: {_last_line(error)}"
+                f"{self.address} rejected the request: {_last_line(error)}"
             ) from None
         except (OSError, aiohttp.ClientError) as error:
             raise EnvironmentProblem(unreachable(self.address, error)) from None
 
     def _refusal(self) -> str:
         if self._token is None:
-            return f"{self.address} asks for a token now: repeat the command"
+            return f"{self.address} now requires a token: repeat the command"
         return (
-            f"{self.address} does not take the token of {self._token.source}: give the one that "
-            "the cluster was started with"
+            f"{self.address} rejects the token from {self._token.source}: give the one that the "
+            "cluster was started with"
         )
 
 
 def _quieten_ray() -> None:
-    """Ray's client tells of every upload and connection, on loggers of its own levels."""
+    """Silence the messages of Ray's client about every upload and connection."""
     for handler in logging.getLogger("ray").handlers:
         handler.setLevel(max(handler.level, logging.WARNING))
 
 
 def _last_line(error: Exception) -> str:
-    """Ray's server answers with tracebacks; their last line says it."""
+    """Return the last line, which is the message when Ray's server answers with a traceback."""
     lines = str(error).strip().splitlines()
     return lines[-1].rstrip(". ") if lines else type(error).__name__

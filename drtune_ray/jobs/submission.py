@@ -1,7 +1,7 @@
-"""A study as it is sent to a cluster: checked here as far as it can be without the cluster.
+"""A study as it is submitted to a cluster, checked as far as possible without the cluster.
 
-What reads the images, the weights or the machine belongs to the job: defaults that fit the machine
-are chosen there, and a folder that is not there is the job's to refuse.
+Whatever depends on the images, the weights or the machine is left to the job: it chooses defaults
+that fit its machine, and it reports a missing folder.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Submission:
     """What a cluster needs to run a study.
 
     Attributes:
-        study: Its name.
-        storage: Where it lies, on the cluster.
-        content: Of the study file: what was asked for, as YAML.
-        variables: For the job's environment.
-        notes: Sentences about what the job will meet.
+        study: Name of the study.
+        storage: Storage of the study on the cluster.
+        content: Content of the study file, YAML of the settings that were given.
+        variables: Environment variables of the job.
+        notes: Sentences for the user about the job's environment.
     """
 
     study: str
@@ -49,19 +49,19 @@ class Submission:
 
     @property
     def settings(self) -> str:
-        """Hash of what the job is to do."""
+        """Hash of the submitted settings."""
         return digest(self.content, sorted(self.variables.sent))
 
     def submission_id(self, number: int) -> str:
-        """Ray's name for an attempt: the same study, wherever it is submitted from."""
+        """Return Ray's id of an attempt, which does not depend on the submitting machine."""
         return f"drtune-{self.study}-{digest(self.storage)[:8]}-{number}"
 
     def metadata(self, number: int, arguments: Iterable[str]) -> dict[str, str]:
-        """What the job server remembers of an attempt, all texts.
+        """Return the metadata of an attempt on the job server.
 
         Args:
-            number: Of the attempt.
-            arguments: Of the command that submits it.
+            number: Number of the attempt.
+            arguments: Arguments of the command that submits it.
         """
         return {
             STUDY_KEY: self.study,
@@ -75,18 +75,19 @@ class Submission:
 def study_submission(
     study_file: Path | None, assignments: Iterable[str], flags: Mapping[str, Any]
 ) -> Submission:
-    """What a command asks for, to be sent.
+    """Build a submission from the arguments of a command.
 
     Args:
-        study_file: YAML of a `StudyConfig`; None where flags say it all.
-        assignments: ``path=value``, as of `tune`.
-        flags: As of `tune`.
+        study_file: YAML of a `StudyConfig`; None if flags give all settings.
+        assignments: ``path=value`` settings, as for `tune`.
+        flags: Flags, as for `tune`.
 
     Raises:
-        ConfigError: Naming every problem that can be seen without the cluster.
+        ConfigError: If a setting is not valid; every problem that can be found without the
+            cluster is named.
     """
-    asked = merged_study(study_file, assignments, flags)
-    config = StudyConfig.from_mapping(asked)
+    given = merged_study(study_file, assignments, flags)
+    config = StudyConfig.from_mapping(given)
     problems = list(_relative_paths(config))
     space = read_space(config.space) if isinstance(config.space, str) else config.space
     try:
@@ -96,18 +97,18 @@ def study_submission(
     if problems:
         raise ConfigError(problems)
     storage = posixpath.normpath(config.storage)
-    # Files that are named here need not be there; plain values do not know their lines.
-    plain = json.loads(json.dumps(asked | {"space": space, "storage": storage}))
+    # The space is included because its file need not exist there; JSON drops the line numbers.
+    plain = json.loads(json.dumps(given | {"space": space, "storage": storage}))
     variables = needed_variables(config, os.environ)
     return Submission(config.name, storage, to_yaml(plain), variables, _notes(config, variables))
 
 
 def _relative_paths(config: StudyConfig) -> Iterator[str]:
-    """A sentence for each path that means nothing on another machine."""
+    """Yield a message for each path that is not valid on another machine."""
     if not _is_absolute(config.storage):
         yield (
-            f"storage={config.storage!r} would lie in the job's own folder, which is removed after "
-            "it: give --storage by its full path, a folder that the cluster's nodes share"
+            f"storage={config.storage!r} would be in the job's own folder, which is removed when "
+            "the job ends: give --storage as the full path of a folder that all nodes share"
         )
     if not _is_absolute(config.trial.data.train):
         yield (
@@ -137,21 +138,23 @@ def _notes(config: StudyConfig, variables: Variables) -> tuple[str, ...]:
     for path, uri in _servers(config).items():
         host = urlsplit(uri).hostname
         if host and is_loopback(host):
-            notes.append(f"{path} names {host}: for the job that is the machine on which it runs")
+            notes.append(f"{path} names {host}, which for the job is the machine that it runs on")
     if variables.unset:
-        notes.append(f"Not set here, so the cluster must have them: {', '.join(variables.unset)}")
+        notes.append(
+            f"Not set here, so they must be set on the cluster: {', '.join(variables.unset)}"
+        )
     return tuple(notes)
 
 
 @dataclass(frozen=True)
 class EntrypointResources:
-    """What a job's command itself reserves; with nothing it runs on the head node.
+    """Resources that a job's command reserves; without any it runs on the head node.
 
     Attributes:
-        num_cpus: CPUs.
-        num_gpus: GPUs.
-        memory: Bytes.
-        custom: Resources that the cluster declares.
+        num_cpus: Number of CPUs.
+        num_gpus: Number of GPUs.
+        memory: Memory in bytes.
+        custom: Amounts of resources that the cluster declares, by name.
     """
 
     num_cpus: float | None = None
@@ -161,10 +164,10 @@ class EntrypointResources:
 
 
 def custom_resources(text: str | None) -> dict[str, float]:
-    """Resources as Ray's command line takes them, like ``{"trial_driver": 1}``.
+    """Parse resources in the form of Ray's command line, such as ``{"trial_driver": 1}``.
 
     Raises:
-        ConfigError: If they are no such object.
+        ConfigError: If the text has another form.
     """
     try:
         amounts = json.loads(text or "{}")
@@ -175,7 +178,7 @@ def custom_resources(text: str | None) -> dict[str, float]:
     )
     if not are_amounts:
         raise ConfigError(
-            f"--entrypoint-resources {text!r} must be names and amounts as JSON, like "
-            "'{\"trial_driver\": 1}'"
+            f"--entrypoint-resources {text!r} must be a JSON object of names and positive amounts, "
+            "like '{\"trial_driver\": 1}'"
         )
     return {name: float(amount) for name, amount in amounts.items()}

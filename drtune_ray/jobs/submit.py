@@ -1,4 +1,4 @@
-"""Starting a study on a cluster, once."""
+"""Start a study on a cluster, unless it is running already."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from drtune_ray.jobs.attempts import Attempt
 from drtune_ray.jobs.server import JobServer, UsedId
 from drtune_ray.jobs.submission import EntrypointResources, Submission
 
-MAX_RACES = 3  # lost to others who submit the same study at the same time
+MAX_RACES = 3  # lost to other submissions of the same study at the same time
 
 
 def submit(
@@ -17,19 +17,19 @@ def submit(
     resources: EntrypointResources,
     arguments: tuple[str, ...],
 ) -> tuple[Attempt, bool]:
-    """The attempt that runs a study, and whether it was started now.
+    """Return the attempt that runs a study, and whether this call started it.
 
-    One that is pending or running is taken as it is; else the next is started.
+    A pending or running attempt is returned as it is; otherwise the next attempt is started.
 
     Args:
-        server: Of the cluster.
+        server: Job server of the cluster.
         submission: The study.
-        command: What the job runs.
-        resources: For it.
-        arguments: Of the command that submits.
+        command: Command that the job runs.
+        resources: Resources of the command.
+        arguments: Arguments of the command that submits.
 
     Raises:
-        EnvironmentProblem: If the cluster does not take it.
+        EnvironmentProblem: If the cluster does not accept the job.
     """
     for _ in range(MAX_RACES):
         former = [
@@ -46,6 +46,6 @@ def submit(
         except UsedId:
             continue
     raise EnvironmentProblem(
-        f"{server.address} has a job {submission.submission_id(number)} that is no attempt of this "
-        "study: delete it (`ray job delete`), or give the study another --name"
+        f"{server.address} has a job {submission.submission_id(number)} that is not an attempt of "
+        "this study: delete it (`ray job delete`), or give the study another --name"
     )

@@ -1,7 +1,7 @@
-"""The token that a job server asks for, found as Ray finds it.
+"""Find the token for a job server, in the order that Ray uses.
 
-Ray's own client sends it only where ``RAY_AUTH_MODE=token`` was set before Ray was imported. Here
-the server is asked first, which sends nothing, and gets the token if it wants one.
+Ray's own client sends the token only if ``RAY_AUTH_MODE=token`` was set before Ray was imported.
+Here a request without secrets finds out whether the server requires a token; only then is it sent.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from drtune_ray.errors import EnvironmentProblem
 
 ANSWER_SECONDS = 10.0
 DEFAULT_FILE = "~/.ray/auth_token"
-# Files of certificate authorities: Python's own and, in Ray's client, that of requests.
+# Variables for files of certificate authorities: of Python, and of requests in Ray's client.
 CA_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
 
 
 @dataclass(frozen=True)
 class Token:
-    """What proves to a cluster that its user may run code there.
+    """A token that allows its user to run code on a cluster.
 
     Attributes:
         value: The secret.
-        source: Where it was found.
+        source: The variable or file that held it.
     """
 
     value: str = field(repr=False)
@@ -37,35 +37,35 @@ class Token:
 
 
 def needed_token(address: str) -> Token | None:
-    """The token for a job server; None where it asks for none.
+    """Return the token for a job server, None if it requires none.
 
     Args:
-        address: Of the server.
+        address: Address of the server.
 
     Raises:
-        EnvironmentProblem: If it does not answer, or asks for a token and there is none here.
+        EnvironmentProblem: If it does not answer, or requires a token and none is found.
     """
-    if not _asks_for_token(address):
+    if not _requires_token(address):
         return None
     if (token := _find_token()) is None:
         raise EnvironmentProblem(
-            f"{address} asks for a token, and there is none here: copy {DEFAULT_FILE} of the "
-            "cluster to this machine, name its copy in RAY_AUTH_TOKEN_PATH, or put the token into "
+            f"{address} requires a token, and none was found here: copy {DEFAULT_FILE} of the "
+            "cluster to this machine, set RAY_AUTH_TOKEN_PATH to a copy, or put the token into "
             "RAY_AUTH_TOKEN. Nothing was sent"
         )
     return token
 
 
 def certificates() -> str | None:
-    """The file of certificate authorities that the user named; None: those of the system."""
+    """Return the user's file of certificate authorities; None means those of the system."""
     return next((os.environ[name] for name in CA_VARIABLES if os.environ.get(name)), None)
 
 
 def _find_token() -> Token | None:
-    """In the order in which Ray looks.
+    """Look for a token in the order that Ray uses.
 
     Raises:
-        EnvironmentProblem: If a file was named that cannot be read.
+        EnvironmentProblem: If the token file cannot be read.
     """
     if value := os.environ.get("RAY_AUTH_TOKEN", "").strip():
         return Token(value, "RAY_AUTH_TOKEN")
@@ -76,16 +76,16 @@ def _find_token() -> Token | None:
     try:
         value = path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
-        raise EnvironmentProblem(f"the token's file {path} cannot be read: {reason}") from None
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise EnvironmentProblem(f"the token file {path} cannot be read: {reason}") from None
     return Token(value, str(path)) if value else None
 
 
-def _asks_for_token(address: str) -> bool:
+def _requires_token(address: str) -> bool:
     url = f"{address}/api/authentication_mode"
     try:
         context = ssl.create_default_context(cafile=certificates())
-        # The address is http or https: `checked_address` lets nothing else through.
+        # The address is http or https: `checked_address` allows nothing else.
         opened = urllib.request.urlopen(url, timeout=ANSWER_SECONDS, context=context)  # nosec B310
         with opened as answer:
             mode = json.load(answer)["authentication_mode"]
@@ -105,7 +105,7 @@ def _asks_for_token(address: str) -> bool:
 
 
 def unreachable(address: str, error: Exception) -> str:
-    """The sentence about a job server that does not answer."""
+    """Return the message about a job server that does not answer."""
     reason = getattr(error, "reason", None) or error
     text = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
-    return f"{address} does not answer ({text}): check the address, and whether the cluster runs"
+    return f"{address} does not answer ({text}): check the address, and that the cluster is running"

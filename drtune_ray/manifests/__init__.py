@@ -1,1 +1,1 @@
-"""A study as objects of Kubernetes, for KubeRay."""
+"""Render a study as Kubernetes objects for KubeRay."""

@@ -1,6 +1,6 @@
-"""The RayJob of `deploy/`, as an overlay changes it.
+"""The RayJob of `deploy/` with the patches of an overlay.
 
-The same files are what `kubectl kustomize` reads: an overlay is a list of components, and each
+`kubectl kustomize` reads the same files: an overlay is a list of components, and each component
 holds a JSON patch of the RayJob.
 """
 
@@ -24,18 +24,18 @@ RAYJOB = "rayjob.yaml"
 
 @cache
 def deploy_folder() -> Path:
-    """`deploy/`, from the wheel or the checkout."""
+    """Return the folder `deploy/` of the wheel or the checkout."""
     installed = Path(str(importlib.resources.files("drtune_ray") / "deploy"))
     return installed if installed.is_dir() else Path(__file__).parents[2] / "deploy"
 
 
 def overlay_names() -> list[str]:
-    """What `--overlay` takes."""
+    """Return the valid values of `--overlay`."""
     return sorted(path.name for path in (deploy_folder() / "overlays").iterdir() if path.is_dir())
 
 
 def overlaid_rayjob(overlay: str) -> dict[str, Any]:
-    """The base's RayJob with the patches of an overlay, awake unless Kueue is to wake it.
+    """Return the base's RayJob with the patches of an overlay; suspended only for Kueue.
 
     Raises:
         ConfigError: If there is no such overlay.

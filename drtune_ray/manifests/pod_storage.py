@@ -1,6 +1,6 @@
-"""What a study needs to go on in a cluster of pods: each try of a RayJob is a new one.
+"""Check that a study can resume in a cluster of pods: each retry of a RayJob is a new cluster.
 
-Everything that a pod writes on its own disk is gone with it (DESIGN.md, decision 12).
+Whatever a pod writes to its own disk is lost with it (DESIGN.md, decision 12).
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ STUDIES_PATH = f"{STORAGE_PATH}/studies"
 
 
 def problems(
-    config: StudyConfig, asked: Mapping[str, Any], *, has_claim: bool, has_data_claim: bool
+    config: StudyConfig, given: Mapping[str, Any], *, has_claim: bool, has_data_claim: bool
 ) -> Iterator[str]:
-    """A sentence for each thing that a pod would lose or not find.
+    """Yield a message for each thing that a pod would lose or not find.
 
     Args:
         config: The study.
-        asked: What its file says, defaults left out.
+        given: Settings of the study file, without defaults.
         has_claim: Whether a volume is mounted under ``/storage``.
-        has_data_claim: Whether one is mounted under ``/data``.
+        has_data_claim: Whether a volume is mounted under ``/data``.
     """
     if not has_claim and (missing := list(_missing_servers(config))):
         yield (
-            f"study {config.name!r} would lie on a pod's own disk, and each try of a RayJob is a "
-            "new cluster: give --claim NAME, a volume that all pods mount, or servers for "
+            f"study {config.name!r} would be on a pod's own disk, which is lost when a RayJob "
+            "retries: give --claim NAME, a volume that all pods mount, or servers for "
             f"{', '.join(missing)}"
         )
-    if "storage" in asked and not _is_below(config.storage, STORAGE_PATH):
+    if "storage" in given and not _is_below(config.storage, STORAGE_PATH):
         yield (
             f"storage={config.storage!r} is not writable in a pod: leave it out, or put it below "
             f"{STORAGE_PATH}"
@@ -42,14 +42,14 @@ def problems(
     for path, value in _files(config):
         if not any(_is_below(value, mount) for mount, is_there in mounts.items() if is_there):
             yield (
-                f"{path}={value!r} is not in a pod: put the files on a volume, give it with "
-                f"--claim (under {STORAGE_PATH}) or --data-claim (under {DATA_PATH}), and write "
-                "the path that they have there"
+                f"{path}={value!r} does not exist in a pod: put the files on a volume, mount it "
+                f"with --claim (under {STORAGE_PATH}) or --data-claim (under {DATA_PATH}), and set "
+                "their path there"
             )
 
 
 def _missing_servers(config: StudyConfig) -> Iterator[str]:
-    """Settings that name no server: a file lies on the pod's disk."""
+    """Yield the settings that name no server, so that a file on the pod's disk is used."""
     if (config.optuna_storage or "sqlite:").startswith("sqlite:"):
         yield "optuna_storage"
     if (config.artifacts or "file:").startswith("file:"):
@@ -59,7 +59,7 @@ def _missing_servers(config: StudyConfig) -> Iterator[str]:
 
 
 def _files(config: StudyConfig) -> Iterator[tuple[str, str]]:
-    """Settings of the trial that name files, which must be in the pod of the driver."""
+    """Yield the settings of files that must exist in the driver's pod."""
     yield "data.train", config.trial.data.train
     if config.trial.backbone.weights not in ("timm", "demo"):
         yield "backbone.weights", config.trial.backbone.weights

@@ -1,4 +1,4 @@
-"""How many pods a study takes, and how large each is."""
+"""Number and size of the pods of a study."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from drtune_ray.config.study import StudyConfig
 from drtune_ray.execution.capacity import Node, trial_demand
 
 DEFAULT_TRIALS_AT_A_TIME = 2
-# Of the head, for what waits there for the workers of a trial: a guess to be measured.
+# Memory of the head per trial, for the process that waits for its workers: an estimate.
 DRIVER_GIB = 1.5
 GPU = "nvidia.com/gpu"
 _QUANTITY = re.compile(r"(\d+)(Mi|Gi)")
@@ -21,15 +21,15 @@ _MIB = {"Mi": 1, "Gi": 1024}
 
 @dataclass(frozen=True)
 class WorkerPods:
-    """The pods of a study's workers; each is a node of Ray.
+    """The pods of a study's workers; each is a Ray node.
 
     Attributes:
-        count: How many.
-        workers_each: Workers that one holds: more than one where they share its GPU.
-        num_cpus: Of one.
-        num_gpus: Of one.
-        num_drivers: Trials at a time, whose workers the head waits for.
-        drivers_take_memory: Whether each is a process: of trials of several workers.
+        count: Number of pods.
+        workers_each: Number of workers per pod; more than one if they share a GPU.
+        num_cpus: Number of CPUs per pod.
+        num_gpus: Number of GPUs per pod.
+        num_drivers: Number of concurrent trials, whose workers the head waits for.
+        drivers_take_memory: Whether each concurrent trial has a process on the head.
     """
 
     count: int
@@ -41,10 +41,10 @@ class WorkerPods:
 
 
 def worker_pods(config: StudyConfig) -> WorkerPods:
-    """Pods that hold the trials that run at a time, one worker each unless they share a GPU.
+    """Return the pods for the concurrent trials, one worker each unless they share a GPU.
 
     Raises:
-        ConfigError: If the workers' shares of GPUs make no sense.
+        ConfigError: If the GPU shares of the workers are not valid.
     """
     demand = trial_demand(config.trial.training, config.resources)
     trials = trials_at_a_time(config)
@@ -64,20 +64,20 @@ def worker_pods(config: StudyConfig) -> WorkerPods:
 
 
 def _final_workers(config: StudyConfig) -> int:
-    """Most that the final fit may have, where it asks for others than a trial."""
-    asked = config.final_fit
-    if asked.images == "none" or asked.workers is None:
+    """Return the maximum number of workers of the final fit, 0 if it has those of a trial."""
+    fit = config.final_fit
+    if fit.images == "none" or fit.workers is None:
         return 0
-    return config.trial.training.model_copy(update={"workers": asked.workers}).max_workers
+    return config.trial.training.model_copy(update={"workers": fit.workers}).max_workers
 
 
 def trials_at_a_time(config: StudyConfig) -> int:
-    """As the study says, else a small number: what a cluster holds is not known before it runs."""
+    """Return the study's setting, else a small default: the cluster's size is not known yet."""
     return min(config.resources.trials_at_a_time or DEFAULT_TRIALS_AT_A_TIME, config.trials)
 
 
 def memory_mib(container: Mapping[str, Any]) -> int:
-    """The memory that a container of a template has."""
+    """Return the memory of a template's container in MiB."""
     found = _QUANTITY.fullmatch(container["resources"]["limits"]["memory"])
     assert found, "templates write memory in Mi or Gi"
     return int(found[1]) * _MIB[found[2]]
@@ -86,20 +86,20 @@ def memory_mib(container: Mapping[str, Any]) -> int:
 def set_resources(
     pod: dict[str, Any], *, memory: int, cpus: int | None = None, gpus: int = 0
 ) -> None:
-    """Give the first container of a pod its share, and its shared memory half of the memory.
+    """Set the resources of a pod's first container; shared memory gets half of the memory.
 
     Args:
-        pod: The spec; changed in place.
-        memory: In MiB.
-        cpus: None leaves what is there.
-        gpus: Devices.
+        pod: Pod spec, changed in place.
+        memory: Memory in MiB.
+        cpus: Number of CPUs; None keeps the template's.
+        gpus: Number of GPUs.
     """
     container = pod["containers"][0]
     share = {"cpu": str(cpus) if cpus else container["resources"]["limits"]["cpu"]}
     share["memory"] = f"{memory}Mi"
     if gpus:
         share[GPU] = str(gpus)
-    # Ray reads the limits, the scheduler the requests.
+    # Ray reads the limits, the Kubernetes scheduler reads the requests.
     container["resources"] = {"requests": dict(share), "limits": dict(share)}
     for volume in pod["volumes"]:
         if volume["name"] == "shm":

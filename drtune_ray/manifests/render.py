@@ -1,4 +1,4 @@
-"""The RayJob of one study, from its file and the templates of `deploy/`."""
+"""Render the RayJob of a study from its file and the templates of `deploy/`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from drtune_ray.server_uri import names_in
 from drtune_ray.space.search_space import SearchSpace, read_space, shipped_spaces
 from drtune_ray.values import read_yaml
 
-# KubeRay's own limit; it appends to the name, and a name in DNS begins with a letter.
+# KubeRay's limit: it appends to the name. A DNS name starts with a letter.
 MAX_NAME = 47
 NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 OTHER_NAME = re.compile(r"(?!.{64})[a-z0-9]([-a-z0-9]*[a-z0-9])?")
@@ -42,18 +42,19 @@ MLFLOW_NAMES = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 
 @dataclass(frozen=True)
 class RenderOptions:
-    """Where a study runs, beside what its file says.
+    """Options of the cluster that a study runs on.
 
     Attributes:
-        overlay: A folder of `deploy/overlays`.
-        namespace: Of all objects.
-        claim: A volume that every pod mounts under ``/storage``.
-        data_claim: A volume that the head mounts, read-only, under ``/data``.
-        secret: The Secret whose keys are the environment variables that the study names.
-        image: Instead of the template's.
-        worker_memory_gib: Of one worker of a trial; None: the template's.
-        head_memory_gib: Of the head; None: the template's, and more for waiting trials.
-        deadline_hours: Of the whole study, its retries included.
+        overlay: Name of a folder in `deploy/overlays`.
+        namespace: Namespace of all objects.
+        claim: Volume claim that every pod mounts under ``/storage``.
+        data_claim: Volume claim that the head mounts, read-only, under ``/data``.
+        secret: Secret whose keys are the environment variables that the study names.
+        image: Image of all containers; None keeps the template's.
+        worker_memory_gib: Memory of a trial's worker in GiB; None keeps the template's.
+        head_memory_gib: Memory of the head in GiB; None derives it from the template and the
+            number of concurrent trials.
+        deadline_hours: Time limit of the whole study in hours, including retries.
     """
 
     overlay: str
@@ -69,37 +70,37 @@ class RenderOptions:
 
 @dataclass(frozen=True)
 class Rendered:
-    """Objects for ``kubectl apply``, and sentences about what was chosen or must be there."""
+    """Objects for ``kubectl apply``, with notes about defaults and prerequisites."""
 
     objects: tuple[dict[str, Any], ...]
     notes: tuple[str, ...]
 
 
 def render_study(study_file: Path, options: RenderOptions) -> Rendered:
-    """The RayJob of a study, its file as a ConfigMap, and a disruption budget of its head.
+    """Render a study's RayJob, a ConfigMap of its file, and a disruption budget for its head.
 
     Raises:
-        ConfigError: Naming every problem.
+        ConfigError: If the study cannot run in pods; every problem is named.
     """
-    asked = read_yaml(study_file, with_lines=True)
-    config = StudyConfig.from_mapping(asked)
+    given = read_yaml(study_file, with_lines=True)
+    config = StudyConfig.from_mapping(given)
     rayjob = overlaid_rayjob(options.overlay)
     pods = worker_pods(config)
-    if found := list(_problems(config, asked, rayjob, pods, options)):
+    if found := list(_problems(config, given, rayjob, pods, options)):
         raise ConfigError(found)
     name = object_name(config.name)
     files = _files(study_file, config)
     _fill(rayjob, name, options)
-    rayjob["spec"]["entrypoint"] = _entrypoint(asked, config, files)
+    rayjob["spec"]["entrypoint"] = _entrypoint(given, config, files)
     _fill_cluster(rayjob["spec"]["rayClusterSpec"], config, pods, name, options)
     objects = (_config_map(name, files), _disruption_budget(name), rayjob)
     for one in objects:
         one["metadata"]["namespace"] = options.namespace
-    return Rendered(objects, tuple(_notes(asked, config, pods, options)))
+    return Rendered(objects, tuple(_notes(config, pods, options)))
 
 
 def object_name(study: str) -> str:
-    """The study's name, or one like it that Kubernetes takes and no other study gets."""
+    """Return the study's name, or a valid Kubernetes name derived from it without collisions."""
     if NAME.fullmatch(study) and len(study) <= MAX_NAME:
         return study
     plain = re.sub(r"[^a-z0-9]+", "-", study.lower()).strip("-")
@@ -110,7 +111,7 @@ def object_name(study: str) -> str:
 
 def _problems(
     config: StudyConfig,
-    asked: Mapping[str, Any],
+    given: Mapping[str, Any],
     rayjob: Mapping[str, Any],
     pods: WorkerPods,
     options: RenderOptions,
@@ -118,7 +119,7 @@ def _problems(
     yield from _name_problems(options)
     yield from pod_storage.problems(
         config,
-        asked,
+        given,
         has_claim=options.claim is not None,
         has_data_claim=options.data_claim is not None,
     )
@@ -131,13 +132,13 @@ def _problems(
     if (group == "gpu") != bool(pods.num_gpus):
         yield (
             f"overlay {options.overlay} has workers of group {group!r}, but a worker of the study "
-            f"takes {pods.num_gpus} GPUs: set resources.gpus_per_worker, or take another overlay"
+            f"needs {pods.num_gpus} GPUs: set resources.gpus_per_worker, or use another overlay"
         )
     seconds = options.deadline_hours * 3600
     if (config.budget.max_seconds or 0) >= seconds:
         yield (
             f"budget.max_seconds={config.budget.max_seconds:g} must be below the deadline of "
-            f"{options.deadline_hours} hours, which ends finals too: raise --deadline-hours"
+            f"{options.deadline_hours} hours, which includes the finals: raise --deadline-hours"
         )
     yield from _space_problems(config)
 
@@ -152,8 +153,8 @@ def _name_problems(options: RenderOptions) -> Iterator[str]:
     for option, name in names.items():
         if name is not None and not OTHER_NAME.fullmatch(name):
             yield (
-                f"{option}={name!r} is no name that Kubernetes takes: up to 63 lower-case letters, "
-                "digits and '-', with a letter or digit at both ends"
+                f"{option}={name!r} is not a valid Kubernetes name: give up to 63 lower-case "
+                "letters, digits and '-', with a letter or digit at both ends"
             )
 
 
@@ -166,17 +167,17 @@ def _space_problems(config: StudyConfig) -> Iterator[str]:
 
 
 def _files(study_file: Path, config: StudyConfig) -> dict[str, str]:
-    """The study's file as it is, and that of its space where it names one."""
+    """Return the content of the study file, and of its space's file if it names one."""
     files = {STUDY_KEY: study_file.read_text()}
     if isinstance(config.space, str) and config.space not in shipped_spaces():
         files[SPACE_KEY] = Path(config.space).read_text()
     return files
 
 
-def _entrypoint(asked: Mapping[str, Any], config: StudyConfig, files: Mapping[str, str]) -> str:
-    """What the head runs; settings that would follow from the head's own size are said."""
+def _entrypoint(given: Mapping[str, Any], config: StudyConfig, files: Mapping[str, str]) -> str:
+    """Return the head's command; it sets what would otherwise follow from the head's size."""
     command = ["drtune-ray", "tune", f"{STUDY_FOLDER}/{STUDY_KEY}"]
-    if "storage" not in asked:
+    if "storage" not in given:
         command += ["--storage", STUDIES_PATH]
     if SPACE_KEY in files:
         command += ["--space", f"{STUDY_FOLDER}/{SPACE_KEY}"]
@@ -233,7 +234,7 @@ def _set_sizes(
 
 
 def _mount(pod: dict[str, Any], name: str, options: RenderOptions) -> None:
-    """Put the study's own volumes in the place of the template's."""
+    """Replace the template's volumes by those of the study."""
     is_head = False
     for volume in pod["volumes"]:
         if volume["name"] == "storage":
@@ -242,7 +243,7 @@ def _mount(pod: dict[str, Any], name: str, options: RenderOptions) -> None:
         elif volume["name"] == "study":
             volume["configMap"]["name"] = _file_name(name)
             is_head = True
-    if options.data_claim is not None and is_head:  # images and weights are read by the driver
+    if options.data_claim is not None and is_head:  # only the driver reads images and weights
         claim = {"claimName": options.data_claim, "readOnly": True}
         pod["volumes"].append({"name": "data", "persistentVolumeClaim": claim})
         mount = {"name": "data", "mountPath": DATA_PATH, "readOnly": True}
@@ -256,7 +257,7 @@ def _storage(claim: str | None) -> dict[str, Any]:
 
 
 def _head_secrets(config: StudyConfig) -> list[dict[str, Any]]:
-    """The driver alone opens the database and MLflow."""
+    """Return the secrets of the head; only the driver opens the database and MLflow."""
     addresses = [config.optuna_storage, config.tracking.uri]
     needed = [name for uri in addresses for name in names_in(uri or "")]
     if (config.tracking.uri or "").startswith(("http://", "https://")):
@@ -267,7 +268,7 @@ def _head_secrets(config: StudyConfig) -> list[dict[str, Any]]:
 
 
 def _artifact_secrets(config: StudyConfig) -> list[dict[str, Any]]:
-    """Where a pod has a role of its own, the Secret holds no keys of S3."""
+    """Return the secrets for artifacts; S3 keys are optional, since a pod may have a role."""
     uri = config.artifacts or ""
     needed: list[dict[str, Any]] = [{"key": name} for name in names_in(uri)]
     if uri.startswith("s3://"):
@@ -284,7 +285,7 @@ def _set_secrets(pod: dict[str, Any], secret: str, keys: Iterable[dict[str, Any]
 
 
 def _file_name(name: str) -> str:
-    """Of the ConfigMap; no other of the namespace ends like this."""
+    """Return the name of the study's ConfigMap."""
     return f"{name}-file"
 
 
@@ -306,9 +307,7 @@ def _disruption_budget(name: str) -> dict[str, Any]:
     }
 
 
-def _notes(
-    asked: Mapping[str, Any], config: StudyConfig, pods: WorkerPods, options: RenderOptions
-) -> Iterator[str]:
+def _notes(config: StudyConfig, pods: WorkerPods, options: RenderOptions) -> Iterator[str]:
     if config.resources.trials_at_a_time is None:
         yield (
             f"resources.trials_at_a_time is not set: {trials_at_a_time(config)} trials at a time, "
@@ -319,13 +318,13 @@ def _notes(
         yield f"Secret {options.secret} in {options.namespace} must hold {', '.join(keys)}"
     if config.trial.backbone.weights == "timm":
         yield (
-            "backbone.weights=timm: the head fetches them from timm's hub, which the network "
-            "policies of deploy/base do not allow; component object-store does"
+            "backbone.weights=timm: the head downloads them from timm's hub, which the network "
+            "policies of deploy/base do not allow; the component object-store does"
         )
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes texts of several lines as blocks, and repeats what is the same object."""
+    """Writes multi-line strings as blocks, and repeated objects in full instead of as aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -340,5 +339,5 @@ _Dumper.add_representer(str, _text)
 
 
 def to_documents(objects: Iterable[Mapping[str, Any]]) -> str:
-    """One YAML document an object, in the order of their keys."""
+    """Return one YAML document per object, keeping the order of keys."""
     return yaml.dump_all(map(dict, objects), Dumper=_Dumper, sort_keys=False, explicit_start=True)

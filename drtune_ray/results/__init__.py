@@ -1,1 +1,1 @@
-"""What came out of a study."""
+"""The results of a study: trials, winner, evaluation."""

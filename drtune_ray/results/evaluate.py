@@ -1,4 +1,4 @@
-"""Opening the sealed test split: the only place that reads its images."""
+"""Evaluate a model on the sealed test split; only this module reads its images."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ TWO_SIDED_95 = 1.959964
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Right answers among images, with the 95 % Wilson interval."""
+    """Number of correct predictions among images, with the 95 % Wilson interval."""
 
     num_correct: int
     num_images: int
 
     @property
     def share(self) -> float:
-        """0 to 1."""
+        """Accuracy, 0 to 1."""
         return self.num_correct / self.num_images
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson, "Probable inference", JASA 1927."""
+        """Lower and upper bound: Wilson, "Probable inference", JASA 1927."""
         n, z = self.num_images, TWO_SIDED_95
         centre = (self.share + z * z / (2 * n)) / (1 + z * z / n)
         spread = self.share * (1 - self.share) / n + z * z / (4 * n * n)
@@ -52,14 +52,15 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the test split said.
+    """Result of an evaluation on the test split.
 
     Attributes:
-        test: On the sealed images.
-        validation: Measured again, to show that the model is the one that was recorded; None
-            where it was trained on these images.
-        recorded_validation: What the study recorded, 0 to 1; None likewise.
-        num_openings: How often this test split was opened, this time included.
+        test: Accuracy on the test images.
+        validation: Accuracy measured again on the validation images, to show that the model is
+            the recorded one; None if it was trained on these images.
+        recorded_validation: Validation accuracy that the study recorded, 0 to 1; None if the
+            model was trained on these images.
+        num_openings: Number of openings of this test split, including this one.
     """
 
     test: Accuracy
@@ -77,25 +78,25 @@ def evaluate(
     artifacts: Folder | None = None,
     again: bool = False,
 ) -> Evaluation:
-    """Test a model on the sealed split and record that it was opened.
+    """Evaluate a model on the sealed test split and record the opening.
 
     Args:
-        winner_folder: The model.
-        manifest_path: The study's splits.
-        root: The folder of images.
-        storage: Where openings are recorded.
-        artifacts: Where they are recorded too, to outlive this disk.
-        again: Allow an opening after the first.
+        winner_folder: Folder of the model.
+        manifest_path: Table of the study's splits.
+        root: Folder of images.
+        storage: Folder in which openings are recorded.
+        artifacts: Second place for the record of openings, which outlives this disk.
+        again: Whether to allow an opening after the first.
 
     Raises:
-        ConfigError: If the split was opened before, or an image is gone or changed.
+        ConfigError: If the split was opened before, or an image is missing or changed.
         EnvironmentProblem: If the opening cannot be recorded.
     """
     winner = read_winner(winner_folder)
     if not manifest_path.exists():
         raise ConfigError(
-            f"{manifest_path} is missing, which says which images are sealed: repeat the command "
-            "that made the model, it writes that file again"
+            f"{manifest_path} is missing, which lists the test images: repeat the command that "
+            "trained the model to write it again"
         )
     manifest = pq.read_table(manifest_path)
     test = _rows(manifest, TEST)
@@ -105,13 +106,13 @@ def evaluate(
     if openings and not again:
         raise ConfigError(
             f"this test split of {len(test)} images was opened {len(openings)} time(s) before, "
-            f"first by {openings[0]['model']}: a split that is looked at repeatedly no longer "
-            "tells how well new images will fare; add --again to open it all the same"
+            f"first by {openings[0]['model']}: a split that is used repeatedly no longer estimates "
+            "the accuracy on new images; add --again to open it anyway"
         )
     recorded = winner.about["val_accuracy"]
     rows = _rows(manifest, VALIDATION)
     validation = None if recorded is None else measure(winner, root, rows)
-    # Written before the answer is known: an opening that was cut short is one all the same.
+    # Recorded before the result is known: an interrupted evaluation counts as an opening.
     entry = {"test_split": seal, "model": str(winner_folder), "time_ms": now_ms()}
     _record_opening(json.dumps(entry), storage, artifacts)
     return Evaluation(
@@ -123,7 +124,7 @@ def evaluate(
 
 
 def read_openings(storage: Path, artifacts: Folder | None = None) -> list[dict[str, Any]]:
-    """All recorded openings of test splits, the first one first."""
+    """Return all recorded openings of test splits, oldest first."""
     path = storage / OPENINGS_NAME
     lines = set(path.read_text().splitlines()) if path.exists() else set()
     if artifacts is not None:
@@ -150,7 +151,7 @@ def _record_opening(line: str, storage: Path, artifacts: Folder | None) -> None:
 
 @torch.inference_mode()
 def measure(winner: Winner, root: Path, rows: Iterable[dict[str, Any]]) -> Accuracy:
-    """Accuracy of a model on rows of a manifest."""
+    """Return the accuracy of a model on rows of a manifest."""
     maker = ViewMaker(winner.trial.data, winner.normalization.interpolation)
     model = winner.model.to(memory_format=torch.channels_last)
     normalizer = Normalizer(winner.normalization, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""The events of a trial, from what was recorded of it."""
+"""Build the events of a trial from its records."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def run_started(trial: FrozenTrial) -> RunStarted:
 
 
 def epoch_event(number: int | None, record: EpochRecord) -> MetricsRecorded:
-    """The end of an epoch."""
+    """Return the event of an epoch's end."""
     return MetricsRecorded(number, record.epoch, record.metrics, record.time_ms)
 
 
 def run_finished(trial: FrozenTrial) -> RunFinished:
-    """The end of a trial as Optuna holds it; the same whenever it is asked."""
+    """Return the event of a trial's end as recorded by Optuna, the same at every call."""
     ended = trial.datetime_complete
     return RunFinished(
         trial.number,

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import NoTrialCompleted
+from drtune_ray.folders import atomic_write
 from drtune_ray.values import flattened
 
-# User attributes of an Optuna trial. What it is beside a sampled one:
+# User attributes of an Optuna trial. Kinds of trials that were not sampled:
 REFERENCE, FINALIST, START_POINT = "reference", "finalist", "start_point"
-# Why it was never run; and the trial of another study whose result it is.
+# Reason why a trial was not trained; the trial of another study whose result it copies.
 NOT_TRAINED, WARM_START = "not_trained", "warm_start"
-DUPLICATE = "duplicate of trial"  # why one was not trained
+DUPLICATE = "duplicate of trial"  # a reason for `NOT_TRAINED`
 CONFIG, OUTCOME, OBJECTIVES = "config", "outcome", "objectives"
 EPOCH_PREFIX = "epoch:"
 RESULT_STATES = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -46,20 +48,20 @@ def mapping_of(trial: Trial | FrozenTrial) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TrialSummary:
-    """One trial.
+    """Summary of a trial.
 
     Attributes:
-        number: Optuna's.
-        state: Optuna's word: RUNNING, COMPLETE, PRUNED, FAIL.
-        outcome: Why it ended.
-        reference: Name of the reference trial it is, or None.
-        best_val_accuracy: Best of its epochs so far, 0 to 1; None before the first.
-        num_epochs: Epochs it finished.
-        seconds: From its start to its end.
+        number: Optuna's number of the trial.
+        state: Optuna's state: RUNNING, COMPLETE, PRUNED, FAIL.
+        outcome: Reason why it ended.
+        reference: Name of the reference trial, or None.
+        best_val_accuracy: Best validation accuracy so far, 0 to 1; None before the first epoch.
+        num_epochs: Number of completed epochs.
+        seconds: Duration in seconds; None while it runs.
         config: The resolved trial configuration.
-        finalist: Which finalist it repeats on another seed, or None.
-        objectives: Values at its best epoch by name, where the study has several.
-        best_epoch: From 1; None before the first.
+        finalist: Name of the finalist that it repeats on another seed, or None.
+        objectives: Values at the best epoch by name; empty for a single objective.
+        best_epoch: Best epoch, from 1; None before the first.
     """
 
     number: int
@@ -76,18 +78,18 @@ class TrialSummary:
 
     @property
     def is_final(self) -> bool:
-        """Whether it repeats a finalist on a new seed and is no trial of the search."""
+        """Whether the trial repeats a finalist on a new seed."""
         return self.finalist is not None
 
     @property
     def label(self) -> str:
-        """Short name for people."""
+        """Short name for messages."""
         what = self.reference or self.finalist
         return f"{self.number}" + (f" ({what})" if what else "")
 
 
 def write_trials(trials: list[TrialSummary], path: Path) -> None:
-    """Write a Parquet table: one row a trial, configuration values as text columns."""
+    """Write a Parquet table with one row per trial and configuration values as text columns."""
     rows = []
     for trial in trials:
         values = {key: json.dumps(value) for key, value in flattened(trial.config).items()}
@@ -109,13 +111,12 @@ def write_trials(trials: list[TrialSummary], path: Path) -> None:
     text_columns = sorted({key for row in rows for key in row} - set(schema.names))
     for name in text_columns:
         schema = schema.append(pa.field(name, pa.string()))
-    temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary)
-    temporary.replace(path)
+    table = pa.Table.from_pylist(rows, schema=schema)
+    atomic_write(path, partial(pq.write_table, table), is_durable=False)
 
 
 def best_trial(trials: Sequence[TrialSummary]) -> TrialSummary:
-    """The completed trial of the search with the best validation accuracy; of equals the first.
+    """Return the search's completed trial with the best validation accuracy, the first of equals.
 
     Raises:
         NoTrialCompleted: If there is none.
@@ -126,8 +127,8 @@ def best_trial(trials: Sequence[TrialSummary]) -> TrialSummary:
         outcomes = sorted({trial.outcome for trial in trials})
         has_failed = any(trial.state == TrialState.FAIL.name for trial in trials)
         advice = (
-            "mend what failed (the tag drtune.error of the trials in MLflow says what) and repeat "
-            "the command"
+            "fix the cause (see the tag drtune.error of the trials in MLflow) and repeat the "
+            "command"
             if has_failed
             else "lower the learning rates of the search space"
         )
@@ -138,31 +139,32 @@ def best_trial(trials: Sequence[TrialSummary]) -> TrialSummary:
 
 
 def best_first(trials: Iterable[TrialSummary]) -> list[TrialSummary]:
-    """The completed trials by their best validation accuracy; of equals the first one first."""
+    """Return the completed trials by best validation accuracy, best first."""
     completed = (t for t in trials if t.state == TrialState.COMPLETE.name)
     return sorted(completed, key=lambda t: (-(t.best_val_accuracy or 0.0), t.number))
 
 
 def is_trained(trial: FrozenTrial) -> bool:
-    """Whether a trial of Optuna's is one that this study runs, ran, or will run."""
+    """Return whether an Optuna trial is one that this study has run, runs or will run."""
     attributes = trial.user_attrs
     return CONFIG in attributes and not {NOT_TRAINED, WARM_START} & attributes.keys()
 
 
 def is_final(trial: FrozenTrial) -> bool:
-    """Whether a trial of Optuna's repeats a finalist on a new seed."""
+    """Return whether an Optuna trial repeats a finalist on a new seed."""
     return FINALIST in trial.user_attrs
 
 
 def is_searched(trial: FrozenTrial) -> bool:
-    """Whether it is such a trial of the search, and no repetition of a finalist."""
+    """Return whether a trial is trained by the search, rather than as a finalist."""
     return is_trained(trial) and not is_final(trial)
 
 
 def record_value(trial: Trial, epoch: int, value: float) -> None:
-    """Record the best validation accuracy so far, by epoch.
+    """Record the best validation accuracy so far for an epoch.
 
-    Of a study with several objectives Optuna takes no intermediate values: a user attribute does.
+    Optuna accepts no intermediate values in a study with several objectives, so a user attribute
+    holds them there.
     """
     if len(trial.study.directions) == 1:
         trial.report(value, epoch)
@@ -171,7 +173,7 @@ def record_value(trial: Trial, epoch: int, value: float) -> None:
 
 
 def values_by_epoch(trial: FrozenTrial) -> dict[int, float]:
-    """Best validation accuracy so far, 0 to 1, after each epoch from 1."""
+    """Return the best validation accuracy so far, 0 to 1, by epoch from 1."""
     attributes = trial.user_attrs.items()
     recorded = {key: value for key, value in attributes if key.startswith(EPOCH_PREFIX)}
     return trial.intermediate_values | {
@@ -180,28 +182,28 @@ def values_by_epoch(trial: FrozenTrial) -> dict[int, float]:
 
 
 def best_value(trial: FrozenTrial) -> float:
-    """Best validation accuracy so far, 0 to 1; minus infinity before the first epoch."""
+    """Return the best validation accuracy so far, 0 to 1; minus infinity before epoch 1."""
     return max(values_by_epoch(trial).values(), default=-math.inf)
 
 
 def best_epoch(trial: FrozenTrial) -> int | None:
-    """The first epoch with the best validation accuracy; None before the first epoch."""
+    """Return the first epoch with the best validation accuracy; None before epoch 1."""
     values = values_by_epoch(trial)
     return max(values, key=lambda epoch: (values[epoch], -epoch), default=None)
 
 
 def num_epochs(trial: FrozenTrial) -> int:
-    """Epochs that were finished."""
+    """Return the number of completed epochs."""
     return max(values_by_epoch(trial), default=0)
 
 
 def summaries(trials: Iterable[FrozenTrial]) -> tuple[TrialSummary, ...]:
-    """The trials that this study runs or ran, by number."""
+    """Return summaries of the trials that this study runs or has run, by number."""
     return tuple(summary(trial) for trial in trials if is_trained(trial))
 
 
 def summary(trial: FrozenTrial) -> TrialSummary:
-    """A row of the results from what Optuna holds."""
+    """Return the summary of an Optuna trial."""
     duration = trial.duration.total_seconds() if trial.duration else None
     best = best_value(trial)
     return TrialSummary(

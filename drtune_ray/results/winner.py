@@ -1,4 +1,4 @@
-"""The model that a study hands back: weights and all that is needed to use them."""
+"""The model that a study returns: its weights and everything needed to use them."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Winner:
     """A trained classifier.
 
     Attributes:
-        model: Normalised images (B, 3, S, S) to logits (B, C), in eval mode.
-        classes: Names in the order of the logits.
-        normalization: What the model expects of the pixels.
-        trial: The configuration it was trained with.
-        about: Where it comes from and what was measured.
+        model: Module from normalised images (B, 3, S, S) to logits (B, C), in eval mode.
+        classes: Class names in the order of the logits.
+        normalization: Normalization of pixels that the model expects.
+        trial: Configuration that it was trained with.
+        about: Its origin and its measured accuracy, as plain values.
     """
 
     model: nn.Module
@@ -48,15 +48,15 @@ def write_winner(
     trial: TrialConfig,
     about: dict[str, Any],
 ) -> None:
-    """Write a model folder, replacing an earlier one as a whole.
+    """Write a model folder, replacing an earlier one completely.
 
     Args:
         folder: Receives ``model.safetensors`` and ``model.yaml``.
         best_checkpoint: Weights of a trial's best epoch.
-        backbone_file: The pretrained encoder that it began with.
-        classes: Names in the order of the labels.
-        trial: The configuration.
-        about: Plain values to keep beside it.
+        backbone_file: Pretrained encoder that the trial started from.
+        classes: Class names in the order of the labels.
+        trial: Configuration of the trial.
+        about: Its origin and its measured accuracy, as plain values.
     """
     best = read_checkpoint(best_checkpoint)
     normalization = read_backbone(backbone_file).normalization
@@ -83,7 +83,7 @@ def write_winner(
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """Where the model in a folder comes from and what was measured; empty where there is none."""
+    """Return the origin and the accuracy of the model in a folder; empty if there is none."""
     path = folder / ABOUT_NAME
     return dict(read_yaml(path)["about"]) if path.exists() else {}
 
@@ -92,7 +92,7 @@ def read_winner(folder: Path) -> Winner:
     """Load a model folder.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If it holds no model.
     """
     if not (folder / ABOUT_NAME).exists():
         raise ConfigError(

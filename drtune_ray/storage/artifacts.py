@@ -9,8 +9,8 @@ from pathlib import Path
 
 from drtune_ray.data.remote_tables import RemoteTables
 from drtune_ray.data.table_store import CACHE_FOLDER
-from drtune_ray.errors import ConfigError
-from drtune_ray.folders import Folder, check_folder, first_line, open_folder
+from drtune_ray.errors import ConfigError, first_line
+from drtune_ray.folders import Folder, check_folder, open_folder
 from drtune_ray.folders import as_problem as as_problem
 from drtune_ray.storage.lease import BEAT_SECONDS, LEASE_NAME, Lease, artifacts_lease, repeated
 from drtune_ray.storage.record import (

@@ -13,6 +13,7 @@ import filelock
 
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.folders import open_folder
+from drtune_ray.processes import is_alive
 from drtune_ray.storage.lease import LEASE_NAME, this_machine
 from drtune_ray.storage.record import Record
 
@@ -54,7 +55,7 @@ def _driver_in_artifacts(
         notes.append(f"artifacts={record.artifacts!r} cannot be read: {error}")
         return local
     is_here = (host, holder.get("machine")) == (socket.gethostname(), this_machine())
-    return f"process {pid} on {host}", _lives(pid) if is_here else None
+    return f"process {pid} on {host}", is_alive(pid) if is_here else None
 
 
 def _process_and_host(text: str) -> tuple[int, str | None]:
@@ -70,7 +71,7 @@ def _holds(pid: int, lock: Path) -> bool:
     The process number may have been reused; the kernel's list of locks tells.
     """
     if not LOCKS_FILE.exists():
-        return _lives(pid)
+        return is_alive(pid)
     try:
         inode = str(lock.stat().st_ino)
     except OSError:
@@ -78,16 +79,6 @@ def _holds(pid: int, lock: Path) -> bool:
     # "1: FLOCK  ADVISORY  WRITE 11276 fe:00:2187738 0 EOF"
     held = (line.split() for line in LOCKS_FILE.read_text().splitlines())
     return any(words[4] == str(pid) and words[5].split(":")[-1] == inode for words in held)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)  # sends nothing
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        pass
-    return True
 
 
 def _text(path: Path) -> str:

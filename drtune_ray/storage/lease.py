@@ -19,8 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from drtune_ray.errors import EnvironmentProblem
-from drtune_ray.folders import Folder, as_problem, first_line
+from drtune_ray.errors import EnvironmentProblem, first_line
+from drtune_ray.folders import Folder, as_problem
+from drtune_ray.processes import is_alive
 
 logger = logging.getLogger(__name__)
 LEASE_NAME = "driver.json"
@@ -198,13 +199,7 @@ def _died_here(holder: dict[str, Any]) -> bool:
         return False
     if holder.get("pid") == os.getpid():  # the number may be that of an earlier process
         return holder.get("token") not in _held_here
-    try:
-        os.kill(int(holder["pid"]), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # alive, and somebody else's
-        pass
-    return False
+    return not is_alive(int(holder["pid"]))
 
 
 def _read(folder: Folder) -> dict[str, Any] | None:

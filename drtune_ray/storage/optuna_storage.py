@@ -17,8 +17,7 @@ from optuna.study import StudyDirection
 from sqlalchemy import create_engine
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from drtune_ray.errors import ConfigError, DrtuneError, EnvironmentProblem
-from drtune_ray.folders import first_line
+from drtune_ray.errors import ConfigError, DrtuneError, EnvironmentProblem, first_line
 from drtune_ray.server_uri import secrets_hidden, with_secrets
 from drtune_ray.storage.artifacts import StudyArtifacts, place_text
 from drtune_ray.storage.record import JOURNAL_NAME, Record

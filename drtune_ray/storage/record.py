@@ -54,9 +54,7 @@ class Record:
             "tracking": self.tracking,
             "artifacts": self.artifacts,
         }
-        temporary = self.folder / f".{RECORD_FILE}.tmp"
-        temporary.write_text(to_yaml(content))
-        temporary.replace(self.folder / RECORD_FILE)
+        LocalFolder(self.folder).write(RECORD_FILE, to_yaml(content).encode())
 
 
 def read_record(folder: Path) -> Record:

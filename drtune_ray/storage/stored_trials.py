@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.errors import EnvironmentProblem, first_line
 from drtune_ray.server_uri import secrets_hidden, with_secrets
 from drtune_ray.storage.record import JOURNAL_NAME, Record
 
@@ -54,9 +54,9 @@ def _of_database(url: str, record: Record) -> list[Any]:
             return _all_trials(storage, record.study_id)
     except (OptunaError, SQLAlchemyError, ImportError, RuntimeError, OSError) as error:
         cause = error.__cause__ if isinstance(error, OptunaError) else error
-        reason = (str(cause or error).strip().splitlines() or [type(error).__name__])[0]
         raise EnvironmentProblem(
-            f"optuna_storage={url!r}, which holds the trials, cannot be read: {reason}"
+            f"optuna_storage={url!r}, which holds the trials, cannot be read: "
+            f"{first_line(cause or error)}"
         ) from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from drtune_ray.config.trial import DataConfig, TrialConfig
 from drtune_ray.data.sources import scan_class_folders
 from drtune_ray.data.splits import TRAIN, VALIDATION, Splits, make_splits
 from drtune_ray.errors import ConfigError, EnvironmentProblem
+from drtune_ray.folders import atomic_write
 from drtune_ray.training.backbones import Backbone, KeyReport, load_backbone
 from drtune_ray.training.model import check_trial
 from drtune_ray.values import digest, full_path
@@ -155,9 +157,7 @@ def data_root(config: DataConfig) -> Path:
 
 def write_manifest(splits: Splits, path: Path) -> None:
     """Write the table of images and their splits."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(splits.manifest, temporary)
-    temporary.replace(path)
+    atomic_write(path, partial(pq.write_table, splits.manifest), is_durable=False)
 
 
 def manifest_path(config: DataConfig, storage: Path) -> Path:

@@ -16,6 +16,7 @@ from typing import Any
 
 from drtune_ray.config.study import STUDY, StudyConfig
 from drtune_ray.execution.environment import SUBMITTED_WITH, job_config
+from drtune_ray.folders import LocalFolder
 from drtune_ray.results.trials import TrialSummary, summaries
 from drtune_ray.space.parameters import path_of
 from drtune_ray.storage.driver_lock import HOLDER_NAME, driver_of
@@ -184,9 +185,7 @@ def write_command(folder: Path) -> None:
     arguments = json.loads(submitted_with) if submitted_with else sys.argv[1:]
     # A job's own folder is gone after it, and its user's is on another machine.
     content = {"arguments": arguments, "folder": None if job else os.getcwd()}
-    temporary = folder / f".{COMMAND_NAME}.tmp"
-    temporary.write_text(json.dumps(content))
-    temporary.replace(folder / COMMAND_NAME)
+    LocalFolder(folder).write(COMMAND_NAME, json.dumps(content).encode())
 
 
 def _read_command(folder: Path) -> str | None:

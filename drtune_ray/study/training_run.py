@@ -10,13 +10,13 @@ from pathlib import Path
 from drtune_ray.config.study import TRAINING, ResourcesConfig, TrackingConfig, study_name
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.table_store import TableStore
-from drtune_ray.errors import ConfigError, DrtuneError, EnvironmentProblem
+from drtune_ray.errors import ConfigError, DrtuneError, EnvironmentProblem, first_line
 from drtune_ray.execution.capacity import WORKERS, trial_demand
 from drtune_ray.execution.ray_train.fit import advice, fit
 from drtune_ray.execution.resource_wait import Notify
 from drtune_ray.execution.run_context import RunContext
 from drtune_ray.execution.session import ready_cluster
-from drtune_ray.folders import LocalFolder, as_problem, first_line
+from drtune_ray.folders import LocalFolder, as_problem
 from drtune_ray.results.winner import read_about, write_winner
 from drtune_ray.storage.artifacts import StudyArtifacts
 from drtune_ray.storage.fingerprint import deciding_values, former_record, open_record

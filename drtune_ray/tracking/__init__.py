@@ -1,1 +1,1 @@
-"""Observers only: they never steer a run, and a run never fails because of them."""
+"""Observers of runs: they never steer a run, and a run never fails because of them."""

@@ -1,7 +1,7 @@
-"""What happens in a study, as plain records that any observer can take.
+"""Events of a study, as plain records for any observer.
 
-A run is the study (or a single training) itself, `number` None, or one of its trials; the final
-fit of a study is neither and has a name in place of a number.
+A run is the study (or a single training) itself, with `number` None, or one of its trials. The
+final fit of a study is neither and has a name instead of a number.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ RunKey = int | str | None
 
 @dataclass(frozen=True)
 class RunStarted:
-    """A run begins, or goes on after an interruption; `time_ms` since 1970."""
+    """A run starts, or resumes after an interruption; `time_ms` counts from 1970."""
 
     kind: ClassVar[str] = "run_started"
     number: RunKey
@@ -32,7 +32,7 @@ class RunStarted:
 
 @dataclass(frozen=True)
 class MetricsRecorded:
-    """Numbers of one epoch of a run."""
+    """Metrics of one epoch of a run."""
 
     kind: ClassVar[str] = "metrics_recorded"
     number: RunKey
@@ -43,7 +43,7 @@ class MetricsRecorded:
 
 @dataclass(frozen=True)
 class StepsRecorded:
-    """Numbers of consecutive training steps of a run."""
+    """Metrics of consecutive training steps of a run."""
 
     kind: ClassVar[str] = "steps_recorded"
     number: RunKey
@@ -54,7 +54,7 @@ class StepsRecorded:
 
 @dataclass(frozen=True)
 class RunFinished:
-    """A run has ended: COMPLETE, PRUNED, FAIL, or INTERRUPTED where it can be resumed."""
+    """A run ends: COMPLETE, PRUNED, FAIL, or INTERRUPTED if it can be resumed."""
 
     kind: ClassVar[str] = "run_finished"
     number: RunKey
@@ -67,7 +67,7 @@ class RunFinished:
 
 @dataclass(frozen=True)
 class FilesReady:
-    """Files that belong to a run, to be copied to `artifact_path`."""
+    """Files of a run that are ready to be copied to `artifact_path`."""
 
     kind: ClassVar[str] = "files_ready"
     number: RunKey
@@ -84,7 +84,7 @@ _KINDS: dict[str, Any] = {
 
 
 def fan_out(*sinks: Sink | None) -> Sink:
-    """Every observer gets every event; one that fails does not stop the run."""
+    """Return a sink that passes every event to every observer; their failures are logged."""
 
     def emit(event: Event) -> None:
         for sink in sinks:
@@ -99,17 +99,17 @@ def fan_out(*sinks: Sink | None) -> Sink:
 
 
 def to_plain(event: Event) -> Plain:
-    """An event as JSON can hold it."""
+    """Convert an event to values that JSON can hold."""
     return {"kind": event.kind} | asdict(event)
 
 
 def from_plain(values: Plain) -> Event:
-    """The counterpart of :func:`to_plain`."""
+    """Convert the values of :func:`to_plain` back to an event."""
     rest = dict(values)
     event: Event = _KINDS[rest.pop("kind")](**rest)
     return event
 
 
 def now_ms() -> int:
-    """Milliseconds since 1970."""
+    """Return the present time in milliseconds since 1970."""
     return int(time.time() * 1000)

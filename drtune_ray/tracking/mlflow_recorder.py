@@ -1,7 +1,7 @@
-"""Events to MLflow: one parent run a study, one child run a trial.
+"""Record events in MLflow: one parent run per study, one child run per trial.
 
-Runs are found by tags before they are made, metrics carry the time of their event, so sending an
-event again changes nothing.
+Runs are looked up by tags before they are created, and metrics carry the time of their event, so
+that sending an event twice changes nothing.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 STUDY_TAG, TRIAL_TAG = "drtune.study_id", "drtune.trial"
 STATE_TAG, OUTCOME_TAG = "drtune.state", "drtune.outcome"
 STUDY_ITSELF = "study"
-# MLflow's words for Optuna's states. A pruned trial was stopped on purpose, not failed.
+# MLflow status by Optuna state. A pruned trial was stopped on purpose, so it is not FAILED.
 STATUS = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED", "INTERRUPTED": "KILLED"}
-# A view of the runs table with the columns that matter; MLflow shows none of them by itself.
+# A view of the runs table with the columns that matter, which MLflow hides by default.
 VIEW_KEY = "drtune"
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
 VIEW = {
@@ -50,37 +50,36 @@ _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
-    # Would print the server's address, password included, at the end of every run.
+    # Keeps MLflow from printing the server's address, with its password, at the end of each run.
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    # One outage must not hold the writer for minutes: it tries again by itself.
+    # An outage must not block the writer for minutes; the writer retries by itself.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
 
 
 def quiet_mlflow() -> None:
-    """No telemetry, short retries; to be called before mlflow is imported."""
+    """Disable telemetry and shorten retries; call it before importing mlflow."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    # A run id in the environment would override the parent of every run.
+    # A run id in the environment would replace the parent of every run.
     os.environ.pop("MLFLOW_RUN_ID", None)
 
 
 def default_tracking_uri(storage: Path) -> str:
-    """SQLite in the storage."""
+    """Return the URI of the SQLite database in the storage."""
     return f"sqlite:///{storage / 'mlflow.db'}"
 
 
 class MlflowRecorder:
-    """Writes events to an MLflow tracking store; connects when the first one comes.
+    """Writes events to an MLflow tracking store; connects on the first event.
 
     Args:
         uri: Tracking URI.
         experiment: Name of the experiment.
-        study_id: Marks the runs of this study.
-        artifacts: Where an experiment that must be made keeps artifacts; None leaves it to a
-            server.
+        study_id: Id of the study, a tag of its runs.
+        artifacts: Artifact folder of a newly created experiment; None leaves it to the server.
     """
 
     def __init__(
@@ -93,12 +92,12 @@ class MlflowRecorder:
         self._run_ids: dict[RunKey, str] = {}
 
     def record(self, event: Event) -> None:
-        """Send one event; no error of the client's holds a password."""
+        """Send one event; errors of the client show no password."""
         with secrets_hidden(self._uri):
             self._record(event)
 
     def run_id(self, number: RunKey) -> str | None:
-        """MLflow's id of a run of this study, if there is one."""
+        """Return MLflow's id of a run of this study, or None."""
         with secrets_hidden(self._uri):
             return self._find(number)
 
@@ -152,15 +151,15 @@ class MlflowRecorder:
         from mlflow.entities import Param
 
         run_id = self._find(event.number) or self._create(event)
-        # The run may have been made bare, of an end that came before any start.
+        # The run may have been created by `_existing`, without params.
         self._client.update_run(run_id, status="RUNNING", name=event.name)
         self._set_tags(run_id, event.tags)
-        # MLflow's params never change: a study that goes on with more trials keeps the first.
-        known = self._client.get_run(run_id).data.params
+        # MLflow's params are immutable: a study resumed with more trials keeps the first ones.
+        recorded = self._client.get_run(run_id).data.params
         params = [
             Param(key, str(value)[:MAX_PARAM_LENGTH])
             for key, value in event.params.items()
-            if key not in known
+            if key not in recorded
         ]
         for at in range(0, len(params), PARAMS_PER_CALL):
             self._client.log_batch(run_id, params=params[at : at + PARAMS_PER_CALL])
@@ -185,7 +184,7 @@ class MlflowRecorder:
         self._client.set_terminated(run_id, STATUS[event.state], event.time_ms)
 
     def _set_tags(self, run_id: str, tags: dict[str, str]) -> None:
-        """All by one call: an event has a few."""
+        """Set all tags in one call."""
         from mlflow.entities import RunTag
 
         self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
@@ -216,11 +215,11 @@ class MlflowRecorder:
             self._client.log_artifacts(run_id, str(path), event.artifact_path)
         elif path.is_file():
             self._client.log_artifact(run_id, str(path), event.artifact_path)
-        else:  # the event waited until it was removed
-            logger.warning("tracking: %s is gone, so MLflow gets no copy of it", path)
+        else:  # removed while the event was queued
+            logger.warning("tracking: %s no longer exists, so it is not copied to MLflow", path)
 
     def _existing(self, number: RunKey) -> str:
-        """The run of an event; made bare where its start was never recorded or was deleted."""
+        """Return the run's id, creating the run if its start was never recorded or was deleted."""
         if (run_id := self._find(number)) is not None:
             return run_id
         name = f"trial-{number:04d}" if isinstance(number, int) else number or self._study_id
@@ -228,7 +227,7 @@ class MlflowRecorder:
 
 
 def runs_page(uri: str, experiment: str) -> str:
-    """The page of a server's UI that lists the runs of an experiment, below its address."""
+    """Return the path of the MLflow UI's page that lists the runs of an experiment."""
     quiet_mlflow()
     import mlflow
 
@@ -243,7 +242,7 @@ def runs_page(uri: str, experiment: str) -> str:
 
 
 def build_recorder(tracking: TrackingConfig, storage: Path, study_id: str) -> MlflowRecorder:
-    """The recorder of a study: the server that was named, else SQLite in the storage."""
+    """Return the recorder of a study: the configured server, else SQLite in the storage."""
     if tracking.uri:
         return MlflowRecorder(tracking.uri, tracking.experiment, study_id)
     return MlflowRecorder(
@@ -252,10 +251,10 @@ def build_recorder(tracking: TrackingConfig, storage: Path, study_id: str) -> Ml
 
 
 def check_tracking(uri: str | None) -> None:
-    """As :func:`check_database`, for MLflow.
+    """Check the form of a tracking URI.
 
     Raises:
-        ConfigError: If it is no address, or names an environment variable that is not set.
+        ConfigError: If it is not an address, or names an environment variable that is not set.
     """
     if uri is not None and "://" not in with_secrets(uri):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Whether an MLflow server takes what a study sends it, asked as the recorder asks."""
+"""Check that an MLflow server accepts what a study sends, with the recorder's own client."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.errors import EnvironmentProblem, first_line
 from drtune_ray.server_uri import secrets_hidden, with_secrets
 from drtune_ray.tracking.mlflow_recorder import quiet_mlflow
 
@@ -23,16 +23,16 @@ LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKIN
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server answered first.
+    """Times of a server's first answer, in seconds since 1970.
 
     Attributes:
-        server_seconds: Its time, in whole seconds since 1970; None where it does not tell.
-        asked, answered: This machine's time before and after.
+        server_seconds: Time of the server, whole seconds; None if it sends no Date header.
+        sent_seconds, received_seconds: Times of this machine before and after the request.
     """
 
     server_seconds: float | None
-    asked: float
-    answered: float
+    sent_seconds: float
+    received_seconds: float
 
 
 class ServerProbe:
@@ -46,42 +46,42 @@ class ServerProbe:
         self._uri = uri
         self._run_id = ""
 
-    def ask(self) -> Answer:
-        """Ask whether the server lives: neither host nor login are looked at for that.
+    def check_health(self) -> Answer:
+        """Request the health page, for which the server checks neither host name nor login.
 
         Raises:
-            EnvironmentProblem: If nothing answers, or something else.
+            EnvironmentProblem: If nothing answers, or the answer is not MLflow's.
         """
         quiet_mlflow()
         from mlflow.utils import credentials, rest_utils
 
         login: Any = credentials.get_default_host_creds
         request: Any = rest_utils.http_request
-        asked = time.time()
+        sent = time.time()
         try:
             with secrets_hidden(self._uri):
                 address = with_secrets(self._uri)
                 response = request(login(address), "/health", "GET")
-        except Exception as error:  # its client has many ways to say so
+        except Exception as error:  # the client raises many types
             raise EnvironmentProblem(
                 f"{self._uri} does not answer ({_reason(error)}): start the server there, or give "
                 "another --tracking-uri"
             ) from None
-        answered = time.time()
+        received = time.time()
         if response.status_code != 200 or response.text != "OK":
             raise EnvironmentProblem(
-                f"{self._uri} answers {response.status_code} to /health as no MLflow server does: "
-                "check --tracking-uri, its path included"
+                f"{self._uri} answers {response.status_code} to /health, unlike an MLflow server: "
+                "check --tracking-uri, including its path"
             )
-        told = response.headers.get("Date")
-        seconds = parsedate_to_datetime(told).timestamp() if told else None
-        return Answer(seconds, asked, answered)
+        date = response.headers.get("Date")
+        seconds = parsedate_to_datetime(date).timestamp() if date else None
+        return Answer(seconds, sent, received)
 
     def check_access(self) -> None:
-        """See whether the server takes this client's host name and login.
+        """Check that the server accepts this client's host name and login.
 
         Raises:
-            EnvironmentProblem: If not, with what to set.
+            EnvironmentProblem: If not, with the setting to change.
         """
         try:
             with secrets_hidden(self._uri):
@@ -90,10 +90,10 @@ class ServerProbe:
             raise EnvironmentProblem(f"{self._uri} {self._refusal(error)}") from None
 
     def check_records(self) -> None:
-        """Write a run with a metric.
+        """Create a run with a metric.
 
         Raises:
-            EnvironmentProblem: If it is refused.
+            EnvironmentProblem: If the server refuses it.
         """
         try:
             with secrets_hidden(self._uri):
@@ -104,17 +104,17 @@ class ServerProbe:
                 client.log_metric(self._run_id, "probe", 1.0)
         except Exception as error:
             raise EnvironmentProblem(
-                f"{self._uri} takes no run in the experiment {EXPERIMENT!r} ({_reason(error)}): "
-                "let this login make experiments and runs there"
+                f"{self._uri} does not accept a run in the experiment {EXPERIMENT!r} "
+                f"({_reason(error)}): allow this login to create experiments and runs"
             ) from None
 
     def check_artifacts(self) -> None:
         """Upload a file to the run of :meth:`check_records`, and read it back.
 
-        The run is deleted then; ``mlflow gc`` removes what is left of it.
+        The run is deleted afterwards; ``mlflow gc`` removes it for good.
 
         Raises:
-            EnvironmentProblem: If it is refused, or another comes back.
+            EnvironmentProblem: If the server refuses it, or returns another file.
         """
         content = uuid.uuid4().hex
         try:
@@ -126,11 +126,11 @@ class ServerProbe:
                     client.delete_run(self._run_id)
         except Exception as error:
             raise EnvironmentProblem(
-                f"{self._uri} takes no file ({_reason(error)}): check the server's "
+                f"{self._uri} does not accept a file ({_reason(error)}): check the server's "
                 "--artifacts-destination, and its log"
             ) from None
         if found != content:
-            raise EnvironmentProblem(f"{self._uri} gives back another file than it was given")
+            raise EnvironmentProblem(f"{self._uri} returns another file than was uploaded")
 
     def _client(self) -> Any:
         quiet_mlflow()
@@ -148,12 +148,12 @@ class ServerProbe:
             )
         if getattr(error, "error_code", "") in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
             given = [name for name in LOGIN if os.environ.get(name)]
-            said = f"the login of {' and '.join(given)}" if given else "to answer without a login"
+            what = f"the login from {' and '.join(given)}" if given else "requests without a login"
             return (
-                f"refuses {said}: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
-                "MLFLOW_TRACKING_TOKEN, as the server knows them"
+                f"refuses {what}: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+                "MLFLOW_TRACKING_TOKEN, to a login of the server"
             )
-        return f"does not do what it is asked ({_reason(error)}): see the server's log"
+        return f"failed ({_reason(error)}): see the server's log"
 
 
 def _sent_and_read(client: Any, run_id: str, content: str) -> str:
@@ -163,7 +163,7 @@ def _sent_and_read(client: Any, run_id: str, content: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The first line, without the repetitions of the HTTP client."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Return the first line of an error, without what the HTTP client puts around it."""
+    line = first_line(error)
     _, found, cause = line.rpartition("(Caused by ")
     return cause.removesuffix(")") if found else line

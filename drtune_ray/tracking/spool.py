@@ -1,7 +1,7 @@
-"""Events on disk first, then to a server by one background writer.
+"""Events are written to disk first, then sent to a server by one background writer.
 
-A study never waits for its tracking server and never fails because of it: what could not be sent
-stays in the spool, and sending it again changes nothing.
+A study never waits for its tracking server and never fails because of it: unsent events stay in
+the spool, and sending an event twice changes nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import IO, Protocol
 
+from drtune_ray.folders import atomic_write
 from drtune_ray.tracking.events import Event, from_plain, to_plain
 
 logger = logging.getLogger(__name__)
@@ -26,17 +27,17 @@ MAX_CLOSING_SECONDS = 120.0
 
 
 class Recorder(Protocol):
-    """Where events go; sending the same event twice must change nothing."""
+    """A destination of events; recording the same event twice must change nothing."""
 
     def record(self, event: Event) -> None:
-        """Take one event, or raise."""
+        """Record one event, or raise."""
 
 
 class Spool:
-    """Append-only file of events with a mark of how far they were sent.
+    """Append-only file of events, with the position up to which they were sent.
 
     Args:
-        folder: Made when first written to.
+        folder: Folder of both files; created if missing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,7 +46,7 @@ class Spool:
         self._lock = threading.Lock()
 
     def append(self, event: Event) -> None:
-        """Write an event so that it survives a crash."""
+        """Append an event and flush it to disk."""
         line = json.dumps(to_plain(event)) + "\n"
         with self._lock, self._events.open("a+b") as file:
             drop_torn_end(file)
@@ -54,7 +55,7 @@ class Spool:
             os.fsync(file.fileno())
 
     def next_unsent(self) -> tuple[Event, int] | None:
-        """The oldest event that was not sent, and the mark to set when it is."""
+        """Return the oldest unsent event and the position after it, or None."""
         if not self._events.exists():
             return None
         with self._events.open("rb") as file:
@@ -65,13 +66,11 @@ class Spool:
             return from_plain(json.loads(line)), file.tell()
 
     def mark_sent(self, offset: int) -> None:
-        """Remember that everything before the mark was sent."""
-        temporary = self._sent.with_suffix(".tmp")
-        temporary.write_text(str(offset))
-        temporary.replace(self._sent)
+        """Record that everything before the position was sent."""
+        atomic_write(self._sent, lambda path: path.write_text(str(offset)), is_durable=False)
 
     def num_unsent(self) -> int:
-        """How many events were not sent."""
+        """Return the number of unsent events."""
         if not self._events.exists():
             return 0
         with self._events.open("rb") as file:
@@ -79,7 +78,7 @@ class Spool:
             return sum(line.endswith(b"\n") for line in file)
 
     def unsent(self) -> bytes:
-        """The events that were not sent, as another spool takes them by :meth:`restore`."""
+        """Return the unsent events, for :meth:`restore` of another spool."""
         if not self._events.exists():
             return b""
         with self._events.open("rb") as file:
@@ -87,19 +86,19 @@ class Spool:
             return file.read()
 
     def restore(self, unsent: bytes) -> None:
-        """Begin with the events that a lost spool had not sent."""
+        """Start with the unsent events of a spool that was lost."""
         self._events.write_bytes(unsent)
 
     @property
     def position(self) -> int:
-        """The mark: how far it was sent, in bytes."""
-        # An empty mark is one that a power cut took; sending everything again changes nothing.
+        """Position up to which the file was sent, in bytes."""
+        # A power cut may leave the file empty; sending everything again changes nothing.
         text = self._sent.read_text() if self._sent.exists() else ""
         return int(text or 0)
 
 
 def drop_torn_end(file: IO[bytes]) -> None:
-    """Remove a last line without an end: a crash or a full disk cut it off."""
+    """Remove an incomplete last line, left by a crash or a full disk."""
     size = file.seek(0, os.SEEK_END)
     if size == 0:
         return
@@ -113,11 +112,11 @@ class BackgroundWriter:
     """Sends a spool's events from a thread of its own, in order, until closed.
 
     Args:
-        spool: What to send.
-        recorder: Where to; it is used from the writer's thread only.
+        spool: Events to send.
+        recorder: Their destination; used only from the writer's thread.
 
     Attributes:
-        disk_error: Why the latest event that was lost could not be written to disk.
+        disk_error: Error of the latest event that could not be written to disk and was lost.
     """
 
     def __init__(self, spool: Spool, recorder: Recorder) -> None:
@@ -130,7 +129,7 @@ class BackgroundWriter:
         self._thread.start()
 
     def emit(self, event: Event) -> None:
-        """Take an event; returns when it is on disk."""
+        """Write an event to disk, to be sent later."""
         try:
             self._spool.append(event)
         except OSError as error:
@@ -143,16 +142,16 @@ class BackgroundWriter:
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
-        # Who interrupted it, or a job server, does not wait for minutes.
+        # After an interruption, a user or a job server does not wait for minutes.
         self.close(max_seconds=MAX_CLOSING_SECONDS if kind is None else 0.0)
 
     def close(self, timeout_seconds: float = 15.0, max_seconds: float = MAX_CLOSING_SECONDS) -> int:
-        """Send what is left; returns how many events remain unsent.
+        """Send the remaining events; return how many stay unsent.
 
         Args:
-            timeout_seconds: How long to wait; and again after each event that is taken: a slow
-                server gets all of them, one that is away or hangs is not waited for.
-            max_seconds: The longest time in all, if it is more.
+            timeout_seconds: Maximum time per event. A slow server receives all events; one that
+                is unreachable or hangs delays the end by this time only.
+            max_seconds: Maximum total time, if larger than `timeout_seconds`.
         """
         if not self._closing.is_set():
             started, sent = time.monotonic(), self._spool.position
@@ -174,7 +173,7 @@ class BackgroundWriter:
             try:
                 if send_unsent(self._spool, self._recorder):
                     num_failures = 0
-            except Exception as error:  # an observer may fail in any way; the study goes on
+            except Exception as error:  # any failure of an observer; the study continues
                 self._warn_once(error)
                 if self._is_too_late():
                     return
@@ -186,7 +185,7 @@ class BackgroundWriter:
             self._wake.wait()
 
     def _wait(self, seconds: float) -> None:
-        """Until the next try; closing does not wait as long."""
+        """Wait before the next attempt; shorter once the writer is closing."""
         if self._closing.wait(seconds):
             time.sleep(CLOSING_RETRY_SECONDS)
 
@@ -196,16 +195,17 @@ class BackgroundWriter:
     def _warn_once(self, error: Exception) -> None:
         if not self._has_warned:
             logger.warning(
-                "tracking: %s; events stay on disk and are sent when it answers again", error
+                "tracking: %s; events are kept on disk and sent once the server can be reached",
+                error,
             )
             self._has_warned = True
 
 
 def send_unsent(spool: Spool, recorder: Recorder) -> int:
-    """Send every event that was not sent; returns their number.
+    """Send every unsent event; return their number.
 
     Raises:
-        Exception: Whatever the recorder raises; the event at fault stays unsent.
+        Exception: Any error of the recorder; the event that caused it stays unsent.
     """
     num_sent = 0
     while (unsent := spool.next_unsent()) is not None:

@@ -1,8 +1,8 @@
-"""MLflow's SQLite database, made whole or not at all.
+"""Create MLflow's SQLite database atomically.
 
-MLflow makes an empty database by some fifty migrations that no transaction holds together: a
-process that is killed among them leaves a file that no later one can open, and two processes that
-start at once disturb each other.
+MLflow creates an empty database by about fifty migrations without a common transaction: a process
+killed among them leaves a file that cannot be opened any more, and two processes that start at the
+same time conflict.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 
 
 def make_database(uri: str) -> None:
-    """Make the database of a tracking URI if it is an SQLite file that does not exist.
+    """Create the database of a tracking URI if it is an SQLite file that does not exist.
 
     Args:
-        uri: Tracking URI of any kind, as it is opened.
+        uri: Tracking URI of any kind, with its secrets.
     """
     path = _sqlite_file(uri)
     if path is None or path.exists():
         return
-    content = _empty_database(path.parent / "mlartifacts")  # where a kill leaves nothing here
+    content = _empty_database(path.parent / "mlartifacts")  # built in a temporary folder
     path.parent.mkdir(parents=True, exist_ok=True)  # as MLflow does
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -37,7 +37,7 @@ def make_database(uri: str) -> None:
 
 
 def _sqlite_file(uri: str) -> Path | None:
-    """The file of a plain SQLite address."""
+    """Return the file of a plain SQLite URI, None for any other URI."""
     from sqlalchemy import make_url
 
     if not uri.startswith("sqlite"):
@@ -47,10 +47,10 @@ def _sqlite_file(uri: str) -> Path | None:
 
 
 def _empty_database(artifacts: Path) -> bytes:
-    """A database with all tables."""
+    """Return the content of a database with all tables and no rows."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    make_store: Any = SqlAlchemyStore  # MLflow has no types for it
+    make_store: Any = SqlAlchemyStore  # untyped in MLflow
     with tempfile.TemporaryDirectory(prefix="mlflow-") as folder:
         path = Path(folder) / "mlflow.db"
         make_store(f"sqlite:///{path}", str(artifacts)).engine.dispose()
@@ -59,7 +59,7 @@ def _empty_database(artifacts: Path) -> bytes:
 
 def _publish(temporary: Path, path: Path) -> None:
     try:
-        os.link(temporary, path)  # unlike a rename, it does not replace another process's
+        os.link(temporary, path)  # unlike a rename, keeps the file of another process
     except FileExistsError:
         return
     except OSError:  # a file system without hard links

@@ -151,7 +151,7 @@ def test_train_on_two_workers_equals_one_and_is_a_run_of_its_own(tmp_path, weigh
         assert done.returncode == 0, done.stdout + done.stderr
         assert "epoch 5/5" in done.stdout
     again = run("train", *common, "--workers", "2", "--name", "workers-2")
-    assert "This training was done before." in again.stdout
+    assert "This training is already done." in again.stdout
     client = mlflow.MlflowClient(f"sqlite:///{storage / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("drtune-ray")
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}

@@ -91,7 +91,7 @@ def test_nobody_answers(tmp_path):
     address = f"http://127.0.0.1:{free_port()}"
     done = run(tmp_path, "submit", *STUDY, "--address", address)
     message = (
-        "does not answer (Connection refused): check the address, and whether the cluster runs"
+        "does not answer (Connection refused): check the address, and that the cluster is running"
     )
     refused(done, 3, f"{address} {message}")
 
@@ -100,7 +100,7 @@ def test_a_server_that_breaks(tmp_path, server: Answering):
     trace = "Traceback (most recent call last):\n  File x\nValueError: no room."
     server.answers["/api/jobs/"] = (500, trace)
     done = run(tmp_path, "submit", *STUDY, "--address", server.address)
-    refused(done, 3, f"{server.address} did not do what it was asked: ValueError: no room")
+    refused(done, 3, f"{server.address} rejected the request: ValueError: no room")
 
 
 def test_an_error_is_the_last_object_too(tmp_path):

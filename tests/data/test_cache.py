@@ -152,10 +152,10 @@ def test_write_images__source_changed_since_the_scan(
     path = class_folder / last["path"]
     if change == "removed":
         path.unlink()
-        message = f"cannot read {path}: No such file or directory; put the file back"
+        message = f"cannot read {path}: No such file or directory; restore the file"
     else:
         noise_image("another", 24).save(path)
-        message = f"{path} changed since the study began: put the former file back"
+        message = f"{path} changed since the study started: restore the original file"
     with pytest.raises(ConfigError) as caught:
         write_images(splits, class_folder, tmp_path / "images.arrow")
     assert str(caught.value) == message

@@ -167,7 +167,9 @@ def test_read_bytes__changed_file(class_folder: Path) -> None:
     noise_image("another", 24).save(path)
     with pytest.raises(ConfigError) as caught:
         read_bytes(class_folder, row)
-    assert str(caught.value) == (f"{path} changed since the study began: put the former file back")
+    assert str(caught.value) == (
+        f"{path} changed since the study started: restore the original file"
+    )
 
 
 def test_read_bytes__removed_file(class_folder: Path) -> None:
@@ -176,9 +178,7 @@ def test_read_bytes__removed_file(class_folder: Path) -> None:
     path.unlink()
     with pytest.raises(ConfigError) as caught:
         read_bytes(class_folder, row)
-    assert str(caught.value) == (
-        f"cannot read {path}: No such file or directory; put the file back"
-    )
+    assert str(caught.value) == (f"cannot read {path}: No such file or directory; restore the file")
 
 
 # ---- decoding

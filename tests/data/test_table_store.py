@@ -194,7 +194,7 @@ def test_table__damaged_it_is_built_again(
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert record.getMessage().startswith(f"{path} ")
-    assert record.getMessage().endswith(": it is removed and built again")
+    assert record.getMessage().endswith(": removing and rebuilding it")
 
 
 def test_damage__every_flipped_byte_is_found(tmp_path: Path) -> None:

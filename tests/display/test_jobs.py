@@ -26,7 +26,7 @@ def test_job_lines() -> None:
         HEAD,
         "  drtune-a-1  stopped; since 2026-11-25 20:09:16, for 1 min 15 s",
         "  drtune-a-2  failed with exit code 2; since 2026-11-25 20:10:56, for 2 s",
-        "  Job drtune-a-2 failed with exit code 2: its log says why",
+        "  Job drtune-a-2 failed with exit code 2: see its log",
     ]
     assert list(job_lines([PENDING], ADDRESS, START + 9)) == [
         HEAD,
@@ -58,15 +58,13 @@ def test_submit_lines() -> None:
     flags = {"data_folder": "/images", "storage": "/shared", "name": "a"}
     study = study_submission(None, [], flags)
     same = replace(PENDING, settings=study.settings)
-    assert list(submit_lines(study, same, is_new=True)) == [
-        "Submitted drtune-a-3, and with it: study.yaml"
-    ]
+    assert list(submit_lines(study, same, is_new=True)) == ["Submitted drtune-a-3 with study.yaml"]
     assert list(submit_lines(study, same, is_new=False)) == [
-        "drtune-a-3 is pending: nothing was sent"
+        "drtune-a-3 is already pending: nothing was submitted"
     ]
     assert list(submit_lines(study, PENDING, is_new=False)) == [
-        "drtune-a-3 is pending: nothing was sent",
-        "It was submitted with other settings; for these to hold, stop it first",
+        "drtune-a-3 is already pending: nothing was submitted",
+        "It was submitted with other settings; to apply these, stop it first",
     ]
 
 

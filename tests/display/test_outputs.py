@@ -62,7 +62,7 @@ def test_people__elsewhere_a_line_a_minute_says_how_it_stands():
     assert len(lines) == 2  # at 75 s and at 150 s
     assert lines[0] == (
         "[2/12] running: 3 (epoch 3, best 53.00 %), 4 (epoch 0, best -); best so far 53.00 %, "
-        "trial 3; 2.4 epochs/min; time left not known yet"
+        "trial 3; 2.4 epochs/min; time left unknown"
     )
 
 
@@ -165,7 +165,7 @@ def test_write_json__the_time_of_the_event():
     ("error", "code", "reason"),
     [
         (ConfigError("trials=0 is not valid"), 2, "trials=0 is not valid"),
-        (KeyboardInterrupt(), 130, "interrupted: the same command goes on"),
+        (KeyboardInterrupt(), 130, "interrupted: repeat the command to resume"),
     ],
 )
 def test_json_stdout__an_error_is_the_last_line(capsys, error, code, reason):

@@ -73,16 +73,16 @@ def test_shown__the_best_and_the_running_ones_stay():
     assert [row.number for row in progress.shown(6)] == [3, 4, 5, 6, 10, 11]
 
 
-def test_telling__searched_paths_in_which_the_rows_differ():
+def test_distinguishing__searched_paths_in_which_the_rows_differ():
     progress = progress_of(*events(), clock=Clock())
     rows = progress.rows()
-    assert list(progress.telling(rows).values()) == [
+    assert list(progress.distinguishing(rows).values()) == [
         "regularization_weight",
         "bank_size",
         "backbone_lr",
     ]
-    assert progress.telling(rows[:2]) == {}  # CE-tuning reads no setting of the method
-    assert progress.telling(rows[:1]) == {}
+    assert progress.distinguishing(rows[:2]) == {}  # CE-tuning reads no setting of the method
+    assert progress.distinguishing(rows[:1]) == {}
 
 
 def test_take__of_no_trial():

@@ -25,14 +25,14 @@ def test_check_gpus() -> None:
     with pytest.raises(Doubt) as doubt:
         nodes(1, 4).check_gpus()
     assert str(doubt.value) == (
-        "node b: of GPUs torch can use 4, Ray counts 1; start Ray there with --num-gpus for it to "
-        "use them"
+        "node b: torch can use 4 GPUs, Ray counts 1; start Ray there with --num-gpus to use all of "
+        "them"
     )
 
 
 def test_check_gpus__a_device_that_fails() -> None:
-    with pytest.raises(EnvironmentProblem, match="^node b: of GPUs Ray counts 4, torch can use 3 "):
+    with pytest.raises(EnvironmentProblem, match="^node b: Ray counts 4 GPUs, torch can use 3 "):
         nodes(4, 3, "device 3: CUDA error: out of memory").check_gpus()
-    # One that Ray does not give away is told too: something is wrong with the machine.
+    # One that Ray does not assign is reported too: something is wrong with the machine.
     with pytest.raises(EnvironmentProblem, match=r"\(device 3: uncorrectable ECC error\)"):
         nodes(3, 3, "device 3: uncorrectable ECC error").check_gpus()

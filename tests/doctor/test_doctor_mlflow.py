@@ -75,8 +75,8 @@ def test_a_server_that_takes_all(secured: str, login: Any, examined: Any, tmp_pa
 @pytest.mark.parametrize(
     ("password", "said"),
     [
-        (None, "to answer without a login"),
-        ("wrong", "the login of MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
+        (None, "requests without a login"),
+        ("wrong", "the login from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
     ],
 )
 def test_a_login_that_is_refused(
@@ -89,7 +89,7 @@ def test_a_login_that_is_refused(
     assert found["mlflow access"] == (
         "failed",
         f"{secured} refuses {said}: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
-        "MLFLOW_TRACKING_TOKEN, as the server knows them",
+        "MLFLOW_TRACKING_TOKEN, to a login of the server",
     )
     assert found["mlflow runs"] == ("skipped", "needs 'mlflow access', which failed")
     assert found["mlflow artifacts"] == ("skipped", "needs 'mlflow runs', which was skipped")
@@ -122,7 +122,7 @@ def test_files_that_are_refused_and_a_wrong_clock(
     assert found["mlflow runs"][0] == "ok"
     state, text = found["mlflow artifacts"]
     assert state == "failed"
-    assert text.startswith(f"{broken} takes no file (")
+    assert text.startswith(f"{broken} does not accept a file (")
     assert text.endswith("): check the server's --artifacts-destination, and its log")
 
 
@@ -139,9 +139,9 @@ def test_runs_that_are_refused(broken: str, login: Any, examined: Any, tmp_path:
         client.restore_experiment(number)
     state, text = found["mlflow runs"]
     assert state == "failed"
-    assert text.startswith(f"{broken} takes no run in the experiment {EXPERIMENT!r} (")
+    assert text.startswith(f"{broken} does not accept a run in the experiment {EXPERIMENT!r} (")
     assert "must be in the 'active' state" in text
-    assert text.endswith("): let this login make experiments and runs there")
+    assert text.endswith("): allow this login to create experiments and runs")
 
 
 def test_no_server(closed_port: str, login: Any, examined: Any, tmp_path: Path) -> None:
@@ -165,6 +165,6 @@ def test_another_server(login: Any, examined: Any, tmp_path: Path) -> None:
         found = of_mlflow(examined(storage=str(tmp_path), tracking_uri=uri))
     assert found["mlflow"] == (
         "failed",
-        f"{uri} answers 404 to /health as no MLflow server does: check --tracking-uri, its path "
-        "included",
+        f"{uri} answers 404 to /health, unlike an MLflow server: check --tracking-uri, including "
+        "its path",
     )

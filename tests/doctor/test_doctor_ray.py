@@ -135,11 +135,11 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     [
         (
             {},
-            f"the cluster asks for a token, and none is sent: set RAY_AUTH_MODE=token, and {COPY}",
+            f"the cluster requires a token, and none is sent: set RAY_AUTH_MODE=token, and {COPY}",
         ),
         (
             {"RAY_AUTH_MODE": "token"},
-            "RAY_AUTH_MODE=token, and no token is in RAY_AUTH_TOKEN, in the file of "
+            "RAY_AUTH_MODE=token is set, but there is no token in RAY_AUTH_TOKEN, in the file of "
             f"RAY_AUTH_TOKEN_PATH or in ~/.ray/auth_token: {COPY}",
         ),
     ],
@@ -177,7 +177,7 @@ def test_addresses_of_no_cluster(closed_port: str, tmp_path: Path) -> None:
     assert found["ray token"] == (
         "failed",
         f"{address} does not answer as the head of a Ray cluster (UNAVAILABLE): give the address "
-        "that `ray start --head` says",
+        "that `ray start --head` prints",
     )
 
 
@@ -192,15 +192,15 @@ def test_a_sound_cluster(head: str, tmp_path: Path, weights_file: Any) -> None:
         "--address", head, "--storage", str(storage), *arguments, expected=0, **WITH_TOKEN
     )
     assert {state for state, _ in found.values()} == {"ok"}, found
-    text = "the token of RAY_AUTH_TOKEN is accepted, and nobody is without one"
+    text = "the token from RAY_AUTH_TOKEN is accepted, requests without a token are refused"
     assert found["ray token"][1] == text
     assert found["ray state api"][1] == "answers"
     assert found["trials"][1] == "1 at a time"
-    assert found["nodes"][1] == "1 ran drtune-ray"
+    assert found["nodes"][1] == "drtune-ray ran on 1"
     assert re.fullmatch(r"at most 0\.[0-2] s apart", found["clocks"][1])
     assert found["gpus"][1] == "none"
-    assert found["data on nodes"][1] == f"{images} can be read on all 1"
-    assert found["weights on nodes"][1] == f"{weights} can be read on all 1"
+    assert found["data on nodes"][1] == f"{images} is readable on all 1"
+    assert found["weights on nodes"][1] == f"{weights} is readable on all 1"
     assert found["shared files"][1] == f"every node reads and writes the storage {storage}"
     assert not storage.exists()
 
@@ -224,7 +224,7 @@ def test_a_node_that_is_odd_in_every_way(head: str, tmp_path: Path) -> None:
             *("--weights", "demo"),
             **WITH_TOKEN,
         )
-    assert found["nodes"] == ("ok", "2 ran drtune-ray")
+    assert found["nodes"] == ("ok", "drtune-ray ran on 2")
     texts = {}
     for check, (state, text) in found.items():
         if state != "ok":
@@ -235,13 +235,13 @@ def test_a_node_that_is_odd_in_every_way(head: str, tmp_path: Path) -> None:
     assert clock == f"NODE: its clock is 3600 s ahead of this machine's; {CLOCK_FIX}"
     shared_memory = re.sub(r"0\.0\d", "0.03", texts.pop("shared memory")[1])
     assert shared_memory == (
-        "NODE: 0.03 GiB free, at least 0.25 GiB must be; give the container more: --shm-size of "
+        "NODE: 0.03 GiB free, but at least 0.25 GiB needed; give the container more: --shm-size in "
         "docker, an emptyDir of medium Memory at /dev/shm in Kubernetes"
     )
     disk = re.sub(r"0\.[45]\d", "0.58", texts.pop("ray disk")[1])
     assert disk == (
-        "NODE: 0.58 GiB free, at least 1.00 GiB must be; free space where Ray keeps its sessions "
-        "(/tmp/ray), or start it with another --temp-dir"
+        "NODE: 0.58 GiB free, but at least 1.00 GiB needed; free space where Ray keeps its "
+        "sessions (/tmp/ray), or start Ray with another --temp-dir"
     )
     files = re.sub(r"\.doctor-\w+", ".doctor", texts.pop("shared files")[1])
     assert files == (
@@ -254,18 +254,18 @@ def test_a_node_that_is_odd_in_every_way(head: str, tmp_path: Path) -> None:
         "versions": (
             "failed",
             f"NODE: has Python 3.0.1, here {platform.python_version()}, torch 1.0.1, here "
-            f"{torch.__version__.partition('+')[0]}; install the same versions on every node, best "
-            "from one image",
+            f"{torch.__version__.partition('+')[0]}; install the same versions on every node, "
+            "preferably from one image",
         ),
         "gpus": (
             "failed",
-            "NODE: of GPUs Ray counts 1, torch can use 0; install a torch for the CUDA of the "
-            "node's driver, or start Ray there with the --num-gpus that there are",
+            "NODE: Ray counts 1 GPUs, torch can use 0; install a torch build for the CUDA version "
+            "of the node's driver, or start Ray there with the correct --num-gpus",
         ),
         "data on nodes": (
             "warning",
-            f"NODE: cannot read {images} (it holds no file); workers get prepared tables and do "
-            "without, but a command that Ray starts there (`ray job submit`) needs it: mount it "
+            f"NODE: cannot read {images} (it holds no file); workers read prepared tables "
+            "instead, but a command that Ray starts there (`ray job submit`) needs it: mount it "
             "at the same path",
         ),
     }
@@ -286,8 +286,8 @@ def test_a_node_without_the_package(head: str, tmp_path: Path) -> None:
     state, text = found["nodes"]
     assert state == "failed"
     assert re.fullmatch(
-        r"node [\d.]+ \(\w{8}\): cannot run drtune-ray: .*drtune_ray.*; have drtune-ray, Python "
-        "and Ray of the same versions on every node",
+        r"node [\d.]+ \(\w{8}\): cannot run drtune-ray: .*drtune_ray.*; install the same versions "
+        "of drtune-ray, Python and Ray on every node",
         text,
     ), text
     assert found["versions"][0] == found["clocks"][0] == "ok"

@@ -64,9 +64,12 @@ def test_storage__sound_and_left_as_it_was(examined: Any, tmp_path: Path) -> Non
     finally:
         os.umask(before)
     assert found["storage"] == ("ok", f"{storage} can be written and read")
-    assert found["storage owner"] == ("ok", "nobody else may write to the storage")
+    assert found["storage owner"] == ("ok", "no other user may write to the storage")
     assert re.fullmatch(r"[\d.]+ GiB free under the storage", found["storage space"][1])
-    assert found["mlflow"] == ("ok", f"sqlite:///{storage}/mlflow.db, which the first study makes")
+    assert found["mlflow"] == (
+        "ok",
+        f"sqlite:///{storage}/mlflow.db, which the first study creates",
+    )
     assert found["shared files"] == ("skipped", "needs 'ray', which was skipped")
     assert list(tmp_path.iterdir()) == []
 
@@ -109,8 +112,8 @@ def test_storage__read_only_or_full(tmp_path: Path, closed_port: str, mount: str
     if "size" in mount:
         assert found["storage space"] == (
             "FAILED",
-            f"{tmp_path}: 0.00 GiB free, at least 1.00 GiB must be: free space there (`drtune-ray "
-            "preview` says what a study takes)",
+            f"{tmp_path}: 0.00 GiB free, but at least 1.00 GiB needed: free space there "
+            "(`drtune-ray preview` shows what a study needs)",
         )
     else:
         assert found["storage space"][0] == "ok"
@@ -121,8 +124,8 @@ def test_storage__that_others_may_write_to(examined: Any, tmp_path: Path) -> Non
     tmp_path.chmod(0o777)
     assert examined(storage=str(tmp_path))["storage owner"] == (
         "warning",
-        f"others may write to {tmp_path} and change every result there; nothing of it is run as "
-        f"code; `chmod go-w {tmp_path}` keeps it to you",
+        f"other users may write to {tmp_path} and change every result there; none of it is "
+        f"executed as code; `chmod go-w {tmp_path}` restricts it to you",
     )
 
 
@@ -131,8 +134,8 @@ def test_storage__of_another_user(examined: Any, tmp_path: Path) -> None:
     os.chown(tmp_path, 12345, -1)
     assert examined(storage=str(tmp_path))["storage owner"] == (
         "warning",
-        f"{tmp_path} belongs to user 12345, who can change every result there; nothing of it is "
-        "run as code",
+        f"{tmp_path} belongs to user 12345, who can change every result there; none of it is "
+        "executed as code",
     )
 
 
@@ -140,7 +143,7 @@ def test_mlflow__a_store_that_is_none(examined: Any, tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("no database, but a text that is long enough " * 40)
     state, text = examined(storage=str(tmp_path))["mlflow"]
     assert state == "failed"
-    assert text.startswith(f"sqlite:///{tmp_path}/mlflow.db does not do what it is asked (")
+    assert text.startswith(f"sqlite:///{tmp_path}/mlflow.db failed (")
     assert "file is not a database" in text
     assert text.endswith("): see the server's log")
 
@@ -150,9 +153,7 @@ def test_mlflow__a_store_that_is_none(examined: Any, tmp_path: Path) -> None:
 
 def test_files__under_an_unknown_home(examined: Any, tmp_path: Path) -> None:
     found = examined(storage=str(tmp_path), weights="~nobody-at-all/w.pth")
-    reason = (
-        "'~nobody-at-all/w.pth' begins with a home that is not known here: write the whole path"
-    )
+    reason = "'~nobody-at-all/w.pth' begins with an unknown home directory: write the full path"
     assert found["weights"] == ("failed", reason)
 
 
@@ -194,7 +195,7 @@ def test_artifacts(s3: None, examined: Any, tmp_path: Path) -> None:
     uri = f"s3://{BUCKET}/doctor"
     assert examined(storage=str(tmp_path), artifacts=uri)["artifacts"] == (
         "ok",
-        f"{uri} can be written, read and cleaned",
+        f"{uri} can be written, read and removed",
     )
     found = examined(storage=str(tmp_path), artifacts="s3://no-such-bucket/x")
     state, text = found["artifacts"]
@@ -211,7 +212,7 @@ def test_database(
 ) -> None:
     monkeypatch.setenv("DATABASE_PASSWORD", SECRET)
     found = examined(storage=str(tmp_path), optuna_storage=postgres)["optuna_storage"]
-    assert found == ("ok", f"{postgres} takes studies")
+    assert found == ("ok", f"{postgres} accepts studies")
     away = "postgresql+psycopg://u:$DATABASE_PASSWORD@127.0.0.1:9/none"
     state, text = examined(storage=str(tmp_path), optuna_storage=away)["optuna_storage"]
     assert (state, SECRET in text) == ("failed", False)

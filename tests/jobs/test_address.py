@@ -29,12 +29,10 @@ def test_checked_address__plain_http_to_another_machine(host: str) -> None:
     address = f"http://{host}:8265"
     with pytest.raises(ConfigError) as caught:
         checked_address(address, insecure_http=False)
-    assert str(caught.value) == (
-        f"--address {address} is plain http to another machine: whoever is on the way reads the "
-        "token and runs code on the cluster. Give https://, reach the server through `ssh -L` or "
-        "`kubectl port-forward` at http://127.0.0.1:PORT, or add --insecure-http where you trust "
-        "the whole network"
-    )
+    message = str(caught.value)
+    assert message.startswith(f"--address {address} uses plain http")
+    for way_out in ("https://", "`ssh -L`", "`kubectl port-forward`", "--insecure-http"):
+        assert way_out in message
     assert checked_address(address, insecure_http=True) == address
 
 
@@ -45,10 +43,8 @@ def test_checked_address__plain_http_to_another_machine(host: str) -> None:
 def test_checked_address__none(address: str) -> None:
     with pytest.raises(ConfigError) as caught:
         checked_address(address, insecure_http=True)
-    assert str(caught.value) == (
-        f"--address {address!r} is no job server's: give http(s)://HOST:PORT, that of the "
-        "cluster's dashboard"
-    )
+    assert str(caught.value).startswith(f"--address {address!r} ")
+    assert "give http(s)://HOST:PORT" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +54,6 @@ def test_checked_address__none(address: str) -> None:
 def test_checked_address__shows_no_secret(address: str) -> None:
     with pytest.raises(ConfigError) as caught:
         checked_address(address, insecure_http=False)
-    assert str(caught.value) == (
-        "--address takes no user, password, query or fragment: give http(s)://HOST:PORT, that of "
-        "the cluster's dashboard, and the token in RAY_AUTH_TOKEN or in a file"
-    )
+    assert "secret" not in str(caught.value)
+    assert "give http(s)://HOST:PORT" in str(caught.value)
+    assert "RAY_AUTH_TOKEN" in str(caught.value)

@@ -15,7 +15,5 @@ def test_custom_resources() -> None:
 def test_custom_resources__refused(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         custom_resources(text)
-    assert str(caught.value) == (
-        f"--entrypoint-resources {text!r} must be names and amounts as JSON, like "
-        "'{\"trial_driver\": 1}'"
-    )
+    assert str(caught.value).startswith(f"--entrypoint-resources {text!r} must be ")
+    assert str(caught.value).endswith("like '{\"trial_driver\": 1}'")

@@ -55,7 +55,7 @@ class Written:
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(follow_module, "PAUSES_SECONDS", (0.0, 0.0))
-    monkeypatch.setattr(follow_module, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(follow_module, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(follow_module, "PENDING_SECONDS", 0.05)
     monkeypatch.setattr(follow_module, "SILENT_SECONDS", 0.05)
 
@@ -92,7 +92,10 @@ def test_follow__a_lost_server_is_tried_again_and_given_up(last):
     server = Written(["RUNNING", last], ["one\n", LOST], [LOST], [LOST], ["never"])
     with pytest.raises(EnvironmentProblem) as caught:
         followed(server)
-    assert str(caught.value) == "lost. drtune-a-1 may go on: the same command meets it again"
+    assert (
+        str(caught.value)
+        == "lost. drtune-a-1 may still be running: repeat the command to attach to it"
+    )
     assert server.logs == [["never"]]
 
 
@@ -154,7 +157,7 @@ def test_stop__what_does_not_end(monkeypatch):
     with pytest.raises(EnvironmentProblem) as caught:
         stop(server, BEGUN)
     assert str(caught.value) == (
-        "drtune-a-1 was told to stop and is running after 0.05 s: look at the cluster"
+        "drtune-a-1 is still running 0.05 s after the request to stop: check the cluster"
     )
 
 
@@ -164,6 +167,6 @@ def test_stop__what_has_not_started(monkeypatch):
     with pytest.raises(EnvironmentProblem) as caught:
         stop(server, BEGUN)
     assert str(caught.value) == (
-        "drtune-a-1 has not started yet, and Ray stops it when it does. Where the cluster will "
-        "never have what it waits for, Ray gives it up after a quarter of an hour"
+        "drtune-a-1 has not started yet, and Ray stops it once it has. If the cluster never "
+        "provides its resources, Ray gives up after 15 minutes"
     )

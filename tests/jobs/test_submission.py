@@ -80,15 +80,16 @@ def test_study_submission__paths_of_this_machine_are_refused_together():
     flags = {"data_folder": "flowers", "weights": "my.pth", "tracking_uri": "sqlite:///mlflow.db"}
     with pytest.raises(ConfigError) as caught:
         study_submission(None, [], flags | {"optuna_storage": "sqlite:///o.db"})
-    assert caught.value.problems == (
-        "storage='./drtune-studies' would lie in the job's own folder, which is removed after it: "
-        "give --storage by its full path, a folder that the cluster's nodes share",
+    storage, *others = caught.value.problems
+    assert storage.startswith("storage='./drtune-studies' would be in the job's own folder")
+    assert "give --storage as the full path" in storage
+    assert others == [
         "data.train='flowers' is read on the cluster: give its full path there",
         "backbone.weights='my.pth' is read on the cluster: give its full path there",
         "optuna_storage='sqlite:///o.db' is opened on the cluster: give the file's full path there",
         "tracking.uri='sqlite:///mlflow.db' is opened on the cluster: give the file's full path "
         "there",
-    )
+    ]
 
 
 @pytest.mark.parametrize("weights", ["timm", "demo", "/shared/w.pth", "~/w.pth"])
@@ -104,8 +105,8 @@ def test_study_submission__what_the_job_will_meet(monkeypatch):
         tracking_uri="http://localhost:5000", optuna_storage="postgresql://me:$DB_PASSWORD@db/x"
     )
     assert found.notes == (
-        "tracking.uri names localhost: for the job that is the machine on which it runs",
-        "Not set here, so the cluster must have them: DB_PASSWORD",
+        "tracking.uri names localhost, which for the job is the machine that it runs on",
+        "Not set here, so they must be set on the cluster: DB_PASSWORD",
     )
 
 

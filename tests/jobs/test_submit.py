@@ -81,6 +81,6 @@ def test_submit__an_id_that_is_no_attempt():
         submitted(server)
     job = study_submission(None, [], FLAGS).submission_id(1)
     assert str(caught.value) == (
-        f"{ADDRESS} has a job {job} that is no attempt of this study: delete it (`ray job "
+        f"{ADDRESS} has a job {job} that is not an attempt of this study: delete it (`ray job "
         "delete`), or give the study another --name"
     )

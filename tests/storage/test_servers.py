@@ -427,9 +427,7 @@ def test_openings__only_artifacts_that_fail_are_called_so(tmp_path: Path) -> Non
     artifacts = LocalFolder(tmp_path / "artifacts")
     with pytest.raises(EnvironmentProblem) as caught:
         _record_opening("{}", tmp_path, artifacts)
-    assert str(caught.value).startswith(
-        f"artifacts='{tmp_path}/artifacts/test-openings' did not do what it was asked ("
-    )
+    assert str(caught.value).startswith(f"artifacts='{tmp_path}/artifacts/test-openings' failed (")
     (tmp_path / "test-openings.jsonl").mkdir()
     with pytest.raises(EnvironmentProblem) as caught:
         _record_opening("{}", tmp_path, None)
@@ -575,6 +573,6 @@ def test_losing_the_drivers_whole_disk_loses_nothing(
     # And the disk may be lost once more: the study is done.
     shutil.rmtree(disk)
     shown_again = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "This study is done; nothing was left to run." in shown_again.stdout
+    assert "This study is already done; nothing was left to run." in shown_again.stdout
     best_line = next(line for line in done.stdout.splitlines() if "best trial" in line)
     assert best_line in shown_again.stdout

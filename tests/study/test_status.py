@@ -167,15 +167,15 @@ def test_status_lines__a_study_that_was_interrupted(made: Made) -> None:
     assert said(replace(found, num_bytes=1536)) == "\n".join(
         [
             f"Study 'flowers': {made.folder}",
-            "  state             interrupted; last sign of life 1 min 15 s ago",
+            "  state             interrupted; last activity 1 min 15 s ago",
             "  trials            3 of 4 done: 2 completed, 1 diverged",
-            "  best so far       86.00 %, trial 3, still unfinished",
+            "  best so far       86.00 %, trial 3, unfinished",
             f"                    optim.backbone_lr = {rate:.3g}",
             "  reference trials  0 (default)      85.00 %  epoch 2/10  completed",
-            "  to go on          3                86.00 %  epoch 3/10",
+            "  unfinished        3                86.00 %  epoch 3/10",
             "  disk              1.5 KiB",
-            "  goes on with      what it was started with goes on; its settings are in study.yaml, "
-            "under config",
+            "  resume with       repeat the command that started it; its settings are in "
+            "study.yaml, under config",
         ]
     )
 
@@ -215,7 +215,7 @@ def test_state__running_by_which_process(made: Made) -> None:
         assert found.state == RUNNING
         text = said(found)
         process = f"process {pid} on {socket.gethostname()}"
-        assert f"state             running: {process}; last sign of life 1 min 15 s ago\n" in text
+        assert f"state             running: {process}; last activity 1 min 15 s ago\n" in text
         assert "  running           3                86.00 %  epoch 3/10\n" in text
         assert time.time() - found.last_sign < 60
     assert read_status("flowers", str(made.folder.parent)).state == INTERRUPTED
@@ -237,7 +237,7 @@ def test_state__on_another_host(made: Made) -> None:
     (made.folder / "driver.txt").write_text("process 7 on elsewhere")
     found = read_status("flowers", str(made.folder.parent))
     assert found.state == NOT_SEEN
-    text = "process 7 on elsewhere runs it or was killed, which cannot be seen from here; last sign"
+    text = "running in process 7 on elsewhere, or killed: this host cannot tell; last activity"
     assert text in said(found)
 
 
@@ -288,7 +288,7 @@ def test_command__as_it_was_given(made: Made, monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.chdir("/")
     found = read_status("flowers", str(made.folder.parent))
     assert found.command == f"cd {tmp_path} && {command}"
-    assert f"goes on with      cd {tmp_path} && {command}" in said(found)
+    assert f"resume with       cd {tmp_path} && {command}" in said(found)
 
 
 @pytest.mark.parametrize(
@@ -414,7 +414,7 @@ def test_artifacts__another_machine_drives_it_now(tmp_path: Path) -> None:
     files.write(LEASE_NAME, b"torn")
     found = read_status("flowers", str(tmp_path))
     assert found.state == INTERRUPTED
-    assert f"not seen          artifacts='file://{tmp_path}/artifacts' cannot be read" in said(
+    assert f"warning           artifacts='file://{tmp_path}/artifacts' cannot be read" in said(
         found
     )
 

@@ -406,7 +406,7 @@ def test_record__files_that_are_gone(
     store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store.record([RunStarted(None, "flowers", {}, {}), FilesReady(None, f"{tmp_path}/a", "winner")])
-    assert f"tracking: {tmp_path}/a is gone, so MLflow gets no copy of it" in caplog.text
+    assert f"tracking: {tmp_path}/a no longer exists, so it is not copied to MLflow" in caplog.text
 
 
 def test_record__a_start_that_comes_after_an_end_gives_name_and_tags(store: Store) -> None:

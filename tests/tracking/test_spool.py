@@ -307,7 +307,7 @@ def test_background_writer__server_that_never_comes_back(
     assert time.monotonic() - started < 3.0
     assert shelf.taken == []
     assert [record.getMessage() for record in caplog.records] == [
-        "tracking: no answer; events stay on disk and are sent when it answers again"
+        "tracking: no answer; events are kept on disk and sent once the server can be reached"
     ]
 
 
