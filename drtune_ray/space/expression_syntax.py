@@ -30,11 +30,6 @@ OPERATORS = (
     *(ast.Not, ast.USub, ast.UAdd, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod),
     *(ast.Pow, ast.Eq, ast.NotEq, *ORDERS, ast.In, ast.NotIn),
 )
-# None of these turns around within a range, so that extremes lie at the ends of ranges.
-MONOTONE = (
-    *(ast.Compare, ast.BinOp, ast.UnaryOp, ast.Call, ast.Name, ast.Constant, ast.Load),
-    *(*ORDERS, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.USub, ast.UAdd),
-)
 
 
 def expression_problems(text: Any, place: Place) -> Iterator[Problem]:
@@ -177,15 +172,9 @@ def settings_in(tree: ast.AST) -> frozenset[str]:
     return names_in(tree) & frozenset(setting_paths())
 
 
-def comparisons(tree: ast.expr) -> Iterator[tuple[str, ast.expr]]:
-    """Each setting that is compared with an operand free of settings, with this operand."""
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Compare) or len(node.ops) != 1:
-            continue
-        sides = (node.left, node.comparators[0])
-        for side, other in (sides, sides[::-1]):
-            if isinstance(side, ast.Name) and settings_in(side) and not settings_in(other):
-                yield side.id, other
+def literals_in(tree: ast.AST) -> frozenset[Any]:
+    """Return the numbers and words in a tree."""
+    return frozenset(node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
 
 
 class _Folder(ast.NodeTransformer):

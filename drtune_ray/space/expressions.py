@@ -17,9 +17,8 @@ import simpleeval
 from drtune_ray.errors import ConfigError
 from drtune_ray.space.expression_syntax import (
     FUNCTIONS,
-    MONOTONE,
     ORDERS,
-    comparisons,
+    literals_in,
     names_in,
     settings_in,
     tree_of,
@@ -63,6 +62,10 @@ class Expression:
     def facts(self) -> frozenset[str]:
         """The facts in it."""
         return names_in(tree_of(self.text)) & FACTS.keys()
+
+    def literals(self) -> frozenset[Any]:
+        """Return the numbers and words in it."""
+        return literals_in(tree_of(self.text))
 
     def evaluate(self, values: Mapping[str, Any]) -> Any:
         """Its value.
@@ -118,37 +121,6 @@ class Expression:
             for op, left, right in zip(tree.ops, sides, sides[1:], strict=False)
         ]
         return max(LEAST_VIOLATION, *excesses)
-
-    def thresholds(self, facts: Mapping[str, Any]) -> dict[str, set[float] | None]:
-        """The numbers that each setting is compared with; None where it is used otherwise."""
-        tree = tree_of(self.text)
-        found: dict[str, set[float] | None] = {path: set() for path in self.reads()}
-        compared: list[str] = []
-        for path, operand in comparisons(tree):
-            compared.append(path)
-            try:
-                given = self._computed(operand, facts, frozenset())
-            except ConfigError:  # a fact that is not known yet
-                found[path] = None
-            if (numbers := found[path]) is not None:
-                items = given if isinstance(given, list | tuple) else [given]
-                numbers.update(float(item) for item in items if isinstance(item, int | float))
-        used = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
-        return {
-            path: numbers if compared.count(path) == used.count(path) else None
-            for path, numbers in found.items()
-        }
-
-    def is_monotone(self) -> bool:
-        """Whether it is one comparison whose sides rise or fall steadily with each setting."""
-        tree = tree_of(self.text)
-        if not isinstance(tree, ast.Compare) or len(tree.ops) != 1:
-            return False
-        nodes = list(ast.walk(tree))
-        settings = [n.id for n in nodes if isinstance(n, ast.Name) and n.id in self.reads()]
-        return len(settings) == len(set(settings)) and all(
-            isinstance(node, MONOTONE) for node in nodes
-        )
 
     def _computed(
         self, node: ast.expr, values: Mapping[str, Any], inactive: Collection[str]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -119,8 +119,12 @@ class Parameter:
             return tuple(int(end) if self.kind == "int" else end for end in self.bounds)
         return self.values
 
+    def expressions(self) -> list[Expression]:
+        """Return the expressions of its condition and of its value."""
+        return [each for each in (self.when.expression, self.expression) if each is not None]
+
     def reads(self) -> frozenset[str]:
-        """Paths of the settings that it depends on."""
+        """Return the paths of the settings that it depends on."""
         own = self.expression.reads() if self.expression else frozenset()
         return self.when.reads() | own
 
@@ -227,3 +231,33 @@ def resolve(
         value = sampled(parameter) if parameter.is_sampled else parameter.derived(all_values)
         all_values[parameter.path] = taken[parameter.path] = value
     return Resolved(all_values, taken, frozenset(inactive))
+
+
+def in_order(
+    parameters: Sequence[Parameter],
+) -> tuple[list[Parameter], list[list[Parameter]]]:
+    """Parameters with what they depend on before them, else as declared; and the cycles."""
+    ordered: list[Parameter] = []
+    cycles: list[list[Parameter]] = []
+    left = list(parameters)
+    while left:
+        waiting = {parameter.path for parameter in left}
+        ready = next((p for p in left if not p.reads() & waiting), None)
+        if ready is not None:
+            ordered.append(ready)
+        else:
+            cycles.append(_cycle(left))
+        done = [ready] if ready is not None else cycles[-1]
+        left = [parameter for parameter in left if parameter not in done]
+    return ordered, cycles
+
+
+def _cycle(parameters: Sequence[Parameter]) -> list[Parameter]:
+    """A cycle among parameters each of which depends on another of them."""
+    by_path = {parameter.path: parameter for parameter in parameters}
+    walk = [parameters[0]]
+    while True:
+        following = by_path[min(walk[-1].reads() & by_path.keys())]
+        if following in walk:
+            return walk[walk.index(following) :]
+        walk.append(following)

@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING, Any
 from drtune_ray.config.section import unknown_name
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import ConfigError
-from drtune_ray.space.corners import in_order
 from drtune_ray.space.expressions import Expression, ExpressionError
-from drtune_ray.space.parameters import Parameter, resolve
+from drtune_ray.space.parameters import Parameter, in_order, resolve
 from drtune_ray.space.parsing import CONSTRAINTS, PARAMETERS, read_content
 from drtune_ray.space.problems import Problem, refuse
 from drtune_ray.space.settings import NUM_CLASSES, NUM_TRAIN

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
-from pydantic.fields import FieldInfo
 
 from drtune_ray.config.section import known_paths, reason, refusal
 from drtune_ray.config.trial import TrialConfig
@@ -73,11 +73,6 @@ def setting_paths() -> tuple[str, ...]:
     return tuple(p for p in paths if not any(other.startswith(f"{p}.") for other in paths))
 
 
-def group_of(path: str) -> str:
-    """The group of settings that a setting belongs to; settings of a group are checked together."""
-    return path.rpartition(".")[0]
-
-
 def normal_value(path: str, value: Any) -> tuple[Any, str | None]:
     """A value as the configuration holds it, with a sentence if the setting cannot take it.
 
@@ -91,16 +86,32 @@ def normal_value(path: str, value: Any) -> tuple[Any, str | None]:
 
 
 @functools.cache
+def sections_with_rules() -> tuple[tuple[type[BaseModel], Mapping[str, str]], ...]:
+    """Return the sections with rules between settings, each with its settings' paths by name."""
+    groups = ("", *(path for path in known_paths(TrialConfig) if path not in setting_paths()))
+    found = []
+    for group in groups:
+        section = _section(group)
+        rules = section.__pydantic_decorators__
+        prefix = f"{group}." if group else ""
+        if rules.model_validators or rules.field_validators:
+            below = (path for path in setting_paths() if path.startswith(prefix))
+            found.append((section, {path.removeprefix(prefix): path for path in below}))
+    return tuple(found)
+
+
+@functools.cache
 def _adapter(path: str) -> TypeAdapter[Any]:
-    annotation = _field(path).rebuild_annotation()
+    group, _, leaf = path.rpartition(".")
+    annotation = _section(group).model_fields[leaf].rebuild_annotation()
     return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
 
 
-def _field(path: str) -> FieldInfo:
-    *groups, leaf = path.split(".")
-    section: Any = TrialConfig
-    for group in groups:
-        section = section.model_fields[group].annotation
-        assert issubclass(section, BaseModel)
-    field: FieldInfo = section.model_fields[leaf]
-    return field
+def _section(group: str) -> type[BaseModel]:
+    """Return the class of a group of settings; of the whole trial for an empty path."""
+    section: type[BaseModel] = TrialConfig
+    for name in filter(None, group.split(".")):
+        annotation = section.model_fields[name].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        section = annotation
+    return section
