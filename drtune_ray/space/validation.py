@@ -96,8 +96,10 @@ class SpaceCheck:
             yield Problem("nothing-searched", self._all[0].place, sentence)
         for chosen in self._points(self._deciding):
             self._try(chosen)
+        conditional = {parameter.path for parameter in self._sound if parameter.when}
         for parameter in self._checked:
-            if parameter.path not in self._possible:
+            # Only where its condition reads a parameter that applies at few of the random points.
+            if parameter.path not in self._possible and conditional & parameter.when.reads():
                 self._try_where_it_may_apply(parameter)
         yield from self._wrong.values()
         yield from self._impossible()
@@ -109,10 +111,7 @@ class SpaceCheck:
         return points(sampled, self._named, self._values)
 
     def _try_where_it_may_apply(self, parameter: Parameter) -> None:
-        """Try the values that a condition reads at points at which the parameters read apply.
-
-        One that applies only to a part of another's part may apply at none of the random points.
-        """
+        """Vary what a condition reads, from points at which the parameters that it reads apply."""
         reads = parameter.when.reads()
         near = next(self._points(self._deciding))
         for path in sorted(reads):
