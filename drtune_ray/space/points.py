@@ -23,8 +23,8 @@ Named = Mapping[str, Collection[Any]]
 
 def points(
     sampled: Sequence[Parameter], named: Named, values: Mapping[str, Any]
-) -> Iterator[dict[str, Any]]:
-    """Yield distinct points, the same ones in every process: a value by path for each parameter.
+) -> list[dict[str, Any]]:
+    """Return distinct points, the same ones in every process: a value by path for each parameter.
 
     First the base (the low end of a range that excludes its value), then each end and category
     with the rest at the base, then `NUM_RANDOM` random draws.
@@ -34,25 +34,18 @@ def points(
         named: Values to draw more often, see `named_values`.
         values: Every setting of the base by its path.
     """
-    seen = set()
-    for point in _points(sampled, named, values):
-        if (key := tuple(point.values())) not in seen:
-            seen.add(key)
-            yield point
-
-
-def _points(
-    sampled: Sequence[Parameter], named: Named, values: Mapping[str, Any]
-) -> Iterator[dict[str, Any]]:
     base = {p.path: values[p.path] if p.holds(values[p.path]) else p.ends()[0] for p in sampled}
-    yield base
-    for parameter in sampled:
-        for end in parameter.ends():
-            yield base | {parameter.path: end}
     special = {p.path: _special_values(p, named.get(p.path, ())) for p in sampled}
     generator = random.Random(SEED)
-    for _ in range(NUM_RANDOM):
-        yield {p.path: _drawn(p, special[p.path], generator) for p in sampled}
+    found = [
+        base,
+        *(base | {p.path: end} for p in sampled for end in p.ends()),
+        *(
+            {p.path: _drawn(p, special[p.path], generator) for p in sampled}
+            for _ in range(NUM_RANDOM)
+        ),
+    ]
+    return list({tuple(point.values()): point for point in found}.values())
 
 
 def combinations(parameters: Sequence[Parameter], values: Mapping[str, Any]) -> Iterator[Resolved]:

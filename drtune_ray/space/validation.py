@@ -28,15 +28,18 @@ class _Point:
 
     Attributes:
         values: Every setting by its path, and the facts.
-        taken: Value of each active parameter that decides anything, by path.
         inactive: Paths of the parameters that do not apply.
         unknown: Paths of the parameters whose value or condition cannot be computed.
     """
 
     values: dict[str, Any]
-    taken: dict[str, Any] = field(default_factory=dict)
     inactive: set[str] = field(default_factory=set)
     unknown: set[str] = field(default_factory=set)
+
+    def at(self, expression: Expression) -> str:
+        """Describe the values that an expression reads."""
+        names = sorted(expression.reads() | expression.facts())
+        return _at({name: self.values[name] for name in names if name in self.values})
 
 
 class SpaceCheck:
@@ -87,37 +90,37 @@ class SpaceCheck:
         # refused trials.
         self._wrong: dict[tuple[Place, str], Problem] = {}
         self._possible: dict[str | Expression, Mapping[str, Any]] = {}
-        self._refused: dict[str, Problem] = {}
+        self._refused: dict[tuple[str, ...], Problem] = {}
 
     def problems(self) -> Iterator[Problem]:
         """Yield everything that is wrong."""
         if self._all and not self._broken and not any(p.is_sampled for p in self._all):
             sentence = "it searches nothing: it needs a float, int, choice or ordered parameter"
             yield Problem("nothing-searched", self._all[0].place, sentence)
-        for chosen in self._points(self._deciding):
+        tried = self._points(self._deciding)
+        for chosen in tried:
             self._try(chosen)
         conditional = {parameter.path for parameter in self._sound if parameter.when}
         for parameter in self._checked:
             # Only where its condition reads a parameter that applies at few of the random points.
             if parameter.path not in self._possible and conditional & parameter.when.reads():
-                self._try_where_it_may_apply(parameter)
+                self._try_where_it_may_apply(parameter, tried[0])
         yield from self._wrong.values()
         yield from self._impossible()
         if not self._wrong:
             yield from self._refused.values()
 
-    def _points(self, paths: frozenset[str]) -> Iterator[dict[str, Any]]:
+    def _points(self, paths: frozenset[str]) -> list[dict[str, Any]]:
         sampled = [p for p in self._sound if p.is_sampled and p.path in paths]
         return points(sampled, self._named, self._values)
 
-    def _try_where_it_may_apply(self, parameter: Parameter) -> None:
+    def _try_where_it_may_apply(self, parameter: Parameter, near: Mapping[str, Any]) -> None:
         """Vary what a condition reads, from points at which the parameters that it reads apply."""
         reads = parameter.when.reads()
-        near = next(self._points(self._deciding))
         for path in sorted(reads):
-            near |= self._possible.get(path, {})
+            near = {**near, **self._possible.get(path, {})}
         for chosen in self._points(reads):
-            self._try(near | chosen)
+            self._try({**near, **chosen})
             if parameter.path in self._possible:
                 return
 
@@ -152,17 +155,19 @@ class SpaceCheck:
         return point
 
     def _take(self, parameter: Parameter, chosen: Mapping[str, Any], point: _Point) -> None:
-        path = parameter.path
-        if parameter.is_sampled and path not in chosen:
-            return
-        value = chosen[path] if parameter.is_sampled else parameter.derived(point.values)
-        if parameter.expression is not None:
+        path, expression = parameter.path, parameter.expression
+        if parameter.is_sampled:
+            value, refusal = chosen.get(path, self._values[path]), None
+        else:
+            value = parameter.derived(point.values)
             _, refusal = normal_value(path, value)
-            if refusal:
-                point.unknown.add(path)
-                self._gives_no_value(parameter.expression, refusal, point)
-                return
-        point.values[path] = point.taken[path] = value
+        if expression is not None and refusal:
+            point.unknown.add(path)
+            sentence = f"{expression.text!r}{point.at(expression)}: {refusal}"
+            problem = Problem("expression-value", expression.place, sentence)
+            self._wrong.setdefault((expression.place, expression.text), problem)
+        else:
+            point.values[path] = value
 
     def _try_constraints(self, point: _Point, chosen: Mapping[str, Any]) -> None:
         for constraint, reads in self._constraints.items():
@@ -179,19 +184,23 @@ class SpaceCheck:
         """Check whether values that are valid by themselves make a valid trial."""
         if self._is_valid(point.values):
             return
-        refusal = self._refusal(point.taken)
-        if refusal in self._refused:
-            return
-        culprits = dict(point.taken)
-        for path in point.taken:
-            fewer = {other: value for other, value in culprits.items() if other != path}
+        ruled = {path for _, leaves in self._ruled for path in leaves.values()}
+        culprits = {p.path: p for p in self._sound if p.path in ruled}
+        for path in list(culprits):
+            fewer = {other: point.values[other] for other in culprits if other != path}
             if not self._is_valid(self._values | fewer):
-                culprits = fewer
-        places = [parameter.place for parameter in self._sound if parameter.path in culprits]
-        which = "one of them" if len(culprits) > 1 else "it"
-        sentence = f"{refusal}{_at(culprits)}: give {which} another range or a `when`"
-        place = max(places, key=lambda place: place.line)
-        self._refused[refusal] = Problem("invalid-together", place, sentence)
+                del culprits[path]
+        values = {path: point.values[path] for path in culprits}
+        try:
+            self._base.with_values(values)
+        except ConfigError as error:
+            which = "one of them" if len(culprits) > 1 else "it"
+            sentence = (
+                f"{'; '.join(error.problems)}{_at(values)}: give {which} another range or a `when`"
+            )
+            place = max((p.place for p in culprits.values()), key=lambda place: place.line)
+            problem = Problem("invalid-together", place, sentence)
+            self._refused.setdefault(tuple(culprits), problem)
 
     def _is_valid(self, values: Mapping[str, Any]) -> bool:
         """Tell whether a trial keeps the rules between settings; fast, without the reason."""
@@ -202,24 +211,12 @@ class SpaceCheck:
             return False
         return True
 
-    def _refusal(self, taken: Mapping[str, Any]) -> str:
-        try:
-            self._base.with_values(taken)
-        except ConfigError as error:
-            return "; ".join(error.problems)
-        raise AssertionError(f"a trial is valid but its sections are not: {taken}")
-
     # ---- problems
 
     def _fails(self, expression: Expression | None, error: ExpressionError, point: _Point) -> None:
         assert expression is not None
-        sentence = f"{error}{_at(_read_by(expression, point))}"
+        sentence = f"{error}{point.at(expression)}"
         problem = Problem("expression-fails", expression.place, sentence)
-        self._wrong.setdefault((expression.place, expression.text), problem)
-
-    def _gives_no_value(self, expression: Expression, refusal: str, point: _Point) -> None:
-        sentence = f"{expression.text!r}{_at(_read_by(expression, point))}: {refusal}"
-        problem = Problem("expression-value", expression.place, sentence)
         self._wrong.setdefault((expression.place, expression.text), problem)
 
     def _impossible(self) -> Iterator[Problem]:
@@ -267,11 +264,6 @@ def cycle_problem(cycle: Sequence[Parameter]) -> Problem:
     first = min(cycle, key=lambda parameter: parameter.place.line)
     sentence = f"{first.path} depends on itself: {chain}; remove one of these dependencies"
     return Problem("cycle", first.place, sentence)
-
-
-def _read_by(expression: Expression, point: _Point) -> dict[str, Any]:
-    names = sorted(expression.reads() | expression.facts())
-    return {name: point.values[name] for name in names if name in point.values}
 
 
 def _at(values: Mapping[str, Any]) -> str:
