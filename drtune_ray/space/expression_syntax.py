@@ -1,4 +1,4 @@
-"""What is wrong with an expression, whatever the values of the settings."""
+"""The syntax of expressions: what is allowed, and problems whatever the values of settings."""
 
 from __future__ import annotations
 
@@ -30,15 +30,10 @@ OPERATORS = (
     *(ast.Not, ast.USub, ast.UAdd, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod),
     *(ast.Pow, ast.Eq, ast.NotEq, *ORDERS, ast.In, ast.NotIn),
 )
-# None of these turns around within a range, so that extremes lie at the ends of ranges.
-MONOTONE = (
-    *(ast.Compare, ast.BinOp, ast.UnaryOp, ast.Call, ast.Name, ast.Constant, ast.Load),
-    *(*ORDERS, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.USub, ast.UAdd),
-)
 
 
 def expression_problems(text: Any, place: Place) -> Iterator[Problem]:
-    """What is wrong with an expression, whatever the values of the settings."""
+    """Yield what is wrong with an expression, whatever the values of the settings."""
     if not isinstance(text, str) or not text.strip():
         yield Problem("expression-text", place, f"{text!r} must be an expression, as text")
         return
@@ -60,7 +55,7 @@ def expression_problems(text: Any, place: Place) -> Iterator[Problem]:
 
 
 def _tree_problems(node: ast.expr, place: Place) -> Iterator[Problem]:
-    """As :func:`expression_problems`; nothing below a node that is refused."""
+    """Yield the problems of a tree; nothing below a node that is refused."""
     if isinstance(node, ast.Name):
         yield from _name_problems(node.id, place)
         return
@@ -113,7 +108,7 @@ def _not_allowed(node: ast.expr, place: Place) -> Problem:
 
 
 def _literal_problems(node: ast.Compare, place: Place) -> Iterator[Problem]:
-    """Words that a setting is compared with but never has."""
+    """Yield words that a setting is compared with but can never have."""
     left = node.left
     for op, right in zip(node.ops, node.comparators, strict=True):
         if isinstance(op, ast.Eq | ast.NotEq | ast.In | ast.NotIn):
@@ -138,28 +133,28 @@ def _word_problems(setting: ast.expr, other: ast.expr, place: Place) -> Iterator
 
 @functools.lru_cache(maxsize=1024)
 def tree_of(text: str) -> ast.expr:
-    """The tree of an expression, for reading only.
+    """Return the tree of an expression, for reading only.
 
     Raises:
-        SyntaxError: If it is no expression.
+        SyntaxError: If the text is not an expression.
     """
     tree: ast.expr = _Folder().visit(parsed_expression(text))
     return tree
 
 
 def parsed_expression(text: str) -> ast.expr:
-    """The tree as Python has it.
+    """Return the tree that Python parses.
 
     Raises:
-        SyntaxError: If it is no expression.
+        SyntaxError: If the text is not an expression.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd comparisons, which are refused afterwards
+        warnings.simplefilter("ignore")  # odd comparisons are refused afterwards
         return ast.parse(text.strip(), mode="eval").body
 
 
 def depth_of(tree: ast.AST) -> int:
-    """Number of levels of a tree."""
+    """Return the number of levels of a tree."""
     depth, level = 0, [tree]
     while level:
         depth += 1
@@ -168,28 +163,22 @@ def depth_of(tree: ast.AST) -> int:
 
 
 def names_in(tree: ast.AST) -> frozenset[str]:
-    """The names in a tree: settings, facts and functions."""
+    """Return the names in a tree: settings, facts and functions."""
     return frozenset(node.id for node in ast.walk(tree) if isinstance(node, ast.Name))
 
 
 def settings_in(tree: ast.AST) -> frozenset[str]:
-    """The settings in a tree."""
+    """Return the settings in a tree."""
     return names_in(tree) & frozenset(setting_paths())
 
 
-def comparisons(tree: ast.expr) -> Iterator[tuple[str, ast.expr]]:
-    """Each setting that is compared with an operand free of settings, with this operand."""
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Compare) or len(node.ops) != 1:
-            continue
-        sides = (node.left, node.comparators[0])
-        for side, other in (sides, sides[::-1]):
-            if isinstance(side, ast.Name) and settings_in(side) and not settings_in(other):
-                yield side.id, other
+def literals_in(tree: ast.AST) -> frozenset[Any]:
+    """Return the numbers and words in a tree."""
+    return frozenset(node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
 
 
 class _Folder(ast.NodeTransformer):
-    """Makes one name of ``optim.name``, and values of YAML's words."""
+    """Replaces ``optim.name`` by a single name, and YAML's words by their values."""
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:  # noqa: N802
         whole: ast.expr = node

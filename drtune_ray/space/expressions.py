@@ -1,7 +1,7 @@
 """Expressions between settings: ``0.5 * method.bank_size / training.batch_size``.
 
-Written in Python's arithmetic and comparisons over the paths of `TrialConfig` and the facts of
-`FACTS`; simpleeval computes them, after `expression_problems` has let nothing else through.
+An expression uses Python's arithmetic and comparisons over the paths of `TrialConfig` and the facts
+of `FACTS`. simpleeval computes it, once `expression_problems` has found nothing else in it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import simpleeval
 from drtune_ray.errors import ConfigError
 from drtune_ray.space.expression_syntax import (
     FUNCTIONS,
-    MONOTONE,
     ORDERS,
-    comparisons,
+    literals_in,
     names_in,
     settings_in,
     tree_of,
@@ -28,20 +27,20 @@ from drtune_ray.space.problems import Place
 from drtune_ray.space.settings import FACTS
 
 MAX_EXPONENT = 100
-# The least violation of a constraint: a < b with a = b differs by nothing but does not hold.
+# The smallest violation of a constraint: a < b with a = b does not hold though nothing differs.
 LEAST_VIOLATION = 1e-6
 
 
 class ExpressionError(ConfigError):
-    """An expression that cannot be computed for some values."""
+    """An expression cannot be computed for some values."""
 
 
 class UnknownFact(ConfigError):
-    """A fact about the images that is not known yet."""
+    """A fact about the images is not known yet."""
 
 
 class _Inactive(Exception):
-    """A setting that is not searched in this trial."""
+    """A setting is not searched in this trial."""
 
 
 @dataclass(frozen=True)
@@ -49,37 +48,45 @@ class Expression:
     """An expression that passed :func:`expression_problems`.
 
     Attributes:
-        text: As the user wrote it.
-        place: Where.
+        text: Text that the user wrote.
+        place: Place of its declaration.
     """
 
     text: str
     place: Place = field(default=Place(), compare=False, repr=False)
 
     def reads(self) -> frozenset[str]:
-        """Paths of the settings in it."""
+        """Return the paths of the settings in it."""
         return settings_in(tree_of(self.text))
 
     def facts(self) -> frozenset[str]:
-        """The facts in it."""
+        """Return the facts in it."""
         return names_in(tree_of(self.text)) & FACTS.keys()
 
+    def literals(self) -> frozenset[Any]:
+        """Return the numbers and words in it."""
+        return literals_in(tree_of(self.text))
+
     def evaluate(self, values: Mapping[str, Any]) -> Any:
-        """Its value.
+        """Return its value.
 
         Args:
-            values: Every setting by its path, and facts.
+            values: Every setting by its path, and the facts.
 
         Raises:
-            ExpressionError: If it has no value, as at a division by zero.
+            ExpressionError: If it has no value, for example at a division by zero.
             UnknownFact: If it uses a fact that `values` lack.
         """
         return self._computed(tree_of(self.text), values, frozenset())
 
     def holds(self, values: Mapping[str, Any], inactive: Collection[str] = ()) -> bool:
-        """Whether it is true; what depends on an inactive setting is not.
+        """Return whether it is true; what depends on an inactive setting is not.
 
-        In three values: ``a or b`` holds where one of both does, even if the other is inactive.
+        The logic has three values: ``a or b`` is true if ``b`` is, even if ``a`` is inactive.
+
+        Args:
+            values: Every setting by its path, and the facts.
+            inactive: Paths of the parameters that do not apply.
 
         Raises:
             ExpressionError: If it is neither true nor false.
@@ -94,10 +101,10 @@ class Expression:
         return value
 
     def violation(self, values: Mapping[str, Any]) -> float:
-        """How far it is from holding: 0.0 where it holds, else above 0.
+        """Return how far it is from being true: 0.0 if it is true, otherwise above 0.
 
         Comparisons of numbers by <, <=, >, >= give their largest difference divided by the larger
-        magnitude of both sides, anything else 1.0.
+        magnitude of the two sides; anything else gives 1.0.
 
         Raises:
             ExpressionError: If it is neither true nor false.
@@ -118,37 +125,6 @@ class Expression:
             for op, left, right in zip(tree.ops, sides, sides[1:], strict=False)
         ]
         return max(LEAST_VIOLATION, *excesses)
-
-    def thresholds(self, facts: Mapping[str, Any]) -> dict[str, set[float] | None]:
-        """The numbers that each setting is compared with; None where it is used otherwise."""
-        tree = tree_of(self.text)
-        found: dict[str, set[float] | None] = {path: set() for path in self.reads()}
-        compared: list[str] = []
-        for path, operand in comparisons(tree):
-            compared.append(path)
-            try:
-                given = self._computed(operand, facts, frozenset())
-            except ConfigError:  # a fact that is not known yet
-                found[path] = None
-            if (numbers := found[path]) is not None:
-                items = given if isinstance(given, list | tuple) else [given]
-                numbers.update(float(item) for item in items if isinstance(item, int | float))
-        used = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
-        return {
-            path: numbers if compared.count(path) == used.count(path) else None
-            for path, numbers in found.items()
-        }
-
-    def is_monotone(self) -> bool:
-        """Whether it is one comparison whose sides rise or fall steadily with each setting."""
-        tree = tree_of(self.text)
-        if not isinstance(tree, ast.Compare) or len(tree.ops) != 1:
-            return False
-        nodes = list(ast.walk(tree))
-        settings = [n.id for n in nodes if isinstance(n, ast.Name) and n.id in self.reads()]
-        return len(settings) == len(set(settings)) and all(
-            isinstance(node, MONOTONE) for node in nodes
-        )
 
     def _computed(
         self, node: ast.expr, values: Mapping[str, Any], inactive: Collection[str]
@@ -171,7 +147,7 @@ def _excess(op: ast.cmpop, left: float, right: float) -> float:
 
 
 class _Names:
-    """The values of names, as simpleeval asks for them."""
+    """The values of names, in the form that simpleeval reads."""
 
     def __init__(self, values: Mapping[str, Any], inactive: Collection[str]) -> None:
         self._values, self._inactive = values, inactive

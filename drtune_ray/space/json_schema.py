@@ -1,6 +1,6 @@
-"""The JSON Schema of a search space, for editors: names, kinds and bounds as one types.
+"""The JSON Schema of a search space: editors check names, kinds and bounds with it.
 
-Written to search_spaces/schema.json; the shipped spaces name it in their first line.
+search_spaces/schema.json holds it; the shipped spaces name that file in their first line.
 """
 
 from __future__ import annotations
@@ -18,20 +18,24 @@ NUMBERS = ("integer", "number")
 EXPRESSION = {
     "type": "string",
     "minLength": 1,
-    "description": "Python's arithmetic and comparisons over settings and the facts "
+    "description": "Python's arithmetic and comparisons, over settings and the facts "
     + ", ".join(FACTS),
 }
 OPTION_SCHEMAS: dict[str, dict[str, Any]] = {
-    "log": {"type": "boolean", "description": "Draw in the logarithm."},
-    "step": {"type": "number", "exclusiveMinimum": 0, "description": "Distance of the values."},
+    "log": {"type": "boolean", "description": "Draw uniformly in the logarithm."},
+    "step": {
+        "type": "number",
+        "exclusiveMinimum": 0,
+        "description": "Distance between neighbouring values.",
+    },
     "when": {"$ref": "#/$defs/condition"},
 }
 
 
 def space_schema() -> dict[str, Any]:
-    """What a space may hold, made from the schema of `TrialConfig`.
+    """Return the schema of a search space, made from the schema of `TrialConfig`.
 
-    It knows single values; what depends on several settings only reading the space shows.
+    It covers single values; rules between settings are checked when the space is read.
     """
     trial = TrialConfig.model_json_schema()
     parameters = {}
@@ -58,7 +62,7 @@ def space_schema() -> dict[str, Any]:
         "$defs": {
             "expression": EXPRESSION,
             "condition": {
-                "description": "Where the parameter applies: values of settings, or an expression.",
+                "description": "When the parameter applies: values of settings, or an expression.",
                 "anyOf": [
                     {
                         "type": "object",
@@ -73,12 +77,12 @@ def space_schema() -> dict[str, Any]:
 
 
 def schema_text() -> str:
-    """The content of search_spaces/schema.json."""
+    """Return the content of search_spaces/schema.json."""
     return json.dumps(space_schema(), indent=1) + "\n"
 
 
 def _setting(trial: dict[str, Any], path: str) -> dict[str, Any]:
-    """The schema of one setting, as pydantic gives it."""
+    """Return pydantic's schema of one setting."""
     node = trial
     for key in path.split("."):
         if "$ref" in node:

@@ -1,8 +1,8 @@
-"""The parameters of a search space: what each may be, when it applies, how Optuna draws it."""
+"""The parameters of a search space: their values, their conditions, how Optuna draws them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,11 +22,11 @@ KINDS: tuple[Kind, ...] = (*SAMPLED, "constant", "expression")
 
 @dataclass(frozen=True)
 class Condition:
-    """When a parameter applies; without any content, always.
+    """The condition under which a parameter applies; an empty one always holds.
 
     Attributes:
-        values: Paths, each with the values of which it must have one; all must hold.
-        expression: Instead of `values`.
+        values: Pairs of a path and its allowed values; each path must have one of its values.
+        expression: Expression that must be true; replaces `values`.
     """
 
     values: tuple[tuple[str, tuple[Any, ...]], ...] = ()
@@ -43,13 +43,17 @@ class Condition:
         )
 
     def reads(self) -> frozenset[str]:
-        """Paths of the settings that it depends on."""
+        """Return the paths of the settings that it depends on."""
         if self.expression is not None:
             return self.expression.reads()
         return frozenset(path for path, _ in self.values)
 
     def holds(self, values: Mapping[str, Any], inactive: Collection[str] = ()) -> bool:
-        """Whether it holds; a condition on an inactive parameter does not.
+        """Return whether it is true; a condition on an inactive parameter is not.
+
+        Args:
+            values: Every setting by its path, and the facts.
+            inactive: Paths of the parameters that do not apply.
 
         Raises:
             ExpressionError: If its expression cannot be computed.
@@ -62,7 +66,7 @@ class Condition:
         )
 
     def to_plain(self) -> Any:
-        """As it stands in YAML."""
+        """Return the plain value that YAML holds."""
         if self.expression is not None:
             return self.expression.text
         return {path: v[0] if len(v) == 1 else list(v) for path, v in self.values}
@@ -73,18 +77,18 @@ ALWAYS = Condition()
 
 @dataclass(frozen=True)
 class Parameter:
-    """One path of `TrialConfig` in a space.
+    """A setting of `TrialConfig` in a search space.
 
     Attributes:
-        path: Dotted.
+        path: Dotted path of the setting.
         kind: One of `KINDS`.
-        bounds: Lowest and highest value of ``float`` and ``int``.
-        values: Of ``choice``, of ``ordered`` from first to last, the one of ``constant``.
-        log: Whether steps are taken in the logarithm.
-        step: Distance of neighbouring values, from the lowest on.
-        when: Where it applies; elsewhere the setting keeps its value of the base.
-        expression: Gives the value of ``expression``.
-        place: Where it is declared.
+        bounds: Lowest and highest value; for ``float`` and ``int``.
+        values: Categories, for ``ordered`` from first to last; the single value of ``constant``.
+        log: Whether values are drawn uniformly in the logarithm.
+        step: Distance between neighbouring values, counted from the lowest; None if continuous.
+        when: Condition under which it applies; otherwise the setting keeps its value in the base.
+        expression: Expression that computes the value; for ``expression``.
+        place: Place of its declaration.
     """
 
     path: str
@@ -99,33 +103,37 @@ class Parameter:
 
     @property
     def is_sampled(self) -> bool:
-        """Whether Optuna draws it; constants and expressions follow from the rest."""
+        """Whether Optuna draws it; a constant or an expression follows from the rest."""
         return self.kind in SAMPLED
 
     @property
     def name(self) -> str:
-        """Its name in the Optuna study: the path; of ``ordered`` with the values too.
+        """Its name in the Optuna study: the path; for ``ordered`` followed by the values.
 
-        Optuna has no ordered categories, so their place, from 0, is drawn as an int: the sampler
-        sees which values are neighbours, and the name says what each number means.
+        Optuna has no ordered categories, so their index, from 0, is drawn as an int: the sampler
+        sees which values are neighbours, and the name tells what each index means.
         """
         if self.kind == "ordered":
             return f"{self.path} [{', '.join(map(str, self.values))}]"
         return self.path
 
     def ends(self) -> tuple[Any, ...]:
-        """The values that must make a valid trial: both ends, or every value."""
+        """Return both ends of a range, or every category."""
         if self.kind in RANGES:
             return tuple(int(end) if self.kind == "int" else end for end in self.bounds)
         return self.values
 
+    def expressions(self) -> list[Expression]:
+        """Return the expressions of its condition and of its value."""
+        return [each for each in (self.when.expression, self.expression) if each is not None]
+
     def reads(self) -> frozenset[str]:
-        """Paths of the settings that it depends on."""
+        """Return the paths of the settings that it depends on."""
         own = self.expression.reads() if self.expression else frozenset()
         return self.when.reads() | own
 
     def suggest(self, trial: optuna.Trial) -> Any:
-        """Ask Optuna for a value."""
+        """Return a value from Optuna."""
         low, high = self.bounds
         if self.kind == "ordered":
             return self.values[trial.suggest_int(self.name, 0, len(self.values) - 1)]
@@ -138,14 +146,14 @@ class Parameter:
         return trial.suggest_float(self.name, low, high, log=self.log, step=self.step)
 
     def stored(self, value: Any) -> Any:
-        """A value as the Optuna study holds it."""
+        """Return a value in the form that the Optuna study holds."""
         return self.values.index(value) if self.kind == "ordered" else value
 
     def derived(self, values: Mapping[str, Any]) -> Any:
-        """The value of a ``constant`` or ``expression``.
+        """Return the value of a ``constant`` or ``expression``.
 
         Args:
-            values: Every setting by its path, and facts.
+            values: Every setting by its path, and the facts.
 
         Raises:
             ExpressionError: If the expression cannot be computed.
@@ -154,7 +162,7 @@ class Parameter:
         return self.expression.evaluate(values) if self.expression else self.values[0]
 
     def holds(self, value: Any) -> bool:
-        """Whether a value lies in the range; of ``expression`` none does by itself."""
+        """Return whether it can draw a value; an ``expression`` draws none."""
         if self.kind not in RANGES:
             return value in self.values
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -166,7 +174,7 @@ class Parameter:
         return is_on_step if self.step or self.kind == "int" else True
 
     def to_plain(self) -> dict[str, Any]:
-        """As it stands in YAML below its path."""
+        """Return the plain value that YAML holds below its path."""
         content: Any = list(self.ends())
         if self.kind == "constant":
             content = self.values[0]
@@ -183,18 +191,18 @@ class Parameter:
 
 
 def path_of(name: str) -> str:
-    """The path of a parameter from its name in the Optuna study, see `Parameter.name`."""
+    """Return the path of a parameter from its name in the Optuna study, see `Parameter.name`."""
     return name.partition(" ")[0]
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A point of a space.
+    """A point of a search space.
 
     Attributes:
-        values: Every setting, and the facts.
+        values: Every setting by its path, and the facts.
         taken: Value of each active parameter, by path.
-        inactive: Paths of the others.
+        inactive: Paths of the parameters that do not apply.
     """
 
     values: Mapping[str, Any]
@@ -207,12 +215,12 @@ def resolve(
     values: Mapping[str, Any],
     sampled: Callable[[Parameter], Any],
 ) -> Resolved:
-    """Walk parameters in order of dependency, giving each active one its value.
+    """Give each active parameter its value, in order of dependency.
 
     Args:
-        parameters: In an order in which each reads earlier ones only.
-        values: Every setting of the base, and facts.
-        sampled: Gives the value of a sampled parameter.
+        parameters: Parameters in an order in which each reads earlier ones only.
+        values: Every setting of the base by its path, and the facts.
+        sampled: Function that returns the value of a sampled parameter.
 
     Raises:
         ExpressionError: If an expression cannot be computed.
@@ -227,3 +235,33 @@ def resolve(
         value = sampled(parameter) if parameter.is_sampled else parameter.derived(all_values)
         all_values[parameter.path] = taken[parameter.path] = value
     return Resolved(all_values, taken, frozenset(inactive))
+
+
+def in_order(
+    parameters: Sequence[Parameter],
+) -> tuple[list[Parameter], list[list[Parameter]]]:
+    """Return parameters after those that they depend on, otherwise as declared; and the cycles."""
+    ordered: list[Parameter] = []
+    cycles: list[list[Parameter]] = []
+    left = list(parameters)
+    while left:
+        waiting = {parameter.path for parameter in left}
+        ready = next((p for p in left if not p.reads() & waiting), None)
+        if ready is not None:
+            ordered.append(ready)
+        else:
+            cycles.append(_cycle(left))
+        done = [ready] if ready is not None else cycles[-1]
+        left = [parameter for parameter in left if parameter not in done]
+    return ordered, cycles
+
+
+def _cycle(parameters: Sequence[Parameter]) -> list[Parameter]:
+    """Return a cycle among parameters each of which depends on another of them."""
+    by_path = {parameter.path: parameter for parameter in parameters}
+    walk = [parameters[0]]
+    while True:
+        following = by_path[min(walk[-1].reads() & by_path.keys())]
+        if following in walk:
+            return walk[walk.index(following) :]
+        walk.append(following)

@@ -1,4 +1,4 @@
-"""From the plain content of a search space to its parameters: form, names, ranges and values."""
+"""Parse the plain content of a search space: form, names, ranges and values."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 
 @dataclass
 class Reading:
-    """What was understood of a space.
+    """The part of a search space that could be parsed.
 
     Attributes:
-        parameters: Those without a problem, as declared.
-        constraints: Those without a problem.
+        parameters: Parameters without a problem, as declared.
+        constraints: Constraints without a problem.
         broken: Paths of the other parameters.
-        problems: What is wrong.
+        problems: Problems found.
     """
 
     parameters: list[Parameter] = field(default_factory=list)
@@ -47,7 +47,7 @@ class Reading:
 
 
 def read_content(content: Mapping[str, Any]) -> Reading:
-    """Read every parameter and constraint, whatever is wrong with the others."""
+    """Parse every parameter and constraint, whatever is wrong with the others."""
     reading = Reading()
     for key in content:
         if key not in KEYS:
@@ -96,7 +96,7 @@ def _read_constraints(content: Mapping[str, Any], reading: Reading) -> None:
 
 
 def _read_parameter(path: str, body: Any, place: Place) -> tuple[Parameter | None, list[Problem]]:
-    """A parameter of the right form, and what is wrong with it by itself."""
+    """Return a parameter of the right form, and the problems that it has by itself."""
     if problems := list(_path_problems(path, place)):
         return None, problems
     kinds = [kind for kind in get_args(Kind) if isinstance(body, Mapping) and kind in body]
@@ -168,7 +168,7 @@ def _read_range(
 
 
 def _number(value: Any) -> float | None:
-    """A finite number; YAML reads 1e-4 as text, which is taken for the number it is."""
+    """Return a finite number; YAML reads 1e-4 as text, which is converted."""
     try:
         number = float("nan") if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -201,7 +201,7 @@ def _range_problems(parameter: Parameter, place: Place) -> Iterator[Problem]:
 
 
 def _end_problems(parameter: Parameter, place: Place) -> Iterator[Problem]:
-    """Whether the setting takes both ends, and what lies between them."""
+    """Yield what is wrong if the setting refuses an end, or values between the ends."""
     path, (low, high) = parameter.path, parameter.bounds
     found = [normal_value(path, end) for end in dict.fromkeys(parameter.ends())]
     for value, problem in found:

@@ -1,4 +1,4 @@
-"""What is wrong with a search space: each problem with the rule that it breaks and its place."""
+"""Problems of a search space, each with its rule, its place and a sentence."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from drtune_ray.values import LinedDict, LinedList
 
 @dataclass(frozen=True)
 class Place:
-    """Where something is declared.
+    """The place of a declaration.
 
     Attributes:
-        source: The file; empty where the space did not come from one.
-        line: Of the file, from 1; without a file the rank of the declaration.
+        source: Path of the file; empty if the space does not come from a file.
+        line: Line of the file, from 1; without a file the rank of the declaration.
     """
 
     source: str = ""
@@ -31,9 +31,9 @@ class Problem:
     """A broken rule.
 
     Attributes:
-        rule: Its name; a file of this name lies in tests/search/bad_spaces.
-        place: Where.
-        sentence: The condition, the values and the fix.
+        rule: Name of the rule; tests/space/bad_spaces has a file of this name.
+        place: Place of the declaration that breaks it.
+        sentence: What is wrong, the values and the fix.
     """
 
     rule: str
@@ -45,7 +45,7 @@ class Problem:
 
 
 def place_below(container: Any, key: Any, otherwise: Place) -> Place:
-    """Where a key of a mapping, or an item of a list, stands in its file."""
+    """Return the place of a key of a mapping, or of an item of a list, in its file."""
     if isinstance(container, LinedDict) and key in container.lines:
         return Place(container.source, container.lines[key])
     if isinstance(container, LinedList) and key < len(container.lines):
@@ -54,7 +54,7 @@ def place_below(container: Any, key: Any, otherwise: Place) -> Place:
 
 
 def refuse(problems: Iterable[Problem]) -> None:
-    """Raise what was found, in the order of the file.
+    """Raise an error that names every problem, in the order of the file.
 
     Raises:
         ConfigError: If there is any problem.

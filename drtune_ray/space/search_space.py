@@ -1,4 +1,4 @@
-"""The declarative search space: YAML to Optuna's define-by-run, and back from a configuration.
+"""The declarative search space: from YAML to Optuna's define-by-run, and from a trial back.
 
     parameters:
       method.bank_size: {int: [64, 4096], log: true}
@@ -8,7 +8,7 @@
     constraints:
       - training.batch_size <= method.bank_size
 
-Keys are paths of `TrialConfig`; docs/search-space.md has all kinds, conditions and rules.
+Keys are paths of `TrialConfig`; docs/search-space.md describes all kinds, conditions and rules.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING, Any
 from drtune_ray.config.section import unknown_name
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import ConfigError
-from drtune_ray.space.corners import in_order
 from drtune_ray.space.expressions import Expression, ExpressionError
-from drtune_ray.space.parameters import Parameter, resolve
+from drtune_ray.space.parameters import Parameter, in_order, resolve
 from drtune_ray.space.parsing import CONSTRAINTS, PARAMETERS, read_content
 from drtune_ray.space.problems import Problem, refuse
 from drtune_ray.space.settings import NUM_CLASSES, NUM_TRAIN
@@ -40,18 +39,18 @@ SUFFIX = ".yaml"
 
 
 class _Outside(Exception):
-    """A configuration that does not lie in the space."""
+    """A configuration lies outside of the space."""
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """What a study varies.
+    """The settings that a study varies.
 
     Attributes:
-        parameters: Each after those that it depends on, else as declared.
-        constraints: Expressions that a trial should keep.
-        base: The configuration that the space was checked against.
-        facts: What is known of the images, as `FACTS`; nothing before `clamped`.
+        parameters: Parameters, each after those that it depends on, otherwise as declared.
+        constraints: Expressions that should be true in a trial.
+        base: Configuration that the space was checked on.
+        facts: Known facts about the images, see `FACTS`; empty before `clamped`.
     """
 
     parameters: tuple[Parameter, ...]
@@ -61,21 +60,21 @@ class SearchSpace:
 
     @classmethod
     def from_mapping(cls, content: Mapping[str, Any], base: TrialConfig) -> SearchSpace:
-        """Read a space and check it against the configuration that it varies.
+        """Parse a space and check it on the configuration that it varies.
 
         Args:
-            content: As it stands in YAML; as `read_space` gives it, problems name the line.
+            content: Plain content of YAML; messages name the line if it comes from `read_space`.
             base: The trial of the study.
 
         Raises:
-            ConfigError: Naming every problem, see docs/search-space.md.
+            ConfigError: If anything is wrong; it names every problem, see docs/search-space.md.
         """
         space, problems = examined(content, base)
         refuse(problems)
         return space
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain values, of which `from_mapping` makes an equal space."""
+        """Return plain values from which `from_mapping` makes an equal space."""
         plain: dict[str, Any] = {PARAMETERS: {p.path: p.to_plain() for p in self.parameters}}
         if self.constraints:
             plain[CONSTRAINTS] = [constraint.text for constraint in self.constraints]
@@ -84,16 +83,16 @@ class SearchSpace:
     def clamped(
         self, num_train: int, num_classes: int | None = None
     ) -> tuple[SearchSpace, list[str]]:
-        """The space on images that were read, with sentences that say what they change.
+        """Return the space on images that were read, and sentences about what they change.
 
-        Bank sizes are cut to the number of training images, expressions get the facts.
+        Bank sizes are cut to the number of training images; expressions can use the facts.
 
         Args:
             num_train: Number of training images.
             num_classes: Number of classes.
 
         Raises:
-            ConfigError: If a constraint can no longer hold, or an expression gives no valid value.
+            ConfigError: If a constraint can no longer hold, or an expression has no valid value.
         """
         facts = {NUM_TRAIN: num_train}
         if num_classes is not None:
@@ -112,24 +111,24 @@ class SearchSpace:
         )
         space = replace(self, parameters=tuple(parameters), base=base, facts=facts)
         problems = space._problems()
-        # With other images it may apply: no reason to refuse the space.
+        # It may apply with other images, so the space is not refused.
         unused = [problem for problem in problems if problem.rule == "never-applies"]
         refuse(problem for problem in problems if problem not in unused)
         return space, [*notes, *(problem.sentence for problem in unused)]
 
     def suggest(self, trial: optuna.Trial, base: TrialConfig) -> TrialConfig:
-        """`base` with a value for every active parameter: from Optuna, or computed.
+        """Return `base` with a value for every active parameter: from Optuna, or computed.
 
         Raises:
-            ConfigError: If an expression gives no valid value at this point.
+            ConfigError: If an expression has no valid value at this point.
         """
         resolved = resolve(self.parameters, self._values(base), lambda p: p.suggest(trial))
         return base.with_values(resolved.taken)
 
     def locate(self, config: TrialConfig, base: TrialConfig) -> dict[str, Any] | None:
-        """The values in Optuna by which `base` becomes `config`; None if it lies outside.
+        """Return the values in Optuna that turn `base` into `config`; None if it lies outside.
 
-        Keys are the names in the Optuna study, see `Parameter.name`. Constraints are not asked.
+        Keys are the names in the Optuna study, see `Parameter.name`. Constraints do not matter.
         """
         wanted = flattened(config.to_mapping())
 
@@ -149,9 +148,9 @@ class SearchSpace:
         return {p.name: p.stored(found.taken[p.path]) for p in sampled}
 
     def active(self, config: TrialConfig) -> tuple[str, ...]:
-        """Paths of the parameters whose conditions hold in a configuration, of any origin.
+        """Return the paths of the parameters whose conditions are true in a configuration.
 
-        One outside of the space may have values that a condition cannot be computed from.
+        Any configuration is accepted: a condition that cannot be computed counts as false.
         """
         values, inactive = self._values(config), set[str]()
         for parameter in self.parameters:
@@ -164,11 +163,10 @@ class SearchSpace:
         return tuple(p.path for p in self.parameters if p.path not in inactive)
 
     def violations(self, config: TrialConfig) -> dict[str, float]:
-        """How far a configuration is from keeping each constraint, by the constraint's text.
+        """Return how far a configuration is from each constraint, by the constraint's text.
 
-        0.0 where it holds and above 0 where it does not, as Optuna's constraints want it:
-        comparisons of numbers by <, <=, >, >= give the difference divided by the larger magnitude
-        of both sides, anything else 1.0.
+        0.0 if it holds and above 0 if it does not, the form of Optuna's constraints; see
+        `Expression.violation`.
 
         Raises:
             ConfigError: If a constraint cannot be computed, or uses a fact before `clamped`.
@@ -187,7 +185,7 @@ class SearchSpace:
 
 
 def examined(content: Mapping[str, Any], base: TrialConfig) -> tuple[SearchSpace, list[Problem]]:
-    """What could be understood of a space, and everything that is wrong with it."""
+    """Return the part of a space that could be parsed, and everything that is wrong with it."""
     reading = read_content(content)
     parameters, cycles = in_order(reading.parameters)
     problems = [*reading.problems, *map(cycle_problem, cycles)]
@@ -198,10 +196,13 @@ def examined(content: Mapping[str, Any], base: TrialConfig) -> tuple[SearchSpace
 
 
 def read_space(name_or_file: str) -> dict[str, Any]:
-    """The content of a space, which knows its lines: a shipped one by name, or a YAML file.
+    """Return the content of a YAML file or of a shipped space, with its lines.
+
+    Args:
+        name_or_file: Path that ends in .yaml or .yml, or the name of a shipped space.
 
     Raises:
-        ConfigError: If there is neither.
+        ConfigError: If there is no such file or space.
     """
     if Path(name_or_file).suffix in (SUFFIX, ".yml"):
         return read_yaml(Path(name_or_file), with_lines=True)
@@ -212,7 +213,7 @@ def read_space(name_or_file: str) -> dict[str, Any]:
 
 
 def shipped_spaces() -> dict[str, Path]:
-    """Names and files of the spaces that come with the package."""
+    """Return the names and files of the spaces that come with the package."""
     installed = Path(str(importlib.resources.files("drtune_ray") / "search_spaces"))
     checkout = Path(__file__).parents[2] / "search_spaces"
     folder = installed if installed.is_dir() else checkout
@@ -221,7 +222,7 @@ def shipped_spaces() -> dict[str, Path]:
 
 def _clamp(parameter: Parameter, highest: int) -> Parameter:
     if parameter.expression is not None:
-        if NUM_TRAIN in parameter.expression.facts():  # the author of the space saw to it
+        if NUM_TRAIN in parameter.expression.facts():  # the space cuts it by itself
             return parameter
         text = f"min({NUM_TRAIN}, {parameter.expression.text})"
         return replace(parameter, expression=replace(parameter.expression, text=text))
@@ -237,14 +238,14 @@ def _clamp(parameter: Parameter, highest: int) -> Parameter:
 def start_points(
     space: SearchSpace, given: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, Any], ...]:
-    """The values of each point by their names in the Optuna study.
+    """Return the values of the points to start with, by their names in the Optuna study.
 
     Args:
-        space: On images that were read.
-        given: Values by dotted path or nested; what a point leaves open is sampled.
+        space: Space on images that were read.
+        given: Values of each point, by dotted path or nested; the sampler draws the others.
 
     Raises:
-        ConfigError: Naming every value that is not one of the space.
+        ConfigError: If a value is not one of the space; it names every such value.
     """
     sampled = {p.path: p for p in space.parameters if p.is_sampled}
     points, problems = [], []
@@ -254,7 +255,7 @@ def start_points(
             if path not in sampled:
                 problems.append(
                     f"start_with, point {number}: {unknown_name('parameter', path, sampled)} "
-                    "(what the space does not search belongs into trial)"
+                    "(what the space does not search belongs in trial)"
                 )
             elif not sampled[path].holds(value):
                 parameter = sampled[path]

@@ -1,30 +1,30 @@
-"""The settings and facts that a search space may name, and the values that a setting takes."""
+"""The settings and facts that a search space may name, and the values that a setting accepts."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
-from pydantic.fields import FieldInfo
 
 from drtune_ray.config.section import known_paths, reason, refusal
 from drtune_ray.config.trial import TrialConfig
 
 NUM_TRAIN, NUM_CLASSES = "data.num_train", "data.num_classes"
-# What is known of the images once they were read; expressions may use these.
+# Known once the images have been read; expressions may use them.
 FACTS = {NUM_TRAIN: "number of training images", NUM_CLASSES: "number of classes"}
 BY_CATEGORY = ("choice", "ordered", "constant")
 
 
 @dataclass(frozen=True)
 class Restriction:
-    """How a setting may stand in a space.
+    """The kinds of parameter that a setting may be.
 
     Attributes:
-        kinds: Of parameter; none where the setting is refused.
-        reason: What to say otherwise.
+        kinds: Allowed kinds; empty if the setting cannot be searched.
+        reason: Rest of the message for any other kind, after the path.
     """
 
     kinds: tuple[str, ...]
@@ -44,7 +44,7 @@ IN_TABLES = Restriction(
 )
 # A file for each backbone may follow from its name.
 WEIGHTS = Restriction((*BY_CATEGORY, "expression"), IN_TABLES.reason)
-# Settings not named here, alone or by their group, take every kind.
+# Settings that are not listed here, alone or by their group, may be of every kind.
 RESTRICTIONS = {
     "data": PREPARED_ONCE,
     "data.crop_scale_min": IN_TABLES,
@@ -62,26 +62,21 @@ RESTRICTIONS = {
 
 
 def restriction_of(path: str) -> Restriction | None:
-    """The restriction of a setting: its own, or that of its group."""
+    """Return the restriction of a setting: its own, or that of its group."""
     return RESTRICTIONS.get(path) or RESTRICTIONS.get(path.split(".")[0])
 
 
 @functools.cache
 def setting_paths() -> tuple[str, ...]:
-    """Every dotted path of `TrialConfig` that holds a value."""
+    """Return every dotted path of `TrialConfig` that holds a value."""
     paths = tuple(known_paths(TrialConfig))
     return tuple(p for p in paths if not any(other.startswith(f"{p}.") for other in paths))
 
 
-def group_of(path: str) -> str:
-    """The group of settings that a setting belongs to; settings of a group are checked together."""
-    return path.rpartition(".")[0]
-
-
 def normal_value(path: str, value: Any) -> tuple[Any, str | None]:
-    """A value as the configuration holds it, with a sentence if the setting cannot take it.
+    """Return a value as the configuration holds it, and a sentence if the setting refuses it.
 
-    Looks at the setting alone: ``optim.nesterov`` takes true whatever the momentum is.
+    Other settings do not matter: ``optim.nesterov`` accepts true at any momentum.
     """
     adapter = _adapter(path)
     try:
@@ -91,16 +86,32 @@ def normal_value(path: str, value: Any) -> tuple[Any, str | None]:
 
 
 @functools.cache
+def sections_with_rules() -> tuple[tuple[type[BaseModel], Mapping[str, str]], ...]:
+    """Return the sections with rules between settings, each with its settings' paths by name."""
+    groups = ("", *(path for path in known_paths(TrialConfig) if path not in setting_paths()))
+    found = []
+    for group in groups:
+        section = _section(group)
+        rules = section.__pydantic_decorators__
+        prefix = f"{group}." if group else ""
+        if rules.model_validators or rules.field_validators:
+            below = (path for path in setting_paths() if path.startswith(prefix))
+            found.append((section, {path.removeprefix(prefix): path for path in below}))
+    return tuple(found)
+
+
+@functools.cache
 def _adapter(path: str) -> TypeAdapter[Any]:
-    annotation = _field(path).rebuild_annotation()
+    group, _, leaf = path.rpartition(".")
+    annotation = _section(group).model_fields[leaf].rebuild_annotation()
     return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
 
 
-def _field(path: str) -> FieldInfo:
-    *groups, leaf = path.split(".")
-    section: Any = TrialConfig
-    for group in groups:
-        section = section.model_fields[group].annotation
-        assert issubclass(section, BaseModel)
-    field: FieldInfo = section.model_fields[leaf]
-    return field
+def _section(group: str) -> type[BaseModel]:
+    """Return the class of a group of settings; of the whole trial for an empty path."""
+    section: type[BaseModel] = TrialConfig
+    for name in filter(None, group.split(".")):
+        annotation = section.model_fields[name].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        section = annotation
+    return section

@@ -1,41 +1,56 @@
-"""Whether a space makes sense on the configuration that it varies.
+"""Check that a search space makes sense on the configuration that it varies.
 
-The space is tried at its corners, see `space_corners`: does each parameter apply somewhere, can
-each expression be computed, do the values make valid trials, can each constraint hold?
+The space is tried at some 512 points, see `points`: does each parameter apply somewhere, can each
+expression be computed, do the values make valid trials, does each constraint hold somewhere?
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import combinations_with_replacement, product
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+from pydantic import ValidationError
 
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import ConfigError
-from drtune_ray.space.corners import (
-    MAX_POINTS,
-    corners,
-    corners_decide,
-    needed_for,
-    thresholds_in,
-    tried_values,
-)
 from drtune_ray.space.expressions import Expression, ExpressionError, UnknownFact
-from drtune_ray.space.parameters import ALWAYS, RANGES, Condition, Parameter, Resolved, resolve
-from drtune_ray.space.problems import Problem
-from drtune_ray.space.settings import group_of, normal_value
-from drtune_ray.values import flattened
+from drtune_ray.space.parameters import RANGES, Parameter
+from drtune_ray.space.points import named_values, points
+from drtune_ray.space.problems import Place, Problem
+from drtune_ray.space.settings import normal_value, sections_with_rules
+from drtune_ray.values import flattened, nested
+
+
+@dataclass
+class _Point:
+    """A point at which the space is tried.
+
+    Attributes:
+        values: Every setting by its path, and the facts.
+        inactive: Paths of the parameters that do not apply.
+        unknown: Paths of the parameters whose value or condition cannot be computed.
+    """
+
+    values: dict[str, Any]
+    inactive: set[str] = field(default_factory=set)
+    unknown: set[str] = field(default_factory=set)
+
+    def at(self, expression: Expression) -> str:
+        """Describe the values that an expression reads."""
+        names = sorted(expression.reads() | expression.facts())
+        return _at({name: self.values[name] for name in names if name in self.values})
 
 
 class SpaceCheck:
     """The checks of one space.
 
     Args:
-        parameters: In an order in which each reads earlier ones only.
-        constraints: Of the space.
-        base: The configuration that it varies.
-        facts: What is known of the images.
-        broken: Paths of parameters that could not be read: what depends on them is not judged.
+        parameters: Parameters in an order in which each reads earlier ones only.
+        constraints: Constraints of the space.
+        base: The configuration that the space varies.
+        facts: The known facts about the images.
+        broken: Paths of parameters that could not be read; what depends on them is not checked.
     """
 
     def __init__(
@@ -46,144 +61,185 @@ class SpaceCheck:
         facts: Mapping[str, int],
         broken: frozenset[str] = frozenset(),
     ) -> None:
-        self._base, self._facts = base, facts
-        self._values = flattened(base.to_mapping()) | dict(facts)
-        self._all = list(parameters)
-        self._broken = broken
-        self._sound = [p for p in parameters if not self._is_beyond(p.reads() | {p.path})]
-        self._constraints = [c for c in constraints if not self._is_beyond(c.reads())]
-        self._found: dict[str, Resolved | None] = {}
+        self._base, self._values = base, flattened(base.to_mapping()) | dict(facts)
+        self._all, self._broken = parameters, broken
+        self._reads = {parameter.path: parameter.reads() for parameter in parameters}
+        beyond = set(broken)
+        for parameter in parameters:
+            if not beyond.isdisjoint(self._reads[parameter.path]):
+                beyond.add(parameter.path)
+        self._sound = [p for p in parameters if p.path not in beyond]
+        self._constraints = {c: c.reads() for c in constraints if beyond.isdisjoint(c.reads())}
+        searched = {parameter.path for parameter in self._sound}
+        self._ruled = [
+            (section, leaves)
+            for section, leaves in sections_with_rules()
+            if not searched.isdisjoint(leaves.values())
+        ]
+        # The values of other parameters change nothing that is checked here.
+        self._deciding = frozenset().union(
+            *self._reads.values(),
+            *self._constraints.values(),
+            *(leaves.values() for _, leaves in self._ruled),
+        )
+        self._checked = [
+            p for p in self._sound if p.path in self._deciding or p.when or p.expression
+        ]
+        self._named = named_values(self._sound, list(self._constraints), self._values)
+        # What the points show: wrong expressions, conditions and constraints that can be true,
+        # refused trials.
+        self._wrong: dict[tuple[Place, str], Problem] = {}
+        self._possible: dict[str | Expression, Mapping[str, Any]] = {}
+        self._refused: dict[tuple[str, ...], Problem] = {}
 
     def problems(self) -> Iterator[Problem]:
-        """Everything that is wrong."""
-        is_sampled = any(parameter.is_sampled for parameter in self._all)
-        if self._all and not is_sampled and not self._broken:
+        """Yield everything that is wrong."""
+        if self._all and not self._broken and not any(p.is_sampled for p in self._all):
             sentence = "it searches nothing: it needs a float, int, choice or ordered parameter"
             yield Problem("nothing-searched", self._all[0].place, sentence)
-        failing: set[Expression] = set()
-        for parameter in self._sound:
-            for expression in _expressions_of([parameter]):
-                if parameter.when.expression not in failing:
-                    yield from self._failure(expression, parameter, failing)
-            if parameter.expression is not None and parameter.expression not in failing:
-                yield from self._bad_results(parameter, failing)
-        for constraint in self._constraints:
-            yield from self._failure(constraint, None, failing)
-        for parameter in self._sound:
-            if parameter.when.expression not in failing:
-                yield from self._never_applies(parameter)
-        for constraint in self._constraints:
-            if constraint not in failing:
-                yield from self._never_holds(constraint)
-        if not failing:
-            yield from self._invalid_together()
+        tried = self._points(self._deciding)
+        for chosen in tried:
+            self._try(chosen)
+        conditional = {parameter.path for parameter in self._sound if parameter.when}
+        for parameter in self._checked:
+            # Only where its condition reads a parameter that applies at few of the random points.
+            if parameter.path not in self._possible and conditional & parameter.when.reads():
+                self._try_where_it_may_apply(parameter, tried[0])
+        yield from self._wrong.values()
+        yield from self._impossible()
+        if not self._wrong:
+            yield from self._refused.values()
 
-    def _is_beyond(self, paths: frozenset[str]) -> bool:
-        """Whether something depends on a parameter that could not be read."""
-        needed = paths.union(*(p.reads() | {p.path} for p in needed_for(self._all, paths)))
-        return bool(needed & self._broken)
+    def _points(self, paths: frozenset[str]) -> list[dict[str, Any]]:
+        sampled = [p for p in self._sound if p.is_sampled and p.path in paths]
+        return points(sampled, self._named, self._values)
 
-    def _corners(
-        self, paths: frozenset[str], *expressions: Expression, condition: Condition = ALWAYS
-    ) -> Iterator[Resolved]:
-        """Points that differ in what decides some paths; none while that needs unknown facts.
+    def _try_where_it_may_apply(self, parameter: Parameter, near: Mapping[str, Any]) -> None:
+        """Vary what a condition reads, from points at which the parameters that it reads apply."""
+        reads = parameter.when.reads()
+        for path in sorted(reads):
+            near = {**near, **self._possible.get(path, {})}
+        for chosen in self._points(reads):
+            self._try({**near, **chosen})
+            if parameter.path in self._possible:
+                return
 
-        Args:
-            paths: Of settings.
-            expressions: To be judged at the points.
-            condition: The same.
-        """
-        needed = needed_for(self._sound, paths)
-        cuts = thresholds_in(
-            (*_expressions_of(needed), *expressions, *filter(None, [condition.expression])),
-            (*(parameter.when for parameter in needed), condition),
-            self._facts,
-        )
-        try:
-            yield from corners(needed, self._values, cuts)
-        except UnknownFact:
-            return
+    # ---- one point
 
-    # ---- expressions
+    def _try(self, chosen: Mapping[str, Any]) -> None:
+        point = self._point(chosen)
+        self._try_constraints(point, chosen)
+        if not point.unknown:
+            self._try_trial(point)
 
-    def _failure(
-        self, expression: Expression, parameter: Parameter | None, failing: set[Expression]
-    ) -> Iterator[Problem]:
-        """Where an expression, of a parameter or a constraint, cannot be computed."""
-        paths = parameter.reads() if parameter else expression.reads()
-        for point in self._corners(paths, expression):
+    def _point(self, chosen: Mapping[str, Any]) -> _Point:
+        """Resolve a point, as far as it can be, and record what it shows of the parameters."""
+        point = _Point(dict(self._values))
+        for parameter in self._checked:
+            expression = parameter.when.expression
             try:
-                if parameter is None:
-                    expression.holds(point.values)
+                if not point.unknown.isdisjoint(self._reads[parameter.path]):
+                    point.unknown.add(parameter.path)
                 elif parameter.when.holds(point.values, point.inactive):
-                    if expression is parameter.expression:
-                        parameter.derived(point.values)
+                    expression = parameter.expression
+                    self._take(parameter, chosen, point)
+                else:
+                    point.inactive.add(parameter.path)
+                    continue
             except UnknownFact:
-                continue
+                point.unknown.add(parameter.path)
             except ExpressionError as error:
-                failing.add(expression)
-                sentence = f"{error}{_at(_read_by(expression, point))}"
-                yield Problem("expression-fails", expression.place, sentence)
-                return
+                point.unknown.add(parameter.path)
+                self._fails(expression, error, point)
+            self._possible.setdefault(parameter.path, chosen)
+        return point
 
-    def _bad_results(self, parameter: Parameter, failing: set[Expression]) -> Iterator[Problem]:
-        """Where an expression gives a value that its setting does not take."""
-        assert parameter.expression is not None
-        for point in self._corners(frozenset({parameter.path})):
-            if parameter.path not in point.taken:
-                continue
-            _, problem = normal_value(parameter.path, point.taken[parameter.path])
-            if problem:
-                failing.add(parameter.expression)
-                at = _at(_read_by(parameter.expression, point))
-                sentence = f"{parameter.expression.text!r}{at}: {problem}"
-                yield Problem("expression-value", parameter.expression.place, sentence)
-                return
+    def _take(self, parameter: Parameter, chosen: Mapping[str, Any], point: _Point) -> None:
+        path, expression = parameter.path, parameter.expression
+        if parameter.is_sampled:
+            value, refusal = chosen.get(path, self._values[path]), None
+        else:
+            value = parameter.derived(point.values)
+            _, refusal = normal_value(path, value)
+        if expression is not None and refusal:
+            point.unknown.add(path)
+            sentence = f"{expression.text!r}{point.at(expression)}: {refusal}"
+            problem = Problem("expression-value", expression.place, sentence)
+            self._wrong.setdefault((expression.place, expression.text), problem)
+        else:
+            point.values[path] = value
 
-    # ---- what can never be
+    def _try_constraints(self, point: _Point, chosen: Mapping[str, Any]) -> None:
+        for constraint, reads in self._constraints.items():
+            try:
+                if point.unknown.isdisjoint(reads) and not constraint.holds(point.values):
+                    continue
+            except UnknownFact:
+                pass
+            except ExpressionError as error:
+                self._fails(constraint, error, point)
+            self._possible.setdefault(constraint, chosen)
 
-    def _never_applies(self, parameter: Parameter) -> Iterator[Problem]:
-        condition, reads = parameter.when, parameter.when.reads()
-        if self._somewhere(parameter) is not None:
+    def _try_trial(self, point: _Point) -> None:
+        """Check whether values that are valid by themselves make a valid trial."""
+        if self._is_valid(point.values):
             return
-        needed = needed_for(self._sound, reads)
-        points = self._corners(reads, condition=condition)
-        if _are_all(points, lambda point: condition.holds(point.values, point.inactive)) and (
-            corners_decide(condition.expression, _expressions_of(needed), needed, self._facts)
-        ):
-            own = [condition.expression] if condition.expression is not None else []
+        ruled = {path for _, leaves in self._ruled for path in leaves.values()}
+        culprits = {p.path: p for p in self._sound if p.path in ruled}
+        for path in list(culprits):
+            fewer = {other: point.values[other] for other in culprits if other != path}
+            if not self._is_valid(self._values | fewer):
+                del culprits[path]
+        values = {path: point.values[path] for path in culprits}
+        try:
+            self._base.with_values(values)
+        except ConfigError as error:
+            which = "one of them" if len(culprits) > 1 else "it"
             sentence = (
-                f"{parameter.path} never applies: nothing that is searched or set makes "
-                f"{condition} true ({self._described(reads, own)})"
+                f"{'; '.join(error.problems)}{_at(values)}: give {which} another range or a `when`"
             )
-            yield Problem("never-applies", own[0].place if own else parameter.place, sentence)
+            place = max((p.place for p in culprits.values()), key=lambda place: place.line)
+            problem = Problem("invalid-together", place, sentence)
+            self._refused.setdefault(tuple(culprits), problem)
 
-    def _never_holds(self, constraint: Expression) -> Iterator[Problem]:
-        paths = constraint.reads()
-        if any(_keeps(constraint, point) for point in self._corners(paths, constraint)):
-            return
-        needed = needed_for(self._sound, paths)
-        points = self._corners(paths, constraint)
-        if _are_all(points, lambda point: constraint.holds(point.values)) and corners_decide(
-            constraint, _expressions_of(needed), needed, self._facts
-        ):
-            sentence = f"no trial can keep the constraint {constraint.text!r}"
-            yield Problem(
-                "never-holds",
-                constraint.place,
-                f"{sentence} ({self._described(paths, [constraint])})",
-            )
+    def _is_valid(self, values: Mapping[str, Any]) -> bool:
+        """Tell whether a trial keeps the rules between settings; fast, without the reason."""
+        try:
+            for section, leaves in self._ruled:
+                section.model_validate(nested({leaf: values[leaves[leaf]] for leaf in leaves}))
+        except ValidationError:
+            return False
+        return True
 
-    def _somewhere(self, parameter: Parameter) -> Resolved | None:
-        """A corner at which a parameter applies."""
-        if parameter.path not in self._found:
-            points = self._corners(parameter.when.reads(), condition=parameter.when)
-            found = next((point for point in points if _applies(parameter, point)), None)
-            self._found[parameter.path] = found
-        return self._found[parameter.path]
+    # ---- problems
 
-    def _described(self, paths: frozenset[str], expressions: Sequence[Expression]) -> str:
-        """What settings, and the facts in some expressions, can be."""
+    def _fails(self, expression: Expression | None, error: ExpressionError, point: _Point) -> None:
+        assert expression is not None
+        sentence = f"{error}{point.at(expression)}"
+        problem = Problem("expression-fails", expression.place, sentence)
+        self._wrong.setdefault((expression.place, expression.text), problem)
+
+    def _impossible(self) -> Iterator[Problem]:
+        """Yield what was true at no point: conditions and constraints."""
+        for parameter in self._checked:
+            if parameter.path not in self._possible:
+                own, reads = parameter.when.expression, parameter.when.reads()
+                sentence = (
+                    f"{parameter.path} never applies: {parameter.when} is true at none of the "
+                    f"points tried ({self._described(reads, own)}): change the condition or the "
+                    "ranges"
+                )
+                yield Problem("never-applies", own.place if own else parameter.place, sentence)
+        for constraint, reads in self._constraints.items():
+            if constraint not in self._possible:
+                sentence = (
+                    f"the constraint {constraint.text!r} holds at none of the points tried "
+                    f"({self._described(reads, constraint)}): change it or the ranges"
+                )
+                yield Problem("never-holds", constraint.place, sentence)
+
+    def _described(self, paths: frozenset[str], expression: Expression | None) -> str:
+        """Describe what settings, and the facts in an expression, can be."""
         by_path = {parameter.path: parameter for parameter in self._sound}
         words = []
         for path in sorted(paths):
@@ -196,107 +252,18 @@ class SpaceCheck:
                 words.append(f"{path} is searched in {list(parameter.ends())}")
             else:
                 words.append(f"{path} is one of {list(parameter.values)}")
-        facts = frozenset().union(*(expression.facts() for expression in expressions))
-        words += [f"{fact} is {self._values[fact]}" for fact in sorted(facts)]
+        facts = expression.facts() if expression is not None else ()
+        known = (fact for fact in sorted(facts) if fact in self._values)
+        words += [f"{fact} is {self._values[fact]}" for fact in known]
         return ", ".join(words)
-
-    # ---- whole trials
-
-    def _invalid_together(self) -> Iterator[Problem]:
-        """Values that are valid by themselves but make no valid trial."""
-        said: set[str] = set()
-        for first, second in self._pairs():
-            for values in product(tried_values(first), tried_values(second)):
-                chosen = {first.path: values[0], second.path: values[1]}
-                point = self._trial_with(first, second, chosen)
-                reason = point and self._refusal(point)
-                if point and reason and reason not in said:
-                    said.add(reason)
-                    at = _at({path: point.values[path] for path in chosen})
-                    sentence = f"{reason}{at}: give one of them another range or a `when`"
-                    place = max(first.place, second.place, key=lambda place: place.line)
-                    yield Problem("invalid-together", place, sentence)
-
-    def _pairs(self) -> Iterator[tuple[Parameter, Parameter]]:
-        """Settings of one group, in pairs: rules of `TrialConfig` hold within a group."""
-        fixed = [p for p in self._sound if p.expression is None]
-        for first, second in combinations_with_replacement(fixed, 2):
-            if group_of(first.path) == group_of(second.path):
-                yield first, second
-
-    def _refusal(self, point: Resolved) -> str | None:
-        """Why a trial is refused."""
-        try:
-            self._base.with_values(point.taken)
-        except ConfigError as error:
-            return "; ".join(error.problems)
-        return None
-
-    def _trial_with(
-        self, first: Parameter, second: Parameter, chosen: Mapping[str, Any]
-    ) -> Resolved | None:
-        """A trial with the chosen values, as far as both apply at once; None if none is found."""
-        wanted: dict[str, Any] = {}
-        for parameter in (first, second):
-            place = self._somewhere(parameter)
-            if place is None:
-                return None
-            wanted |= place.taken
-        wanted |= chosen
-
-        def value_of(parameter: Parameter) -> Any:
-            value = wanted.get(parameter.path, self._values[parameter.path])
-            return value if parameter.holds(value) else parameter.ends()[0]
-
-        try:
-            return resolve(self._sound, self._values, value_of)
-        except ConfigError:  # a problem of its own
-            return None
 
 
 def cycle_problem(cycle: Sequence[Parameter]) -> Problem:
-    """Parameters that depend on each other."""
+    """Report parameters that depend on each other."""
     chain = " -> ".join(parameter.path for parameter in (*cycle, cycle[0]))
     first = min(cycle, key=lambda parameter: parameter.place.line)
     sentence = f"{first.path} depends on itself: {chain}; remove one of these dependencies"
     return Problem("cycle", first.place, sentence)
-
-
-def _are_all(points: Iterable[Resolved], judge: Callable[[Resolved], bool]) -> bool:
-    """Whether these are all corners, and each gives an answer."""
-    count = 0
-    for point in points:
-        count += 1
-        try:
-            judge(point)
-        except (ExpressionError, UnknownFact):
-            return False
-    return 0 < count <= MAX_POINTS
-
-
-def _applies(parameter: Parameter, point: Resolved) -> bool:
-    try:
-        return parameter.when.holds(point.values, point.inactive)
-    except (ExpressionError, UnknownFact):
-        return False
-
-
-def _keeps(constraint: Expression, point: Resolved) -> bool:
-    try:
-        return constraint.holds(point.values)
-    except (ExpressionError, UnknownFact):
-        return False
-
-
-def _expressions_of(parameters: Sequence[Parameter]) -> list[Expression]:
-    found = [parameter.when.expression for parameter in parameters]
-    found += [parameter.expression for parameter in parameters]
-    return [expression for expression in found if expression is not None]
-
-
-def _read_by(expression: Expression, point: Resolved) -> dict[str, Any]:
-    names = sorted(expression.reads() | expression.facts())
-    return {name: point.values[name] for name in names if name in point.values}
 
 
 def _at(values: Mapping[str, Any]) -> str:

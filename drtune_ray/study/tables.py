@@ -15,7 +15,7 @@ from drtune_ray.data.splits import Splits
 from drtune_ray.data.table_store import TableStore
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.execution.capacity import Capacity
-from drtune_ray.space.corners import corners, needed_for, thresholds_in
+from drtune_ray.space.points import combinations, needed_for
 from drtune_ray.space.search_space import SearchSpace
 from drtune_ray.study.inputs import StudyInputs, data_root, manifest_path, write_manifest
 from drtune_ray.training.backbones import Backbone
@@ -104,9 +104,7 @@ def table_variants(space: SearchSpace, base: TrialConfig) -> tuple[TrialConfig, 
     """
     found = {base.tables_key: base}
     needed = needed_for(space.parameters, TABLES_PATHS)
-    expressions = [e for p in needed for e in (p.expression, p.when.expression) if e is not None]
-    cuts = thresholds_in(expressions, [p.when for p in needed], space.facts)
-    for point in corners(needed, flattened(base.to_mapping()) | dict(space.facts), cuts):
+    for point in combinations(needed, flattened(base.to_mapping()) | dict(space.facts)):
         config = base.with_values(
             {path: value for path, value in point.taken.items() if path in TABLES_PATHS}
         )

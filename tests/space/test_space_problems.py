@@ -7,8 +7,11 @@ settings of the trial that it is read on (``trial``) and what is known of the im
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ import yaml
 import drtune_ray
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import ConfigError
-from drtune_ray.space.corners import MAX_POINTS, corners
+from drtune_ray.space.points import NUM_RANDOM, named_values, points
 from drtune_ray.space.search_space import SearchSpace, examined, read_space
 from drtune_ray.study.resolve import study_request
 from drtune_ray.values import flattened
@@ -132,10 +135,10 @@ def test_from_mapping__every_problem_at_once(make_trial: MakeTrial) -> None:
         "search space: unknown key 'optim.nme'; did you mean 'optim.name'?",
         "search space: optim.momentum has an empty range: low <= high must hold in [0.9, 0.1]",
         "search space: optim.momentum has both log and step: choose one",
-        "search space: training.patience_epochs never applies: nothing that is searched or set "
-        "makes \"optim.name == 'adamw'\" true (optim.name is 'sgd')",
-        "search space: no trial can keep the constraint 'training.batch_size <= 8' "
-        "(training.batch_size is 32)",
+        "search space: training.patience_epochs never applies: \"optim.name == 'adamw'\" is true "
+        "at none of the points tried (optim.name is 'sgd'): change the condition or the ranges",
+        "search space: the constraint 'training.batch_size <= 8' holds at none of the points tried "
+        "(training.batch_size is 32): change it or the ranges",
         "search space: unknown setting 'data.num_trian'; did you mean 'data.num_train'?",
     )
 
@@ -155,7 +158,7 @@ def test_from_mapping__what_depends_on_a_broken_parameter_is_not_judged(
     }
     assert [problem.split(" is ")[0] for problem in problems_of(content, make_trial())] == [
         "search space: optim.name='adam'",
-        "search space: method.bank_size never applies: nothing that",
+        "search space: method.bank_size never applies: method.reduction = 'mean'",
     ]
 
 
@@ -184,7 +187,7 @@ RANGES = {
         "method.bank_size in [600, 100]",
         "100 == method.bank_size",
         "optim.momentum > 0.5 and optim.momentum < 0.6",
-        # Some of these could be refused, but the corners do not show which.
+        # At few points.
         "method.bank_size % 100 == 37",
         "(method.bank_size - 200) ** 2 < 25",
         "method.bank_size * method.bank_size - 400 * method.bank_size < 0 - 30000",
@@ -194,7 +197,7 @@ RANGES = {
         # The images are not known yet.
         "data.num_train > 10",
         {"method.reduction": "mean"},
-        # The last of 8000 corners.
+        # One of 8000 combinations.
         "training.batch_size + training.patience_epochs + "
         "method.calibration.rotation_interval == 60",
     ],
@@ -223,16 +226,126 @@ def test_never_applies__not_claimed(make_trial: MakeTrial, when: Any) -> None:
 def test_never_applies(make_trial: MakeTrial, when: Any) -> None:
     parameters = RANGES | {"optim.weight_decay": {"float": [0.0, 0.1], "when": when}}
     (problem,) = problems_of({"parameters": parameters}, make_trial())
-    assert problem.startswith("search space: optim.weight_decay never applies: nothing that is ")
+    assert problem.startswith("search space: optim.weight_decay never applies: ")
+    assert "is true at none of the points tried (" in problem
 
 
-def test_corners__are_bounded(make_trial: MakeTrial) -> None:
-    base = make_trial()
-    space = SearchSpace.from_mapping({"parameters": RANGES}, base)
-    needed = [p for p in space.parameters if p.kind == "ordered"]
+def test_points__are_the_same_in_every_process(make_trial: MakeTrial) -> None:
+    # Python's hashes of words differ between processes; a point must not depend on their order.
+    code = (
+        "import sys, yaml\n"
+        "from drtune_ray.config.trial import TrialConfig\n"
+        "from drtune_ray.space.search_space import examined, read_space\n"
+        "base = TrialConfig.from_mapping({'data': {'train': 'images'}})\n"
+        "from drtune_ray.space.points import named_values, points\n"
+        "from drtune_ray.values import flattened\n"
+        "space, _ = examined(read_space('dr_tune'), base)\n"
+        "values = flattened(base.to_mapping())\n"
+        "sampled = [p for p in space.parameters if p.is_sampled]\n"
+        "named = named_values(space.parameters, space.constraints, values)\n"
+        "print(list(points(sampled, named, values)))\n"
+    )
+    drawn = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={"PYTHONHASHSEED": seed},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(drawn) == 1
+
+
+def test_points__hold_the_ends_and_what_conditions_name(make_trial: MakeTrial) -> None:
+    base = make_trial({"method.bank_size": 300, "optim.name": "adamw"})
+    content = {
+        "parameters": {
+            "method.bank_size": {"int": [64, 512], "step": 2},
+            "optim.backbone_lr": {"float": [1e-6, 1e-2], "log": True},
+            "optim.name": {"choice": ["sgd", "adamw"]},
+            "optim.momentum": {"float": [0.1, 0.9], "when": "method.bank_size > 99 * 2"},
+            "optim.weight_decay": {"float": [0.1, 0.9], "when": "optim.backbone_lr < 2e-6"},
+        }
+    }
+    space, problems = examined(content, base)
+    assert problems == []
     values = flattened(base.to_mapping())
-    assert len(list(corners(needed[:2], values, {}))) == 400
-    assert len(list(corners(needed, values, {}))) == MAX_POINTS + 1
+    sampled = [p for p in space.parameters if p.is_sampled]
+    named = named_values(space.parameters, (), values)
+    drawn = list(points(sampled, named, values))
+    assert drawn[0]["method.bank_size"] == 300 and drawn[0]["optim.name"] == "adamw"
+    assert drawn[0]["optim.backbone_lr"] == base.optim.backbone_lr
+    assert all(parameter.holds(point[parameter.path]) for point in drawn for parameter in sampled)
+    for parameter in sampled:
+        first, *_, last = parameter.ends()
+        assert {first, last} <= {point[parameter.path] for point in drawn[:12]}
+    sizes = {point["method.bank_size"] for point in drawn}
+    assert sizes >= {64, 98, 512} or sizes >= {64, 100, 512}  # 99 is not on a step
+    rates = [point["optim.backbone_lr"] for point in drawn]
+    assert rates.count(2e-6) > 30
+    # Half of the draws are uniform in the logarithm.
+    assert 80 < sum(1e-4 < rate < 4e-3 for rate in rates) < 125
+    assert NUM_RANDOM < len(drawn) <= NUM_RANDOM + 1 + 10
+
+
+def test_never_applies__deep_below_other_conditions(make_trial: MakeTrial) -> None:
+    """At no random point do all of these hold; each alone does at some."""
+    paths = [
+        "training.batch_size",
+        "training.patience_epochs",
+        "method.bank_size",
+        "method.calibration.rotation_rank",
+        "method.calibration.rotation_interval",
+        "method.head_lr_multiplier",
+    ]
+    parameters: dict[str, Any] = {
+        path: {"ordered": list(range(1, 12)), "when": {above: [5, 7]}}
+        for above, path in pairwise(paths)
+    }
+    parameters[paths[0]] = {"ordered": list(range(1, 12))}
+    parameters[paths[-1]]["when"] = f"{paths[-2]} * 3 == 24"
+    assert SearchSpace.from_mapping({"parameters": parameters}, make_trial()).parameters
+
+
+@pytest.mark.parametrize(
+    ("constraint", "is_kept"),
+    [
+        # At one corner of the ranges only.
+        ("method.bank_size <= training.batch_size", True),
+        ("method.bank_size < training.batch_size", False),
+        ("method.bank_size * optim.momentum >= 460.8", True),
+        ("method.bank_size * optim.momentum > 460.8", False),
+        ("method.bank_size == 333 and optim.momentum < 0.2", True),
+        ("method.bank_size == 513", False),
+        # Not before the images are known.
+        ("data.num_train < 10", True),
+        ("method.bank_size < 10 and data.num_train > 10", False),
+    ],
+)
+def test_never_holds(make_trial: MakeTrial, constraint: str, is_kept: bool) -> None:
+    parameters = {
+        "method.bank_size": {"int": [64, 512]},
+        "training.batch_size": {"int": [8, 64]},
+        "optim.momentum": {"float": [0.1, 0.9]},
+    }
+    _, problems = examined({"parameters": parameters, "constraints": [constraint]}, make_trial())
+    assert [problem.rule for problem in problems] == ([] if is_kept else ["never-holds"])
+
+
+def test_invalid_together__names_only_what_matters(make_trial: MakeTrial) -> None:
+    parameters = {
+        "optim.schedule": {"choice": ["cosine", "constant"]},
+        "optim.backbone_lr": {"float": [0.1, 0.9]},
+        "optim.momentum": {"expression": "0.9 if method.bank_size > 64 else 0.0"},
+        "method.bank_size": {"choice": [64, 128]},
+        "optim.nesterov": {"choice": [True, False], "when": {"optim.schedule": "constant"}},
+    }
+    assert problems_of({"parameters": parameters}, make_trial()) == (
+        "search space: optim: nesterov=true needs momentum > 0, but got momentum=0 at "
+        "optim.momentum=0.0, optim.nesterov=True: give one of them another range or a `when`",
+    )
 
 
 def test_from_mapping__lines_of_a_space_in_a_study_file(
