@@ -17,9 +17,8 @@ from pathlib import Path
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.splits import VALIDATION
-from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.execution.capacity import Capacity, Demand, Node, trial_demand, trials_that_fit
-from drtune_ray.preview.measure import Measured, Measurement, measured
+from drtune_ray.preview.measure import Measured, Measurement, free_memory, measured
 from drtune_ray.preview.sample import VIEWS, PlannedTable, Sample, planned_tables, prepared_sample
 from drtune_ray.preview.simulate import Pace, Simulated, Spread, simulated_studies, spread
 from drtune_ray.search.proposals import FixedTrial
@@ -38,6 +37,9 @@ RAY_SECONDS = 12.0  # imports, Ray's start and end, MLflow's store, the winner
 ACTOR_SECONDS = 9.0  # start of the actors, their imports included
 TRIAL_SECONDS = 0.3  # overhead of a trial in a resident actor
 NESTED_TRIAL_SECONDS = 18.0  # overhead of a trial of several workers, which Ray Train starts anew
+# Step of a worker beside another one over a step alone, on two cores without messages: 1.07 and
+# 1.10 by benchmarks/scaling.py.
+SIDE_BY_SIDE = 1.1
 
 
 @dataclass(frozen=True)
@@ -143,8 +145,13 @@ def preview_study(config: StudyConfig) -> Preview:
     with tempfile.TemporaryDirectory(prefix="drtune-preview-") as folder:
         with_pixels = any(table.kind == VIEWS for table in tables) or not base.data.views
         sample = prepared_sample(checked, kinds, Path(folder), device, with_pixels=with_pixels)
-        workers = [_worker(kind, sample) for kind in kinds]
-        measurement = measured(workers, sample.tables, config.resources.cpus_per_worker, device)
+        measurement = measured(
+            [_worker(kind, sample) for kind in kinds],
+            sample.tables,
+            config.resources.cpus_per_worker,
+            device,
+            _slowdown(demand, min(at_a_time, capacity.trials_now(demand))),
+        )
     paces = tuple(
         _pace(kind, checked, sample, found)
         for kind, found in zip(kinds, measurement.trials, strict=True)
@@ -165,7 +172,7 @@ def preview_study(config: StudyConfig) -> Preview:
         _final_fit_seconds(config, checked, sample, measurement.trials[0]),
         tables,
         machine,
-        _free_memory(),
+        free_memory(),
         capacity.trials_now(demand),
         (*notes, *place_notes, *device_notes, *_notes(config, tables)),
     )
@@ -207,6 +214,14 @@ def _tables(
     if config.final_fit.images == "none":
         return tables
     return (*tables, *planned_tables(without_validation(checked), trials[:1], storage, device))
+
+
+def _slowdown(demand: Demand, num_trials: int) -> float:
+    """Return the time of a worker beside the others on this machine, over its time alone."""
+    num_workers = num_trials * demand.num_workers
+    if 0 < demand.num_gpus < 1:  # workers of a shared device take turns, at worst
+        return float(max(1, min(num_workers, int(1 / demand.num_gpus))))
+    return SIDE_BY_SIDE if num_workers > 1 else 1.0
 
 
 def _worker(kind: TrialConfig, sample: Sample) -> TrialConfig:
@@ -261,22 +276,6 @@ def _paces_of_trials(
     given = [paces[0]] * len(config.start_with)
     given += [paces[kinds.index(reference.config)] for reference in references]
     return given + [paces[0]] * (config.trials - len(given))
-
-
-def _free_memory() -> int:
-    """Return the bytes that processes could take now without swapping.
-
-    Raises:
-        EnvironmentProblem: Where the system does not report it.
-    """
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        sizes = {name: rest for name, _, rest in (line.partition(":") for line in lines)}
-        return 1024 * int(sizes["MemAvailable"].split()[0])
-    except (OSError, KeyError) as error:
-        raise EnvironmentProblem(
-            f"/proc/meminfo does not report the free memory: {error}"
-        ) from None
 
 
 def _notes(config: StudyConfig, tables: Sequence[PlannedTable]) -> tuple[str, ...]:

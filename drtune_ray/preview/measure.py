@@ -6,7 +6,8 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +54,7 @@ class Measurement:
 
     Attributes:
         trials: One entry a configuration, in the given order.
-        peak_bytes: Largest resident memory of this process; tables that it maps are in it.
+        peak_bytes: Largest resident memory of the process; tables that it maps are in it.
         device_bytes: Largest memory of torch on a CUDA device; 0 on CPUs.
     """
 
@@ -63,7 +64,11 @@ class Measurement:
 
 
 def measured(
-    configs: Sequence[TrialConfig], tables: Tables, num_threads: int, device: str
+    configs: Sequence[TrialConfig],
+    tables: Tables,
+    num_threads: int,
+    device: str,
+    slowdown: float = 1.0,
 ) -> Measurement:
     """Train each configuration for seconds, one after another, as a resident actor does.
 
@@ -72,32 +77,71 @@ def measured(
         tables: The sample's tables.
         num_threads: torch's threads a worker.
         device: ``cpu`` or ``cuda``.
+        slowdown: Time of a worker among those that run at the same time, over its time alone.
 
     Raises:
         EnvironmentProblem: If this machine cannot train one of them, with the reason.
     """
     former_threads = torch.get_num_threads()
+    with suppress(OSError):  # forget the peak of what this process did before
+        Path("/proc/self/clear_refs").write_text("5")
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     try:
-        trials = tuple(
-            _measured_trial(c, tables, num_threads, torch.device(device)) for c in configs
-        )
+        with _memory_limit(is_wanted=device == "cpu"):
+            trials = tuple(
+                _measured_trial(config, tables, num_threads, torch.device(device), slowdown)
+                for config in configs
+            )
     except (RuntimeError, MemoryError, OSError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         message = f"the base configuration cannot be trained here: {reason}"
         raise EnvironmentProblem(message) from error
     finally:
         torch.set_num_threads(former_threads)
-    peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     device_bytes = torch.cuda.max_memory_allocated() if device == "cuda" else 0
-    return Measurement(trials, peak_bytes, device_bytes)
+    return Measurement(trials, reported_bytes("/proc/self/status", "VmHWM"), device_bytes)
+
+
+def free_memory() -> int:
+    """Return the bytes that processes could take now without swapping."""
+    return reported_bytes("/proc/meminfo", "MemAvailable")
+
+
+def reported_bytes(file: str, name: str) -> int:
+    """Return one of the sizes that the system reports.
+
+    Raises:
+        EnvironmentProblem: If it does not.
+    """
+    try:
+        lines = dict(line.split(":", 1) for line in Path(file).read_text().splitlines())
+        return 1024 * int(lines[name].split()[0])
+    except (OSError, KeyError, ValueError) as error:
+        raise EnvironmentProblem(f"{file} does not report {name}: {error}") from None
+
+
+@contextmanager
+def _memory_limit(*, is_wanted: bool) -> Iterator[None]:
+    """Within, what exceeds the free memory raises; the system would kill this process for it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if is_wanted and soft == resource.RLIM_INFINITY:
+        limit = reported_bytes("/proc/self/status", "VmData") + free_memory()
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def _measured_trial(
-    config: TrialConfig, tables: Tables, num_threads: int, device: torch.device
+    config: TrialConfig, tables: Tables, num_threads: int, device: torch.device, slowdown: float
 ) -> Measured:
     backbone = read_backbone(tables.backbone)
     data = TrainingData(tables, config.data, backbone.normalization.interpolation)
-    steps, validations, saves = [], [], []
+    steps: list[float] = []
+    validations: list[float] = []
+    saves: list[float] = []
     with tempfile.TemporaryDirectory(prefix="drtune-preview-") as path:
         folder = TrialFolder(Path(path))
         started = last = time.monotonic()
@@ -123,11 +167,12 @@ def _measured_trial(
     # The first steps, in which torch settles, are not typical; the first one contains the start.
     step_seconds = statistics.fmean(steps[len(steps) // 2 :])
     num_validation, batch_size = len(data.validation), config.training.batch_size
+    derived_seconds = VALIDATION_SHARE * step_seconds * num_validation / batch_size
     return Measured(
-        max(0.0, steps[0] - step_seconds),
-        step_seconds,
-        min(validations, default=VALIDATION_SHARE * step_seconds * num_validation / batch_size),
-        statistics.median(saves),
+        slowdown * max(0.0, steps[0] - step_seconds),
+        slowdown * step_seconds,
+        slowdown * min(validations, default=derived_seconds),
+        slowdown * statistics.median(saves),
         float(checkpoint_bytes),
         float(best_weights_bytes(config, backbone, len(data.classes))),
     )
