@@ -16,8 +16,9 @@ import torch
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.data.table_store import TableStore
 from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.execution.capacity import Demand
 from drtune_ray.preview import measure
-from drtune_ray.preview.estimate import Preview, _paces_of_trials
+from drtune_ray.preview.estimate import SIDE_BY_SIDE, Preview, _paces_of_trials, _slowdown
 from drtune_ray.preview.measure import Measured, Measurement, measured
 from drtune_ray.preview.sample import planned_tables, prepared_sample
 from drtune_ray.preview.simulate import (
@@ -255,6 +256,38 @@ def test_what_cannot_be_trained_here_is_refused(measured_with, monkeypatch, erro
     with pytest.raises(EnvironmentProblem, match=f"cannot be trained here: .*{reason}$") as caught:
         measured_with({})
     assert caught.value.exit_code == 3
+
+
+def test_what_exceeds_the_free_memory_is_an_error_not_the_end_of_the_process(monkeypatch):
+    monkeypatch.setattr(measure, "free_memory", lambda: 2**26)
+    with measure._memory_limit(is_wanted=True):
+        torch.empty(2**24, dtype=torch.uint8)
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            torch.empty(2**30, dtype=torch.uint8)
+    torch.empty(2**30, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "num_trials", "num_workers", "slowdown"),
+    [
+        (0, 1, 1, 1.0),
+        (0, 2, 1, SIDE_BY_SIDE),
+        (0, 1, 2, SIDE_BY_SIDE),
+        (0.5, 1, 1, 1.0),
+        (0.5, 4, 1, 2.0),
+        (0.3, 2, 1, 2.0),
+        (1, 2, 1, SIDE_BY_SIDE),
+    ],
+)
+def test_workers_slow_each_other_down(gpus, num_trials, num_workers, slowdown):
+    assert _slowdown(Demand(num_workers, 1, gpus), num_trials) == slowdown
+
+
+def test_a_size_that_the_system_does_not_report_is_refused(tmp_path):
+    (tmp_path / "meminfo").write_text("MemTotal: 7 kB\n")
+    assert measure.reported_bytes(str(tmp_path / "meminfo"), "MemTotal") == 7 * 1024
+    with pytest.raises(EnvironmentProblem, match="meminfo does not report MemAvailable"):
+        measure.reported_bytes(str(tmp_path / "meminfo"), "MemAvailable")
 
 
 # ---- the whole
