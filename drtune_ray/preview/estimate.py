@@ -142,16 +142,13 @@ def preview_study(config: StudyConfig) -> Preview:
     tables = _tables(config, checked, _table_trials(config, base, space, references), device)
     check_seconds = time.monotonic() - started
     kinds = list(dict.fromkeys((base, *(reference.config for reference in references))))
+    slowdown = _slowdown(demand, min(at_a_time, capacity.trials_now(demand)))
     with tempfile.TemporaryDirectory(prefix="drtune-preview-") as folder:
         with_pixels = any(table.kind == VIEWS for table in tables) or not base.data.views
         sample = prepared_sample(checked, kinds, Path(folder), device, with_pixels=with_pixels)
-        measurement = measured(
-            [_worker(kind, sample) for kind in kinds],
-            sample.tables,
-            config.resources.cpus_per_worker,
-            device,
-            _slowdown(demand, min(at_a_time, capacity.trials_now(demand))),
-        )
+        workers = [_worker(kind, sample) for kind in kinds]
+        num_threads = config.resources.cpus_per_worker
+        measurement = measured(workers, sample.tables, num_threads, device, slowdown)
     paces = tuple(
         _pace(kind, checked, sample, found)
         for kind, found in zip(kinds, measurement.trials, strict=True)

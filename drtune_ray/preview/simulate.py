@@ -13,13 +13,13 @@ from __future__ import annotations
 import heapq
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from drtune_ray.config.study import BudgetConfig, StudyConfig
+from drtune_ray.config.study import StudyConfig
 from drtune_ray.execution.ray_tune.schedulers import build_scheduler
 from drtune_ray.search.finalists import CE_TUNING
 from drtune_ray.training.reports import CONFIG_NUMBER, EPOCH, OBJECTIVE
@@ -158,28 +158,26 @@ def random_curves(num_trials: int, num_epochs: int, generator: np.random.Generat
     return best
 
 
+@dataclass
 class _Search:
-    """The search's trials over simulated time."""
+    """The search's trials over simulated time; the arguments are those of `simulated`."""
 
-    def __init__(
-        self,
-        config: StudyConfig,
-        curves: Curves,
-        paces: Sequence[Pace],
-        at_a_time: int,
-        generator: np.random.Generator,
-        seconds_before: float,
-    ) -> None:
-        first = len(config.start_with)
-        self._references = set(range(first, first + len(config.reference_trials)))
-        self._scheduler = build_scheduler(config.scheduler, curves.shape[1], self._references)
-        self._budget: BudgetConfig = config.budget
-        self._curves, self._paces, self._at_a_time = curves, paces, at_a_time
-        self._generator, self._seconds_before = generator, seconds_before
+    config: StudyConfig
+    curves: Curves
+    paces: Sequence[Pace]
+    at_a_time: int
+    generator: np.random.Generator
+    seconds_before: float
+    num_started: int = 0
+    num_epochs: int = 0
+    seconds: float = 0.0
+    completed: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        first = len(self.config.start_with)
+        references = set(range(first, first + len(self.config.reference_trials)))
+        self._scheduler = build_scheduler(self.config.scheduler, self.curves.shape[1], references)
         self._running: list[tuple[float, float, int, int]] = []
-        self.num_started = self.num_epochs = 0
-        self.seconds = 0.0
-        self.completed: list[int] = []
 
     def run(self) -> None:
         """Run all trials, from the first one's start to the last one's end."""
@@ -188,30 +186,30 @@ class _Search:
             self.seconds, _, number, epoch = heapq.heappop(self._running)
             self.num_epochs += 1
             if self._continues(number, epoch):
-                self._push(self.seconds + self._paces[number].epoch_seconds, number, epoch + 1)
+                self._push(self.seconds + self.paces[number].epoch_seconds, number, epoch + 1)
             else:
                 self._start_trials()
 
     def _start_trials(self) -> None:
         while (
-            len(self._running) < self._at_a_time
-            and self.num_started < len(self._paces)
+            len(self._running) < self.at_a_time
+            and self.num_started < len(self.paces)
             and not self._is_spent()
         ):
-            number, pace = self.num_started, self._paces[self.num_started]
+            number, pace = self.num_started, self.paces[self.num_started]
             self.num_started += 1
             if self._scheduler is not None:
                 self._scheduler.on_trial_add(None, _tune_trial(number))
             self._push(self.seconds + pace.begin_seconds + pace.epoch_seconds, number, 1)
 
     def _push(self, seconds: float, number: int, epoch: int) -> None:
-        heapq.heappush(self._running, (seconds, self._generator.random(), number, epoch))
+        heapq.heappush(self._running, (seconds, self.generator.random(), number, epoch))
 
     def _continues(self, number: int, epoch: int) -> bool:
-        result = {EPOCH: epoch, OBJECTIVE: float(self._curves[number, epoch - 1])}
-        if epoch == self._curves.shape[1]:
+        result = {EPOCH: epoch, OBJECTIVE: float(self.curves[number, epoch - 1])}
+        if epoch == self.curves.shape[1]:
             self.completed.append(number)
-        is_last = epoch == self._curves.shape[1] or self._is_spent()
+        is_last = epoch == self.curves.shape[1] or self._is_spent()
         if self._scheduler is None:
             return not is_last
         trial = _tune_trial(number)
@@ -221,10 +219,10 @@ class _Search:
         return self._scheduler.on_trial_result(None, trial, result) == "CONTINUE"
 
     def _is_spent(self) -> bool:
-        limit_epochs, limit_seconds = self._budget.max_epochs, self._budget.max_seconds
+        limit_epochs, limit_seconds = self.config.budget.max_epochs, self.config.budget.max_seconds
         if limit_epochs is not None and self.num_epochs >= limit_epochs:
             return True
-        return limit_seconds is not None and self.seconds + self._seconds_before >= limit_seconds
+        return limit_seconds is not None and self.seconds + self.seconds_before >= limit_seconds
 
 
 def _finalists(config: StudyConfig, curves: Curves, completed: Sequence[int]) -> list[int]:
