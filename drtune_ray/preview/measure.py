@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import statistics
 import tempfile
@@ -21,7 +22,7 @@ from drtune_ray.training.checkpoint import TrialFolder
 from drtune_ray.training.loop import train_epochs
 from drtune_ray.training.reports import DIVERGED, EpochReport, SavePoint
 
-MAX_SECONDS = 12.0  # training time of one configuration; a step under way is finished
+MAX_SECONDS = 12.0  # training time of one configuration after its first step
 MIN_STEPS, MAX_EPOCHS = 3, 6
 # Without gradients an image costs a third: the forward pass, but not the two of the backward pass.
 VALIDATION_SHARE = 1 / 3
@@ -144,7 +145,7 @@ def _measured_trial(
     saves: list[float] = []
     with tempfile.TemporaryDirectory(prefix="drtune-preview-") as path:
         folder = TrialFolder(Path(path))
-        started = last = time.monotonic()
+        first, last = math.inf, time.monotonic()
         for event in train_epochs(
             config,
             data,
@@ -156,7 +157,8 @@ def _measured_trial(
             now = time.monotonic()
             has_step = isinstance(event, SavePoint) or event.outcome == DIVERGED
             (steps if has_step else validations).append(now - last)
-            is_over = now - started > MAX_SECONDS and len(steps) > MIN_STEPS
+            first = min(first, now)
+            is_over = now - first > MAX_SECONDS and len(steps) > MIN_STEPS
             if is_over or isinstance(event, EpochReport):
                 event.save(folder)
                 saves.append(time.monotonic() - now)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from drtune_ray.study.machine import Machine
 from drtune_ray.study.tables import prepare
 from drtune_ray.training.checkpoint import TrialFolder
 from drtune_ray.training.loop import train_epochs
+from drtune_ray.training.reports import COMPLETED, EpochReport, SavePoint
 from drtune_ray.values import nested, to_yaml
 from tests.execution.test_scheduler import CURVES
 from tests.small import prepared, small_trial, small_values, write_coloured
@@ -197,11 +199,11 @@ def test_a_sample_says_what_a_row_takes(tmp_path, weights_file):
 def measured_with(tmp_path, weights_file):
     """Measure one small trial with these settings."""
 
-    def run(settings: dict[str, Any], threads: int = 1) -> Measured:
+    def run(settings: dict[str, Any], threads: int = 1, slowdown: float = 1.0) -> Measured:
         values = small_values(write_coloured(tmp_path / "images"), weights_file)
         trial = small_trial(values | settings)
         tables = prepared(trial, tmp_path / "storage")[2]
-        return measured([trial], tables, threads, "cpu").trials[0]
+        return measured([trial], tables, threads, "cpu", slowdown).trials[0]
 
     return run
 
@@ -219,6 +221,40 @@ def test_sizes_are_those_of_the_files_of_a_trial(measured_with, tmp_path, weight
     assert found.checkpoint_bytes == pytest.approx(checkpoint.stat().st_size, rel=0.01)
     # The file's own bytes, about 300 a tensor, count in weights as small as these.
     assert 0 <= folder.best.stat().st_size - found.best_bytes < 2**16
+
+
+class Clock:
+    """Stands in for the module `time`."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_what_a_training_takes_by_hand(measured_with, monkeypatch):
+    clock = Clock()
+
+    def save(folder: TrialFolder) -> None:
+        clock.now += 0.5
+        folder.save({}, 1, 1)
+
+    def two_epochs(*_: object, **__: object) -> Iterator[EpochReport | SavePoint]:
+        clock.now += 7.0  # builds the trial and fills its bank
+        for seconds, validation_seconds, outcome in ((0.5, 4.0, None), (0.25, 3.0, COMPLETED)):
+            for _step in range(4):
+                clock.now += seconds
+                yield SavePoint(0, 0, save)
+            clock.now += validation_seconds
+            yield EpochReport(None, (), outcome, save)
+
+    monkeypatch.setattr(measure, "time", clock)
+    monkeypatch.setattr(measure, "train_epochs", two_epochs)
+    found = measured_with({}, slowdown=2.0)
+    assert found.begin_seconds == 2 * (7.0 + 0.5 - 0.25)  # less a settled step
+    assert (found.step_seconds, found.validation_seconds) == (2 * 0.25, 2 * 3.0)
+    assert found.save_seconds == 2 * 0.5
 
 
 def test_threads_are_those_of_before(measured_with):
