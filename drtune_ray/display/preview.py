@@ -1,4 +1,4 @@
-"""What a study will cost: for people and for programs."""
+"""Show what a study will cost, to people and to programs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAME_WIDTH = 12
 
 
 def preview_lines(preview: Preview) -> Iterator[str]:
-    """A dozen lines, the notes apart."""
+    """Return a dozen lines for people, and the notes."""
     config, found = preview.config, preview.measurement
     base, pace = found.trials[0], preview.paces[0]
     yield f"Preview of study {config.name!r}: {config.folder} (nothing was written there)"
@@ -28,9 +28,8 @@ def preview_lines(preview: Preview) -> Iterator[str]:
     yield _line(
         "Step",
         f"{1000 * base.step_seconds:.0f} ms; an epoch {pace.epoch_seconds:.1f} s "
-        f"({preview.steps_per_epoch:.4g} steps, validation, checkpoint): measured with "
-        f"{found.num_processes} process(es) at a time, {config.resources.cpus_per_worker} "
-        "thread(s) each",
+        f"({preview.steps_per_epoch:.4g} steps, validation, checkpoint): measured with 1 "
+        f"process(es) at a time, {config.resources.cpus_per_worker} thread(s) each",
     )
     if len(preview.paces) > 1:
         others = ", ".join(f"{other.epoch_seconds:.1f} s" for other in preview.paces[1:])
@@ -60,7 +59,7 @@ def preview_lines(preview: Preview) -> Iterator[str]:
 
 
 def preview_facts(preview: Preview) -> dict[str, Any]:
-    """For programs."""
+    """Return the figures for programs, as docs/json.md describes them."""
     found = preview.measurement
     names = ("num_trials", "search_epochs", "final_trials", "final_epochs", "epochs")
     return {
@@ -73,7 +72,7 @@ def preview_facts(preview: Preview) -> dict[str, Any]:
         "steps_per_epoch": preview.steps_per_epoch,
         "epoch_seconds": [pace.epoch_seconds for pace in preview.paces],
         "begin_seconds": [pace.begin_seconds for pace in preview.paces],
-        "measured_at_a_time": found.num_processes,
+        "measured_at_a_time": 1,
         "fixed_seconds": preview.fixed_seconds,
         "prepare_seconds": preview.prepare_seconds,
         "final_fit_seconds": preview.final_fit_seconds,

@@ -1,8 +1,8 @@
-"""preview_study: what a study will cost, from seconds of its work on this machine.
+"""Estimate what a study will cost from seconds of its work on this machine.
 
 Nothing is written under the storage, and Ray is not started. Some of the images are prepared in a
-temporary folder of the system's (`TMPDIR`), and the base configuration and the reference trials
-train on them in processes of their own; how many epochs there will be is simulated.
+temporary folder of the system's (`TMPDIR`), this process trains the base configuration and the
+reference trials on them, and the number of epochs is simulated.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from pathlib import Path
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.splits import VALIDATION
-from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.execution.capacity import Capacity, Demand, Node, trial_demand, trials_that_fit
-from drtune_ray.preview.measure import Measured, Measurement, Workload, measured
+from drtune_ray.preview.measure import Measured, Measurement, free_memory, measured
 from drtune_ray.preview.sample import VIEWS, PlannedTable, Sample, planned_tables, prepared_sample
 from drtune_ray.preview.simulate import Pace, Simulated, Spread, simulated_studies, spread
 from drtune_ray.search.proposals import FixedTrial
@@ -31,14 +30,16 @@ from drtune_ray.study.machine import Machine, this_machine
 from drtune_ray.study.tables import preparing_device, table_variants
 from drtune_ray.values import full_path
 
-MAX_PROCESSES = 8  # measured side by side: more of them on one machine say little more
-# What is not measured here, as seen on two cores: the first two on the demo and on other images
-# (wall time of the command, less the study's own; first trials against later ones), the last two
-# by benchmarks/orchestration.py.
+# Costs that are not measured here, as seen on two cores. The first two: wall time of the command
+# on the demo and on other images less the study's own time, first trials against later ones. The
+# last two: benchmarks/orchestration.py.
 RAY_SECONDS = 12.0  # imports, Ray's start and end, MLflow's store, the winner
-ACTOR_SECONDS = 2.0  # Ray's part of starting the actors, beside what a process of ours takes
-TRIAL_SECONDS = 0.3  # of a trial in a resident actor, besides its training
-NESTED_TRIAL_SECONDS = 18.0  # of a trial of several workers: Ray Train starts them for each
+ACTOR_SECONDS = 9.0  # start of the actors, their imports included
+TRIAL_SECONDS = 0.3  # overhead of a trial in a resident actor
+NESTED_TRIAL_SECONDS = 18.0  # overhead of a trial of several workers, which Ray Train starts anew
+# Step of a worker beside another one over a step alone, on two cores without messages: 1.07 and
+# 1.10 by benchmarks/scaling.py.
+SIDE_BY_SIDE = 1.1
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,18 @@ class Preview:
     Attributes:
         config: The study.
         trials_at_a_time: How many trials run side by side.
-        studies: The simulated ones.
-        measurement: What was measured, of the base and of each reference trial that differs.
+        studies: The simulated studies.
+        measurement: Figures of the base configuration and of each reference trial that differs.
         paces: Seconds of those trials.
-        steps_per_epoch: Of the base.
+        steps_per_epoch: Steps of an epoch of the base configuration.
         fixed_seconds: Start and end, whatever the trials do, without preparing.
-        prepare_seconds: Of the tables that are not there yet.
-        final_fit_seconds: Of training the winner once more, at most; 0 where that is not asked for.
-        tables: All that the study reads.
-        machine: This one.
-        memory_bytes: That this machine could give now.
+        prepare_seconds: Time to prepare the tables that are not there yet.
+        final_fit_seconds: Time to train the winner once more, at most; 0 without a final fit.
+        tables: All tables that the study reads.
+        machine: This machine.
+        memory_bytes: Memory that this machine could give now.
         local_trials: How many trials its CPUs and GPUs hold at a time.
-        notes: Sentences about it.
+        notes: Sentences about the estimate.
     """
 
     config: StudyConfig
@@ -78,19 +79,19 @@ class Preview:
     notes: tuple[str, ...]
 
     def spread(self, name: str) -> Spread:
-        """Of an attribute of `Simulated` over the studies."""
+        """Return the spread of an attribute of `Simulated` over the studies."""
         return spread([getattr(study, name) for study in self.studies])
 
     @property
     def seconds(self) -> Spread:
-        """Of the whole study."""
+        """Time of the whole study."""
         trials = self.spread("seconds")
         fixed = self.fixed_seconds + self.prepare_seconds + self.final_fit_seconds
         return Spread(trials.mean + fixed, trials.low + fixed, trials.high + fixed)
 
     @property
     def checkpoint_bytes(self) -> float:
-        """Most that the trials' folders hold at once, when the last of the trials run."""
+        """Most that the trials' folders hold at once, when the last trials run."""
         base, num_trials = self.measurement.trials[0], self._num_trained
         num_running = min(num_trials, self.trials_at_a_time)
         return num_trials * base.best_bytes + num_running * 2 * base.checkpoint_bytes
@@ -103,12 +104,12 @@ class Preview:
 
     @property
     def table_bytes(self) -> int:
-        """Of all tables."""
+        """Size of all tables."""
         return sum(table.num_bytes for table in self.tables)
 
     @property
     def new_table_bytes(self) -> int:
-        """Of those that are not there yet."""
+        """Size of the tables that are not there yet."""
         return sum(table.num_bytes for table in self.tables if not table.exists)
 
     @property
@@ -122,7 +123,7 @@ class Preview:
 
 
 def preview_study(config: StudyConfig) -> Preview:
-    """Check a study as `run_study` does, and say what it will cost.
+    """Check a study as `run_study` does, and estimate what it will cost.
 
     Raises:
         ConfigError: For bad input.
@@ -134,73 +135,67 @@ def preview_study(config: StudyConfig) -> Preview:
         {"method.bank_size": min(config.trial.method.bank_size, checked.num_train)}
     )
     machine, demand = this_machine(), trial_demand(base.training, config.resources)
-    capacity = Capacity((Node(machine.num_cpus, machine.num_gpus),), is_local=_is_local())
+    is_local = os.environ.get("RAY_ADDRESS", "local") == "local"
+    capacity = Capacity((Node(machine.num_cpus, machine.num_gpus),), is_local=is_local)
     at_a_time, place_notes = _trials_at_a_time(config, demand, capacity)
     device, device_notes = preparing_device(config.resources, capacity)
-    tables = _tables(config, checked, _configs(config, base, space, references), device)
+    tables = _tables(config, checked, _table_trials(config, base, space, references), device)
     check_seconds = time.monotonic() - started
-    kinds = _kinds(base, references)
-    on_this_machine = max(1, min(at_a_time, capacity.trials_now(demand)))
+    kinds = list(dict.fromkeys((base, *(reference.config for reference in references))))
+    slowdown = _slowdown(demand, min(at_a_time, capacity.trials_now(demand)))
     with tempfile.TemporaryDirectory(prefix="drtune-preview-") as folder:
         with_pixels = any(table.kind == VIEWS for table in tables) or not base.data.views
         sample = prepared_sample(checked, kinds, Path(folder), device, with_pixels=with_pixels)
-        measurement = _measure(config, kinds, sample, device, on_this_machine)
-    paces = [_pace(kind, checked, sample, m) for kind, m in _zip(kinds, measurement)]
+        workers = [_worker(kind, sample) for kind in kinds]
+        num_threads = config.resources.cpus_per_worker
+        measurement = measured(workers, sample.tables, num_threads, device, slowdown)
+    paces = tuple(
+        _pace(kind, checked, sample, found)
+        for kind, found in zip(kinds, measurement.trials, strict=True)
+    )
     prepare_seconds = sample.seconds(tables)
     # Actors are started for the search and, where there are finalists, once more.
     num_starts = 2 if config.finalists.num_seeds else 1
-    start_seconds = measurement.start_seconds + ACTOR_SECONDS
-    fixed_seconds = check_seconds + RAY_SECONDS + num_starts * start_seconds
-    of_trials = _paces_of_trials(config, kinds, paces, references)
-    studies = simulated_studies(config, of_trials, at_a_time, prepare_seconds + start_seconds)
+    by_trial = _paces_of_trials(config, kinds, paces, references)
     return Preview(
         config,
         at_a_time,
-        studies,
+        simulated_studies(config, by_trial, at_a_time, prepare_seconds + ACTOR_SECONDS),
         measurement,
-        tuple(paces),
+        paces,
         _num_steps(base, checked, sample),
-        fixed_seconds,
+        check_seconds + RAY_SECONDS + num_starts * ACTOR_SECONDS,
         prepare_seconds,
         _final_fit_seconds(config, checked, sample, measurement.trials[0]),
         tables,
         machine,
-        _free_memory(),
+        free_memory(),
         capacity.trials_now(demand),
         (*notes, *place_notes, *device_notes, *_notes(config, tables)),
     )
 
 
-def _is_local() -> bool:
-    return os.environ.get("RAY_ADDRESS", "local") == "local"
-
-
-def _storage(config: StudyConfig) -> Path:
-    return full_path(config.storage)
-
-
 def _trials_at_a_time(
     config: StudyConfig, demand: Demand, capacity: Capacity
 ) -> tuple[int, tuple[str, ...]]:
-    """As the study would decide it; of a cluster only what was asked for is known."""
+    """Decide it as the study would; a cluster is not reached, only its settings are known."""
     if capacity.is_local:
         return trials_that_fit(demand, config.resources, capacity), ()
-    asked = config.resources.trials_at_a_time
+    requested = config.resources.trials_at_a_time
+    source = "as many trials as fit here" if requested is None else "resources.trials_at_a_time"
     note = (
-        f"the cluster of RAY_ADDRESS={os.environ['RAY_ADDRESS']} is not asked: measured on this "
-        "machine, and counted with "
+        f"the cluster of RAY_ADDRESS={os.environ['RAY_ADDRESS']} is not reached: measured on this "
+        f"machine, and counted with {source}"
     )
-    if asked is not None:
-        return asked, (note + "resources.trials_at_a_time",)
-    return max(1, capacity.trials_now(demand)), (note + "as many trials as fit here",)
+    return requested or max(1, capacity.trials_now(demand)), (note,)
 
 
-def _configs(
+def _table_trials(
     config: StudyConfig, base: TrialConfig, space: SearchSpace, references: Sequence[FixedTrial]
 ) -> list[TrialConfig]:
-    """A trial of each kind of tables, in the order in which the study prepares them.
+    """Return a trial of each kind of tables, in the order in which the study prepares them.
 
-    Each seed of the finalists sees views of its own; they are taken to be of the base's kind.
+    Each seed of the finalists has views of its own; they are taken to be of the base's kind.
     """
     seeds = range(1, config.finalists.num_seeds + 1)
     finals = [base.with_values({"data.view_seed": base.data.view_seed + seed}) for seed in seeds]
@@ -208,55 +203,36 @@ def _configs(
 
 
 def _tables(
-    config: StudyConfig, checked: StudyInputs, configs: Sequence[TrialConfig], device: str
+    config: StudyConfig, checked: StudyInputs, trials: Sequence[TrialConfig], device: str
 ) -> tuple[PlannedTable, ...]:
-    """What the trials read, and the final fit, where one is asked for."""
-    tables = planned_tables(checked, configs, _storage(config), device)
+    """Plan what the trials read, and the final fit, where there is one."""
+    storage = full_path(config.storage)
+    tables = planned_tables(checked, trials, storage, device)
     if config.final_fit.images == "none":
         return tables
-    everything = without_validation(checked)
-    return (*tables, *planned_tables(everything, configs[:1], _storage(config), device))
+    return (*tables, *planned_tables(without_validation(checked), trials[:1], storage, device))
 
 
-def _kinds(base: TrialConfig, references: Sequence[FixedTrial]) -> list[TrialConfig]:
-    """The base and the reference trials, each configuration once."""
-    kinds = [base]
-    for reference in references:
-        if reference.config not in kinds:
-            kinds.append(reference.config)
-    return kinds
+def _slowdown(demand: Demand, num_trials: int) -> float:
+    """Return the time of a worker beside the others on this machine, over its time alone."""
+    num_workers = num_trials * demand.num_workers
+    if 0 < demand.num_gpus < 1:  # workers of a shared device take turns, at worst
+        return float(max(1, min(num_workers, int(1 / demand.num_gpus))))
+    return SIDE_BY_SIDE if num_workers > 1 else 1.0
 
 
-def _measure(
-    config: StudyConfig,
-    kinds: Sequence[TrialConfig],
-    sample: Sample,
-    device: str,
-    at_a_time: int,
-) -> Measurement:
-    """Train the kinds on the sample; of several workers, each process is one without the others."""
-    workers = config.trial.training.max_workers
-    trials = []
-    for kind in kinds:
-        values = {
-            "data.views": sample.config.data.views,
-            "training.workers": 1,
-            "training.batch_size": -(-kind.training.batch_size // workers),
-        }
-        trials.append(kind.with_values(values).to_mapping())
-    threads = config.resources.cpus_per_worker
-    workload = Workload(sample.tables.to_mapping(), trials, threads, device)
-    return measured(workload, min(MAX_PROCESSES, at_a_time * workers))
-
-
-def _zip(
-    kinds: Sequence[TrialConfig], measurement: Measurement
-) -> list[tuple[TrialConfig, Measured]]:
-    return list(zip(kinds, measurement.trials, strict=True))
+def _worker(kind: TrialConfig, sample: Sample) -> TrialConfig:
+    """Return one worker's part of a trial, to be trained on the sample."""
+    values = {
+        "data.views": sample.config.data.views,
+        "training.workers": 1,
+        "training.batch_size": -(-kind.training.batch_size // kind.training.max_workers),
+    }
+    return kind.with_values(values)
 
 
 def _num_steps(kind: TrialConfig, checked: StudyInputs, sample: Sample) -> float:
-    """Steps of an epoch, in steps of the kind that the sample has."""
+    """Return the steps of an epoch, counted in steps as the sample has them."""
     num_train, size = checked.num_train, kind.training.batch_size
     if sample.num_train < num_train and not kind.training.drop_last:
         return num_train / size  # all steps of the sample are whole ones
@@ -264,7 +240,7 @@ def _num_steps(kind: TrialConfig, checked: StudyInputs, sample: Sample) -> float
 
 
 def _pace(kind: TrialConfig, checked: StudyInputs, sample: Sample, found: Measured) -> Pace:
-    """Seconds of a trial over all images."""
+    """Return the seconds of a trial over all images."""
     workers = kind.training.max_workers
     share = checked.splits.count(VALIDATION) / sample.num_validation / workers
     steps = _num_steps(kind, checked, sample) * found.step_seconds
@@ -276,7 +252,7 @@ def _pace(kind: TrialConfig, checked: StudyInputs, sample: Sample, found: Measur
 def _final_fit_seconds(
     config: StudyConfig, checked: StudyInputs, sample: Sample, found: Measured
 ) -> float:
-    """Of the base on all images but those of the test, to its last epoch."""
+    """Return the time of training the base, to its last epoch, on all images but the test's."""
     if config.final_fit.images == "none":
         return 0.0
     trial, again = config.trial, with_final_workers(config.trial, config.final_fit)
@@ -293,31 +269,17 @@ def _paces_of_trials(
     paces: Sequence[Pace],
     references: Sequence[FixedTrial],
 ) -> list[Pace]:
-    """Of each trial of the search, in the order in which they begin."""
+    """Return the pace of each trial of the search, in the order in which they begin."""
     given = [paces[0]] * len(config.start_with)
     given += [paces[kinds.index(reference.config)] for reference in references]
     return given + [paces[0]] * (config.trials - len(given))
 
 
-def _free_memory() -> int:
-    """Bytes that processes could take now without swapping.
-
-    Raises:
-        EnvironmentProblem: Where the system does not say it.
-    """
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        sizes = {name: rest for name, _, rest in (line.partition(":") for line in lines)}
-        return 1024 * int(sizes["MemAvailable"].split()[0])
-    except (OSError, KeyError) as error:
-        raise EnvironmentProblem(f"/proc/meminfo does not say the free memory: {error}") from None
-
-
 def _notes(config: StudyConfig, tables: Sequence[PlannedTable]) -> tuple[str, ...]:
-    """What the figures leave out."""
+    """Return sentences about what the figures leave out."""
     notes = []
     if config.folder.exists():
-        notes.append(f"{config.folder} exists: counted as if it began anew")
+        notes.append(f"{config.folder} exists: counted as if the study started anew")
     limits = {
         "budget.target_accuracy": config.budget.target_accuracy,
         "budget.patience_trials": config.budget.patience_trials,

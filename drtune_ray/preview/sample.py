@@ -1,4 +1,4 @@
-"""What preparing a study's tables takes: measured on some of its images, and sizes of them all."""
+"""Cost of preparing a study's tables: time measured on some of its images, sizes by formula."""
 
 from __future__ import annotations
 
@@ -20,15 +20,9 @@ from drtune_ray.study.tables import backbone_name, build_tables, images_name
 from drtune_ray.training.frozen_features import table_names, table_sizes
 
 NUM_TRAIN, NUM_VALIDATION = 256, 256
-NUM_VIEW_ROWS = 1024  # images in views of the sample, about: so many need the frozen encoder
+NUM_VIEW_ROWS = 1024  # images in views of the sample, about: each passes the frozen encoder
 NUM_BATCHES = 4
-IMAGES, BACKBONE, VIEWS, EVALUATION, FEATURES = (
-    "images",
-    "backbone",
-    "views",
-    "evaluation",
-    "features",
-)
+VIEWS = "views"
 
 
 @dataclass(frozen=True)
@@ -36,59 +30,55 @@ class PlannedTable:
     """A table that a study reads.
 
     Attributes:
-        name: Its file.
-        kind: `IMAGES` and so on.
-        num_bytes: Its size.
+        name: File name.
+        num_bytes: Size, but for a few bytes of Arrow's own.
         num_rows: Images, or images in views.
         image_size: Side of the images in pixels.
         exists: Whether it was prepared before.
     """
 
     name: str
-    kind: str
     num_bytes: int
     num_rows: int
     image_size: int
     exists: bool
 
+    @property
+    def kind(self) -> str:
+        """``images``, ``backbone``, ``views``, ``evaluation`` or ``features``."""
+        return _kind(self.name)
+
 
 def planned_tables(
     checked: StudyInputs, configs: Iterable[TrialConfig], storage: Path, device: str
 ) -> tuple[PlannedTable, ...]:
-    """The tables of trials of several kinds, each once; pixels only where they have room.
+    """Plan the tables of several trials, each table once; pixels only where they have room.
 
     Args:
         checked: The images and encoders.
-        configs: In the order in which their tables are prepared.
-        storage: Where they would lie.
+        configs: The trials, in the order in which their tables are prepared.
+        storage: Folder of the studies, whose ``cache`` holds the tables.
         device: Where the frozen encoder runs.
     """
-    splits, cache = checked.splits, storage / CACHE_FOLDER
+    splits, planned = checked.splits, dict[str, PlannedTable]()
     num_train, num_validation = splits.count(TRAIN), splits.count(VALIDATION)
-    planned: dict[str, PlannedTable] = {}
-
-    def plan(name: str, kind: str, num_bytes: int, num_rows: int, side: int) -> None:
-        is_there = (cache / name).exists()
-        planned.setdefault(name, PlannedTable(name, kind, num_bytes, num_rows, side, is_there))
-
+    images, image_bytes = images_name(splits), _image_bytes(splits)
     for config in configs:
         data, backbone = config.data, checked.encoder_of(config)
-        side = data.image_size
-        images, weights = images_name(splits), backbone_name(backbone)
-        num_images = num_train + num_validation
-        plan(images, IMAGES, _image_bytes(splits), num_images, side)
-        plan(weights, BACKBONE, backbone.num_bytes, 1, side)
+        weights, num_views = backbone_name(backbone), num_train * data.views
         maker = ViewMaker(data, backbone.normalization.interpolation)
         names = table_names(data, maker, images, weights, device)
         sizes = table_sizes(data, num_train, num_validation, backbone.num_features, names)
-        used = sum(table.num_bytes for table in planned.values())
-        more = sum(size for name, size in sizes.items() if name not in planned)
-        if used + more <= data.cache_limit_gib * 2**30:
-            plan(names.evaluation, EVALUATION, sizes[names.evaluation], num_validation, side)
-            if data.views:
-                plan(names.views, VIEWS, sizes[names.views], num_train * data.views, side)
-        if data.views:
-            plan(names.features, FEATURES, sizes[names.features], num_train * data.views, side)
+        sizes |= {images: image_bytes, weights: backbone.num_bytes}
+        rows = {images: num_train + num_validation, weights: 1, names.evaluation: num_validation}
+        rows |= {names.views: num_views, names.features: num_views} if data.views else {}
+        together = {name: table.num_bytes for name, table in planned.items()} | sizes
+        if sum(together.values()) > data.cache_limit_gib * 2**30:
+            rows = {n: rows[n] for n in rows if n not in (names.evaluation, names.views)}
+        for name, num_rows in rows.items():
+            exists = (storage / CACHE_FOLDER / name).exists()
+            table = PlannedTable(name, sizes[name], num_rows, data.image_size, exists)
+            planned.setdefault(name, table)
     return tuple(planned.values())
 
 
@@ -98,10 +88,10 @@ class Sample:
 
     Attributes:
         config: The trial that reads them.
-        tables: Where they lie.
+        tables: Their tables.
         num_train: Training images of the sample.
         num_validation: Validation images of the sample.
-        row_seconds: Of a row of each kind of tables.
+        row_seconds: Time to prepare a row, by kind of table.
     """
 
     config: TrialConfig
@@ -111,7 +101,7 @@ class Sample:
     row_seconds: dict[str, float]
 
     def seconds(self, tables: Iterable[PlannedTable]) -> float:
-        """What preparing tables takes that are not there yet; other sizes by their pixels."""
+        """Return the time to prepare the tables not there yet; other image sizes by pixels."""
         own = self.config.data.image_size
         return sum(
             self.row_seconds.get(table.kind, 0.0) * table.num_rows * (table.image_size / own) ** 2
@@ -128,7 +118,7 @@ def prepared_sample(
     *,
     with_pixels: bool,
 ) -> Sample:
-    """Prepare some of the images as a study prepares all of them, and see how long it takes.
+    """Prepare some of the images as a study prepares all of them, and time it.
 
     Args:
         checked: All images, and the encoders.
@@ -139,54 +129,52 @@ def prepared_sample(
     """
     bank_size, size = max(c.method.bank_size for c in configs), configs[0].training.batch_size
     num_batches = max(NUM_BATCHES, -(-max(NUM_TRAIN, bank_size) // size))
-    splits = _some_of(checked.splits, num_batches * size)
-    num_train, num_validation = splits.count(TRAIN), splits.count(VALIDATION)
-    num_views = min(configs[0].data.views, max(1, NUM_VIEW_ROWS // num_train))
-    config = configs[0].with_values({"data.views": num_views})
+    parts = [
+        _first(checked.splits.rows(TRAIN), num_batches * size),
+        _first(checked.splits.rows(VALIDATION), NUM_VALIDATION),
+    ]
+    splits = replace(checked.splits, manifest=pa.concat_tables(parts))
+    num_train, num_validation = (part.num_rows for part in parts)
+    views = min(configs[0].data.views, max(1, NUM_VIEW_ROWS // num_train))
+    config = configs[0].with_values({"data.views": views})
     limit_gib = float("inf") if with_pixels else 0.0
     with _TimedStore(folder, limit_gib) as store:
         tables = build_tables(replace(checked, splits=splits), config, store, device)
     num_rows = {
-        IMAGES: num_train + num_validation,
-        BACKBONE: 1,
-        VIEWS: num_train * num_views,
-        EVALUATION: num_validation,
-        FEATURES: num_train * num_views,
+        "images": num_train + num_validation,
+        "backbone": 1,
+        "views": num_train * views,
+        "evaluation": num_validation,
+        "features": num_train * views,
     }
     row_seconds = {kind: spent / num_rows[kind] for kind, spent in store.seconds.items()}
     return Sample(config, tables, num_train, num_validation, row_seconds)
 
 
 class _TimedStore(TableStore):
-    """A store that keeps how long each kind of tables took."""
+    """A store that records how long each kind of table took."""
 
     def __init__(self, storage: Path, limit_gib: float) -> None:
         super().__init__(storage, limit_gib)
         self.seconds: dict[str, float] = defaultdict(float)
 
     def table(self, name: str, write: Callable[[Path], None]) -> Path:
-        """As that of `TableStore`."""
+        """Build a table as `TableStore` does."""
         started = time.monotonic()
         path = super().table(name, write)
-        self.seconds[name.split("-")[0]] += time.monotonic() - started
+        self.seconds[_kind(name)] += time.monotonic() - started
         return path
 
 
-def _some_of(splits: Splits, num_train: int) -> Splits:
-    """Some training and validation images, in the order of their content: as good as at random."""
-    parts = [_first(splits.rows(TRAIN), num_train), _first(splits.rows(VALIDATION), NUM_VALIDATION)]
-    return replace(splits, manifest=pa.concat_tables(parts))
+def _kind(name: str) -> str:
+    return name.partition("-")[0]
 
 
 def _first(rows: pa.Table, number: int) -> pa.Table:
+    """Return some rows in the order of their images' content: as good as at random."""
     return rows.sort_by([("content_hash", "ascending")]).slice(0, number)
 
 
 def _image_bytes(splits: Splits) -> int:
-    """Of the files of training and validation."""
-    sizes: Sequence[int] = [
-        size
-        for split in (TRAIN, VALIDATION)
-        for size in splits.rows(split)["num_bytes"].to_pylist()
-    ]
-    return sum(sizes)
+    """Return the size of the files of training and validation."""
+    return sum(sum(splits.rows(split)["num_bytes"].to_pylist()) for split in (TRAIN, VALIDATION))

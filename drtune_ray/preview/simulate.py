@@ -1,11 +1,11 @@
-"""How many epochs a study takes: its own scheduler over random trials, many times, without Ray.
+"""Simulate how many epochs a study takes: its own scheduler over random trials, many times.
 
-What the trials will reach is not known, but an early stopping by rank depends on little of it: on
-how alike the order of the trials is from one rung to the next. Every trial gets a curve that
-rises with the epochs, plus a part that stays and a part that is new in each epoch.
+Accuracies are not known beforehand, but early stopping by rank depends on little of them: on how
+similar the order of the trials is from one rung to the next. Every trial gets a curve that rises
+with the epochs, plus a part that is constant and a part that is new in each epoch.
 
-Not simulated: what ends a study or trial by its accuracy (a target, patience, divergence), and a
-sampler that gets better with time, whose later trials are stopped less often.
+Not simulated: accuracies that end a study or trial (a target, patience, divergence), and a sampler
+that improves with time, whose later trials are stopped less often.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from __future__ import annotations
 import heapq
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from drtune_ray.config.study import BudgetConfig, StudyConfig
+from drtune_ray.config.study import StudyConfig
 from drtune_ray.execution.ray_tune.schedulers import build_scheduler
 from drtune_ray.search.finalists import CE_TUNING
 from drtune_ray.training.reports import CONFIG_NUMBER, EPOCH, OBJECTIVE
 
-# Correlation of two epochs of a trial over trials, once the common rise is taken away.
+# Correlation over the trials of two of their epochs, without the common rise.
 ORDER_CORRELATION = 0.8
-# A curve without its own part: FIRST at epoch 1, towards LAST; trials differ by SPREAD (std).
+# The common rise: FIRST at epoch 1, towards LAST; trials differ by SPREAD (standard deviation).
 FIRST, LAST, SPREAD = 0.5, 0.85, 0.08
 MAX_STUDIES, MIN_STUDIES, MAX_RESULTS = 200, 20, 100_000
 Curves = NDArray[np.float64]
@@ -34,7 +34,7 @@ Curves = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of a trial: before its first epoch, and of each epoch."""
+    """Seconds that a trial takes before its first epoch, and for each epoch."""
 
     begin_seconds: float
     epoch_seconds: float
@@ -42,7 +42,7 @@ class Pace:
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure over the simulated studies: mean, and the ends of its middle 90 %."""
+    """Mean of a figure over the simulated studies, and the ends of its middle 90 %."""
 
     mean: float
     low: float
@@ -51,15 +51,15 @@ class Spread:
 
 @dataclass(frozen=True)
 class Simulated:
-    """One study, or the spreads over many.
+    """One simulated study.
 
     Attributes:
-        num_trials: Trials that the search begins.
-        search_epochs: Of all of them together.
-        search_seconds: From the first trial's start to the last one's end.
+        num_trials: Trials that the search starts.
+        search_epochs: Epochs of all these trials.
+        search_seconds: Time from the first trial's start to the last one's end.
         final_trials: Trainings of the finalists.
-        final_epochs: Of all of them together.
-        final_seconds: As `search_seconds`.
+        final_epochs: Epochs of all these trainings.
+        final_seconds: Time from the first training's start to the last one's end.
     """
 
     num_trials: float
@@ -71,26 +71,26 @@ class Simulated:
 
     @property
     def epochs(self) -> float:
-        """Of search and finalists."""
+        """Epochs of search and finalists."""
         return self.search_epochs + self.final_epochs
 
     @property
     def seconds(self) -> float:
-        """Of search and finalists."""
+        """Time of search and finalists."""
         return self.search_seconds + self.final_seconds
 
 
 def simulated_studies(
     config: StudyConfig, paces: Sequence[Pace], at_a_time: int, seconds_before: float = 0.0
 ) -> tuple[Simulated, ...]:
-    """Run the study's scheduler over random trials, each time over others.
+    """Run the study's scheduler many times, each time over other random trials.
 
     Args:
         config: The study.
-        paces: Of each trial of the search, in the order in which they begin: the user's own
-            points, the reference trials, what is sampled.
+        paces: Pace of each trial of the search, in the order in which they start: the user's own
+            points, the reference trials, the sampled trials.
         at_a_time: How many trials run side by side.
-        seconds_before: What of ``budget.max_seconds`` is over when the first trial begins.
+        seconds_before: Part of ``budget.max_seconds`` that is spent before the first trial starts.
     """
     num_epochs = config.trial.training.last_epoch
     num_studies = max(MIN_STUDIES, min(MAX_STUDIES, MAX_RESULTS // (len(paces) * num_epochs)))
@@ -116,15 +116,15 @@ def simulated(
     generator: np.random.Generator,
     seconds_before: float = 0.0,
 ) -> Simulated:
-    """One study whose trials reach what the curves say.
+    """Simulate one study whose trials reach the accuracies of given curves.
 
     Args:
-        config: As for `simulated_studies`, and so are the others.
+        config: The study.
         curves: Best accuracy so far, (trials, epochs).
-        paces: One a trial.
+        paces: Pace of each trial.
         at_a_time: How many trials run side by side.
         generator: Decides which of two trials comes first that end an epoch at the same time.
-        seconds_before: What of the time is over.
+        seconds_before: Part of ``budget.max_seconds`` that is spent before the first trial starts.
     """
     search = _Search(config, curves, paces, at_a_time, generator, seconds_before)
     search.run()
@@ -133,7 +133,7 @@ def simulated(
     num_epochs = curves.shape[1]
     runs = [paces[number] for _ in range(num_seeds) for number in finalists]
     return Simulated(
-        search.num_begun,
+        search.num_started,
         search.num_epochs,
         search.seconds,
         len(runs),
@@ -143,13 +143,13 @@ def simulated(
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Of a figure over the simulated studies."""
+    """Return the mean and the middle 90 % of a figure over the simulated studies."""
     low, high = np.percentile(values, [5, 95])
     return Spread(statistics.fmean(values), float(low), float(high))
 
 
 def random_curves(num_trials: int, num_epochs: int, generator: np.random.Generator) -> Curves:
-    """Best accuracy so far of trials that differ at random, (trials, epochs)."""
+    """Return the best accuracy so far of random trials, (trials, epochs)."""
     stays = generator.standard_normal((num_trials, 1))
     new = generator.standard_normal((num_trials, num_epochs))
     own = np.sqrt(ORDER_CORRELATION) * stays + np.sqrt(1 - ORDER_CORRELATION) * new
@@ -158,60 +158,58 @@ def random_curves(num_trials: int, num_epochs: int, generator: np.random.Generat
     return best
 
 
+@dataclass
 class _Search:
-    """The search's trials over time, by the clock of the simulation."""
+    """The search's trials over simulated time; the arguments are those of `simulated`."""
 
-    def __init__(
-        self,
-        config: StudyConfig,
-        curves: Curves,
-        paces: Sequence[Pace],
-        at_a_time: int,
-        generator: np.random.Generator,
-        seconds_before: float,
-    ) -> None:
-        first = len(config.start_with)
-        self._references = set(range(first, first + len(config.reference_trials)))
-        self._scheduler = build_scheduler(config.scheduler, curves.shape[1], self._references)
-        self._budget: BudgetConfig = config.budget
-        self._curves, self._paces, self._at_a_time = curves, paces, at_a_time
-        self._generator, self._seconds_before = generator, seconds_before
+    config: StudyConfig
+    curves: Curves
+    paces: Sequence[Pace]
+    at_a_time: int
+    generator: np.random.Generator
+    seconds_before: float
+    num_started: int = 0
+    num_epochs: int = 0
+    seconds: float = 0.0
+    completed: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        first = len(self.config.start_with)
+        references = set(range(first, first + len(self.config.reference_trials)))
+        self._scheduler = build_scheduler(self.config.scheduler, self.curves.shape[1], references)
         self._running: list[tuple[float, float, int, int]] = []
-        self.num_begun = self.num_epochs = 0
-        self.seconds = 0.0
-        self.completed: list[int] = []
 
     def run(self) -> None:
-        """From the first trial's start to the last one's end."""
-        self._begin_trials()
+        """Run all trials, from the first one's start to the last one's end."""
+        self._start_trials()
         while self._running:
             self.seconds, _, number, epoch = heapq.heappop(self._running)
             self.num_epochs += 1
-            if self._goes_on(number, epoch):
-                self._push(self.seconds + self._paces[number].epoch_seconds, number, epoch + 1)
+            if self._continues(number, epoch):
+                self._push(self.seconds + self.paces[number].epoch_seconds, number, epoch + 1)
             else:
-                self._begin_trials()
+                self._start_trials()
 
-    def _begin_trials(self) -> None:
+    def _start_trials(self) -> None:
         while (
-            len(self._running) < self._at_a_time
-            and self.num_begun < len(self._paces)
+            len(self._running) < self.at_a_time
+            and self.num_started < len(self.paces)
             and not self._is_spent()
         ):
-            number, pace = self.num_begun, self._paces[self.num_begun]
-            self.num_begun += 1
+            number, pace = self.num_started, self.paces[self.num_started]
+            self.num_started += 1
             if self._scheduler is not None:
                 self._scheduler.on_trial_add(None, _tune_trial(number))
             self._push(self.seconds + pace.begin_seconds + pace.epoch_seconds, number, 1)
 
     def _push(self, seconds: float, number: int, epoch: int) -> None:
-        heapq.heappush(self._running, (seconds, self._generator.random(), number, epoch))
+        heapq.heappush(self._running, (seconds, self.generator.random(), number, epoch))
 
-    def _goes_on(self, number: int, epoch: int) -> bool:
-        result = {EPOCH: epoch, OBJECTIVE: float(self._curves[number, epoch - 1])}
-        if epoch == self._curves.shape[1]:
+    def _continues(self, number: int, epoch: int) -> bool:
+        result = {EPOCH: epoch, OBJECTIVE: float(self.curves[number, epoch - 1])}
+        if epoch == self.curves.shape[1]:
             self.completed.append(number)
-        is_last = epoch == self._curves.shape[1] or self._is_spent()
+        is_last = epoch == self.curves.shape[1] or self._is_spent()
         if self._scheduler is None:
             return not is_last
         trial = _tune_trial(number)
@@ -221,14 +219,14 @@ class _Search:
         return self._scheduler.on_trial_result(None, trial, result) == "CONTINUE"
 
     def _is_spent(self) -> bool:
-        limit_epochs, limit_seconds = self._budget.max_epochs, self._budget.max_seconds
+        limit_epochs, limit_seconds = self.config.budget.max_epochs, self.config.budget.max_seconds
         if limit_epochs is not None and self.num_epochs >= limit_epochs:
             return True
-        return limit_seconds is not None and self.seconds + self._seconds_before >= limit_seconds
+        return limit_seconds is not None and self.seconds + self.seconds_before >= limit_seconds
 
 
 def _finalists(config: StudyConfig, curves: Curves, completed: Sequence[int]) -> list[int]:
-    """Trials that are trained again, as `finalists.finalists` chooses them."""
+    """Return the trials that are trained again, chosen as `finalists.finalists` does."""
     if not config.finalists.num_seeds:
         return []
     ranked = sorted(completed, key=lambda number: (-curves[number, -1], number))
@@ -238,7 +236,7 @@ def _finalists(config: StudyConfig, curves: Curves, completed: Sequence[int]) ->
 
 
 def _is_ce_tuning(config: StudyConfig, number: int) -> bool:
-    """Whether a trial trains without the method; what a space samples is taken for the base's."""
+    """Whether a trial trains without the method; sampled trials are taken to use the base's."""
     index = number - len(config.start_with)
     if 0 <= index < len(config.reference_trials):
         return config.reference_trials[index] == CE_TUNING
@@ -246,7 +244,7 @@ def _is_ce_tuning(config: StudyConfig, number: int) -> bool:
 
 
 def _makespan(durations: Sequence[float], at_a_time: int) -> float:
-    """Seconds until all are done that are taken in turn by whichever place is free first."""
+    """Return the time until all are done, each taken by the place that is free first."""
     places = [0.0] * at_a_time
     for duration in durations:
         heapq.heapreplace(places, places[0] + duration)

@@ -6,23 +6,22 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.data.table_store import TableStore
-from drtune_ray.preview.estimate import Preview, _kinds, _paces_of_trials
-from drtune_ray.preview.measure import Measured, Measurement
-from drtune_ray.preview.sample import (
-    EVALUATION,
-    FEATURES,
-    VIEWS,
-    planned_tables,
-    prepared_sample,
-)
+from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.execution.capacity import Demand
+from drtune_ray.preview import measure
+from drtune_ray.preview.estimate import SIDE_BY_SIDE, Preview, _paces_of_trials, _slowdown
+from drtune_ray.preview.measure import Measured, Measurement, measured
+from drtune_ray.preview.sample import planned_tables, prepared_sample
 from drtune_ray.preview.simulate import (
     ORDER_CORRELATION,
     Pace,
@@ -37,9 +36,12 @@ from drtune_ray.search.proposals import FixedTrial
 from drtune_ray.study.inputs import check_inputs
 from drtune_ray.study.machine import Machine
 from drtune_ray.study.tables import prepare
+from drtune_ray.training.checkpoint import TrialFolder
+from drtune_ray.training.loop import train_epochs
+from drtune_ray.training.reports import COMPLETED, EpochReport, SavePoint
 from drtune_ray.values import nested, to_yaml
 from tests.execution.test_scheduler import CURVES
-from tests.small import small_trial, small_values, write_coloured
+from tests.small import prepared, small_trial, small_values, write_coloured
 
 COMMAND = Path(sys.executable).with_name("drtune-ray")
 NO_FINALS = {"finalists.num_seeds": 0}
@@ -158,12 +160,12 @@ def test_sizes_by_hand_and_another_view_seed_shares_what_it_can(tmp_path, weight
     checked = check_inputs(trial, tmp_path)
     configs = [trial, trial.with_values({"data.view_seed": 1})]
     tables = planned_tables(checked, configs, tmp_path, "cpu")
-    sizes = [(table.kind, table.num_bytes) for table in tables if table.kind == FEATURES]
-    assert sizes == [(FEATURES, 2 * checked.num_train * 256 * 4)] * 2
-    assert [t.num_bytes for t in tables if t.kind == VIEWS] == [
+    sizes = [(table.kind, table.num_bytes) for table in tables if table.kind == "features"]
+    assert sizes == [("features", 2 * checked.num_train * 256 * 4)] * 2
+    assert [t.num_bytes for t in tables if t.kind == "views"] == [
         2 * checked.num_train * 3 * 32 * 32
     ] * 2
-    assert sum(table.kind == EVALUATION for table in tables) == 1
+    assert sum(table.kind == "evaluation" for table in tables) == 1
 
 
 def test_pixels_without_room_are_not_planned(tmp_path, weights_file):
@@ -172,7 +174,7 @@ def test_pixels_without_room_are_not_planned(tmp_path, weights_file):
     kinds = {
         t.kind for t in planned_tables(check_inputs(trial, tmp_path), [trial], tmp_path, "cpu")
     }
-    assert kinds == {"images", "backbone", FEATURES}
+    assert kinds == {"images", "backbone", "features"}
 
 
 def test_a_sample_says_what_a_row_takes(tmp_path, weights_file):
@@ -190,18 +192,151 @@ def test_a_sample_says_what_a_row_takes(tmp_path, weights_file):
     assert sample.seconds(planned_tables(checked, [trial], tmp_path, "cpu")) == 0.0
 
 
+# ---- trials
+
+
+@pytest.fixture
+def measured_with(tmp_path, weights_file):
+    """Measure one small trial with these settings."""
+
+    def run(settings: dict[str, Any], threads: int = 1, slowdown: float = 1.0) -> Measured:
+        values = small_values(write_coloured(tmp_path / "images"), weights_file)
+        trial = small_trial(values | settings)
+        tables = prepared(trial, tmp_path / "storage")[2]
+        return measured([trial], tables, threads, "cpu", slowdown).trials[0]
+
+    return run
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_sizes_are_those_of_the_files_of_a_trial(measured_with, tmp_path, weights_file, precision):
+    settings = {"training.precision": precision, "training.epochs": 1}
+    found = measured_with(settings)
+    trial = small_trial(small_values(tmp_path / "images", weights_file) | settings)
+    data, backbone, _ = prepared(trial, tmp_path / "storage")
+    folder = TrialFolder(tmp_path / "trial")
+    for report in train_epochs(trial, data, backbone):
+        report.save(folder)
+    (checkpoint,) = folder.path.glob("epoch-*")
+    assert found.checkpoint_bytes == pytest.approx(checkpoint.stat().st_size, rel=0.01)
+    # The file's own bytes, about 300 a tensor, count in weights as small as these.
+    assert 0 <= folder.best.stat().st_size - found.best_bytes < 2**16
+
+
+class Clock:
+    """Stands in for the module `time`."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_what_a_training_takes_by_hand(measured_with, monkeypatch):
+    clock = Clock()
+
+    def save(folder: TrialFolder) -> None:
+        clock.now += 0.5
+        folder.save({}, 1, 1)
+
+    def two_epochs(*_: object, **__: object) -> Iterator[EpochReport | SavePoint]:
+        clock.now += 7.0  # builds the trial and fills its bank
+        for seconds, validation_seconds, outcome in ((0.5, 4.0, None), (0.25, 3.0, COMPLETED)):
+            for _step in range(4):
+                clock.now += seconds
+                yield SavePoint(0, 0, save)
+            clock.now += validation_seconds
+            yield EpochReport(None, (), outcome, save)
+
+    monkeypatch.setattr(measure, "time", clock)
+    monkeypatch.setattr(measure, "train_epochs", two_epochs)
+    found = measured_with({}, slowdown=2.0)
+    assert found.begin_seconds == 2 * (7.0 + 0.5 - 0.25)  # less a settled step
+    assert (found.step_seconds, found.validation_seconds) == (2 * 0.25, 2 * 3.0)
+    assert found.save_seconds == 2 * 0.5
+
+
+def test_threads_are_those_of_before(measured_with):
+    before = torch.get_num_threads()
+    measured_with({"training.epochs": 1}, threads=before + 1)
+    assert torch.get_num_threads() == before
+
+
+def test_a_training_that_takes_long_is_cut_and_its_validation_derived(measured_with, monkeypatch):
+    monkeypatch.setattr(measure, "MAX_SECONDS", 0.0)
+    found = measured_with({"training.batch_size": 4})
+    assert found.validation_seconds == pytest.approx(
+        measure.VALIDATION_SHARE * found.step_seconds * 9 / 4  # 9 images
+    )
+    assert min(found.save_seconds, found.checkpoint_bytes, found.best_bytes) > 0
+
+
+def test_a_training_that_diverges_at_once_is_measured(measured_with):
+    found = measured_with({"optim.backbone_lr": 1e30})
+    assert min(found.step_seconds, found.save_seconds, found.checkpoint_bytes) > 0
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes\nmore"), "9 bytes"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_what_cannot_be_trained_here_is_refused(measured_with, monkeypatch, error, reason):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(measure, "train_epochs", fail)
+    with pytest.raises(EnvironmentProblem, match=f"cannot be trained here: .*{reason}$") as caught:
+        measured_with({})
+    assert caught.value.exit_code == 3
+
+
+def test_what_exceeds_the_free_memory_is_an_error_not_the_end_of_the_process(monkeypatch):
+    monkeypatch.setattr(measure, "free_memory", lambda: 2**26)
+    with measure._memory_limit(is_wanted=True):
+        torch.empty(2**24, dtype=torch.uint8)
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            torch.empty(2**30, dtype=torch.uint8)
+    torch.empty(2**30, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "num_trials", "num_workers", "slowdown"),
+    [
+        (0, 1, 1, 1.0),
+        (0, 2, 1, SIDE_BY_SIDE),
+        (0, 1, 2, SIDE_BY_SIDE),
+        (0.5, 1, 1, 1.0),
+        (0.5, 4, 1, 2.0),
+        (0.3, 2, 1, 2.0),
+        (1, 2, 1, SIDE_BY_SIDE),
+    ],
+)
+def test_workers_slow_each_other_down(gpus, num_trials, num_workers, slowdown):
+    assert _slowdown(Demand(num_workers, 1, gpus), num_trials) == slowdown
+
+
+def test_a_size_that_the_system_does_not_report_is_refused(tmp_path):
+    (tmp_path / "meminfo").write_text("MemTotal: 7 kB\n")
+    assert measure.reported_bytes(str(tmp_path / "meminfo"), "MemTotal") == 7 * 1024
+    with pytest.raises(EnvironmentProblem, match="meminfo does not report MemAvailable"):
+        measure.reported_bytes(str(tmp_path / "meminfo"), "MemAvailable")
+
+
 # ---- the whole
 
 
-def test_references_are_measured_apart_and_equal_ones_once(make_trial):
+def test_references_have_paces_of_their_own_and_other_trials_the_base_s(make_trial):
     base = make_trial({})
     other = base.with_values({"method.name": "ce_tuning"})
     references = [FixedTrial("default", base), FixedTrial("ce_tuning", other)]
     config = study({"trials": 4, "reference_trials": ("default", "ce_tuning")})
-    kinds = _kinds(base, references)
-    assert kinds == [base, other]
     paces = [Pace(1.0, 2.0), Pace(3.0, 4.0)]
-    assert _paces_of_trials(config, kinds, paces, references) == [paces[i] for i in (0, 1, 0, 0)]
+    found = _paces_of_trials(config, [base, other], paces, references)
+    assert found == [paces[i] for i in (0, 1, 0, 0)]
 
 
 @pytest.fixture
@@ -211,9 +346,7 @@ def preview() -> Preview:
         config,
         trials_at_a_time=2,
         studies=(Simulated(4, 20, 30.0, 2, 10, 12.0), Simulated(4, 30, 50.0, 2, 10, 12.0)),
-        measurement=Measurement(
-            (Measured(1.0, 0.25, 0.5, 0.125, 3000.0, 1000.0),), 5.0, 2.0**30, 0.0, 2
-        ),
+        measurement=Measurement((Measured(1.0, 0.25, 0.5, 0.125, 3000.0, 1000.0),), 2**30, 0),
         paces=(Pace(1.5, 1.625),),
         steps_per_epoch=4.0,
         fixed_seconds=10.0,
@@ -245,7 +378,7 @@ def test_lines_for_people(preview):
         "seed(s)",
         "  Epochs      about 25 (20 to 30 in 9 of 10 cases) in the search with asha (40 without), "
         "10 of finalists, and the final fit",
-        "  Step        250 ms; an epoch 1.6 s (4 steps, validation, checkpoint): measured with 2 "
+        "  Step        250 ms; an epoch 1.6 s (4 steps, validation, checkpoint): measured with 1 "
         "process(es) at a time, 1 thread(s) each",
         "  Time        about 1 min 10 s (1 min 1 s to 1 min 19 s in 9 of 10 cases), 2 trials at a "
         "time",
