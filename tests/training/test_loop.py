@@ -285,3 +285,28 @@ def test_trains_on_a_gpu(values, storage, precision):
         values | {"training.precision": precision}, storage, device=torch.device("cuda", 0)
     )
     assert found[-1].outcome == COMPLETED
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_out_of_memory_is_raised_and_the_next_trial_trains(values, storage):
+    device = torch.device("cuda", 0)
+    expected = losses(reports(values, storage, device=device))
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.0)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            reports(values, storage, device=device)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    found = losses(reports(values, storage, device=device))
+    assert found[0] == pytest.approx(expected[0], rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("views", [0, 2])
+def test_batches_lie_in_pinned_memory(values, storage, views):
+    data, _, _ = prepared(small_trial(values | {"data.views": views}), storage)
+    pixels, labels = next(iter(data.training_batches([[0, 1, 2]], data.view_of_epoch(0))))
+    assert pixels.is_pinned() and labels.is_pinned()
