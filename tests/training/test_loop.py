@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,21 +75,27 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS.keys())
-def test_same_seed_gives_the_same_losses_bit_for_bit(values, storage, changes):
-    first = reports(values | changes, storage)
+@pytest.fixture(scope="module")
+def unbroken(values, storage) -> Callable[[str], list[EpochReport]]:
+    """Train a method from start to end, once for all tests."""
+    return functools.cache(lambda name: reports(values | METHODS[name], storage))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_same_seed_gives_the_same_losses_bit_for_bit(values, storage, unbroken, name):
+    first, changes = unbroken(name), METHODS[name]
     torch.rand(7)  # what happened before in the process must not matter
     assert losses(reports(values | changes, storage)) == losses(first)
     assert first[-1].outcome == COMPLETED
     assert losses(reports(values | changes | {"seed": 1}, storage)) != losses(first)
 
 
-@pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS.keys())
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("stop_after", [1, 3, 4, 6])
 def test_resumed_at_any_save_point_it_equals_the_unbroken_run(
-    values, storage, tmp_path, changes, stop_after
+    values, storage, unbroken, tmp_path, name, stop_after
 ):
-    wanted = reports(values | changes, storage)
+    wanted, changes = unbroken(name), METHODS[name]
     folder = TrialFolder(tmp_path / "trial")
     # Every step is a save point here: the run is left after some of them, mid-epoch mostly.
     for count, event in enumerate(
