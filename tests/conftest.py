@@ -15,9 +15,26 @@ from PIL import Image
 
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.values import nested
+from tests.scheduling import order_groups, use_one_thread
 
 WriteImages = Callable[..., Path]
 MakeTrial = Callable[..., TrialConfig]
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Accept the setting of pytest-timeout where it is not installed (make test-gpu)."""
+    if not pluginmanager.hasplugin("timeout"):
+        parser.addini("timeout", "unused")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Divide the tests among the workers."""
+    order_groups(items)
+
+
+def pytest_collection_finish() -> None:
+    """Set torch up where a test module has imported it."""
+    use_one_thread()
 
 
 @pytest.fixture

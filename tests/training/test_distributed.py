@@ -1,6 +1,6 @@
 """Several gloo processes train as one does: the bank is global, every number agrees.
 
-One process is the truth. Every case is trained by two, three and four, and by three again with
+One process is the truth. Every case is trained by two and by three, and by three again with
 the weighting or the order broken on purpose, which the comparison must see.
 """
 
@@ -35,7 +35,7 @@ from tests.training.tiny_nfnet import TINY_NFNET
 
 pytestmark = pytest.mark.ddp
 
-WORLD_SIZES = (2, 3, 4)
+WORLD_SIZES = (2, 3)
 BROKEN_IN = 3  # in which no case divides its batches evenly
 NUM_STEPS, NUM_STEPS_BROKEN = 30, 3  # three steps are an epoch of most cases
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
@@ -325,19 +325,23 @@ SYNCHRONISED = {
 
 
 def record_synchronised(rank: int, job: Job, out: Path) -> None:
-    found = record(job, NUM_STEPS, f"cuda:{rank}")
+    found = record(job, NUM_STEPS, f"cuda:{rank % torch.cuda.device_count()}")
     if rank == 0:
         torch.save(found, out / "synchronised.pt")
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_synchronised_batch_norm_over_two_devices_equals_one(tmp_path, weights_file):
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_synchronised_batch_norm_over_two_processes_equals_one(tmp_path, weights_file, backend):
+    """NCCL wants a device for each process; gloo's may share one."""
+    if backend == "nccl" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
     images = write_coloured(tmp_path / "images")
     values = small_values(images, weights_file, "test_efficientnet") | SYNCHRONISED
     job = make_job(values, tmp_path)
     expected = record(job, NUM_STEPS, "cuda:0")
-    run_group(2, record_synchronised, job, tmp_path, backend="nccl")
+    run_group(2, record_synchronised, job, tmp_path, backend=backend)
     found = torch.load(tmp_path / "synchronised.pt", weights_only=False, map_location="cuda:0")
     assert largest_gap(found, expected) < TOLERANCES["float64"]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,21 +75,27 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS.keys())
-def test_same_seed_gives_the_same_losses_bit_for_bit(values, storage, changes):
-    first = reports(values | changes, storage)
+@pytest.fixture(scope="module")
+def unbroken(values, storage) -> Callable[[str], list[EpochReport]]:
+    """Train a method from start to end, once for all tests."""
+    return functools.cache(lambda name: reports(values | METHODS[name], storage))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_same_seed_gives_the_same_losses_bit_for_bit(values, storage, unbroken, name):
+    first, changes = unbroken(name), METHODS[name]
     torch.rand(7)  # what happened before in the process must not matter
     assert losses(reports(values | changes, storage)) == losses(first)
     assert first[-1].outcome == COMPLETED
     assert losses(reports(values | changes | {"seed": 1}, storage)) != losses(first)
 
 
-@pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS.keys())
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("stop_after", [1, 3, 4, 6])
 def test_resumed_at_any_save_point_it_equals_the_unbroken_run(
-    values, storage, tmp_path, changes, stop_after
+    values, storage, unbroken, tmp_path, name, stop_after
 ):
-    wanted = reports(values | changes, storage)
+    wanted, changes = unbroken(name), METHODS[name]
     folder = TrialFolder(tmp_path / "trial")
     # Every step is a save point here: the run is left after some of them, mid-epoch mostly.
     for count, event in enumerate(
@@ -285,3 +292,28 @@ def test_trains_on_a_gpu(values, storage, precision):
         values | {"training.precision": precision}, storage, device=torch.device("cuda", 0)
     )
     assert found[-1].outcome == COMPLETED
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_out_of_memory_is_raised_and_the_next_trial_trains(values, storage):
+    device = torch.device("cuda", 0)
+    expected = losses(reports(values, storage, device=device))
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.0)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            reports(values, storage, device=device)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    found = losses(reports(values, storage, device=device))
+    assert found[0] == pytest.approx(expected[0], rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("views", [0, 2])
+def test_batches_lie_in_pinned_memory(values, storage, views):
+    data, _, _ = prepared(small_trial(values | {"data.views": views}), storage)
+    pixels, labels = next(iter(data.training_batches([[0, 1, 2]], data.view_of_epoch(0))))
+    assert pixels.is_pinned() and labels.is_pinned()
