@@ -16,6 +16,8 @@ from PIL import Image
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.values import nested
 
+pytest_plugins = ["tests.ray_fixtures"]
+
 WriteImages = Callable[..., Path]
 MakeTrial = Callable[..., TrialConfig]
 
