@@ -234,6 +234,7 @@ def test_groups_of_dead_creators_are_removed(shared_ray):
             self.group = placement_group([{"CPU": num_cpus}])
 
     with ray_session():
+        leftovers.assert_cluster_is_empty()
         own = placement_group([{"CPU": 1}])
         alive, dead = Controller.remote(), Controller.remote()
         ray.get([alive.ask.remote(1), dead.ask.remote(4096)])
@@ -257,6 +258,7 @@ def test_a_cluster_without_a_dashboard_is_refused(ray_cluster, monkeypatch):
         check_state_api()
 
 
+@pytest.mark.xdist_group("workers-hits")
 def test_ray_train_asks_its_own_cluster(tmp_path, monkeypatch):
     """Of several on a machine, and not the one that was started last."""
     resources, training = ResourcesConfig(), TrainingConfig(workers=2)
@@ -270,6 +272,7 @@ def test_ray_train_asks_its_own_cluster(tmp_path, monkeypatch):
     assert "RAY_TRAIN_COLLECTIVE_TIMEOUT_S" not in os.environ
 
 
+@pytest.mark.xdist_group("workers-hits")
 def test_the_error_of_the_worker_that_failed_names_the_outcome():
     """The others lost sight of it, and their errors may come first."""
     lost = RuntimeError("Connection closed by peer [127.0.0.1]:4242")
