@@ -85,7 +85,7 @@ class Meter:
 @pytest.mark.xdist_group("workers")
 # Twenty see a growth of memory; two see that a trial's processes and resources are given back.
 @pytest.mark.parametrize("num_stops", [2, pytest.param(20, marks=pytest.mark.chaos)])
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_stopped_trials_give_everything_back(
     shared_ray, tmp_path, weights_file, monkeypatch, num_stops
 ):
@@ -125,7 +125,7 @@ def test_stopped_trials_give_everything_back(
 
 
 @pytest.mark.xdist_group("workers-hits")
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(n, marks=pytest.mark.chaos) for n in range(1, 4))]
 )
@@ -160,7 +160,7 @@ def test_trials_of_two_workers_whose_processes_are_hit_in_every_way(killed, seed
     study.wait_for(lambda: len(digests(study)) == 3, "the third trial")
     repeated, steps = study.num_repeated(), study.num_trained("step")
     kill(titled(study, WORKER)[1], signal.SIGTERM)
-    study.wait_for(lambda: study.num_trained("step") > steps + 6, "training", 90)
+    study.wait_for(lambda: study.num_trained("step") > steps + 6, "training")
     assert study.num_repeated() == repeated  # not one step is lost
     time.sleep(moments.uniform(0, 0.4))
     num_resumed = study.log.read_text().count(RESUMED)
@@ -187,7 +187,7 @@ def max_epoch(study: Killed) -> int:
 
 
 @pytest.mark.xdist_group("workers")
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 def test_a_training_whose_controller_is_killed_and_that_is_interrupted(killed, tmp_path):
     """`drtune-ray train` on two workers, in processes of its own."""
     study = killed(environment={"SABOTAGE_STEP_SECONDS": "0.1"})

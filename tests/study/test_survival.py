@@ -55,7 +55,7 @@ def steps_of_running(study: Killed) -> list[int]:
 
 
 @pytest.mark.xdist_group("survival-hits")
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("seed", [0, *MORE_SEEDS])
 def test_a_study_whose_actor_and_driver_are_killed_and_interrupted(killed, seed):
     moments, study = random.Random(seed), killed(trials=8)
@@ -134,7 +134,7 @@ def interrupt(study: Killed, driver: subprocess.Popen[bytes], how: signal.Signal
 
 
 @pytest.mark.xdist_group("survival-kills")
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("seed", [0, *MORE_SEEDS])
 def test_a_joined_cluster_is_left_empty_and_decisions_are_the_same_after_kills(
     killed, tmp_path, shared_ray, seed
@@ -177,7 +177,7 @@ def test_a_joined_cluster_is_left_empty_and_decisions_are_the_same_after_kills(
 
 
 @pytest.mark.xdist_group("survival-kills")
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_processes_that_are_terminated_or_hang_are_replaced_or_fail_by_name(killed):
     """One trial at a time: who hangs once resumes, who always hangs fails and is retried later."""
     changes = {"trials_at_a_time": 1, "hang_seconds": HANG_SECONDS}
@@ -216,6 +216,7 @@ def test_processes_that_are_terminated_or_hang_are_replaced_or_fail_by_name(kill
 
 
 @pytest.mark.xdist_group("survival-hits")
+@pytest.mark.timeout(600)
 def test_an_actor_that_takes_the_hosts_memory_is_killed_and_its_trial_goes_on(killed):
     import psutil
 
@@ -235,7 +236,7 @@ def test_an_actor_that_takes_the_hosts_memory_is_killed_and_its_trial_goes_on(ki
 
 
 @pytest.mark.xdist_group("survival-hits")
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 def test_full_disks_are_named_and_the_study_can_go_on(killed):
     """First the disk of the checkpoints, then that of the driver."""
     study = killed(trials=2)
@@ -287,7 +288,7 @@ def run_on_small_disks(
     script = "\n".join([mount, command, *(line for b in between for line in (b, command))])
     script += f"\ncp -r {study.folder} {study.orders}/kept"
     done = subprocess.run(
-        [*unshare, script], env=study.environment, capture_output=True, text=True, timeout=300
+        [*unshare, script], env=study.environment, capture_output=True, text=True, timeout=900
     )
     output = done.stdout + done.stderr
     shutil.copytree(study.orders / "kept", study.folder, dirs_exist_ok=True)
