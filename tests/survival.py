@@ -25,7 +25,8 @@ from tests.study.test_study import mlflow_runs, study_values
 COMMAND = str(Path(sys.executable).with_name("drtune-ray"))
 SABOTAGE = Path(__file__).with_name("sabotage")
 # How long a test polls for what a busy machine may delay: imports of torch alone, many times over.
-PATIENCE_SECONDS = 240.0
+LIMIT_SECONDS = 240.0
+END_SECONDS = 2 * LIMIT_SECONDS
 ACTOR_TITLE = b"ray::ResourceTrainable"
 # Processes of a trial of several workers.
 WORKER, CONTROLLER, TRIAL_DRIVER = (
@@ -110,7 +111,7 @@ class Killed:
         for pid in self.processes():
             kill(pid)
 
-    def run(self, expected: int = 0, seconds: float = 2 * PATIENCE_SECONDS) -> str:
+    def run(self, expected: int = 0, seconds: float = END_SECONDS) -> str:
         """The command to its end; returns all that it and former ones printed."""
         return self.finish(self.start(), expected, seconds)
 
@@ -118,7 +119,7 @@ class Killed:
         self,
         driver: subprocess.Popen[bytes],
         expected: int = 0,
-        seconds: float = 2 * PATIENCE_SECONDS,
+        seconds: float = END_SECONDS,
     ) -> str:
         """Wait for a driver's end."""
         try:
@@ -154,7 +155,7 @@ class Killed:
         return sorted(p for p, title in self.processes().items() if title.startswith(ACTOR_TITLE))
 
     def wait_for(
-        self, condition: Callable[[], Any], what: str, seconds: float = PATIENCE_SECONDS
+        self, condition: Callable[[], Any], what: str, seconds: float = LIMIT_SECONDS
     ) -> Any:
         """What the condition gives when it is no longer false."""
         deadline = time.monotonic() + seconds
@@ -178,12 +179,12 @@ class Killed:
         """How often an epoch or step was trained that had been trained before."""
         return sum(count - 1 for count in self.trained(what).values())
 
-    def wait_for_epochs(self, number: int, seconds: float = PATIENCE_SECONDS) -> None:
+    def wait_for_epochs(self, number: int, seconds: float = LIMIT_SECONDS) -> None:
         """Wait until so many more epochs are trained."""
         wanted = self.num_trained() + number
         self.wait_for(lambda: self.num_trained() >= wanted, f"{number} epochs trained", seconds)
 
-    def wait_until_resumed(self, times: int, seconds: float = PATIENCE_SECONDS) -> None:
+    def wait_until_resumed(self, times: int, seconds: float = LIMIT_SECONDS) -> None:
         """Wait until the driver has reported so many failures, and training continues."""
         self.wait_for(lambda: self.log.read_text().count(RESUMED) >= times, "reported", seconds)
         self.wait_for_epochs(1, seconds)

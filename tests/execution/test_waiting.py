@@ -141,7 +141,7 @@ def test_a_study_waits_visibly_gives_up_and_goes_on(busy, tmp_path, weights_file
     started = time.monotonic()
     with pytest.raises(EnvironmentProblem, match=r"no trial could start for 8 s: a trial takes"):
         run_study(config, observer=events.append, on_notice=lines.append)
-    assert time.monotonic() - started < 120
+    assert time.monotonic() - started < 60
     assert lines[0].startswith(f"waiting for {workers} x {{CPU: 1}}: 0 of 2 CPUs on 1 node are")
     ends = {(event.number, event.state) for event in events if isinstance(event, RunFinished)}
     assert (None, "INTERRUPTED") in ends
