@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from drtune_ray.config.study import ResourcesConfig
@@ -125,6 +126,9 @@ def test_nodes(cluster: Any) -> None:
         (node,) = (node["NodeID"] for node in ray.nodes() if node["Alive"])
         assert ray_state.state.get_draining_nodes() == {}  # `is_drained` hides an error
         assert not ray_state.is_drained(node)
+    with broken_by_upgrade(ray_state.own_cluster), ray_state.own_cluster():
+        assert os.environ["RAY_ADDRESS"] == cluster.address
+        assert "RAY_ADDRESS" in get_env_vars_to_propagate()
     with broken_by_upgrade(ray_state.session_folder):
         assert (ray_state.session_folder() / "logs").is_dir()
 
