@@ -1,4 +1,4 @@
-"""Ray clusters of several nodes on this machine, for tests."""
+"""Ray clusters on this machine, for tests."""
 
 from __future__ import annotations
 
@@ -6,26 +6,78 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 RAY = Path(sys.executable).with_name("ray")
+# Ray has time limits of its own for its start, which a busy machine may exceed.
+START_ATTEMPTS = 3
+
+
+def started(start: Callable[[], Any]) -> Any:
+    """Return what a start of Ray returns, after up to `START_ATTEMPTS` attempts."""
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            return start()
+        except Exception as error:
+            if attempt == START_ATTEMPTS:
+                raise
+            print(f"Ray did not start (attempt {attempt} of {START_ATTEMPTS}): {error!r}")
+    raise AssertionError("unreachable")
+
+
+def start_cluster(**head: Any) -> Any:
+    """Start the head of a cluster; its arguments are those of `Cluster.add_node`."""
+    from ray.cluster_utils import Cluster
+
+    return started(lambda: Cluster(initialize_head=True, head_node_args=head))
 
 
 @contextmanager
 def cluster_of(cpus: Sequence[int]) -> Iterator[Any]:
     """A cluster with a node for each number of CPUs, the first is the head."""
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus[0]})
+    cluster = start_cluster(num_cpus=cpus[0])
     try:
         for number in cpus[1:]:
             cluster.add_node(num_cpus=number)
         yield cluster
     finally:
         cluster.shutdown()
+
+
+@contextmanager
+def address_set(cluster: Any) -> Iterator[Any]:
+    """Within, a study that this process runs joins the cluster."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", cluster.address)
+        yield cluster
+
+
+@contextmanager
+def joined(address: str) -> Iterator[None]:
+    """Within, this process is a driver of the cluster."""
+    import ray
+
+    started(lambda: ray.init(address, log_to_driver=False, logging_level="ERROR"))
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def wait_for_nodes(number: int, seconds: float = 60.0) -> None:
+    """Wait until the joined cluster has exactly so many living nodes."""
+    import ray
+
+    deadline = time.monotonic() + seconds
+    while (found := sum(node["Alive"] for node in ray.nodes())) != number:
+        assert time.monotonic() < deadline, f"{found} nodes live, not {number}"
+        time.sleep(0.1)
 
 
 @contextmanager
@@ -39,9 +91,9 @@ def ray_node(
 
     Args:
         log: What it prints.
-        options: Of the command.
+        options: Options of the command.
         mounted: A command that mounts file systems for it.
-        environment: Of its processes; None: as this one's.
+        environment: Variables of its processes; None: those of this process.
     """
     start = [str(RAY), "start", "--num-cpus=1", "--object-store-memory=100000000", "--block"]
     script = f"{mounted} && exec {' '.join([*start, *options])}"

@@ -17,6 +17,8 @@ from drtune_ray.config.trial import TrialConfig
 from drtune_ray.values import nested
 from tests.scheduling import order_groups, use_one_thread
 
+pytest_plugins = ["tests.ray_fixtures"]
+
 WriteImages = Callable[..., Path]
 MakeTrial = Callable[..., TrialConfig]
 

@@ -23,7 +23,18 @@ from drtune_ray.values import to_yaml
 from tests.study.test_study import mlflow_runs, study_values
 
 COMMAND = str(Path(sys.executable).with_name("drtune-ray"))
+SABOTAGE = Path(__file__).with_name("sabotage")
+# How long a test polls for what a busy machine may delay: imports of torch alone, many times over.
+LIMIT_SECONDS = 240.0
+END_SECONDS = 2 * LIMIT_SECONDS
 ACTOR_TITLE = b"ray::ResourceTrainable"
+# Processes of a trial of several workers.
+WORKER, CONTROLLER, TRIAL_DRIVER = (
+    b"ray::RayTrainWorker",
+    b"ray::TrainController",
+    b"ray::ImplicitFunc",
+)
+RESUMED = "goes on from its last save"
 AGENTS = (b"ray::DashboardAgent", b"ray::RuntimeEnvAgent")
 
 
@@ -60,7 +71,7 @@ class Killed:
         self.command = [COMMAND, "tune", str(self.file)]
         self.environment = {
             **os.environ,
-            "PYTHONPATH": str(Path(__file__).with_name("sabotage")),
+            "PYTHONPATH": str(SABOTAGE),
             "SABOTAGE": str(self.orders),
             **(environment or {}),
         }
@@ -70,8 +81,13 @@ class Killed:
         for order in orders:
             (self.orders / order).touch()
 
+    def write(self, **training: Any) -> None:
+        """Write the study's file anew, with these settings of its trials' training."""
+        self.values["trial"]["training"] |= training
+        self.file.write_text(to_yaml(self.values))
+
     def hurry(self) -> None:
-        """From now on steps take no longer than they must."""
+        """Have steps from now on take no longer than they must."""
         (self.orders / "hurry").touch()
 
     def start(self) -> subprocess.Popen[bytes]:
@@ -95,12 +111,15 @@ class Killed:
         for pid in self.processes():
             kill(pid)
 
-    def run(self, expected: int = 0, seconds: float = 120.0) -> str:
+    def run(self, expected: int = 0, seconds: float = END_SECONDS) -> str:
         """The command to its end; returns all that it and former ones printed."""
         return self.finish(self.start(), expected, seconds)
 
     def finish(
-        self, driver: subprocess.Popen[bytes], expected: int = 0, seconds: float = 120.0
+        self,
+        driver: subprocess.Popen[bytes],
+        expected: int = 0,
+        seconds: float = END_SECONDS,
     ) -> str:
         """Wait for a driver's end."""
         try:
@@ -135,7 +154,9 @@ class Killed:
         """Pids of the resident actors."""
         return sorted(p for p, title in self.processes().items() if title.startswith(ACTOR_TITLE))
 
-    def wait_for(self, condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
+    def wait_for(
+        self, condition: Callable[[], Any], what: str, seconds: float = LIMIT_SECONDS
+    ) -> Any:
         """What the condition gives when it is no longer false."""
         deadline = time.monotonic() + seconds
         while not (found := condition()):
@@ -153,6 +174,20 @@ class Killed:
     def num_trained(self, what: str = "epoch") -> int:
         """How many were trained, repetitions included."""
         return sum(self.trained(what).values())
+
+    def num_repeated(self, what: str = "step") -> int:
+        """How often an epoch or step was trained that had been trained before."""
+        return sum(count - 1 for count in self.trained(what).values())
+
+    def wait_for_epochs(self, number: int, seconds: float = LIMIT_SECONDS) -> None:
+        """Wait until so many more epochs are trained."""
+        wanted = self.num_trained() + number
+        self.wait_for(lambda: self.num_trained() >= wanted, f"{number} epochs trained", seconds)
+
+    def wait_until_resumed(self, times: int, seconds: float = LIMIT_SECONDS) -> None:
+        """Wait until the driver has reported so many failures, and training continues."""
+        self.wait_for(lambda: self.log.read_text().count(RESUMED) >= times, "reported", seconds)
+        self.wait_for_epochs(1, seconds)
 
     def trials(self) -> list[Any]:
         """What Optuna holds."""
@@ -212,6 +247,27 @@ class Killed:
                 assert files == {"best.ckpt"}
         hidden = [p for p in self.folder.rglob(".*") if p.name.startswith(".")]
         assert not hidden
+
+
+class Joined(Killed):
+    """A study on a cluster that outlives it.
+
+    Orders reach its processes as the variables of a job do that a job server has started.
+    """
+
+    def join(self, address: str) -> None:
+        """Have the next drivers join this cluster."""
+        names = ("SABOTAGE", "SABOTAGE_STEP_SECONDS")
+        variables = {name: self.environment[name] for name in names if name in self.environment}
+        variables["PYTHONPATH"] = f"{SABOTAGE}:{Path(__file__).parents[1]}"
+        job = {"runtime_env": {"env_vars": variables}}
+        self.environment |= {"RAY_ADDRESS": address, "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(job)}
+
+    def processes(self) -> dict[int, bytes]:
+        """Those of its trials, without what Ray keeps for the next study."""
+        found = super().processes()
+        titles = (ACTOR_TITLE, WORKER, CONTROLLER, TRIAL_DRIVER)
+        return {p: title for p, title in found.items() if title.startswith(titles)}
 
 
 def kill(pid: int, how: signal.Signals = signal.SIGKILL) -> None:

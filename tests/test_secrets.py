@@ -112,6 +112,7 @@ def secured_server(planted: Planted, folder: Path) -> Any:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.xdist_group("servers")
 def test_secrets_go_nowhere(planted: Planted, tmp_path: Path, weights_file: Any) -> None:
     place = f"s3://{BUCKET}/secrets"
     artifacts = open_folder(place).below("small")

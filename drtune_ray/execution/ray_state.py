@@ -91,7 +91,7 @@ def forget_job(job: str) -> None:
 
 def registered_ended_jobs() -> set[str]:
     """Return the ids of our jobs that have ended."""
-    ended = {job["JobID"] for job in state.jobs() if job["IsDead"]}
+    ended = {job["JobID"] for job in state.job_table() if job["IsDead"]}
     registered = internal_kv._internal_kv_list(_job_key(""), namespace=NAMESPACE)
     return {job for job in ended if _job_key(job) in registered}
 

@@ -35,6 +35,7 @@ CHROMEDRIVER = shutil.which("chromedriver") or ""
 
 pytestmark = [
     pytest.mark.browser,
+    pytest.mark.xdist_group("browser"),
     pytest.mark.slow,
     pytest.mark.skipif(not CHROMIUM, reason="no chromium binary on the PATH"),
     pytest.mark.skipif(not CHROMEDRIVER, reason="no chromedriver binary on the PATH"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +19,10 @@ from tests.small import BACKBONE, write_coloured
 COMMAND = Path(sys.executable).with_name("drtune-ray")
 
 
-def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+def run(
+    *arguments: str, cwd: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | variables
     return subprocess.run(
         [str(COMMAND), *arguments], capture_output=True, text=True, cwd=cwd, env=environment
     )
@@ -136,7 +137,10 @@ def test_a_share_of_a_gpu_takes_the_place_of_the_default(images, monkeypatch):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_train_on_two_workers_equals_one_and_is_a_run_of_its_own(tmp_path, weights_file):
+@pytest.mark.xdist_group("clusters")
+def test_train_on_two_workers_equals_one_and_is_a_run_of_its_own(
+    shared_ray, tmp_path, weights_file
+):
     """Frozen BatchNorm, K no multiple of the batch, an odd last batch: 20 steps to 1e-5."""
     import mlflow
 
@@ -147,7 +151,8 @@ def test_train_on_two_workers_equals_one_and_is_a_run_of_its_own(tmp_path, weigh
     common += ["--set", "training.batch_size=9", "--set", "method.bank_size=20"]
     common += ["--set", "training.precision=float64", "--set", "optim.backbone_lr=0.02"]
     for workers in ("1", "2"):
-        done = run("train", *common, "--workers", workers, "--name", f"workers-{workers}")
+        given = [*common, "--workers", workers, "--name", f"workers-{workers}"]
+        done = run("train", *given, RAY_ADDRESS=shared_ray.address)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "epoch 5/5" in done.stdout
     again = run("train", *common, "--workers", "2", "--name", "workers-2")
@@ -174,48 +179,3 @@ def test_train_on_two_workers_equals_one_and_is_a_run_of_its_own(tmp_path, weigh
     done = run("evaluate", "workers-2", "--storage", str(storage))
     assert done.returncode == 0
     assert "Test accuracy" in done.stdout
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_ctrl_c_in_a_training_is_an_interruption_that_resumes(tmp_path, weights_file):
-    import mlflow
-
-    images = write_coloured(tmp_path / "images")
-    storage = tmp_path / "studies"
-    command = [str(COMMAND), "train", "--data", str(images), "--storage", str(storage)]
-    command += ["--backbone", BACKBONE, "--weights", str(weights_file(BACKBONE))]
-    command += ["--image-size", "32", "--epochs", "60", "--name", "stopped"]
-    training = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert training.stdout is not None
-    while "epoch 3/60" not in training.stdout.readline():
-        assert training.poll() is None
-    training.send_signal(signal.SIGINT)
-    training.communicate(timeout=60)
-    assert training.returncode == 130
-    client = mlflow.MlflowClient(f"sqlite:///{storage / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("drtune-ray")
-    (run_,) = client.search_runs([experiment.experiment_id])
-    assert run_.info.status == "KILLED"
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert "epoch 60/60" in done.stdout
-    (run_,) = client.search_runs([experiment.experiment_id])
-    assert run_.info.status == "FINISHED"
-    history = client.get_metric_history(run_.info.run_id, "val_accuracy")
-    assert sorted(metric.step for metric in history) == list(range(1, 61))
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_trials_of_two_workers_run_under_tune(tmp_path, weights_file):
-    images = write_coloured(tmp_path / "images")
-    storage = tmp_path / "studies"
-    given = ["--data", str(images), "--storage", str(storage), "--backbone", BACKBONE]
-    given += ["--weights", str(weights_file(BACKBONE)), "--image-size", "32", "--epochs", "2"]
-    given += ["--workers", "2", "--trials", "2", "--set", "reference_trials=[ce_tuning]"]
-    given += ["--set", "training.batch_size=9"]
-    done = run("tune", *given)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 at a time" in done.stdout
-    assert "Best of 2 trials" in done.stdout

@@ -29,7 +29,7 @@ from tests.leftovers import free_port
 from tests.servers import object_store
 from tests.small import BACKBONE, write_coloured
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("doctor-ray")]
 
 BIN = Path(sys.executable).parent
 ODD = str(Path(__file__).with_name("odd"))

@@ -15,6 +15,8 @@ import pytest
 from tests.servers import BUCKET, database, object_store_here
 from tests.small import write_coloured
 
+pytestmark = pytest.mark.xdist_group("doctor-storage")
+
 COMMAND = str(Path(sys.executable).with_name("drtune-ray"))
 SECRET = "open-sesame"  # noqa: S105
 UNSHARE = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]

@@ -28,6 +28,7 @@ from drtune_ray.execution.failures import (
 from drtune_ray.execution.guard import Preempted
 from drtune_ray.execution.heartbeat import HeartbeatMonitor
 from drtune_ray.execution.ray_tune.patches import ProcessLost, failure_of, nothing_unpickled
+from tests.clusters import joined
 
 DIED = (
     "The actor died unexpectedly before finishing this task.\n\tactor_id: 1\n\tpid: 2\n"
@@ -226,9 +227,8 @@ class Planting(tune.Callback):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_tune_unpickles_nothing_that_others_may_have_written(tmp_path, monkeypatch):
-    import ray
-
+@pytest.mark.xdist_group("clusters")
+def test_tune_unpickles_nothing_that_others_may_have_written(shared_ray, tmp_path, monkeypatch):
     def fit(name: str) -> tuple[bool, Planting, Any]:
         mark = tmp_path / f"run-{name}"
         planting = Planting(mark)
@@ -237,14 +237,11 @@ def test_tune_unpickles_nothing_that_others_may_have_written(tmp_path, monkeypat
         return mark.exists(), planting, grid
 
     monkeypatch.setenv("RAY_AIR_NEW_OUTPUT", "0")
-    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    try:
+    with joined(shared_ray.address):
         is_run, _, _ = fit("tune-alone")
         assert is_run, "Ray has learned not to unpickle: nothing_unpickled may go"
         with nothing_unpickled():
             is_run, planting, grid = fit("ours")
-    finally:
-        ray.shutdown()
     assert not is_run
     assert [failure.error for failure in planting.found] == ["KeyError: 'x'"] * 2
     assert "KeyError" in str(grid[0].error)

@@ -21,7 +21,7 @@ from drtune_ray.execution.capacity import (
 )
 from drtune_ray.execution.ray_state import read_capacity
 from drtune_ray.study.run import run_study
-from tests.clusters import cluster_of
+from tests.clusters import joined
 from tests.study.test_study import study_values
 
 ONE_CPU, TWO_CPUS, FOUR_CPUS = Node(1, 0), Node(2, 0), Node(4, 0)
@@ -151,24 +151,28 @@ def test_trial_demand__shares_that_no_trial_can_use(workers, resources, message)
         trial_demand(TrainingConfig(workers=workers), ResourcesConfig(**resources))
 
 
-# ---- a real cluster of two nodes with one CPU each
+# ---- a real cluster: a node with two CPUs, and one with one
 
 
 @pytest.fixture
-def two_nodes(monkeypatch) -> Iterator[Any]:
-    with cluster_of([1, 1]) as cluster:
-        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-        yield cluster
+def two_nodes(shared_ray) -> Iterator[Any]:
+    node = shared_ray.add_node(num_cpus=1)
+    try:
+        yield shared_ray
+    finally:
+        forget_groups(shared_ray.address)
+        shared_ray.remove_node(node)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_refused_on_a_cluster__two_cpus_on_two_nodes_are_not_two_on_one(
+@pytest.mark.xdist_group("clusters")
+def test_refused_on_a_cluster__three_cpus_on_two_nodes_are_not_three_on_one(
     two_nodes, tmp_path, weights_file
 ):
-    values = study_values(tmp_path, weights_file, resources={"cpus_per_worker": 2})
+    values = study_values(tmp_path, weights_file, resources={"cpus_per_worker": 3})
     refused = (
-        r"a trial takes 1 x \{CPU: 2\}, .* there are 2 CPUs .* on 2 nodes .*\{CPU: 1, GPU: 0\}"
+        r"a trial takes 1 x \{CPU: 3\}, .* there are 3 CPUs .* on 2 nodes .*\{CPU: 2, GPU: 0\}"
     )
     with pytest.raises(EnvironmentProblem, match=refused):
         run_study(StudyConfig.from_mapping(values))
@@ -178,17 +182,12 @@ def test_refused_on_a_cluster__two_cpus_on_two_nodes_are_not_two_on_one(
     report_groups(two_nodes.address, {"CPU": 1}, 5)
     with pytest.raises(EnvironmentProblem, match=r"at most 5 x \{CPU: 1, GPU: 0\} \(workers\)"):
         run_study(StudyConfig.from_mapping(values))
-    report_groups(two_nodes.address, {"CPU": 2}, 3)
-    import ray
-
-    ray.init(two_nodes.address, log_to_driver=False, logging_level="ERROR")
-    try:
+    report_groups(two_nodes.address, {"CPU": 3}, 3)
+    with joined(two_nodes.address):
         capacity = read_capacity(is_local=False)
-    finally:
-        ray.shutdown()
-    assert capacity.nodes == (ONE_CPU, ONE_CPU)
-    assert capacity.trials_now(Demand(1, 2, 0)) == 0
-    assert trials_that_fit(Demand(1, 2, 0), ANY, capacity) == 3
+    assert set(capacity.nodes) == {TWO_CPUS, ONE_CPU}
+    assert capacity.trials_now(Demand(1, 3, 0)) == 0
+    assert trials_that_fit(Demand(1, 3, 0), ANY, capacity) == 3
     assert not capacity.has_autoscaler  # seen apart from what it says: by the names of the nodes
     assert not (tmp_path / "studies").exists()
 
@@ -201,6 +200,14 @@ def report_groups(address: str, resources: dict[str, int], max_count: int) -> No
     group = NodeGroupConfig(resources=resources, min_count=0, max_count=max_count, name="workers")
     config = ClusterConfig(node_group_configs=[group])
     GcsClient(address=address).report_cluster_config(config.SerializeToString())
+
+
+def forget_groups(address: str) -> None:
+    """The autoscaler may start nothing."""
+    from ray._raylet import GcsClient
+    from ray.core.generated.autoscaler_pb2 import ClusterConfig
+
+    GcsClient(address=address).report_cluster_config(ClusterConfig().SerializeToString())
 
 
 def test_run_study__shares_are_checked_first(tmp_path, weights_file):

@@ -8,16 +8,19 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import pytest
-from ray._private.services import find_gcs_addresses
+from ray._private import services
 
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.execution.placement_groups import remove_leftovers
 from drtune_ray.execution.session import ray_session, worker_environment
-from tests.clusters import cluster_of
+from tests.clusters import joined
+from tests.ray_fixtures import NODE_PATH, NUM_CPUS
+
+pytestmark = pytest.mark.xdist_group("clusters")
 
 LEAVES_A_GROUP = """
 import sys, threading, time
@@ -70,9 +73,9 @@ ray.get(service.start.remote())
     ],
 )
 def test_ray_session__an_address_that_is_wrong_is_one_message_at_once(monkeypatch, address, reason):
-    if address == "auto":
-        if Path("/tmp/ray/ray_current_cluster").exists() or find_gcs_addresses():
-            pytest.skip("a cluster runs or ran on this machine")
+    # As on a machine on which no cluster runs; the one of the tests does.
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda temp_dir: None)
+    monkeypatch.setattr(services, "find_gcs_addresses", cache(frozenset))
     monkeypatch.setenv("RAY_ADDRESS", address)
     start = time.monotonic()
     message = rf"^the Ray cluster of RAY_ADDRESS={address} cannot be joined: {reason}"
@@ -119,73 +122,73 @@ def seen_by_worker() -> dict[str, str]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_ray_session__workers_of_a_joined_cluster_get_the_variables(monkeypatch):
+def test_ray_session__workers_of_a_joined_cluster_get_the_variables(shared_ray, monkeypatch):
     """The nodes were started elsewhere, without them."""
     import ray
 
-    for name in ("OMP_NUM_THREADS", "RAY_CHDIR_TO_TRIAL_DIR", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"):
+    for name in ("RAY_CHDIR_TO_TRIAL_DIR", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PYTHONPATH", "/of/the/node")
-    with cluster_of([1, 1]) as cluster:
-        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-        monkeypatch.setenv("OMP_NUM_THREADS", "7")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        with ray_session() as capacity:
-            assert [node.num_cpus for node in capacity.nodes] == [1, 1]
-            assert not capacity.is_local
-            found: dict[str, str] = ray.get(ray.remote(seen_by_worker).remote())
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    with ray_session() as capacity:
+        assert [node.num_cpus for node in capacity.nodes] == [NUM_CPUS]
+        assert not capacity.is_local
+        found: dict[str, str] = ray.get(ray.remote(seen_by_worker).remote())
     assert found["OMP_NUM_THREADS"] == "7"
     assert found["RAY_CHDIR_TO_TRIAL_DIR"] == "0"
     assert found["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "0.25"
-    assert found["PYTHONPATH"].endswith(":/of/the/node")
+    assert found["PYTHONPATH"].endswith(f":{NODE_PATH}")
     assert "AWS_SECRET_ACCESS_KEY" not in found
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_ray_session__another_version_of_ray_is_one_message(monkeypatch):
+def test_ray_session__another_version_of_ray_is_one_message(shared_ray, monkeypatch):
     import ray
 
-    with cluster_of([1]) as cluster:
-        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-        monkeypatch.setattr(ray, "__version__", "2.59.0")
-        match = r"^the Ray cluster .* cannot be joined: Version mismatch: .*Ray: 2\.59\.0"
-        with pytest.raises(EnvironmentProblem, match=match) as refused, ray_session():
-            pass
+    monkeypatch.setattr(ray, "__version__", "2.59.0")
+    match = r"^the Ray cluster .* cannot be joined: Version mismatch: .*Ray: 2\.59\.0"
+    with pytest.raises(EnvironmentProblem, match=match) as refused, ray_session():
+        pass
     assert "\n" not in str(refused.value)
     assert not ray.is_initialized()
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_ray_session__frees_what_a_job_asked_for_while_it_was_ending(monkeypatch):
+def test_ray_session__frees_what_a_job_asked_for_while_it_was_ending(shared_ray):
     import ray
+    from ray import PlacementGroupID
     from ray.util import placement_group_table
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
 
     def groups() -> list[Any]:
         return [g for g in placement_group_table().values() if g["state"] != "REMOVED"]
 
     def run(script: str, *arguments: str) -> None:
-        subprocess.run([sys.executable, "-c", script, cluster.address, *arguments], check=True)
+        subprocess.run([sys.executable, "-c", script, shared_ray.address, *arguments], check=True)
 
     def leave_groups(whose: str) -> None:
         """Until one was asked for at the very moment."""
         for _ in range(10):
             run(LEAVES_A_GROUP, whose)
-            ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
-            num_groups = len(groups())
-            ray.shutdown()
-            if num_groups > 1:  # besides the service's
-                return
+            with joined(shared_ray.address):
+                if len(groups()) > 1:  # besides the service's
+                    return
         raise AssertionError("Ray has learned to clean this: remove_leftovers may go")
 
-    with cluster_of([1, 1]) as cluster:
-        run(LIVES_ON)
+    run(LIVES_ON)
+    try:
         leave_groups("ours")
-        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
         with ray_session():
             assert [g["state"] for g in groups()] == ["CREATED"]  # the service's
             assert remove_leftovers() == 0
         leave_groups("of another program")
         with ray_session():
             assert len(groups()) > 1
+    finally:
+        with joined(shared_ray.address):
+            ray.kill(ray.get_actor("service", namespace="other"))
+            for group in groups():
+                key = bytes.fromhex(group["placement_group_id"])
+                remove_placement_group(PlacementGroup(PlacementGroupID(key)))

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -29,9 +28,11 @@ from drtune_ray.execution.shared_storage import (
 from drtune_ray.execution.worker import TrialRunner, WorkerContext
 from drtune_ray.folders import LocalFolder, open_folder
 from drtune_ray.study.run import run_study
-from tests.clusters import cluster_of, ray_node
+from tests.clusters import joined, ray_node, wait_for_nodes
 from tests.servers import BUCKET, object_store_here
 from tests.study.test_study import study_values
+
+pytestmark = pytest.mark.xdist_group("clusters")
 
 JOINED = Capacity((Node(1, 0), Node(1, 0)))
 VERSION = "0.1.0"
@@ -157,86 +158,79 @@ def test_problem__whatever_ray_raises(error, problem, tmp_path, monkeypatch):
     assert _problem(place, "token", "node", None).startswith(problem)
 
 
-# ---- two nodes on this machine; the second has a file system of its own over the storage
+# ---- two nodes on this machine; the second has file systems of its own over the shared places
 
 
 @contextmanager
-def node_elsewhere(address: str, storage: Path, temporary: Path) -> Iterator[None]:
-    """A node for which a tmpfs lies over the storage."""
-    mounted = f"mount -t tmpfs none {storage}"
+def node_elsewhere(address: str, folders: list[Path], temporary: Path) -> Iterator[None]:
+    """A node for which a tmpfs lies over each folder."""
+    mounted = " && ".join(f"mount -t tmpfs none {folder}" for folder in folders)
     with ray_node(temporary / "node.log", f"--address={address}", mounted=mounted):
+        wait_for_nodes(2)
         yield
+    wait_for_nodes(1)
 
 
-def wait_for_nodes(number: int, seconds: float = 60.0) -> None:
+def other_node() -> str:
+    """The id of the node that is not the head."""
     import ray
 
-    deadline = time.monotonic() + seconds
-    while sum(node["Alive"] for node in ray.nodes()) < number:
-        assert time.monotonic() < deadline, "the node did not join"
-        time.sleep(0.2)
-
-
-@contextmanager
-def joined(address: str) -> Iterator[None]:
-    import ray
-
-    ray.init(address, log_to_driver=False, logging_level="ERROR")
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    (found,) = (
+        node["NodeID"]
+        for node in ray.nodes()
+        if node["Alive"] and "node:__internal_head__" not in node["Resources"]
+    )
+    return str(found)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_storage_of_its_own_is_refused_before_the_first_trial(
-    tmp_path, weights_file, monkeypatch
+def test_a_node_with_another_storage_and_other_artifacts_is_refused(
+    shared_ray, tmp_path, weights_file, monkeypatch
 ):
-    storage = tmp_path / "studies"
+    """Before the first trial; and one that joins later is named by its first worker."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    storage, mounted = tmp_path / "studies", tmp_path / "artifacts"
+    folder, artifacts = storage / "small", LocalFolder(mounted / "small" / "trials")
     storage.mkdir()
+    mounted.mkdir()
     if not can_mount(storage):
         pytest.skip("no mount namespaces here")
+    monkeypatch.setattr(shared_storage, "ANSWER_SECONDS", 60.0)
     config = StudyConfig.from_mapping(study_values(tmp_path, weights_file))
-    with cluster_of([1]) as cluster, node_elsewhere(cluster.address, storage, tmp_path):
-        with joined(cluster.address):
-            wait_for_nodes(2)
+    with joined(shared_ray.address):
+        with shared_folder(folder, JOINED, artifacts) as token:
+            assert token is not None
+        later = shared_folder(folder, JOINED, None)
+        token = later.__enter__()
+        with node_elsewhere(shared_ray.address, [storage, mounted], tmp_path):
+            there = NodeAffinitySchedulingStrategy(other_node(), soft=False)
+            task = ray.remote(check_token).options(num_cpus=0, scheduling_strategy=there)
+            named = pytest.raises(
+                EnvironmentProblem, match=r"is not shared with node [0-9.]+: cannot"
+            )
+            with named:
+                ray.get(task.remote(folder, token))
+            later.__exit__(None, None, None)
+            assert not list(folder.iterdir())
             with pytest.raises(EnvironmentProblem) as refused:
                 run_study(config)
+            with pytest.raises(EnvironmentProblem) as refused_artifacts:
+                with shared_folder(folder, JOINED, artifacts):
+                    raise AssertionError("a trial would start")
+        assert ray.is_initialized()
     message = str(refused.value)
     assert message.startswith(f"the storage {storage} does not serve every node of the cluster:\n")
     assert message.count("  node ") == 1  # the driver's own node is sound
     assert "cannot read what the driver wrote in" in message
     assert "No such file or directory" in message
     assert "put --storage on a file system that every node mounts" in message
-    assert not list((storage / "small").glob(f"{TOKEN_NAME}*"))
-    assert not (storage / "small" / "study.yaml").exists()
-    assert not (storage / "small" / "trials").exists()
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_artifacts_that_one_node_does_not_reach_are_refused_before_the_first_trial(
-    tmp_path, monkeypatch
-):
-    import ray
-
-    mounted, folder = tmp_path / "artifacts", tmp_path / "studies" / "small"
-    mounted.mkdir()
-    if not can_mount(mounted):
-        pytest.skip("no mount namespaces here")
-    monkeypatch.setattr(shared_storage, "ANSWER_SECONDS", 60.0)
-    artifacts = LocalFolder(mounted / "small" / "trials")
-    with cluster_of([1]) as cluster, joined(cluster.address):
-        with shared_folder(folder, JOINED, artifacts) as token:
-            assert token is not None
-        with node_elsewhere(cluster.address, mounted, tmp_path):
-            wait_for_nodes(2)
-            with pytest.raises(EnvironmentProblem) as refused:
-                with shared_folder(folder, JOINED, artifacts):
-                    raise AssertionError("a trial would start")
-        assert ray.is_initialized()
-    message = str(refused.value)
+    assert not list(folder.glob(f"{TOKEN_NAME}*"))
+    assert not (folder / "study.yaml").exists()
+    assert not (folder / "trials").exists()
+    message = str(refused_artifacts.value)
     assert message.startswith(f"the artifacts {artifacts.path} does not serve every node")
     assert message.count("  node ") == 1
     assert "cannot read what the driver wrote in" in message
@@ -246,78 +240,11 @@ def test_artifacts_that_one_node_does_not_reach_are_refused_before_the_first_tri
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_node_that_answers_too_late_leaves_nothing(tmp_path, monkeypatch):
+def test_a_node_that_answers_too_late_leaves_nothing(shared_ray, tmp_path, monkeypatch):
     monkeypatch.setattr(shared_storage, "ANSWER_SECONDS", 0.0)
-    with cluster_of([1]) as cluster, joined(cluster.address):
+    with joined(shared_ray.address):
         with pytest.raises(EnvironmentProblem, match="did not answer in 0 s"):
             with shared_folder(tmp_path / "small", JOINED, None):
                 pass
         time.sleep(5)  # by then it would have answered
     assert not list((tmp_path / "small").iterdir())
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_node_that_joins_later_without_the_storage_is_named(tmp_path):
-    import ray
-
-    if not can_mount(tmp_path):
-        pytest.skip("no mount namespaces here")
-    folder = tmp_path / "studies" / "small"
-    folder.mkdir(parents=True)
-    with cluster_of([1]) as cluster, joined(cluster.address):
-        with (
-            shared_folder(folder, JOINED, None) as token,
-            node_elsewhere(cluster.address, folder.parent, tmp_path),
-        ):
-            wait_for_nodes(2)
-            (other,) = (
-                n["NodeID"]
-                for n in ray.nodes()
-                if n["Resources"].get("CPU") == 1.0
-                and "node:__internal_head__" not in n["Resources"]
-            )
-            there = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(other, soft=False)
-            task = ray.remote(check_token).options(num_cpus=0, scheduling_strategy=there)
-            with pytest.raises(
-                EnvironmentProblem, match=r"is not shared with node [0-9.]+: cannot"
-            ):
-                ray.get(task.remote(folder, token))
-        assert not list(folder.iterdir())
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_trials_run_on_both_nodes_of_a_cluster_that_share_the_storage(
-    tmp_path, weights_file, monkeypatch
-):
-    """Workers get the variables they need, and no secret of the driver's."""
-    import ray
-
-    secret = "do-not-tell"  # noqa: S105
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    values = study_values(tmp_path, weights_file, trials=6, scheduler={"name": "none"})
-    values["trial"]["training"]["epochs"] = 25  # both nodes have time to start
-    config = StudyConfig.from_mapping(values)
-    with cluster_of([1, 1]) as cluster:
-        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-        seen: list[Any] = []
-
-        def look(event: Any) -> None:
-            if event.kind == "metrics_recorded":
-                from ray.util.state import list_actors, list_jobs
-
-                seen.extend(list_actors(detail=True, filters=[("state", "=", "ALIVE")]))
-                seen.extend(list_jobs(detail=True))
-
-        result = run_study(config, observer=look)
-    assert {trial.state for trial in result.trials} <= {"COMPLETE", "PRUNED"}
-    actors = [entry for entry in seen if hasattr(entry, "class_name")]
-    assert len({actor.node_id for actor in actors}) == 2
-    told = repr(seen)
-    where = told.find(secret)
-    assert secret not in told, told[where - 300 : where + 50]
-    for name in ("RAY_CHDIR_TO_TRIAL_DIR", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "OMP_NUM_THREADS"):
-        assert name in told
-    assert not ray.is_initialized()

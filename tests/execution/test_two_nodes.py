@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,148 +12,181 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
+from ray.util.state import list_actors, list_jobs
 
 from drtune_ray.execution.ray_train import trainer
 from drtune_ray.execution.ray_tune.run import MAX_MACHINE_FAILURES
 from drtune_ray.study.training_run import TrainingResult, run_training
-from drtune_ray.values import to_yaml
 from tests import leftovers
+from tests.clusters import RAY, joined, start_cluster
 from tests.leftovers import free_port
 from tests.small import small_trial, small_values, write_coloured
-from tests.survival import Killed, kill
+from tests.survival import RESUMED, SABOTAGE, Joined, Killed, kill
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
-
-RAY = str(Path(sys.executable).with_name("ray"))
-
-
-class Joined(Killed):
-    """A study on a cluster that lives longer than it does."""
-
-    def processes(self) -> dict[int, bytes]:
-        """Of this study, without what Ray keeps for the next one."""
-        found = super().processes()
-        actors = (b"ray::RayTrainWorker", b"ray::TrainController", b"ray::ImplicitFunc")
-        return {p: title for p, title in found.items() if title.startswith(actors)}
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),
+    pytest.mark.xdist_group("two-nodes"),
+]
 
 
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A head without CPUs for trials; its processes take orders, as those of `Killed` do."""
-    from ray.cluster_utils import Cluster
+class Nodes:
+    """Nodes beside a head without CPUs; their processes take orders, as those of `Killed` do."""
 
-    monkeypatch.setenv("SABOTAGE", str(tmp_path / "orders"))
-    monkeypatch.setenv("SABOTAGE_STEP_SECONDS", "0.1")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "sabotage"))
-    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": free_port()}
-    made = Cluster(initialize_head=True, head_node_args=head)
-    monkeypatch.setenv("RAY_ADDRESS", made.address)
-    ray.init(made.address, log_to_driver=False, logging_level="ERROR")
+    def __init__(self, cluster: Any, folder: Path) -> None:
+        self.address = cluster.address
+        self._cluster, self._nodes = cluster, []
+        self._variables = {
+            "SABOTAGE": str(folder / "orders"),
+            "SABOTAGE_STEP_SECONDS": "0.1",
+            "PYTHONPATH": str(SABOTAGE),
+        }
+
+    def add(self, num_cpus: int = 1) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self._variables.items():
+                patch.setenv(name, value)
+            self._nodes.append(self._cluster.add_node(num_cpus=num_cpus))
+
+    def lose_last(self) -> None:
+        """End the last one without notice."""
+        self._cluster.remove_node(self._nodes.pop(), allow_graceful=False)
+
+    def replace_last(self) -> None:
+        """Add another and drain the last one, as if it were to be taken away."""
+        node = self._nodes[-1].node_id
+        self.add()
+        command = [str(RAY), "drain-node", "--address", self.address, "--node-id", node]
+        reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        deadline = ["--deadline-remaining-seconds", "60"]
+        subprocess.run([*command, *reason, *deadline], check=True, capture_output=True)
+
+    def end(self) -> None:
+        for node in self._nodes:
+            self._cluster.remove_node(node, allow_graceful=False)
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Any]:
+    """A head without CPUs for trials, which this process has joined."""
+    made = start_cluster(num_cpus=0, include_dashboard=True, dashboard_port=free_port())
     try:
-        yield made
+        with joined(made.address):
+            yield made
     finally:
-        ray.shutdown()
         made.shutdown()
 
 
-def joined_study(killed: Any, num_workers: int, *, trials: int = 1, num_epochs: int = 8) -> Joined:
-    study: Joined = killed(kind=Joined, trials=trials)
-    study.values["trial"]["training"] |= {
-        "workers": num_workers,
-        "epochs": num_epochs,
-        "batch_norm": "frozen" if num_workers > 1 else "local",
-    }
-    study.file.write_text(to_yaml(study.values))
+@pytest.fixture
+def nodes(head: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
+    monkeypatch.setenv("RAY_ADDRESS", head.address)
+    made = Nodes(head, tmp_path)
+    try:
+        yield made
+        leftovers.assert_cluster_is_empty()
+    finally:
+        made.end()
+
+
+def joined_study(killed: Any, num_workers: int, **changes: Any) -> Joined:
+    study: Joined = killed(kind=Joined, **changes)
+    norm = "frozen" if num_workers > 1 else "local"
+    study.write(workers=num_workers, epochs=40, batch_norm=norm)
     return study
 
 
-def drain(address: str, node: Any) -> None:
-    command = [RAY, "drain-node", "--address", address, "--node-id", node.node_id]
-    reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
-    deadline = ["--deadline-remaining-seconds", "60"]
-    subprocess.run([*command, *reason, *deadline], check=True, capture_output=True)
-
-
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_a_node_is_lost(cluster, killed, num_workers):
-    """One resident trial on each of two nodes, or one trial of two workers on both."""
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    study = joined_study(killed, num_workers, trials=3 - num_workers)
+def test_a_node_is_lost_and_others_are_drained(nodes, killed):
+    """One resident trial on each of two nodes; a drained node is no failure."""
+    nodes.add()
+    nodes.add()
+    study = joined_study(killed, 1, trials=2)
+    secret = "do-not-tell"  # noqa: S105
+    study.environment |= {"AWS_SECRET_ACCESS_KEY": secret, "OMP_NUM_THREADS": "1"}
     driver = study.start()
-    study.wait_for(lambda: study.num_trained() > 1, "training", 90)
-    lost = time.monotonic()
-    cluster.remove_node(nodes[1], allow_graceful=False)
-    if num_workers == 2:
-        cluster.add_node(num_cpus=1)
-    before = study.num_trained("step")
-    study.wait_for(lambda: study.num_trained("step") > before + 4, "going on", 120)
-    output = study.finish(driver)
-    print(f"the study took {time.monotonic() - lost:.0f} s from the loss to its end")
-    assert output.count("goes on from its last save") == 1
-    study.check(num_lost=1)
-    leftovers.assert_cluster_is_empty()
+    study.wait_for(lambda: len(study.actors()) == 2, "two actors")
+    study.wait_for_epochs(2)
 
+    # Workers on both nodes got the variables that they need, and no secret of the driver's.
+    actors = list_actors(detail=True, filters=[("state", "=", "ALIVE")])
+    assert len({actor.node_id for actor in actors if "Trainable" in actor.class_name}) == 2
+    told = repr([actors, list_jobs(detail=True)])
+    assert secret not in told
+    for name in ("RAY_CHDIR_TO_TRIAL_DIR", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "OMP_NUM_THREADS"):
+        assert name in told
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_a_drained_node_is_left_after_a_save(cluster, killed, num_workers):
-    """It is no failure: more drains than failures are forgiven."""
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(num_workers)]
-    study = joined_study(killed, num_workers, num_epochs=40)
-    driver = study.start()
-    for _ in range(MAX_MACHINE_FAILURES + 1 if num_workers == 1 else 1):
-        before = study.num_trained()
-        study.wait_for(lambda n=before: study.num_trained() > n + 1, "training", 90)
-        drain(cluster.address, nodes[-1])
-        nodes.append(cluster.add_node(num_cpus=1))
-    before = study.num_trained()
-    study.wait_for(lambda: study.num_trained() > before, "training on", 90)
+    nodes.lose_last()
+    nodes.add()
+    study.wait_until_resumed(1)
+    study.wait_for(lambda: len(study.actors()) == 2, "two actors")
+    study.wait_for_epochs(2)
+    assert study.num_repeated("epoch") <= 1
+    # As often as a trial may fail: with the node that it lost, once more than that.
+    for number in range(MAX_MACHINE_FAILURES):
+        nodes.replace_last()
+        study.wait_until_resumed(2 + number)
+    num_repeated = study.num_repeated()
+    study.wait_for_epochs(2)
     study.hurry()
-    output = study.finish(driver)
-    steps = study.trained("step")
-    print("steps trained twice:", sum(steps.values()) - len(steps))
-    assert sum(steps.values()) == len(steps)
-    if num_workers > 1:  # Ray Train did it without Tune
-        assert "goes on from its last save" not in output
-    study.check(num_lost=0)
-    leftovers.assert_cluster_is_empty()
+    study.finish(driver)
+    assert study.num_repeated() == num_repeated <= 4  # an epoch, of the node that was lost
+    study.check(num_lost=1)
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.chaos) for n in (1, 2))])
-def test_the_driver_of_a_study_of_several_workers_is_killed(cluster, killed, seed):
-    """The study goes on with another number of workers: that of its configuration now."""
+def test_a_trial_of_several_workers_loses_a_drained_node_another_and_its_driver(
+    nodes, killed, seed
+):
+    """The study then goes on with another number of workers: that of its configuration now."""
     moments = random.Random(seed)
-    cluster.add_node(num_cpus=3)
-    study = joined_study(killed, 2)
+    nodes.add()
+    nodes.add()
+    study = joined_study(killed, 2, trials=1)
     driver = study.start()
-    num_epochs = moments.randrange(4)
-    study.wait_for(lambda: study.num_trained() > num_epochs, "training", 90)
+    study.wait_for_epochs(2)
+
+    # Ray Train leaves a drained node without Tune, after a save.
+    steps = study.num_trained("step")
+    nodes.replace_last()
+    workers = leftovers.actor_pids("RayTrainWorker")
+    study.wait_for(
+        lambda: len(now := leftovers.actor_pids("RayTrainWorker")) == 2 and now != workers,
+        "other workers",
+    )
+    study.wait_for_epochs(2)
+    assert study.num_trained("step") > steps and study.num_repeated() == 0
+    assert RESUMED not in study.log.read_text()
+
+    lost = time.monotonic()
+    nodes.lose_last()
+    nodes.add()
+    study.wait_until_resumed(1)
+    print(f"{time.monotonic() - lost:.0f} s from the loss of a node to the next epoch")
+    assert study.num_repeated("epoch") <= 1
+
     time.sleep(moments.uniform(0, 0.5))
     kill(driver.pid)
     assert driver.wait() == -signal.SIGKILL
     leftovers.assert_cluster_is_empty()
-    study.values["trial"]["training"]["workers"] = 3
-    study.file.write_text(to_yaml(study.values))
+    nodes.add()
+    study.write(workers=3)
     driver = study.start()
-    study.wait_for(lambda: len(leftovers.actor_pids("RayTrainWorker")) == 3, "three workers", 90)
+    study.wait_for(lambda: len(leftovers.actor_pids("RayTrainWorker")) == 3, "three workers")
+    study.hurry()
     study.finish(driver)
-    study.check(num_lost=1)
-    leftovers.assert_cluster_is_empty()
+    study.check(num_lost=2)
 
 
 class Elastic:
-    """`drtune-ray train` with one to two workers, and what is seen of them meanwhile.
+    """`run_training` with one to two workers, and what is seen of them meanwhile.
 
     Args:
-        folder: For everything.
+        folder: Holds everything.
         weights_file: The fixture.
-        monkeypatch: Makes Ray Train look often for more workers.
+        num_epochs: How many it trains.
     """
 
-    def __init__(
-        self, folder: Path, weights_file: Any, monkeypatch: pytest.MonkeyPatch, num_epochs: int
-    ) -> None:
-        monkeypatch.setattr(trainer, "RESIZE_SECONDS", 5.0)
+    def __init__(self, folder: Path, weights_file: Any, num_epochs: int) -> None:
         (folder / "orders").mkdir()
         values = small_values(write_coloured(folder / "images"), weights_file)
         values |= {"training.workers": [1, 2], "training.epochs": num_epochs}
@@ -181,46 +213,30 @@ class Elastic:
                 self.seen.append(count)
             time.sleep(0.1)
 
-    @property
-    def num_repeated(self) -> int:
-        """Steps that were trained twice."""
-        steps = self.study.trained("step")
-        return sum(steps.values()) - len(steps)
 
+def test_a_training_grows_when_a_node_joins_and_shrinks_when_it_dies(
+    nodes, tmp_path, weights_file, monkeypatch
+):
+    monkeypatch.setattr(trainer, "RESIZE_SECONDS", 5.0)
+    elastic = Elastic(tmp_path, weights_file, 100)
+    study = elastic.study
+    nodes.add()
 
-def test_a_training_grows_when_a_node_joins(cluster, tmp_path, weights_file, monkeypatch):
-    elastic = Elastic(tmp_path, weights_file, monkeypatch, 150)
-    cluster.add_node(num_cpus=1)
+    def join_and_die() -> None:
+        study.wait_for_epochs(3)
+        nodes.add()
+        study.wait_for(lambda: elastic.seen[-1] == 2, "growing")
+        study.wait_for_epochs(3)
+        assert study.num_repeated() <= 8
+        num_repeated = study.num_repeated()
+        nodes.lose_last()
+        study.wait_for(lambda: elastic.seen[-1] == 1, "shrinking")
+        study.wait_for_epochs(2)
+        assert study.num_repeated() - num_repeated <= 4  # an epoch
+        study.hurry()
 
-    def join() -> None:
-        elastic.study.wait_for(lambda: elastic.study.num_trained() > 3, "training", 90)
-        # The training in this process has set a path of its own: the new node's is the fixture's.
-        monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "sabotage"))
-        cluster.add_node(num_cpus=1)
-        elastic.study.wait_for(lambda: elastic.seen[-1] == 2, "growing", 120)
-        elastic.study.hurry()
-
-    result = elastic.run(join)
-    print("workers:", elastic.seen, "steps trained twice:", elastic.num_repeated)
+    result = elastic.run(join_and_die)
+    print("workers:", elastic.seen, "steps trained twice:", study.num_repeated())
     assert result.outcome == "completed"
-    assert elastic.seen[0] == 1 and elastic.seen[-1] == 2
-    assert elastic.num_repeated <= 8
-    assert {epoch for _, epoch, _ in elastic.study.trained()} == set(range(150))
-    leftovers.assert_cluster_is_empty()
-
-
-def test_a_training_shrinks_when_a_node_dies(cluster, tmp_path, weights_file, monkeypatch):
-    elastic = Elastic(tmp_path, weights_file, monkeypatch, 30)
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-
-    def die() -> None:
-        elastic.study.wait_for(lambda: elastic.study.num_trained() > 3, "training", 90)
-        cluster.remove_node(nodes[1], allow_graceful=False)
-
-    result = elastic.run(die)
-    print("workers:", elastic.seen, "steps trained twice:", elastic.num_repeated)
-    assert result.outcome == "completed"
-    assert max(elastic.seen) == 2 and elastic.seen[-1] == 1
-    assert elastic.num_repeated <= 4  # an epoch
-    assert {epoch for _, epoch, _ in elastic.study.trained()} == set(range(30))
-    leftovers.assert_cluster_is_empty()
+    assert elastic.seen[0] == 1 and max(elastic.seen) == 2 and elastic.seen[-1] == 1
+    assert {epoch for _, epoch, _ in study.trained()} == set(range(100))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -19,8 +20,10 @@ from drtune_ray.execution.resource_wait import ResourceWait
 from drtune_ray.study.run import run_study
 from drtune_ray.study.training_run import run_training
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished
-from tests.clusters import cluster_of
+from tests.clusters import joined
 from tests.study.test_study import study_values
+
+pytestmark = [pytest.mark.xdist_group("waiting"), pytest.mark.timeout(900)]
 
 PENDING = Placements(is_pending=True, is_placed=False)
 RUNNING = Placements(is_pending=True, is_placed=True)  # one runs, another waits for it
@@ -90,38 +93,40 @@ def test_wait__nothing_asked_for_is_no_wait(monkeypatch):
 # ---- real Ray
 
 
+HOLD = """
+import sys, time
+import ray
+
+ray.init(sys.argv[1], log_to_driver=False)
+hold = ray.remote(num_cpus=1)(lambda: time.sleep(600))
+holds = [hold.remote(), hold.remote()]
+while ray.available_resources().get("CPU"):
+    time.sleep(0.1)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
 @pytest.fixture
-def busy(monkeypatch) -> Iterator[Any]:
-    """A cluster all of whose CPUs another job's task holds until told; yields what frees them."""
-    import subprocess
-    import sys
-
+def busy(shared_ray, monkeypatch) -> Iterator[Any]:
+    """Have another job's tasks hold all CPUs of the cluster; yields what frees them."""
     monkeypatch.setattr(resource_wait, "FIRST_NOTICE_SECONDS", 1.0)
-    with cluster_of([1, 1]) as cluster:
-        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-        code = (
-            "import ray, time, sys\n"
-            f"ray.init({cluster.address!r}, log_to_driver=False)\n"
-            "hold = ray.remote(num_cpus=1)(lambda: time.sleep(600))\n"
-            "holds = [hold.remote(), hold.remote()]\n"
-            "while ray.available_resources().get('CPU'): time.sleep(0.1)\n"
-            "print('held', flush=True)\n"
-            "sys.stdin.read()\n"
-        )
-        other = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        assert other.stdin and other.stdout
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", HOLD, shared_ray.address]
+    other = subprocess.Popen(command, stdin=pipe, stdout=pipe)
+    assert other.stdin and other.stdout
+    try:
         assert other.stdout.readline() == b"held\n"
-        try:
-            yield other.stdin.close
-        finally:
-            other.kill()
-            other.wait()
+        yield other.stdin.close
+    finally:
+        other.kill()
+        other.wait()
 
 
-def two_trials(folder: Any, weights_file: Any, workers: int, wait_seconds: float) -> StudyConfig:
-    values = study_values(folder, weights_file, trials=2, reference_trials=["default"])
+def waiting_study(folder: Any, weights_file: Any, workers: int, wait_seconds: float) -> StudyConfig:
+    """Two trials of one worker, or one of two."""
+    trials = 3 - workers
+    values = study_values(folder, weights_file, trials=trials, reference_trials=["default"])
     values["trial"]["training"] |= {"epochs": 2, "workers": workers, "batch_norm": "frozen"}
     return StudyConfig.from_mapping(values | {"resources": {"wait_seconds": wait_seconds}})
 
@@ -132,12 +137,12 @@ def two_trials(folder: Any, weights_file: Any, workers: int, wait_seconds: float
 def test_a_study_waits_visibly_gives_up_and_goes_on(busy, tmp_path, weights_file, workers):
     events: list[Any] = []
     lines: list[str] = []
-    config = two_trials(tmp_path, weights_file, workers, 12)
+    config = waiting_study(tmp_path, weights_file, workers, 8)
     started = time.monotonic()
-    with pytest.raises(EnvironmentProblem, match=r"no trial could start for 12 s: a trial takes"):
+    with pytest.raises(EnvironmentProblem, match=r"no trial could start for 8 s: a trial takes"):
         run_study(config, observer=events.append, on_notice=lines.append)
     assert time.monotonic() - started < 60
-    assert lines[0].startswith(f"waiting for {workers} x {{CPU: 1}}: 0 of 2 CPUs on 2 nodes are")
+    assert lines[0].startswith(f"waiting for {workers} x {{CPU: 1}}: 0 of 2 CPUs on 1 node are")
     ends = {(event.number, event.state) for event in events if isinstance(event, RunFinished)}
     assert (None, "INTERRUPTED") in ends
     assert {state for _, state in ends} == {"INTERRUPTED"}
@@ -148,13 +153,14 @@ def test_a_study_waits_visibly_gives_up_and_goes_on(busy, tmp_path, weights_file
         busy()  # the other job ends
 
     lines.clear()
-    result = run_study(two_trials(tmp_path, weights_file, workers, 600), on_notice=note)
+    result = run_study(waiting_study(tmp_path, weights_file, workers, 600), on_notice=note)
     assert [line.split(":")[0] for line in lines] == [
         f"waiting for {workers} x {{CPU",
         f"{workers} x {{CPU",
     ]
-    assert [trial.state for trial in result.trials] == ["COMPLETE", "COMPLETE"]
-    assert [trial.number for trial in result.trials] == [0, 1]
+    assert {trial.number: trial.state for trial in result.trials} == {
+        number: "COMPLETE" for number in range(3 - workers)
+    }
 
 
 @pytest.mark.ray
@@ -163,10 +169,7 @@ def test_a_training_waits_visibly_and_gives_up(busy, tmp_path, weights_file):
     """In a session of the caller's own, which goes on: nothing may train in it later."""
     import ray
 
-    address = os.environ["RAY_ADDRESS"]
-    with contextlib.ExitStack() as stack:
-        ray.init(address, log_to_driver=False, logging_level="ERROR")
-        stack.callback(ray.shutdown)
+    with joined(os.environ["RAY_ADDRESS"]):
         _wait_and_give_up(tmp_path, weights_file)
         job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
         actors = ray._private.state.actors(job_id=job, actor_state_name="ALIVE").values()
@@ -175,15 +178,15 @@ def test_a_training_waits_visibly_and_gives_up(busy, tmp_path, weights_file):
 
 
 def _wait_and_give_up(tmp_path, weights_file):
-    config = two_trials(tmp_path, weights_file, 2, 10).trial
+    config = waiting_study(tmp_path, weights_file, 2, 8).trial
     lines: list[str] = []
     events: list[Any] = []
-    with pytest.raises(EnvironmentProblem, match="no trial could start for 10 s"):
+    with pytest.raises(EnvironmentProblem, match="no trial could start for 8 s"):
         run_training(
             config,
             "single",
             tmp_path / "studies",
-            resources=ResourcesConfig(wait_seconds=10),
+            resources=ResourcesConfig(wait_seconds=8),
             observer=events.append,
             on_notice=lines.append,
         )

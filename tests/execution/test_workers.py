@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import ray
-from ray.cluster_utils import Cluster
 from ray.exceptions import ActorDiedError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
@@ -34,39 +33,19 @@ from drtune_ray.execution.placement_groups import check_state_api, remove_orphan
 from drtune_ray.execution.ray_train.worker_group import train_environment
 from drtune_ray.execution.ray_tune.run import tune_trainable
 from drtune_ray.execution.ray_tune.schedulers import StudyScheduler
-from drtune_ray.execution.session import ray_session, set_environment
+from drtune_ray.execution.session import ray_session
 from drtune_ray.execution.worker import WorkerContext
 from drtune_ray.study.run import run_study
 from drtune_ray.tracking.events import RunFinished
 from drtune_ray.values import to_yaml
 from tests import leftovers
-from tests.leftovers import free_port
-from tests.study.test_study import study_values
-from tests.survival import COMMAND, Killed, kill
+from tests.clusters import joined
+from tests.study.test_study import mlflow_runs, study_values
+from tests.survival import COMMAND, CONTROLLER, RESUMED, TRIAL_DRIVER, WORKER, Killed, kill
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-# What Ray calls the processes.
-WORKER, CONTROLLER, TRIAL_DRIVER = (
-    b"ray::RayTrainWorker",
-    b"ray::TrainController",
-    b"ray::ImplicitFunc",
-)
-
-
-def nested_study(killed: Any, num_trials: int = 1, **changes: Any) -> Killed:
-    """Two workers a trial, one trial at a time, in processes of their own."""
-    resources = {"trials_at_a_time": 1} | changes.pop("resources", {})
-    environment = {"SABOTAGE_STEP_SECONDS": "0.1"}
-    study: Killed = killed(
-        environment=environment,
-        trials=num_trials,
-        resources=resources,
-        **changes,
-    )
-    study.values["trial"]["training"] |= {"workers": 2, "batch_norm": "frozen"}
-    study.file.write_text(to_yaml(study.values))
-    return study
+HANG_SECONDS = 8
 
 
 def titled(study: Killed, title: bytes) -> list[int]:
@@ -103,12 +82,18 @@ class Meter:
                     self.memory.append(leftovers.memory_mib())
 
 
-@pytest.mark.parametrize("num_stops", [3, pytest.param(20, marks=pytest.mark.chaos)])
-@pytest.mark.timeout(900)
-def test_stopped_trials_give_everything_back(tmp_path, weights_file, monkeypatch, num_stops):
+@pytest.mark.xdist_group("workers")
+# Twenty see a growth of memory; two see that a trial's processes and resources are given back.
+@pytest.mark.parametrize("num_stops", [2, pytest.param(20, marks=pytest.mark.chaos)])
+@pytest.mark.timeout(1200)
+def test_stopped_trials_give_everything_back(
+    shared_ray, tmp_path, weights_file, monkeypatch, num_stops
+):
     def stop_first(self: Any, tune_controller: Any, trial: Any, result: Any) -> str:
         return "STOP" if trial.config["number"] < num_stops else "CONTINUE"
 
+    with joined(shared_ray.address):
+        leftovers.assert_cluster_is_empty()
     monkeypatch.setattr(StudyScheduler, "on_trial_result", stop_first)
     values = study_values(
         tmp_path,
@@ -139,91 +124,108 @@ def test_stopped_trials_give_everything_back(tmp_path, weights_file, monkeypatch
         assert [path.name for path in folder.iterdir()] == ["best.ckpt"]
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.chaos) for n in (1, 2))])
-@pytest.mark.parametrize("title", [WORKER, CONTROLLER, TRIAL_DRIVER])
-def test_a_process_of_a_trial_is_killed(killed, title, seed):
+@pytest.mark.xdist_group("workers-hits")
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(n, marks=pytest.mark.chaos) for n in range(1, 4))]
+)
+def test_trials_of_two_workers_whose_processes_are_hit_in_every_way(killed, seed):
+    """One trial at a time, each hit as often as may be forgiven."""
     moments = random.Random(seed)
-    study = nested_study(killed)
+    study = killed(
+        environment={"SABOTAGE_STEP_SECONDS": "0.1"},
+        trials=3,
+        resources={"trials_at_a_time": 1, "hang_seconds": HANG_SECONDS},
+    )
+    study.write(workers=2, batch_norm="frozen")
     driver = study.start()
-    num_epochs = moments.randrange(1, 6)
-    study.wait_for(lambda: study.num_trained() > num_epochs, "training", 90)
-    time.sleep(moments.uniform(0, 0.5))
-    kill(moments.choice(titled(study, title)))
-    output = study.finish(driver)
-    assert output.count("goes on from its last save") == 1
-    study.check(num_lost=1)
 
+    # A worker is killed, and then the controller.
+    for number, title in enumerate((WORKER, CONTROLLER), 1):
+        study.wait_for_epochs(1)
+        time.sleep(moments.uniform(0, 0.4))
+        kill(moments.choice(titled(study, title)))
+        study.wait_until_resumed(number)
+    assert study.num_repeated("epoch") <= 2
 
-def test_sigterm_to_a_worker_saves_at_the_next_step_and_goes_on(killed):
-    study = nested_study(killed)
-    driver = study.start()
-    study.wait_for(lambda: study.num_trained("step") > 3, "training", 90)
+    # The second trial: a worker hangs, and later one does not run.
+    study.wait_for(lambda: max_epoch(study) >= 5, "the first trial's last epochs")
+    study.order("hang@2", "stop@4")
+    study.wait_until_resumed(4)
+    assert study.log.read_text().count(f"{RESUMED}: hung for {HANG_SECONDS} s") == 2
+    assert study.num_repeated("epoch") <= 4
+
+    # The third: a worker is terminated and saves at its next step, then the trial's own driver is
+    # killed, and in the end the GPU's memory is exhausted: a result, which is not tried again.
+    study.wait_for(lambda: len(digests(study)) == 3, "the third trial")
+    repeated, steps = study.num_repeated(), study.num_trained("step")
     kill(titled(study, WORKER)[1], signal.SIGTERM)
-    study.finish(driver)
-    assert set(study.trained("step").values()) == {1}  # not one step is lost
-    study.check(num_lost=0)
+    study.wait_for(lambda: study.num_trained("step") > steps + 6, "training")
+    assert study.num_repeated() == repeated  # not one step is lost
+    time.sleep(moments.uniform(0, 0.4))
+    num_resumed = study.log.read_text().count(RESUMED)
+    kill(moments.choice(titled(study, TRIAL_DRIVER)))
+    study.order("exhaust@6")
+    output = study.finish(driver)
+    assert output.count(RESUMED) == num_resumed + 1
+    assert "1 at a time" in output and "Best of 3 trials" in output
+    study.check(num_lost=5, states={0: "COMPLETE", 1: "COMPLETE", 2: "PRUNED"})
+    last = study.trials()[2]
+    assert last.user_attrs["outcome"] == "out of memory"
+    assert last.constraints == {"trains": 1.0}
+    assert sorted(last.intermediate_values) == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.fixture
-def training(tmp_path, killed) -> Killed:
+def digests(study: Killed) -> set[str]:
+    """The trials of which a step was trained."""
+    return {digest for digest, _, _ in study.trained("step")}
+
+
+def max_epoch(study: Killed) -> int:
+    """The last epoch that was trained, of any trial."""
+    return max(epoch for _, epoch, _ in study.trained())
+
+
+@pytest.mark.xdist_group("workers")
+@pytest.mark.timeout(1200)
+def test_a_training_whose_controller_is_killed_and_that_is_interrupted(killed, tmp_path):
     """`drtune-ray train` on two workers, in processes of its own."""
-    study = nested_study(killed)
+    study = killed(environment={"SABOTAGE_STEP_SECONDS": "0.1"})
+    study.write(workers=2, batch_norm="frozen")
     study.file.write_text(to_yaml(study.values["trial"]))
     study.folder = tmp_path / "studies" / "single"
     places = ["--storage", str(tmp_path / "studies"), "--name", "single"]
     study.command = [COMMAND, "train", str(study.file), *places]
-    return study
-
-
-def test_the_controller_of_a_training_is_killed(training):
-    driver = training.start()
-    training.wait_for(lambda: training.num_trained() > 2, "training", 90)
-    (controller,) = titled(training, CONTROLLER)
+    driver = study.start()
+    study.wait_for_epochs(2)
+    (controller,) = titled(study, CONTROLLER)
     kill(controller)
-    output = training.finish(driver)
-    assert output.count("goes on from its last save") == 1
-    assert "Traceback" not in output
-    assert training.num_trained() <= 8 + 1  # an epoch was trained twice at most
-    training.wait_for(lambda: not training.left(), "all processes gone", 20)
+    study.wait_until_resumed(1)
+    assert study.num_repeated("epoch") <= 1
 
-
-def test_ctrl_c_saves_a_training_at_its_next_step(training):
-    driver = training.start()
-    training.wait_for(lambda: training.num_trained("step") > 5, "training", 90)
-    before = training.num_trained("step")
+    repeated, before = study.num_repeated(), study.num_trained("step")
     driver.send_signal(signal.SIGINT)
-    output = training.finish(driver, expected=130)
-    assert "The same command goes on" in output
-    num_later = training.num_trained("step") - before
-    training.run()
+    output = study.finish(driver, expected=130)
+    assert output.count(RESUMED) == 1
+    assert "The same command goes on" in output and "Traceback" not in output
+    num_later = study.num_trained("step") - before
+    client, (run,), _ = mlflow_runs(study.folder)
+    assert run.info.status == "KILLED"
+    study.hurry()
+    output = study.run()
+    assert "epoch 8/8" in output and "Traceback" not in output
     # What was trained after the save, until the workers ended, is trained again; nothing before.
-    repeated = [count for count in training.trained("step").values() if count > 1]
-    assert len(repeated) <= num_later and set(repeated) <= {2}
-    training.wait_for(lambda: not training.left(), "all processes gone", 20)
+    assert study.num_repeated() - repeated <= num_later
+    assert {epoch for _, epoch, _ in study.trained()} == set(range(8))
+    _, (run,), _ = mlflow_runs(study.folder)
+    assert run.info.status == "FINISHED"
+    history = client.get_metric_history(run.info.run_id, "val_accuracy")
+    assert sorted(metric.step for metric in history) == list(range(1, 9))
+    study.wait_for(lambda: not study.left(), "all processes gone", 20)
 
 
-def test_a_point_that_exhausts_a_gpu_is_a_result(killed):
-    study = nested_study(killed, 2)
-    study.order("exhaust@2")
-    output = study.run()
-    assert "goes on from its last save" not in output
-    study.check(num_lost=0, states={0: "PRUNED", 1: "COMPLETE"})
-    first = study.trials()[0]
-    assert first.user_attrs["outcome"] == "out of memory"
-    assert first.constraints == {"trains": 1.0}
-    assert sorted(first.intermediate_values) == [1, 2]
-
-
-@pytest.mark.parametrize("how", ["hang", "stop"])
-def test_a_worker_that_hangs_or_does_not_run(killed, how):
-    study = nested_study(killed, resources={"hang_seconds": 6})
-    study.order(f"{how}@2")
-    output = study.run()
-    assert "hung for 6 s" in output
-    study.check(num_lost=1)
-
-
-def test_groups_of_dead_creators_are_removed(tmp_path):
+@pytest.mark.xdist_group("workers")
+def test_groups_of_dead_creators_are_removed(shared_ray):
     """Also one that was still waiting for resources, of which nobody else knows."""
 
     @ray.remote(num_cpus=0)
@@ -232,6 +234,7 @@ def test_groups_of_dead_creators_are_removed(tmp_path):
             self.group = placement_group([{"CPU": num_cpus}])
 
     with ray_session():
+        leftovers.assert_cluster_is_empty()
         own = placement_group([{"CPU": 1}])
         alive, dead = Controller.remote(), Controller.remote()
         ray.get([alive.ask.remote(1), dead.ask.remote(4096)])
@@ -246,18 +249,16 @@ def test_groups_of_dead_creators_are_removed(tmp_path):
         assert leftovers.live_groups() == {"CREATED": 2}
 
 
-def test_a_cluster_without_a_dashboard_is_refused():
+@pytest.mark.xdist_group("workers")
+def test_a_cluster_without_a_dashboard_is_refused(ray_cluster, monkeypatch):
     """Also beside one that has it, which Ray would ask of its own accord."""
-    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": free_port()}
-    other = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        refused = pytest.raises(EnvironmentProblem, match="need the dashboard of the Ray cluster")
-        with ray_session(), refused:
-            check_state_api()
-    finally:
-        other.shutdown()
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    refused = pytest.raises(EnvironmentProblem, match="need the dashboard of the Ray cluster")
+    with ray_session(), refused:
+        check_state_api()
 
 
+@pytest.mark.xdist_group("workers-hits")
 def test_ray_train_asks_its_own_cluster(tmp_path, monkeypatch):
     """Of several on a machine, and not the one that was started last."""
     resources, training = ResourcesConfig(), TrainingConfig(workers=2)
@@ -271,6 +272,7 @@ def test_ray_train_asks_its_own_cluster(tmp_path, monkeypatch):
     assert "RAY_TRAIN_COLLECTIVE_TIMEOUT_S" not in os.environ
 
 
+@pytest.mark.xdist_group("workers-hits")
 def test_the_error_of_the_worker_that_failed_names_the_outcome():
     """The others lost sight of it, and their errors may come first."""
     lost = RuntimeError("Connection closed by peer [127.0.0.1]:4242")
@@ -289,7 +291,8 @@ def test_the_error_of_the_worker_that_failed_names_the_outcome():
         assert outcome_of(pickle.loads(pickle.dumps(error))) == outcome
 
 
-def test_four_trials_share_a_gpu(tmp_path, weights_file):
+@pytest.mark.xdist_group("workers")
+def test_four_trials_share_a_gpu(shared_ray, tmp_path, weights_file):
     """Scheduling needs no device: Ray believes what it is told."""
     resources = {"gpus_per_trial": 0.25}
     config = StudyConfig.from_mapping(study_values(tmp_path, weights_file, resources=resources))
@@ -297,11 +300,11 @@ def test_four_trials_share_a_gpu(tmp_path, weights_file):
     trainable = tune_trainable(config, context, Capacity(nodes=(Node(8, 1),)))
     bundles = trainable.default_resource_request({}).bundles
     assert bundles == [{"CPU": 1, "GPU": 0.25}]
-    set_environment()
-    ray.init("local", num_cpus=8, num_gpus=1, log_to_driver=False, include_dashboard=False)
+    node = shared_ray.add_node(num_cpus=8, num_gpus=1)
     try:
-        trials = [placement_group(bundles) for _ in range(5)]
-        assert all(trial.wait(20) for trial in trials[:4])
-        assert not trials[4].wait(2)
+        with joined(shared_ray.address):
+            trials = [placement_group(bundles) for _ in range(5)]
+            assert all(trial.wait(20) for trial in trials[:4])
+            assert not trials[4].wait(2)
     finally:
-        ray.shutdown()
+        shared_ray.remove_node(node)

@@ -22,7 +22,7 @@ from tests.survival import kill
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]
-SABOTAGE = ROOT / "tests" / "search" / "sabotage"
+SABOTAGE = ROOT / "tests" / "sabotage"
 MARK = "DRTUNE_TEST_CLUSTER"
 
 
@@ -75,14 +75,21 @@ class JobCluster:
         """Where the processes of a node say what they train, and take orders."""
         return self.folder / f"orders-{node}"
 
-    def num_trained(self, node: int = 0) -> int:
-        """Epochs that were trained on a node, repetitions included."""
+    def num_trained(self, node: int | None = None) -> int:
+        """Epochs that were trained on a node or on all, repetitions included."""
         return sum(entry[0] == "epoch" for entry in self.trained(node))
 
-    def trained(self, node: int = 0) -> list[list[Any]]:
-        """What was trained on a node, as ``sitecustomize.py`` writes it."""
-        path = self.orders(node) / "trained"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    def trained(self, node: int | None = None) -> list[list[Any]]:
+        """What was trained on a node or on all, as ``sitecustomize.py`` writes it."""
+        nodes = range(len(self._nodes)) if node is None else [node]
+        paths = [self.orders(number) / "trained" for number in nodes]
+        lines = [p.read_text().splitlines() for p in paths if p.exists()]
+        return [json.loads(line) for of_node in lines for line in of_node]
+
+    def hurry(self) -> None:
+        """Have steps from now on take no longer than they must."""
+        for number in range(len(self._nodes)):
+            (self.orders(number) / "hurry").touch()
 
     def user(self, **variables: str) -> dict[str, str]:
         """The environment of a user of the cluster; what belongs to Ray is not set."""

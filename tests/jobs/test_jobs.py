@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import pytest
@@ -21,19 +20,21 @@ from tests.servers import mlflow_server
 from tests.study.test_study import study_values
 from tests.survival import kill
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("jobs")]
 
 NUM_TRIALS, NUM_EPOCHS = 3, 3
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobCluster]:
+    """Two nodes of one CPU each."""
     made = JobCluster(tmp_path_factory.mktemp("cluster"), SABOTAGE_STEP_SECONDS="0.3")
     try:
-        made.start(2)
+        made.start(1, 1)
         yield made
     finally:
         made.end()
+    assert made.processes() == {}
 
 
 @pytest.fixture(scope="module")
@@ -130,11 +131,12 @@ def test_the_demo__followed_left_stopped_killed_and_gone_on_with(cluster, tracki
     )
 
     # And once more, to the end.
-    (cluster.orders() / "hurry").touch()
+    cluster.hurry()
     done = submitted(cluster, file)
     said, told = done.communicate(timeout=300)
     assert done.returncode == 0, said + told
     assert "Best of 3 trials: trial " in said
+    assert cluster.num_trained(0) > 0 and cluster.num_trained(1) > 0
     attempts = cluster.jobs("demo")
     assert [(a["number"], a["state"], a["exit_code"]) for a in attempts] == [
         (1, "STOPPED", None),
@@ -220,23 +222,3 @@ def test_a_missing_token__is_said_before_anything_is_sent(cluster, tmp_path, wei
     found = cluster.run("status", "unsent")
     assert found.returncode == 2
     assert f"no study 'unsent' was submitted to {cluster.address}" in found.stderr
-
-
-@pytest.mark.timeout(900)
-def test_two_nodes__train_a_submitted_study(tmp_path, weights_file):
-    values: dict[str, Any] = study_values(tmp_path, weights_file, trials=4, reference_trials=[])
-    values["scheduler"] = {"name": "none"}
-    file = tmp_path / "study.yaml"
-    file.write_text(to_yaml(values))
-    # Long enough for both nodes to have begun: who is ready first takes the next trial.
-    made = JobCluster(tmp_path, SABOTAGE_STEP_SECONDS="0.3")
-    try:
-        made.start(1, 1)
-        done = made.run("submit", str(file))
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "Best of 4 trials: trial " in done.stdout
-        assert made.num_trained(0) > 0 and made.num_trained(1) > 0
-        assert made.num_trained(0) + made.num_trained(1) == 16
-    finally:
-        made.end()
-    assert made.processes() == {}

@@ -22,9 +22,13 @@ TARGET = "drtune_ray.training.trial"
 
 
 def _hog() -> None:
-    held = bytearray(2**31)
-    for at in range(0, len(held), 4096):
-        held[at] = 1
+    """Take memory until Ray's monitor ends this process: at most 4 GiB, and not the last one."""
+    import psutil
+
+    held: list[bytearray] = []
+    while len(held) < 32 and psutil.virtual_memory().available > 2**30:
+        held.append(bytearray(b"x") * 2**27)
+        time.sleep(0.05)
     time.sleep(60)
 
 

@@ -54,6 +54,8 @@ from tests.execution.test_actor import actor, run_to_end
 from tests.servers import BUCKET, database, mlflow_server, object_store_here
 from tests.small import small_trial, small_values, write_coloured
 
+pytestmark = pytest.mark.xdist_group("servers")
+
 SECRET = "open-sesame"
 NUM_TRIALS, NUM_EPOCHS = 5, 25
 

@@ -23,6 +23,8 @@ from drtune_ray.tracking.events import MetricsRecorded, RunFinished, RunStarted
 from tests.study.test_finals import values_of
 from tests.study.test_study import mlflow_runs
 
+pytestmark = pytest.mark.xdist_group("final_fit")
+
 AGAIN = {"images": "all"}
 
 
@@ -34,9 +36,10 @@ def asked(folder: Any, weights_file: Any, **final_fit: Any) -> StudyConfig:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # three studies, two of them with Ray Train
-def test_the_winner_is_trained_again_on_validation_images_too(tmp_path, weights_file):
-    config = asked(tmp_path, weights_file)
+@pytest.mark.timeout(1200)  # a study and two trainings with Ray Train, or three
+def test_the_winner_is_trained_again_on_validation_images_too(shared_ray, tmp_path, weights_file):
+    """By as many workers as there are."""
+    config = asked(tmp_path, weights_file, workers=[1, 2])
     events: list[Any] = []
 
     def interrupt(event: Any) -> None:
@@ -67,6 +70,7 @@ def test_the_winner_is_trained_again_on_validation_images_too(tmp_path, weights_
         "num_images": num_images,
         "outcome": "completed",
     }
+    assert winner.trial.training.workers == (1, 2)
     assert winner.about["epoch"] == winner.trial.training.stop_epoch == best_epoch
     assert winner.about["val_accuracy"] is None and winner.about["shipped_trial"] is None
     assert result.final_fit == winner.about["final_fit"] == result_facts(result)["final_fit"]
@@ -98,17 +102,9 @@ def test_the_winner_is_trained_again_on_validation_images_too(tmp_path, weights_
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_it_takes_as_many_workers_as_there_are(tmp_path, weights_file):
-    result = run_study(asked(tmp_path, weights_file, workers=[1, 2]))
-    assert result.is_fitted_again
-    trial = read_winner(result.folder / "winner").trial
-    assert trial.training.workers == (1, 2)
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_one_that_diverges_is_said_to_and_the_best_seed_is_handed_back(
-    tmp_path, weights_file, monkeypatch
+@pytest.mark.timeout(600)
+def test_one_that_diverges_is_reported_and_the_weights_of_the_best_seed_are_kept(
+    shared_ray, tmp_path, weights_file, monkeypatch
 ):
     from drtune_ray.study import final_fit
 
@@ -117,7 +113,8 @@ def test_one_that_diverges_is_said_to_and_the_best_seed_is_handed_back(
 
     fit = final_fit.fit
     monkeypatch.setattr(final_fit, "fit", diverged)
-    result = run_study(asked(tmp_path, weights_file))
+    config = asked(tmp_path, weights_file).model_copy(update={"trials": 1})
+    result = run_study(config)
     assert result.final_fit is not None and result.final_fit["outcome"] == "diverged"
     about = read_winner(result.folder / "winner").about
     assert about["val_accuracy"] == result.shipped.best_val_accuracy
@@ -150,7 +147,9 @@ def test_tune_and_doctor_look_at_its_workers(tmp_path, weights_file):
 
 
 @pytest.mark.ray
-def test_workers_that_no_machine_holds_are_refused_before_the_first_trial(tmp_path, weights_file):
+def test_workers_that_no_machine_holds_are_refused_before_the_first_trial(
+    shared_ray, tmp_path, weights_file
+):
     config = asked(tmp_path, weights_file, workers=8)
     with pytest.raises(EnvironmentProblem, match="or final_fit.workers$"):
         run_study(config)

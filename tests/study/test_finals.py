@@ -14,10 +14,17 @@ from drtune_ray.results.winner import read_winner
 from drtune_ray.study.result import StudyPlan, StudyResult
 from drtune_ray.study.run import run_study
 from drtune_ray.tracking.events import RunStarted
+from tests.clusters import address_set
 from tests.small import BACKBONE, NORM_FREE
 from tests.study.test_study import mlflow_runs, study_values
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.usefixtures("shared_ray"),
+    pytest.mark.timeout(900),
+    pytest.mark.xdist_group("finals"),
+]
 
 
 def values_of(folder: Path, weights_file: Any, **changes: Any) -> dict[str, Any]:
@@ -70,7 +77,9 @@ def test_the_finals_name_the_winner_and_are_resumed(tmp_path, weights_file):
 
 
 @pytest.fixture(scope="module")
-def front(tmp_path_factory: Any, weights_file: Any) -> tuple[StudyConfig, StudyResult]:
+def front(
+    tmp_path_factory: Any, weights_file: Any, ray_cluster: Any
+) -> tuple[StudyConfig, StudyResult]:
     """A study over two backbones, for accuracy against parameters."""
     files = {name: str(weights_file(name)) for name in (BACKBONE, NORM_FREE)}
     space = {
@@ -94,7 +103,8 @@ def front(tmp_path_factory: Any, weights_file: Any) -> tuple[StudyConfig, StudyR
         start_with=[{"backbone.name": NORM_FREE}],
     )
     config = StudyConfig.from_mapping(values)
-    return config, run_study(config)
+    with address_set(ray_cluster):
+        return config, run_study(config)
 
 
 def test_trials_of_several_backbones_share_a_study(front):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -43,7 +42,6 @@ from drtune_ray.study.status import (
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished, RunStarted, StepsRecorded
 from drtune_ray.tracking.spool import Spool
 from drtune_ray.values import nested
-from tests.survival import COMMAND, Killed
 
 DRIVER = """
 import sys, time
@@ -447,36 +445,3 @@ def test_command_line__json_in_about_two_seconds_without_ray_and_torch(made: Mad
     assert found["folder"] == str(made.folder)
     assert [trial["number"] for trial in found["unfinished"]] == [3]
     assert found["seconds_since_last_sign"] >= 0
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_study_that_really_runs(tmp_path: Path, weights_file: Any) -> None:
-    """Looked at while it trains, after Ctrl-C and at its end; the study does not notice."""
-
-    def look() -> dict[str, Any]:
-        command = [COMMAND, "status", str(study.folder), "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert done.stderr == ""
-        found: dict[str, Any] = json.loads(done.stdout)
-        return found
-
-    study = Killed(tmp_path, weights_file)
-    driver = study.start()
-    try:
-        study.wait_for(lambda: study.num_trained() > 5, "training")
-        found = look()
-        assert found["state"] == RUNNING
-        assert found["driver"] == f"process {driver.pid} on {socket.gethostname()}"
-        assert found["unfinished"] and found["seconds_since_last_sign"] < 30
-        driver.send_signal(signal.SIGINT)
-        assert "Stopping: running trials save" in study.finish(driver, 130)
-        found = look()
-        assert found["state"] == INTERRUPTED
-        assert found["command"].endswith(f"drtune-ray tune {study.file}")
-        study.run()
-        found = look()
-        assert (found["state"], found["num_done"], found["num_unsent"]) == (DONE, 4, 0)
-    finally:
-        for pid in study.processes():
-            os.kill(pid, signal.SIGKILL)

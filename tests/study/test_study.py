@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,15 @@ from drtune_ray.study.run import run_study
 from drtune_ray.study.sync import sync_study, tracking_of
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished
 from drtune_ray.values import nested
+from tests.clusters import address_set
 from tests.small import small_values, write_coloured
 
-pytestmark = pytest.mark.ray
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.usefixtures("shared_ray"),
+    pytest.mark.timeout(900),
+    pytest.mark.xdist_group("study"),
+]
 
 SPACE = {
     "parameters": {
@@ -66,11 +70,14 @@ def mlflow_runs(study: Path) -> tuple[Any, list[Any], list[Any]]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, weights_file) -> tuple[StudyConfig, StudyResult, list[Any]]:
+def finished(
+    tmp_path_factory, weights_file, ray_cluster
+) -> tuple[StudyConfig, StudyResult, list[Any]]:
     folder = tmp_path_factory.mktemp("finished")
     config = StudyConfig.from_mapping(study_values(folder, weights_file))
     events: list[Any] = []
-    return config, run_study(config, observer=events.append), events
+    with address_set(ray_cluster):
+        return config, run_study(config, observer=events.append), events
 
 
 def test_every_trial_ends_and_the_best_completed_one_wins(finished):
@@ -231,11 +238,3 @@ def test_a_dead_tracking_server_costs_only_delay(tmp_path, weights_file):
     assert sync_study("small", config.storage) == 0
     _, _, children = mlflow_runs(tmp_path / "studies" / "small")
     assert sorted(run.info.status for run in children) == ["FINISHED", "FINISHED"]
-
-
-def _wait_for(condition: Any, process: subprocess.Popen[bytes], seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "the driver ended by itself"
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.1)

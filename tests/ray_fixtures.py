@@ -1,0 +1,54 @@
+"""Fixtures of the tests that need Ray: one cluster for each process that runs tests.
+
+A test that only needs some Ray takes `shared_ray`: its studies and trainings join that cluster
+instead of starting one. A test whose subject is the start or the end of Ray, a node or a setting
+of the cluster starts its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests import leftovers
+from tests.clusters import address_set, joined, start_cluster
+
+NODE_PATH = "/path/of/the/node"  # PYTHONPATH where the cluster was started
+NUM_CPUS = 2
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the marker known also where pytest-xdist is not installed."""
+    config.addinivalue_line(
+        "markers", "xdist_group(name): runs in one process of pytest-xdist with its group"
+    )
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[Any]:
+    """A cluster of one node with two CPUs and a dashboard; at the end nothing may hold them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in os.environ:
+            if name.startswith(("RAY_", "SABOTAGE", "AWS_", "MLFLOW_", "OMP_")):
+                patch.delenv(name)
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("PYTHONPATH", NODE_PATH)
+        cluster = start_cluster(
+            num_cpus=NUM_CPUS, include_dashboard=True, dashboard_port=leftovers.free_port()
+        )
+    try:
+        yield cluster
+        with joined(cluster.address):
+            leftovers.assert_cluster_is_empty()
+    finally:
+        cluster.shutdown()
+
+
+@pytest.fixture
+def shared_ray(ray_cluster: Any) -> Iterator[Any]:
+    """The cluster of this process, which studies join by ``RAY_ADDRESS``."""
+    with address_set(ray_cluster):
+        yield ray_cluster
