@@ -9,7 +9,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -71,14 +71,20 @@ def default_text(field: FieldInfo) -> str:
     return "" if field.is_required() else json.dumps(field.default).strip('"')
 
 
+def choices(field: FieldInfo) -> tuple[str, ...]:
+    """Return the words that a field accepts, if it accepts a list of words and nothing else."""
+    is_literal = get_origin(field.annotation) is Literal
+    return get_args(field.annotation) if is_literal else ()
+
+
 def settings_page() -> str:
     """Return the content of docs/settings.md."""
-    options = [_table(section, f"### {name}") for name, section in SAMPLER_OPTIONS.items()]
+    options = [setting_table(section, f"### {name}") for name, section in SAMPLER_OPTIONS.items()]
     return "\n".join([INTRODUCTION, *_tables(StudyConfig, ""), SAMPLERS, *options])
 
 
 def _tables(section: type[BaseModel], path: str) -> Iterator[str]:
-    yield _table(section, f"## {path or 'Study'}", path)
+    yield setting_table(section, f"## {path or 'Study'}", path)
     for name in section.model_fields:
         if inner := _group(section, name):
             yield from _tables(inner, f"{path}.{name}".strip("."))
@@ -92,7 +98,8 @@ def _group(section: type[BaseModel], name: str) -> type[BaseModel] | None:
     return None
 
 
-def _table(section: type[BaseModel], heading: str, path: str = "") -> str:
+def setting_table(section: type[BaseModel], heading: str, path: str = "") -> str:
+    """Return a heading, a section's docstring and the table of its settings, groups left out."""
     prefix = f"{path}." if path else ""
     schemas = section.model_json_schema().get("properties", {})
     rows = []

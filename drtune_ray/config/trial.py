@@ -237,8 +237,8 @@ class DataConfig(Section):
     [timm `create_transform`; authors' code: 0.4]"""
 
     horizontal_flip: Probability = 0.5
-    """Probability that a training view is mirrored. [timm `create_transform`; authors' code: 0.5]
-    """
+    """Probability that a training view is mirrored.
+    [timm `create_transform`; authors' code: 0.5]"""
 
     crop_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.875
     """Side of the central evaluation crop as a share of the resized image's.
