@@ -216,7 +216,7 @@ def _follow(
 
     ended = follow(server, attempt, log.write if log else write, _say, is_stopped=is_stopped)
     if ended is None:
-        end: str | None = f"Left {attempt.submission_id}, which goes on"
+        end: str | None = f"Left {attempt.submission_id} running"
         code = INTERRUPTED
     else:
         end, code = end_of(ended), exit_code_of(ended)

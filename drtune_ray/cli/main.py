@@ -374,7 +374,7 @@ def main() -> None:
         sys.exit(ConfigError.exit_code)
     except (click.exceptions.Abort, KeyboardInterrupt):
         _ignore_interrupts()
-        click.echo("\nInterrupted. The same command goes on where it stopped.", err=True)
+        click.echo("\nInterrupted. The same command resumes where it stopped.", err=True)
         sys.exit(INTERRUPTED)
     except DrtuneError as error:
         click.echo(f"drtune-ray: {error}", err=True)

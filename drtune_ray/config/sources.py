@@ -51,14 +51,14 @@ def merged_study(
     Raises:
         ConfigError: If it is not YAML, or names no images.
     """
-    asked = read_settings(study_file, STUDY) if study_file else {}
-    asked = deep_merge(asked, nested(_given(STUDY_FLAGS, flags)))
-    asked["trial"] = deep_merge(mapping_of(asked, "trial"), nested(trial_values(flags)))
+    merged = read_settings(study_file, STUDY) if study_file else {}
+    merged = deep_merge(merged, nested(_given(STUDY_FLAGS, flags)))
+    merged["trial"] = deep_merge(mapping_of(merged, "trial"), nested(trial_values(flags)))
     for path, value in parse_assignments(assignments).items():
         is_of_study = path.split(".")[0] in StudyConfig.model_fields
-        asked = deep_merge(asked, nested({path if is_of_study else f"trial.{path}": value}))
-    asked.setdefault("name", name_of(data_folder(mapping_of(asked, "trial"), "trial.")))
-    return asked
+        merged = deep_merge(merged, nested({path if is_of_study else f"trial.{path}": value}))
+    merged.setdefault("name", name_of(data_folder(mapping_of(merged, "trial"), "trial.")))
+    return merged
 
 
 def trial_values(flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def test_an_interrupted_driver_has_its_trials_save_and_says_how_to_go_on(killed,
     # A job that Ray stops is killed after three; here other tests may hold the CPUs meanwhile.
     assert seconds < 10
     output = study.finish(driver, expected=130)
-    assert "The same command goes on where it stopped" in output
+    assert "The same command resumes where it stopped" in output
     assert "Traceback" not in output
     _, (parent,), children = mlflow_runs(study.folder)
     assert {run.info.status for run in [parent, *children]} == {"KILLED"}  # none stays RUNNING
