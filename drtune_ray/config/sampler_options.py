@@ -32,7 +32,7 @@ class TPEOptions(StartupOptions):
     """Tree-structured Parzen estimator."""
 
     multivariate: bool | None = True
-    """Model the parameters together; null: with one objective only, as Optuna does by default."""
+    """Model the parameters together. Optuna's default, null: with one objective only."""
 
     group: bool = True
     """Model conditional parameters together with those that they depend on; needs `multivariate`.
