@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from drtune_ray.config.section import Probability, Section
-
-SamplerName = Literal["tpe", "gp", "cma_es", "qmc", "random", "nsga2", "nsga3"]
+from drtune_ray.config.study import SamplerName
 
 
 class SamplerOptions(Section):

@@ -14,7 +14,6 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from drtune_ray.config.sampler_options import SAMPLER_OPTIONS
 from drtune_ray.config.study import StudyConfig
 
 INTRODUCTION = """\
@@ -79,6 +78,8 @@ def choices(field: FieldInfo) -> tuple[str, ...]:
 
 def settings_page() -> str:
     """Return the content of docs/settings.md."""
+    from drtune_ray.config.sampler_options import SAMPLER_OPTIONS  # not for ``--help``
+
     options = [setting_table(section, f"### {name}") for name, section in SAMPLER_OPTIONS.items()]
     return "\n".join([INTRODUCTION, *_tables(StudyConfig, ""), SAMPLERS, *options])
 

@@ -18,13 +18,13 @@ from pydantic import (
 )
 
 from drtune_ray.config.presets import PRESETS
-from drtune_ray.config.sampler_options import SamplerName
 from drtune_ray.config.section import Probability, Section, Workers, not_a_mapping, validated
 from drtune_ray.config.trial import TrialConfig, on_preset
 from drtune_ray.errors import ConfigError
 from drtune_ray.server_uri import ServerUri
 from drtune_ray.values import deep_merge, full_path
 
+SamplerName = Literal["tpe", "gp", "cma_es", "qmc", "random", "nsga2", "nsga3"]
 ReferenceName = Literal["default", "ce_tuning", "authors", "paper"]
 ObjectiveName = Literal[
     "val_accuracy",

@@ -13,9 +13,9 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from drtune_ray.config.sampler_options import SAMPLER_OPTIONS, SamplerName, SamplerOptions
+from drtune_ray.config.sampler_options import SAMPLER_OPTIONS, SamplerOptions
 from drtune_ray.config.section import validated
-from drtune_ray.config.study import SamplerConfig
+from drtune_ray.config.study import SamplerConfig, SamplerName
 from drtune_ray.errors import ConfigError
 from drtune_ray.results.trials import DUPLICATE, NOT_TRAINED
 from drtune_ray.training.model import derived_seed
