@@ -92,7 +92,6 @@ GATHERING = {
     "space/search_space.py:start_points",
     "study/inputs.py:check_encoders",
     "study/inputs.py:check_inputs",
-    "search/samplers.py:check_sampler",
     "study/training_run.py:_check_name",
     "study/checks.py:_check_final_fit",
     "config/section.py:validated",

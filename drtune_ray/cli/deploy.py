@@ -1,4 +1,4 @@
-"""`drtune-ray deploy`: manifests of Kubernetes."""
+"""The command ``drtune-ray deploy``: manifests for Kubernetes."""
 
 from __future__ import annotations
 
@@ -15,40 +15,47 @@ def deploy() -> None:
 
 @deploy.command()
 @click.argument("study_file", type=click.Path(path_type=Path))
-@click.option("--overlay", required=True, help="kind-cpu, gpu, gpu-spot, kueue, gke or eks.")
-@click.option("--claim", help="Volume that all pods mount under /storage.")
-@click.option("--data-claim", help="Volume that the head mounts, read-only, under /data.")
+@click.option(
+    "--overlay", required=True, help="Kind of cluster: kind-cpu, gpu, gpu-spot, kueue, gke or eks."
+)
+@click.option("--claim", help="PersistentVolumeClaim that all pods mount at /storage.")
+@click.option("--data-claim", help="PersistentVolumeClaim that the head mounts read-only at /data.")
 @click.option(
     "--secret",
     default="drtune-study",
     show_default=True,
-    help="Its keys are the environment variables that the study names.",
+    help="Secret whose keys are the environment variables that the study names.",
 )
-@click.option("--namespace", default="drtune-ray", show_default=True, help="Of all objects.")
-@click.option("--image", help="Instead of drtune-ray:VERSION-cpu or -cuda.")
+@click.option(
+    "--namespace", default="drtune-ray", show_default=True, help="Namespace of all objects."
+)
+@click.option(
+    "--image", help="Container image. Default: drtune-ray:VERSION-cpu or drtune-ray:VERSION-cuda."
+)
 @click.option(
     "--worker-memory",
     "worker_memory_gib",
     type=click.IntRange(min=1),
     metavar="GIB",
-    help="Of a worker of a trial.",
+    help="Memory of each worker of a trial, in GiB. Default: the template's.",
 )
 @click.option(
     "--head-memory",
     "head_memory_gib",
     type=click.IntRange(min=1),
     metavar="GIB",
-    help="Of the head, which prepares the data and drives the study.",
+    help="Memory of the head, which prepares the data and runs the search, in GiB. Default: the "
+    "template's.",
 )
 @click.option(
     "--deadline-hours",
     type=click.IntRange(min=1, max=24 * 365),
     default=24,
     show_default=True,
-    help="After so long the study is stopped.",
+    help="Hours after which the study is stopped.",
 )
 def render(study_file: Path, **options: Any) -> None:
-    """Write the RayJob of a study, for kubectl apply -f -."""
+    """Print the manifests of a study's RayJob, for kubectl apply -f -."""
     from drtune_ray.manifests.render import RenderOptions, render_study, to_documents
 
     rendered = render_study(study_file, RenderOptions(**options))

@@ -9,9 +9,11 @@ import click
 
 from drtune_ray.cli.options import (
     DEFAULT_STORAGE,
+    SettingOption,
     artifacts_option,
     backbone_option,
     data_option,
+    optuna_storage_option,
     tracking_uri_option,
     weights_option,
 )
@@ -22,21 +24,27 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("study_file", required=False, type=click.Path(path_type=Path))
-@click.option("--address", help="HOST:PORT of a Ray cluster's head; by default RAY_ADDRESS.")
-@click.option("--storage", help=f"Folder for everything written.  [default: {DEFAULT_STORAGE}]")
+@click.option(
+    "--address",
+    metavar="HOST:PORT",
+    help="Address of a Ray cluster's head. Default: the environment variable RAY_ADDRESS.",
+)
+@click.option("--storage", cls=SettingOption, metavar="DIR")
 @tracking_uri_option
 @artifacts_option
-@click.option("--optuna-storage", help="URL of a database.")
+@optuna_storage_option
 @data_option
 @backbone_option
 @weights_option
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a check (docs/json.md).")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object per check (docs/json.md)."
+)
 def doctor(study_file: Path | None, address: str | None, as_json: bool, **flags: Any) -> None:
-    """Look at cluster, servers and files before a study needs them; what tune takes goes here.
+    """Check cluster, servers and files before a study.
 
-    A line a check. Where one fails, the others go on and the exit code is 3. Without an address a
-    Ray is started on this machine, as tune would. Of a study file, or of --data, the images, the
-    weights and the room for a trial are looked at too.
+    Takes options of tune. Prints one line per check. If a check fails, the others still run and the
+    exit code is 3. Without --address, Ray is started on this machine, as tune does. With a study
+    file or --data, the images, the weights and the resources of a trial are checked as well.
     """
     from drtune_ray.display.outputs import json_stdout, write_json
     from drtune_ray.doctor.examine import examine
@@ -58,7 +66,7 @@ def doctor(study_file: Path | None, address: str | None, as_json: bool, **flags:
 
 
 def _setup(study_file: Path | None, address: str | None, flags: dict[str, Any]) -> Setup:
-    """What the options name."""
+    """Return the setup that the options name."""
     from drtune_ray.doctor.examine import named_setup, study_setup
     from drtune_ray.study.resolve import study_request
 

@@ -1,4 +1,4 @@
-"""Commands on a cluster elsewhere: parse, call one function, print."""
+"""Commands for jobs on a remote cluster: parse, call one function, print."""
 
 from __future__ import annotations
 
@@ -19,40 +19,48 @@ if TYPE_CHECKING:
 
 
 _address_option = click.option(
-    "--address", required=True, metavar="URL", help="Of the job server, http(s)://HOST:PORT."
+    "--address",
+    required=True,
+    metavar="URL",
+    help="Address of the job server, http(s)://HOST:PORT.",
 )
 insecure_http_option = click.option(
     "--insecure-http", is_flag=True, help="Allow plain http to another machine."
 )
-_where_option = click.option("--storage", help="The study's, where several have its name.")
+_where_option = click.option(
+    "--storage", metavar="DIR", help="Storage of the study, if several studies have its name."
+)
 
 
 @click.command()
 @of_study
 @_address_option
 @insecure_http_option
-@click.option("--no-wait", is_flag=True, help="Return when the job is there.")
-@click.option("--stop", "is_stopped", is_flag=True, help="Ctrl-C stops the job.")
+@click.option("--no-wait", is_flag=True, help="Return once the job is submitted.")
+@click.option("--stop", "is_stopped", is_flag=True, help="Stop the job at Ctrl-C.")
 @click.option(
     "--entrypoint-num-cpus",
     "num_cpus",
     type=click.FloatRange(min=0),
-    help="What the search itself reserves; by default nothing, and it runs on the head node.",
+    help="CPUs reserved for the search itself. Default: none, on the head node.",
 )
 @click.option(
     "--entrypoint-num-gpus",
     "num_gpus",
     type=click.FloatRange(min=0),
-    help="As above; a GPU prepares the frozen features.",
+    help="GPUs reserved for the search itself, which computes the frozen features.",
 )
 @click.option(
-    "--entrypoint-memory", "memory", type=click.IntRange(min=0), help="As above, in bytes."
+    "--entrypoint-memory",
+    "memory",
+    type=click.IntRange(min=0),
+    help="Memory reserved for the search itself, in bytes.",
 )
 @click.option(
     "--entrypoint-resources",
     "custom",
     metavar="JSON",
-    help="As above, of the cluster's own kinds, like '{\"big_disk\": 1}'.",
+    help="Custom resources reserved for the search itself, as in '{\"big_disk\": 1}'.",
 )
 @quiet_option
 @json_option
@@ -71,10 +79,11 @@ def submit(
     as_json: bool,
     **flags: Any,
 ) -> int:
-    """Run tune as a job of a Ray cluster; takes what tune takes, with paths of the cluster.
+    """Run tune as a job of a Ray cluster.
 
-    Follows the log and ends with the study's exit code. Ctrl-C leaves the job running. The same
-    command meets it again while it runs, and goes on where it stopped afterwards.
+    Takes tune's arguments, with paths of the cluster. Follows the job's log and exits with the
+    study's exit code. Ctrl-C leaves the job running. The same command attaches to the job while it
+    runs, and resumes the study after the job has ended.
     """
     from drtune_ray.display.jobs import JsonLog, job_facts, submit_lines
     from drtune_ray.display.outputs import json_stdout, write_json
@@ -93,7 +102,7 @@ def submit(
         for note in submission.notes:
             _say(note)
         server = _server(address)
-        # Not before: it imports ray, and who gave bad input shall not wait for that.
+        # Not earlier: it imports ray, and bad input is reported without that delay.
         from drtune_ray.jobs.submit import submit as submit_study
 
         modes = [mode for mode, is_on in (("--quiet", quiet), ("--json", as_json)) if is_on]
@@ -115,8 +124,10 @@ def submit(
 @_address_option
 @insecure_http_option
 @_where_option
-@click.option("--attempt", "number", type=int, help="Its number; by default the newest.")
-@click.option("--follow", is_flag=True, help="To the end of the job, whose exit code is given.")
+@click.option("--attempt", "number", type=int, help="Number of the attempt. Default: the newest.")
+@click.option(
+    "--follow", is_flag=True, help="Follow the log to the job's end, and exit with its code."
+)
 def logs(
     study: str,
     address: str,
@@ -125,7 +136,7 @@ def logs(
     number: int | None,
     follow: bool,
 ) -> int:
-    """Print what a submitted study has logged."""
+    """Print the log of a submitted study."""
     server, attempts = _attempts(study, storage, address, insecure_http)
     found = [attempt for attempt in attempts if number in (None, attempt.number)]
     if not found:
@@ -143,7 +154,10 @@ def logs(
 @insecure_http_option
 @_where_option
 def stop(study: str, address: str, insecure_http: bool, storage: str | None) -> None:
-    """Stop a submitted study; it saves, and the same submit goes on with it."""
+    """Stop a submitted study.
+
+    Its trials save checkpoints first; the same submit resumes it.
+    """
     from drtune_ray.jobs.follow import stop as stop_attempt
 
     server, attempts = _attempts(study, storage, address, insecure_http)
@@ -155,7 +169,7 @@ def stop(study: str, address: str, insecure_http: bool, storage: str | None) -> 
 def show_jobs(
     study: str, storage: str | None, address: str, insecure_http: bool, as_json: bool
 ) -> None:
-    """What `status` says of a cluster."""
+    """Print a study's jobs on a cluster, as ``status --address`` does."""
     from drtune_ray.display.jobs import job_facts, job_lines
     from drtune_ray.display.outputs import write_json
 
@@ -202,7 +216,7 @@ def _follow(
 
     ended = follow(server, attempt, log.write if log else write, _say, is_stopped=is_stopped)
     if ended is None:
-        end: str | None = f"Left {attempt.submission_id}, which goes on"
+        end: str | None = f"Left {attempt.submission_id} running"
         code = INTERRUPTED
     else:
         end, code = end_of(ended), exit_code_of(ended)
@@ -223,5 +237,5 @@ def _say_ways_on(attempt: Attempt, address: str, insecure_http: bool) -> None:
 
 
 def _say(text: str) -> None:
-    """To stderr: stdout is the job's."""
+    """Print to stderr: stdout is the job's."""
     click.echo(text, err=True)

@@ -1,6 +1,6 @@
 """The command line: parse, call one function, print.
 
-Heavy imports stand inside the commands, so that ``--help`` answers at once.
+Heavy imports stand inside the commands, so that ``--help`` answers quickly.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from drtune_ray.cli.doctor import doctor
 from drtune_ray.cli.jobs import insecure_http_option, logs, show_jobs, stop, submit
 from drtune_ray.cli.options import (
     DEFAULT_STORAGE,
+    SEED_HELP,
     artifacts_option,
     backbone_option,
     data_option,
@@ -27,15 +28,14 @@ from drtune_ray.cli.options import (
     epochs_option,
     image_size_option,
     json_option,
-    name_option,
     of_study,
     program,
     quiet_option,
-    seed_option,
     set_option,
     storage_option,
     tracking_uri_option,
     weights_option,
+    workers_option,
 )
 from drtune_ray.errors import ConfigError, DrtuneError
 
@@ -46,6 +46,11 @@ if TYPE_CHECKING:
 
 
 INTERRUPTED = 130
+PRESET_HELP = "Preset of method and recipe to start from (docs/presets.md)."
+NAME_HELP = (
+    "Name of the training and of its folder under the storage. Default: the data folder's name "
+    "with -train."
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -56,13 +61,13 @@ def cli() -> None:
 
 @cli.command()
 @storage_option
-@click.option("--seed", type=int, default=0, show_default=True, help="Of everything drawn.")
+@click.option("--seed", type=int, default=0, show_default=True, help=SEED_HELP)
 @quiet_option
 @json_option
 def demo(storage: str, seed: int, quiet: bool, as_json: bool) -> None:
-    """Run a small real study, start to end.
+    """Run a small real study from start to end.
 
-    Ctrl-C and going on: see tune.
+    Ctrl-C works as in tune: the same command resumes.
     """
     from drtune_ray.demo import demo_config
 
@@ -80,11 +85,13 @@ def tune(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Search; the same command resumes, or shows the result.
+    """Search for the best trial.
 
-    Ctrl-C (or SIGTERM) has the running trials save at their next step and ends with code 130;
-    the same command goes on there. A second Ctrl-C does not wait: the same command goes on from
-    the saves that there are, of the last epoch or of training.save_every_seconds.
+    The same command resumes the study, or shows its result.
+
+    At Ctrl-C (or SIGTERM) the running trials save checkpoints at their next step, and the exit code
+    is 130; the same command resumes there. A second Ctrl-C does not wait: the same command then
+    resumes from the last checkpoints, those of an epoch's end or of training.save_every_seconds.
     """
     from drtune_ray.study.resolve import study_request
 
@@ -97,9 +104,10 @@ def tune(
 def preview(
     study_file: Path | None, assignments: tuple[str, ...], as_json: bool, **flags: Any
 ) -> None:
-    """Say what a study will cost; takes what tune takes, and about a minute.
+    """Estimate what a study will cost.
 
-    Trains for seconds on some of the images; nothing is written under the storage.
+    Takes tune's arguments, and about a minute: trains on some of the images for seconds, and writes
+    nothing under the storage.
     """
     from drtune_ray.display.outputs import json_stdout, write_json
     from drtune_ray.display.preview import preview_facts, preview_lines
@@ -124,11 +132,11 @@ def preview(
 @weights_option
 @epochs_option
 @image_size_option
-@click.option("--preset", help="default, paper or authors.")
-@click.option("--workers", type=int, help="Ray Train workers.")
+@click.option("--preset", metavar="[default|paper|authors]", help=PRESET_HELP)
+@workers_option
 @storage_option
-@name_option
-@seed_option
+@click.option("--name", help=NAME_HELP)
+@click.option("--seed", type=int, help="Random seed for initial weights and augmentations.")
 @tracking_uri_option
 @artifacts_option
 @set_option
@@ -145,7 +153,10 @@ def train(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Train one configuration on Ray Train; the same command resumes, or shows the result."""
+    """Train one configuration on Ray Train.
+
+    The same command resumes the training, or shows its result.
+    """
     from drtune_ray.config.section import validated
     from drtune_ray.config.study import TrackingConfig
     from drtune_ray.display.outputs import TrainingLines, json_stdout, write_json
@@ -187,7 +198,7 @@ def train(
 @cli.command()
 @click.argument("study")
 @storage_option
-@click.option("--again", is_flag=True, help="Open a test split that was opened before.")
+@click.option("--again", is_flag=True, help="Open the test split although it was opened before.")
 def evaluate(study: str, storage: str, again: bool) -> None:
     """Test the winner on the sealed test split."""
     from drtune_ray.display import percent
@@ -213,9 +224,15 @@ def evaluate(study: str, storage: str, again: bool) -> None:
 @cli.command()
 @click.argument("study")
 @storage_option
-@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True)
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    default=5000,
+    show_default=True,
+    help="Port of the UI on this machine.",
+)
 def ui(study: str, storage: str, port: int) -> None:
-    """Open MLflow's UI on a study's store."""
+    """Serve MLflow's UI for a study on this machine."""
     from drtune_ray.server_uri import with_secrets
     from drtune_ray.study.sync import tracking_of
     from drtune_ray.tracking.mlflow_recorder import runs_page
@@ -240,7 +257,7 @@ def ui(study: str, storage: str, port: int) -> None:
 @click.argument("study")
 @storage_option
 def sync(study: str, storage: str) -> None:
-    """Send MLflow what it has not taken yet."""
+    """Send MLflow the events that it has not received yet."""
     from drtune_ray.study.sync import sync_study
 
     click.echo(f"{sync_study(study, storage)} events sent")
@@ -248,14 +265,19 @@ def sync(study: str, storage: str) -> None:
 
 @cli.command()
 @click.argument("study")
-@click.option("--storage", help=f"Folder of the studies.  [default: {DEFAULT_STORAGE}]")
-@click.option("--address", metavar="URL", help="Ask this job server for the study's jobs instead.")
+@click.option(
+    "--storage", metavar="DIR", help=f"Folder of the studies.  [default: {DEFAULT_STORAGE}]"
+)
+@click.option("--address", metavar="URL", help="Show the study's jobs on this job server instead.")
 @insecure_http_option
-@click.option("--json", "as_json", is_flag=True, help="One JSON object (docs/json.md).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object (docs/json.md).")
 def status(
     study: str, storage: str | None, address: str | None, insecure_http: bool, as_json: bool
 ) -> None:
-    """Say how a study or training stands, while it runs or after; changes nothing."""
+    """Show the progress of a study or training.
+
+    Works while it runs and afterwards, and changes nothing.
+    """
     if address is not None:
         show_jobs(study, storage, address, insecure_http, as_json)
         return
@@ -277,7 +299,7 @@ for command in (deploy, doctor, logs, stop, submit):
 
 
 def _output(stream: TextIO, quiet: bool, as_json: bool, people: Quiet) -> Quiet:
-    """The output that the options ask for."""
+    """Return the output that the options select."""
     from drtune_ray.display.outputs import JsonLines, Quiet
 
     if quiet:
@@ -352,7 +374,7 @@ def main() -> None:
         sys.exit(ConfigError.exit_code)
     except (click.exceptions.Abort, KeyboardInterrupt):
         _ignore_interrupts()
-        click.echo("\nInterrupted. The same command goes on where it stopped.", err=True)
+        click.echo("\nInterrupted. The same command resumes where it stopped.", err=True)
         sys.exit(INTERRUPTED)
     except DrtuneError as error:
         click.echo(f"drtune-ray: {error}", err=True)
@@ -363,5 +385,5 @@ def main() -> None:
 
 
 def _ignore_interrupts() -> None:
-    """One more Ctrl-C must not cut off what Ray ends at exit."""
+    """Ignore a further Ctrl-C, which would cut off what Ray ends at exit."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

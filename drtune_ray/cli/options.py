@@ -1,4 +1,4 @@
-"""Options and habits that several commands of the command line share."""
+"""Options and output that several commands share."""
 
 from __future__ import annotations
 
@@ -11,72 +11,93 @@ from typing import Any
 import click
 
 DEFAULT_STORAGE = "./drtune-studies"
+SEED_HELP = "Random seed for initial weights, augmentations and sampling."
+# Options whose setting has a default for the machine at hand (drtune_ray/study/machine.py).
+FITTED = ("backbone", "weights", "trials", "epochs", "image_size")
+
+
+class SettingOption(click.Option):
+    """Option that sets one field of a study or trial, with the text under the field as its help."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Return the option's name and its help, which only ``--help`` has to import."""
+        from drtune_ray.config.settings_page import choices, default_text, field_at, summary
+        from drtune_ray.config.sources import STUDY_FLAGS, TRIAL_FLAGS
+        from drtune_ray.config.study import StudyConfig
+
+        name = self.name or ""
+        field = field_at(StudyConfig, STUDY_FLAGS.get(name) or f"trial.{TRIAL_FLAGS[name]}")
+        default = "fits the machine" if name in FITTED else default_text(field)
+        self.help = summary(field).replace("`", "")
+        if self.multiple:
+            self.help += " May be repeated."
+        if default not in ("", "null", "[]") and not self.show_default:
+            self.help += f"  [default: {default}]"
+        if found := choices(field):
+            self.metavar = f"[{'|'.join(found)}]"
+        return super().get_help_record(ctx)
+
+
+def _setting(*names: str, **options: Any) -> Callable[..., Any]:
+    return click.option(*names, cls=SettingOption, **options)
+
+
 storage_option = click.option(
-    "--storage", default=DEFAULT_STORAGE, show_default=True, help="Folder for everything written."
+    "--storage",
+    default=DEFAULT_STORAGE,
+    show_default=True,
+    metavar="DIR",
+    help="Folder of the studies and of everything that belongs to them.",
 )
 set_option = click.option(
     "--set",
     "assignments",
     multiple=True,
     metavar="PATH=VALUE",
-    help="Change a setting of the trial, like --set training.epochs=20.",
+    help="Change a setting, as in --set training.epochs=20 (docs/settings.md). May be repeated.",
 )
-data_option = click.option(
-    "--data", "data_folder", help="Folder with one folder of images a class."
-)
-backbone_option = click.option("--backbone", help="A timm model.")
-weights_option = click.option("--weights", help="A file, 'timm' (its hub) or 'demo' (packaged).")
-epochs_option = click.option("--epochs", type=int, help="Epochs of a trial.")
-image_size_option = click.option("--image-size", type=int, help="Side of the images in pixels.")
-seed_option = click.option("--seed", type=int, help="Of everything that is drawn.")
-name_option = click.option(
-    "--name", help="Of its folder; by default the data folder's (for train with -train)."
-)
-tracking_uri_option = click.option(
-    "--tracking-uri", help="MLflow server; by default SQLite under the storage."
-)
-artifacts_option = click.option(
-    "--artifacts",
-    help="s3://, gs:// or file:// URI for what the next driver and other nodes need.",
-)
+data_option = _setting("--data", "data_folder", metavar="DIR")
+backbone_option = _setting("--backbone", metavar="NAME")
+weights_option = _setting("--weights", metavar="FILE|timm|demo")
+epochs_option = _setting("--epochs", type=int)
+image_size_option = _setting("--image-size", type=int)
+workers_option = _setting("--workers", type=int)
+tracking_uri_option = _setting("--tracking-uri", metavar="URI")
+optuna_storage_option = _setting("--optuna-storage", metavar="URL")
+artifacts_option = _setting("--artifacts", metavar="URI")
 quiet_option = click.option(
-    "--quiet", is_flag=True, help="The result and warnings only; with --json: the result only."
+    "--quiet", is_flag=True, help="Print the result and warnings only; with --json, the result."
 )
 json_option = click.option(
-    "--json", "as_json", is_flag=True, help="JSON lines on stdout, one an event (docs/json.md)."
+    "--json", "as_json", is_flag=True, help="Print JSON lines, one per event (docs/json.md)."
 )
 _STUDY_OPTIONS: tuple[Callable[..., Any], ...] = (
     click.argument("study_file", required=False, type=click.Path(path_type=Path)),
     data_option,
     backbone_option,
     weights_option,
-    click.option("--trials", type=int, help="How many, the reference trials included."),
+    _setting("--trials", type=int),
     epochs_option,
     image_size_option,
-    click.option("--space", help="A shipped search space (quick, dr_tune, ...) or a YAML file."),
-    click.option("--storage", help=f"Folder for everything written.  [default: {DEFAULT_STORAGE}]"),
-    name_option,
-    seed_option,
-    click.option("--workers", type=int, help="Ray Train workers of a trial."),
-    click.option("--sampler", help="tpe, gp, cma_es, qmc, random, nsga2 or nsga3."),
-    click.option("--scheduler", help="Early stopping: asha, median or none."),
-    click.option("--finalist-seeds", type=int, help="New seeds for the finalists; 0: no finals."),
-    click.option("--final-fit", help="all: train the winner again on validation images too."),
-    click.option(
-        "--warm-start",
-        multiple=True,
-        metavar="STUDY",
-        help="A study whose trials the sampler learns from, by name or folder.",
-    ),
+    _setting("--space", metavar="NAME|FILE"),
+    _setting("--storage", metavar="DIR"),
+    _setting("--name"),
+    click.option("--seed", type=int, help=SEED_HELP),
+    workers_option,
+    _setting("--sampler"),
+    _setting("--scheduler"),
+    _setting("--finalist-seeds", type=int),
+    _setting("--final-fit"),
+    _setting("--warm-start", multiple=True, metavar="STUDY"),
     tracking_uri_option,
-    click.option("--optuna-storage", help="URL of a database; by default a file in the study."),
+    optuna_storage_option,
     artifacts_option,
     set_option,
 )
 
 
 def of_study(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The arguments that say which study: those of tune, preview and submit."""
+    """Add the arguments that describe a study: those of tune, preview and submit."""
     for option in reversed(_STUDY_OPTIONS):
         command = option(command)
     return command
@@ -89,7 +110,7 @@ def echo(lines: Iterable[str], *, err: bool = False) -> None:
 
 
 def program() -> str:
-    """How this program is called from here: by its name only where the shell finds it."""
+    """Return what starts this program here: its name where the shell finds it, else its path."""
     found = shutil.which("drtune-ray")
     here = Path(sys.argv[0])
     return "drtune-ray" if found and here.exists() and Path(found).samefile(here) else str(here)

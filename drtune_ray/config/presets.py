@@ -1,4 +1,4 @@
-"""Settings by name; what each preset is, and where it comes from, stands in docs/presets.md."""
+"""Presets: settings of a trial by name; docs/presets.md says where each comes from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A group of settings that refuses what it does not know, in sentences with the fix."""
+"""Base of all groups of settings: rejects what it does not know, in sentences with the fix."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLAIN_WORDS = {"model_type": A_MAPPING, "dict_type": A_MAPPING, "tuple_type": "i
 
 
 def _workers(value: Any) -> int | tuple[int, int]:
-    """A number of workers, or the least and the most of them."""
+    """Return a number of workers, or the smallest and the largest number."""
     bounds = list(value) if isinstance(value, list | tuple) else [value]
     are_counts = all(type(bound) is int and bound >= 1 for bound in bounds)
     if not are_counts or len(bounds) > 2 or bounds != sorted(bounds) or not bounds:
@@ -33,41 +33,48 @@ Workers = Annotated[int | tuple[int, int], BeforeValidator(_workers)]
 
 
 class Section(BaseModel):
-    """A frozen group of settings that refuses unknown keys."""
+    """Frozen group of settings that rejects unknown keys and documents each of its fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 S = TypeVar("S", bound=Section)
 
 
-def validated(section: type[S], values: Mapping[str, Any], prefix: str = "") -> S:
+def validated(
+    section: type[S], values: Mapping[str, Any], prefix: str = "", what: str = "key"
+) -> S:
     """Build a section, turning pydantic's errors into one `ConfigError`.
 
     Args:
-        section: Its class.
+        section: Class of the section.
         values: Nested plain values.
-        prefix: Goes before each path in the messages.
+        prefix: Text before each path in the messages.
+        what: Name of a key in the messages.
     """
     try:
         return section.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError(_sentences(section, error.errors(), prefix)) from None
+        raise ConfigError(_sentences(section, error.errors(), prefix, what)) from None
 
 
-def _sentences(section: type[Section], problems: Iterable[Any], prefix: str) -> Iterator[str]:
+def _sentences(
+    section: type[Section], problems: Iterable[Any], prefix: str, what: str
+) -> Iterator[str]:
     known = set(known_paths(section))
 
     def place(problem: Any) -> tuple[str, str, str]:
         kind = {"invalid_key": UNKNOWN}.get(problem["type"], problem["type"])  # a number, say
-        path = prefix + _path(problem["loc"], known, is_unknown=kind == UNKNOWN)
+        path = (prefix + _path(problem["loc"], known, is_unknown=kind == UNKNOWN)).rstrip(".")
         return path, kind if kind in (UNKNOWN, "missing") else "", repr(problem["input"])
 
     # Each member of a union has something to say of a value: that is one sentence.
     for (path, kind, value), of_value in itertools.groupby(problems, place):
         reasons = list(of_value)
         if kind == UNKNOWN:
-            yield unknown_name("key", path, [prefix + name for name in sorted(known)])
+            yield unknown_name(what, path, [prefix + name for name in sorted(known)])
         elif kind == "missing":
             yield f"{path} is missing: give it a value"
         elif reasons[0]["type"] == "value_error":
@@ -77,7 +84,7 @@ def _sentences(section: type[Section], problems: Iterable[Any], prefix: str) -> 
 
 
 def _path(location: Iterable[Any], known: set[str], *, is_unknown: bool) -> str:
-    """The dotted path: union members and validators stand in a location beside the keys."""
+    """Return the dotted path: a location holds union members and validators beside the keys."""
     keys: list[str] = []
     item = ""
     for part in location:
@@ -89,17 +96,17 @@ def _path(location: Iterable[Any], known: set[str], *, is_unknown: bool) -> str:
 
 
 def refusal(path: str, value: str, reasons: Iterable[str]) -> str:
-    """A sentence about a value, given as it is shown, that a setting does not take."""
+    """Return a sentence about a value, given as text, that a setting does not accept."""
     return f"{path}={value} is not valid: {' or '.join(dict.fromkeys(reasons))}"
 
 
 def not_a_mapping(path: str, value: Any) -> str:
-    """A sentence about a value where a group of settings must stand."""
+    """Return a sentence about a value in place of a group of settings."""
     return refusal(path, repr(value), [A_MAPPING])
 
 
 def reason(problem: Any) -> str:
-    """What is wrong with a value, from one of pydantic's errors."""
+    """Return what is wrong with a value, from one of pydantic's errors."""
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     message = str(PLAIN_WORDS.get(problem["type"], problem["msg"]))
@@ -107,7 +114,7 @@ def reason(problem: Any) -> str:
 
 
 def unknown_name(what: str, value: str, valid: Iterable[str]) -> str:
-    """A sentence about a name that is not among the valid ones, with the nearest of them."""
+    """Return a sentence about a name that is not among the valid ones, with the nearest one."""
     valid = list(valid)
     others = [name for name in valid if not value.startswith(f"{name}.")]  # not its own group
     nearest = difflib.get_close_matches(value, others, n=1, cutoff=0.5)
@@ -119,7 +126,7 @@ def unknown_name(what: str, value: str, valid: Iterable[str]) -> str:
 
 
 def _beside(value: str, valid: list[str]) -> list[str]:
-    """The valid names of the group that a name stands in, or of the nearest one around it."""
+    """Return the valid names of a name's own group, or of the nearest group around it."""
     group = value
     while group:
         group = group.rpartition(".")[0]
@@ -130,7 +137,7 @@ def _beside(value: str, valid: list[str]) -> list[str]:
 
 
 def known_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every dotted path of a section, groups included."""
+    """Yield every dotted path of a section, groups included."""
     for name, field in section.model_fields.items():
         yield prefix + name
         annotation = field.annotation
@@ -139,6 +146,6 @@ def known_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def unknown_path_problem(section: type[BaseModel], path: str) -> str | None:
-    """A sentence that names the nearest valid path, or None where the path exists."""
+    """Return a sentence that names the nearest valid path, or None where the path exists."""
     valid = list(known_paths(section))
     return None if path in valid else unknown_name("key", path, valid)

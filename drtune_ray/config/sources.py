@@ -1,4 +1,4 @@
-"""What a command asks for: its file, flags and ``--set`` in one; defaults follow in `request`."""
+"""Settings from a file, options and ``--set`` in one mapping; `study.resolve` adds defaults."""
 
 from __future__ import annotations
 
@@ -41,29 +41,28 @@ STUDY_FLAGS = {
 def merged_study(
     study_file: Path | None, assignments: Iterable[str], flags: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The settings of a study that were asked for, its name and images among them.
+    """Return the requested settings of a study, its name and images among them.
 
     Args:
-        study_file: YAML of a `StudyConfig`, or the record that a study keeps in its folder; None
-            where flags say it all.
+        study_file: YAML of a `StudyConfig`, or the record in a study's folder; None without one.
         assignments: ``path=value``; paths of the trial, or of the study.
-        flags: Named as in `TRIAL_FLAGS` and `STUDY_FLAGS`, and ``seed``; None is not given.
+        flags: Values by the names in `TRIAL_FLAGS` and `STUDY_FLAGS`; None is not given.
 
     Raises:
         ConfigError: If it is not YAML, or names no images.
     """
-    asked = read_settings(study_file, STUDY) if study_file else {}
-    asked = deep_merge(asked, nested(_given(STUDY_FLAGS, flags)))
-    asked["trial"] = deep_merge(mapping_of(asked, "trial"), nested(trial_values(flags)))
+    merged = read_settings(study_file, STUDY) if study_file else {}
+    merged = deep_merge(merged, nested(_given(STUDY_FLAGS, flags)))
+    merged["trial"] = deep_merge(mapping_of(merged, "trial"), nested(trial_values(flags)))
     for path, value in parse_assignments(assignments).items():
         is_of_study = path.split(".")[0] in StudyConfig.model_fields
-        asked = deep_merge(asked, nested({path if is_of_study else f"trial.{path}": value}))
-    asked.setdefault("name", name_of(data_folder(mapping_of(asked, "trial"), "trial.")))
-    return asked
+        merged = deep_merge(merged, nested({path if is_of_study else f"trial.{path}": value}))
+    merged.setdefault("name", name_of(data_folder(mapping_of(merged, "trial"), "trial.")))
+    return merged
 
 
 def trial_values(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """What the flags say of a trial, by dotted path."""
+    """Return the settings of a trial that the flags give, by dotted path."""
     values = _given(TRIAL_FLAGS, flags)
     if flags.get("seed") is not None:
         values |= {"seed": flags["seed"], "data.view_seed": flags["seed"]}
@@ -71,11 +70,11 @@ def trial_values(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_settings(path: Path, kind: str) -> Mapping[str, Any]:
-    """The settings of a file, or of the record that a study or training keeps in its folder.
+    """Return the settings of a file, or of the record in a study's or training's folder.
 
     Args:
-        path: YAML.
-        kind: `STUDY` or `TRAINING`: whose settings are wanted.
+        path: YAML file.
+        kind: `STUDY` or `TRAINING`, whichever the command runs.
 
     Raises:
         ConfigError: If it is not YAML, or the record of the other kind.
@@ -92,15 +91,15 @@ def read_settings(path: Path, kind: str) -> Mapping[str, Any]:
 
 
 def mapping_of(values: Mapping[str, Any], key: str, prefix: str = "") -> Mapping[str, Any]:
-    """A group of settings.
+    """Return a group of settings, empty where the values have none.
 
     Args:
-        values: Hold it, or not.
-        key: Its name.
-        prefix: What to show before the name.
+        values: Settings that may hold the group.
+        key: Name of the group.
+        prefix: Text before the name in messages.
 
     Raises:
-        ConfigError: If it is something else.
+        ConfigError: If the value is no mapping.
     """
     group = values.get(key) or {}
     if not isinstance(group, Mapping):
@@ -109,7 +108,7 @@ def mapping_of(values: Mapping[str, Any], key: str, prefix: str = "") -> Mapping
 
 
 def data_folder(trial: Mapping[str, Any], prefix: str = "") -> Path:
-    """The folder of images that a trial names.
+    """Return the folder of images that a trial names.
 
     Raises:
         ConfigError: If it names none.
@@ -123,7 +122,7 @@ def data_folder(trial: Mapping[str, Any], prefix: str = "") -> Path:
 
 
 def name_of(folder: Path) -> str:
-    """A study's name from its folder of images."""
+    """Return a study's name, made from its folder of images."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name).strip("-._") or "study"
 
 

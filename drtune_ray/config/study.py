@@ -1,4 +1,4 @@
-"""Groups of a study's settings that are not those of a trial; `StudyConfig` puts them together."""
+"""Settings of a study: its trial configuration and everything around the trials."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from drtune_ray.errors import ConfigError
 from drtune_ray.server_uri import ServerUri
 from drtune_ray.values import deep_merge, full_path
 
+SamplerName = Literal["tpe", "gp", "cma_es", "qmc", "random", "nsga2", "nsga3"]
 ReferenceName = Literal["default", "ce_tuning", "authors", "paper"]
 ObjectiveName = Literal[
     "val_accuracy",
@@ -37,10 +38,10 @@ STUDY, TRAINING = "study", "training"
 
 
 def study_name(name: str) -> str:
-    """The name of a study or training, if it can be that of a folder.
+    """Return the name of a study or training if a folder can have it.
 
     Raises:
-        ValueError: If it cannot.
+        ValueError: If not.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise ValueError(
@@ -54,14 +55,17 @@ StudyName = Annotated[str, AfterValidator(study_name)]
 
 
 class SamplerConfig(Section):
-    """Optuna's sampler, and options of its own under the names that Optuna gives them.
+    """Sampler: how the search proposes its next trial."""
 
-    `num_startup_trials` are drawn at random first, by samplers that learn.
-    """
+    name: SamplerName = "tpe"
+    """Sampler that proposes the trials; `cma_es` needs the package cmaes. [Optuna samplers]"""
 
-    name: Literal["tpe", "gp", "cma_es", "qmc", "random", "nsga2", "nsga3"] = "tpe"
     num_startup_trials: PositiveInt = 6
+    """Trials drawn at random first; read by `tpe`, `gp` and `cma_es`.
+    [Optuna `n_startup_trials`]"""
+
     options: dict[str, Any] = {}
+    """Further options of the sampler under Optuna's names. [Optuna samplers]"""
 
 
 REFUSED_SCHEDULERS = {
@@ -82,74 +86,95 @@ def _scheduler(value: Any) -> Any:
 
 
 class SchedulerConfig(Section):
-    """Early stopping.
-
-    ``asha`` with its r (`min_epochs`) and eta (`reduction_factor`); ``median`` stops after
-    `min_epochs` what is below the median of at least `min_trials` others; ``none``. By default
-    `min_epochs` is a third of the epochs: before that, learning rates that end best look bad.
-    """
+    """Scheduler: early stopping of trials that promise little."""
 
     name: Annotated[Literal["asha", "median", "none"], BeforeValidator(_scheduler)] = "asha"
+    """Early stopping: `asha`, `median` (median stopping rule), or `none`. [Ray Tune
+    `AsyncHyperBandScheduler`, `MedianStoppingRule`]"""
+
     min_epochs: PositiveInt | None = None
+    """Epochs that every trial completes before it may be stopped. Default: a third of
+    the epochs, at least 2, because earlier the best learning rates still look bad. [ASHA's r]"""
+
     reduction_factor: Annotated[float, Field(gt=1.0)] = 3.0
+    """Factor between rungs: about one trial in so many passes each rung; read by `asha` only.
+    [ASHA's eta]"""
+
     min_trials: PositiveInt = 4
+    """Other trials that an epoch's median needs; read by `median` only.
+    [Ray Tune `min_samples_required`]"""
 
     def first_rung(self, max_epochs: int) -> int:
-        """Epochs that every trial has, where it may have `max_epochs`."""
+        """Return the epochs that every trial of at most `max_epochs` completes."""
         return min(self.min_epochs or max(2, round(max_epochs / 3)), max_epochs)
 
 
 class BudgetConfig(Section):
-    """When a search ends, beside its number of trials: whichever comes first (None: never).
-
-    `max_epochs` of all trials together; `max_seconds` of searching, over all runs of the study;
-    `target_accuracy` on the validation images; `patience_trials` in a row that were no better.
-    """
+    """Limits at which a search ends, beside its number of trials; the first one reached counts."""
 
     max_epochs: PositiveInt | None = None
+    """Epochs of all trials together after which the search ends. Default: no limit."""
+
     max_seconds: PositiveFloat | None = None
+    """Seconds of searching after which the search ends, over all runs of the study.
+    Default: no limit."""
+
     target_accuracy: Probability | None = None
+    """Validation accuracy, 0 to 1, at which the search ends. Default: none."""
+
     patience_trials: PositiveInt | None = None
+    """Trials in a row without a better accuracy after which the search ends. Default: no limit."""
 
 
 class FinalistsConfig(Section):
-    """What follows the search: its best configurations, and CE-tuning, again on new seeds.
+    """Finals after the search: the best configurations, and CE-tuning, again on new seeds.
 
-    The winner is the one with the best mean over the `num_seeds` seeds; with 0 it is the maximum
-    of the search, which flatters, and is said to be.
+    The configuration with the best mean over the new seeds wins. Without finals the best trial of
+    the search wins, whose accuracy is a maximum and therefore reported as optimistic.
     """
 
     num_configurations: PositiveInt = 2
+    """Best configurations of the search that enter the finals; CE-tuning enters as well."""
+
     num_seeds: Annotated[int, Field(ge=0)] = 2
+    """New random seeds on which each finalist is trained; 0 holds no finals."""
 
 
 class FinalFitConfig(Section):
-    """What is handed back: the winner's best seed, or its configuration trained once more.
-
-    With `images` ``all`` the winner's configuration trains again on training and validation images
-    together, to the epoch at which it was best; ``none`` leaves that out. `workers` as in
-    `TrainingConfig`, ``[min, max]`` included; None: as many as a trial of the study.
-    """
+    """Final fit: the winner's configuration once more, to the epoch at which it was best."""
 
     images: Literal["none", "all"] = "none"
+    """Images of the final fit: `all` trains again on training and validation images together,
+    `none` skips it and returns the winner's best seed."""
+
     workers: Workers | None = None
+    """Ray Train workers of the final fit, a number or [min, max]. Default: as many as a trial.
+    [Ray Train `ScalingConfig`]"""
 
 
 class ResourcesConfig(Section):
-    """What a worker of a trial takes, and how many trials run at a time (None: as many as fit).
-
-    `cpus_per_worker` sets torch's threads too. GPUs are given a worker or a trial
-    (`gpus_per_trial`, divided among its workers); a fraction lets several trials of one worker
-    share a device. A trial may wait `wait_seconds` for its resources; one that does nothing for
-    `hang_seconds` is taken for hung and started again from its last save point.
-    """
+    """Resources of the trials on the cluster."""
 
     trials_at_a_time: PositiveInt | None = None
+    """Trials that run at the same time. Default: as many as fit. [Ray Tune
+    `max_concurrent_trials`]"""
+
     cpus_per_worker: PositiveInt = 1
+    """CPUs of each worker, which are also its torch threads. [Ray resources]"""
+
     gpus_per_worker: NonNegativeFloat = 0.0
+    """GPUs of each worker; a fraction lets trials of one worker share a GPU. [Ray resources]"""
+
     gpus_per_trial: NonNegativeFloat | None = None
+    """GPUs of each trial, divided among its workers. Default: by `gpus_per_worker`.
+    [Ray resources]"""
+
     wait_seconds: PositiveFloat = 1800.0
+    """Seconds that a trial waits for its resources before the study gives up."""
+
     hang_seconds: PositiveFloat = 1800.0
+    """Seconds without progress after which a trial counts as hung and restarts from its last
+    checkpoint."""
 
     @model_validator(mode="after")
     def _gpus_are_given_once(self) -> Self:
@@ -161,56 +186,97 @@ class ResourcesConfig(Section):
         return self
 
     def worker_gpus(self, workers: int) -> float:
-        """GPUs of a worker of a trial that has so many of them."""
+        """Return the GPUs of each worker of a trial with so many workers."""
         if self.gpus_per_trial is not None:
             return self.gpus_per_trial / workers
         return self.gpus_per_worker
 
 
 class TrackingConfig(Section):
-    """Where MLflow records; None is SQLite under the storage."""
+    """Records in MLflow."""
 
     uri: ServerUri | None = None
+    """MLflow server, http(s)://HOST:PORT, or database URL. Default: a SQLite file under the
+    storage. [MLflow tracking URI]"""
+
     experiment: str = "drtune-ray"
+    """Name of the MLflow experiment. [MLflow]"""
+
     num_top_checkpoints: Annotated[int, Field(ge=0)] = 3
+    """Best trials whose weights are copied to MLflow. [MLflow artifacts]"""
 
 
 class StudyConfig(Section):
-    """A search over trials.
+    """Configuration of a study: a search over trials.
 
-    `trial` is the configuration that the search space varies; `space` the name of a shipped search
-    space, a YAML file, or its content (see `drtune_ray.space.search_space`).
-
-    `optuna_storage` is the URL of a database that holds the search (None: a file in the study's
-    folder), `artifacts` the URI of a folder or object store for all that the next driver needs and
-    nodes without a common file system hand each other (None: everything lies under `storage`).
-
-    Of several `objectives` validation accuracy is the first: early stopping, the finalists and the
-    winner go by it, and the others are weighed against it in the Pareto front.
-
-    `start_with` are points of the space to run first; what one leaves open is sampled.
-    `warm_start` names studies of comparable trials for the sampler to learn from.
+    Validation accuracy is always the first of the `objectives`: early stopping, the finalists and
+    the winner depend on it, and the others are weighed against it in the Pareto front.
     """
 
     name: StudyName
+    """Name of the study and of its folder under the storage. Default: the data folder's name."""
+
     storage: str = "./drtune-studies"
+    """Folder for everything that is written; without `artifacts` all nodes must reach it."""
+
     optuna_storage: ServerUri | None = None
+    """URL of a database that holds the search. Default: a file in the study's folder.
+    [Optuna `RDBStorage`, `JournalStorage`]"""
+
     artifacts: ServerUri | None = None
+    """URI (s3://, gs://, abfss://, file://) of a folder or object store for what nodes without a
+    common file system exchange and the next driver needs. Default: the storage.
+    [PyArrow `FileSystem`]"""
+
     trial: TrialConfig
+    """Trial configuration that the search space varies."""
+
     space: str | dict[str, Any] = "quick"
+    """Search space: the name of a shipped one (quick, dr_tune, ...), a YAML file, or its
+    content."""
+
     objectives: tuple[ObjectiveName, ...] = ("val_accuracy",)
+    """Objectives of the search, `val_accuracy` first; several give a Pareto front.
+    [Optuna multi-objective studies]"""
+
     trials: PositiveInt = 20
+    """Number of trials, reference trials included and finalists not."""
+
     start_with: tuple[dict[str, Any], ...] = ()
+    """Points of the space that run first; what a point leaves open is sampled.
+    [Optuna `enqueue_trial`]"""
+
     warm_start: tuple[str, ...] = ()
+    """Earlier studies, by name or folder, from whose comparable trials the sampler learns.
+    [Optuna `add_trial`]"""
+
     seed: int = 0
+    """Random seed of the sampler; `trial.seed` and `trial.data.view_seed` are separate."""
+
     reference_trials: tuple[ReferenceName, ...] = ("default", "ce_tuning", "authors")
+    """Trials that every search starts with: presets, and CE-tuning as the baseline; never stopped
+    early. [ICCV 2023; authors' code]"""
+
     sampler: SamplerConfig = SamplerConfig()
+    """Sampler of the search."""
+
     scheduler: SchedulerConfig = SchedulerConfig()
+    """Early stopping of trials."""
+
     budget: BudgetConfig = BudgetConfig()
+    """Limits at which the search ends."""
+
     finalists: FinalistsConfig = FinalistsConfig()
+    """Finals after the search."""
+
     final_fit: FinalFitConfig = FinalFitConfig()
+    """Final fit of the winner's configuration."""
+
     resources: ResourcesConfig = ResourcesConfig()
+    """Resources of the trials."""
+
     tracking: TrackingConfig = TrackingConfig()
+    """Records in MLflow."""
 
     @model_validator(mode="after")
     def _references_fit(self) -> Self:
@@ -270,16 +336,16 @@ class StudyConfig(Section):
 
     @property
     def folder(self) -> Path:
-        """The study's folder under the storage."""
+        """Folder of the study under the storage."""
         return full_path(self.storage) / self.name
 
     def to_mapping(self) -> dict[str, Any]:
-        """Nested plain values, as they stand in YAML."""
+        """Return nested plain values, as YAML holds them."""
         return self.model_dump(mode="json")
 
 
 def reference_config(base: TrialConfig, reference: str) -> TrialConfig:
-    """A reference trial: a preset's method and recipe on `base`'s backbone, epochs and data.
+    """Return a reference trial: a preset's method and recipe on `base`'s backbone and data.
 
     Args:
         base: The study's trial configuration.

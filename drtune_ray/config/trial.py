@@ -1,7 +1,9 @@
-"""Configuration as data: typed, frozen, refused early with every problem at once.
+"""Settings of a trial: typed, frozen, rejected early with every problem at once.
 
-Precedence: ``--set path=value`` > file > preset > default. ``TrialConfig`` decides one training;
-``StudyConfig`` a search over trials. The resolved configuration is saved with each study.
+Precedence: ``--set path=value`` > file > preset > default. The resolved configuration is saved with
+each study. The text under a field is its documentation: ``--help``, search_spaces/schema.json and
+docs/settings.md show it. Brackets at its end hold the source: an equation or section of the paper
+(ICCV 2023, arXiv 2308.12058), the authors' code (commit ef9a7b1) or a library.
 """
 
 from __future__ import annotations
@@ -20,53 +22,114 @@ Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
 class CalibrationConfig(Section):
-    """Semantic calibration; see `drtune_ray.method.SemanticCalibration` for each meaning.
-
-    `rotation_rank` and `rotation_shrinkage` are read by the solver ``randomized`` only,
-    `proper_rotation` by ``svd`` only.
-    """
+    """Semantic calibration: moves the bank's pretrained features to the downstream features."""
 
     rotation: bool = True
+    """Apply the global rotation R to all pretrained rows. [eq. 7]"""
+
     rotation_interval: PositiveInt = 10
+    """Steps between two refreshes of R; 1 refreshes R at every step. [authors' code: 10]"""
+
     rotation_solver: Literal["randomized", "svd"] = "randomized"
+    """Solver of R: `svd` is the exact minimiser, `randomized` a shrunk rotation of limited rank.
+    [svd: Schoenemann 1966; randomized: Halko, Martinsson and Tropp 2011]"""
+
     rotation_rank: PositiveInt = 32
+    """Rank r: number of directions that R rotates; read by the solver `randomized` only.
+    [Halko, Martinsson and Tropp 2011]"""
+
     rotation_shrinkage: NonNegativeFloat = 0.02
+    """Singular value, relative to the root of the sum of their squares, whose direction is shrunk
+    to 0.71; 0 shrinks none. Read by the solver `randomized` only."""
+
     rotation_kept: bool = True
+    """Apply the last R at the steps between refreshes too; `false` leaves those steps unrotated.
+    [authors' code: false]"""
+
     rotation_restarts_each_epoch: bool = False
+    """Count `rotation_interval` from the first step of each epoch, not of the training.
+    [authors' code: true]"""
+
     proper_rotation: bool = False
+    """Require det R = +1, which excludes reflections; read by the solver `svd` only.
+    [Kabsch 1976; authors' code: true]"""
+
     recenter: bool = True
+    """Move the rotated rows to the mean of the downstream rows; no effect where `translation` is
+    on, because a common shift cancels in eq. 12. [authors' code: false]"""
+
     normalize: bool = True
+    """L2-normalise the features before calibration, and scale the calibrated rows to the mean norm
+    of the batch's downstream features. [authors' code; paper: raw features]"""
+
     translation: bool = True
+    """Apply the class-level translation: shift each class to its downstream centre. [eq. 8, 11]"""
+
     confidence_weighting: bool = True
+    """Weight the rows of a downstream class centre by the head's confidence; `false` takes the
+    plain mean. [eq. 9-10]"""
+
     confidence_temperature: PositiveFloat = 0.1
+    """Divisor of the similarities in the softmax of the confidence weights; lower values favour
+    the most confident rows. [eq. 10 and authors' code: 1]"""
+
     similarity: Literal["cosine", "dot"] = "cosine"
+    """Similarity of a row to its class prototype in the confidence weights.
+    [eq. 10: dot; authors' code: cosine]"""
 
 
 class MethodConfig(Section):
-    """What is trained: DR-Tune, or CE-tuning, which reads none of the other settings.
+    """Fine-tuning method: DR-Tune, or CE-tuning, which reads `head_lr_multiplier` only.
 
-    `regularization_weight` is lambda of eq. 14; ``bank_over_batch`` means K/B and
-    ``one_plus_bank_over_batch`` 1 + K/B, with K = min(bank_size, training images) and B the
-    global batch size, fixed for the whole trial.
+    K is min(bank_size, number of training images) and B the global batch size; both are fixed for
+    the whole trial.
     """
 
     name: Literal["dr_tune", "ce_tuning"] = "dr_tune"
+    """Fine-tuning method: DR-Tune, or plain cross-entropy as the baseline. [ICCV 2023]"""
+
     regularization_weight: NonNegativeFloat | Literal["bank_over_batch"] = 1.0
+    """Weight lambda of the distribution regularization in the loss; `bank_over_batch` is K/B.
+    [eq. 14; paper: K/B]"""
+
     reduction: Literal["sum", "mean"] = "sum"
+    """Combination of the losses: `sum` is CE + lambda DR, `mean` divides that by 1 + lambda.
+    [eq. 14: sum; authors' code: mean]"""
+
     bank_size: PositiveInt = 512
+    """Rows K of the feature bank; at most the number of training images takes effect.
+    [sec. 3.3; paper: 2048]"""
+
     head_lr_multiplier: PositiveFloat | Literal["one_plus_bank_over_batch"] = 1.0
+    """Learning rate of the head as a multiple of the backbone's; `one_plus_bank_over_batch` is
+    1 + K/B. [sec. 4.2: 1 + K/B]"""
+
     calibration: CalibrationConfig = CalibrationConfig()
+    """Semantic calibration of the bank's pretrained features. [sec. 3.4]"""
 
 
 class OptimConfig(Section):
-    """Optimiser and learning-rate schedule; `momentum` and `nesterov` are read by SGD only."""
+    """Optimiser and learning-rate schedule."""
 
     name: Literal["sgd", "adamw"] = "sgd"
+    """Optimiser. [PyTorch `SGD`, `AdamW`; sec. 4.2]"""
+
     backbone_lr: PositiveFloat = 0.001
+    """Learning rate of the backbone at the first step. [paper: 0.01]"""
+
     weight_decay: NonNegativeFloat = 1e-4
+    """Weight decay; AdamW exempts biases and the affine parameters of normalisation layers.
+    [sec. 4.2]"""
+
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Momentum; read by `sgd` only. [sec. 4.2]"""
+
     nesterov: bool = False
+    """Use Nesterov momentum; read by `sgd` only. [authors' code: true]"""
+
     schedule: Literal["cosine", "cosine_per_epoch", "constant"] = "cosine"
+    """Learning-rate schedule over all of `training.epochs`: a cosine to 0 that changes at each step
+    or at each epoch's start, or a constant. [sec. 4.2: cosine; authors' code: cosine_per_epoch]"""
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> Self:
@@ -76,25 +139,39 @@ class OptimConfig(Section):
 
 
 class TrainingConfig(Section):
-    """The loop. `batch_size` is global: it is divided among the workers.
-
-    `workers` is their number; ``[min, max]`` lets Ray Train take what the cluster has at the time
-    (`drtune-ray train` only). It changes the speed and the rounding, not the experiment.
-    `stop_epoch` ends the training early, on the schedule of all `epochs`.
-
-    `precision` ``auto`` is bfloat16 (or float16) mixed precision on CUDA devices and float32 on
-    CPUs; ``float64`` shows what is exact where float32 lets rounding errors grow.
-    """
+    """Training loop of a trial."""
 
     epochs: PositiveInt = 10
+    """Epochs of a trial, over which the learning-rate schedule runs. [paper: 100]"""
+
     stop_epoch: PositiveInt | None = None
+    """Epoch after which training ends, on the schedule of all `epochs`. Default: the last one."""
+
     batch_size: PositiveInt = 32
+    """Images per optimiser step, divided among the workers. [paper: 64]"""
+
     workers: Workers = 1
+    """Ray Train workers of a trial. In a file of `drtune-ray train`, [min, max] uses as many as the
+    cluster has room for. The number changes speed and rounding, not the experiment.
+    [Ray Train `ScalingConfig`]"""
+
     batch_norm: Literal["frozen", "synchronised", "local"] = "frozen"
+    """Statistics of BatchNorm layers: the pretrained ones, those of the global batch, or those of
+    each worker's part of it. [PyTorch `SyncBatchNorm`; authors' code: local]"""
+
     drop_last: bool = False
+    """Leave out an epoch's last batch where it is smaller than `batch_size`.
+    [authors' code: true]"""
+
     patience_epochs: PositiveInt | None = None
+    """Epochs without a better validation accuracy after which a trial ends. Default: no limit."""
+
     precision: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
+    """Floating-point precision: `auto` is mixed precision on GPUs (bfloat16, or float16 where the
+    GPU has none) and float32 on CPUs. [PyTorch `autocast`]"""
+
     save_every_seconds: PositiveFloat = 300.0
+    """Seconds between checkpoints within an epoch; each epoch's end is saved as well."""
 
     @model_validator(mode="after")
     def _stops_within_the_schedule(self) -> Self:
@@ -106,50 +183,77 @@ class TrainingConfig(Section):
 
     @property
     def last_epoch(self) -> int:
-        """The epoch after which it ends."""
+        """Epoch after which the training ends."""
         return self.stop_epoch or self.epochs
 
     @property
     def min_workers(self) -> int:
-        """With how few workers it trains."""
+        """Smallest number of workers that the training accepts."""
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 
     @property
     def max_workers(self) -> int:
-        """With how many workers it trains where there is room."""
+        """Largest number of workers that the training uses."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class DataConfig(Section):
-    """The images, their splits and their views.
+    """Images, their splits and their views.
 
-    `train` is a folder of class folders. `views` = V > 0 gives each image V seeded augmentations
-    (epoch e uses view e mod V) whose frozen features are computed once; 0 augments afresh in each
-    epoch and runs the frozen encoder at every step.
+    With `views` = V > 0 each image has V seeded augmentations (epoch e uses view e mod V) whose
+    frozen features are computed once; 0 augments anew in each epoch and runs the frozen encoder at
+    every step.
 
-    Training views are random crops of `crop_scale_min` to 1 of the image, mirrored with probability
-    `horizontal_flip`. Evaluation resizes to `image_size` / `crop_fraction` (its shorter side, or
-    both as the authors' code does) and takes the centre.
-
-    `cache_limit_gib` bounds the storage's prepared tables: when a study starts, those that no
-    running study uses are removed, least recently used first. Encoded images, weights and frozen
-    features are always written, since a trial needs them; the pixels of the views only where they
-    fit beside these, otherwise each epoch decodes and augments again.
+    `cache_limit_gib` applies when a study starts: prepared tables that no running study uses are
+    removed, least recently used first. Encoded images, weights and frozen features are always
+    written, since a trial needs them; the pixels of the views only where they fit beside these,
+    otherwise each epoch decodes and augments again.
     """
 
     train: str
+    """Folder of images with one subfolder per class."""
+
     train_per_class: PositiveInt | None = None
+    """Training images per class; validation and test share the rest in the proportion of their
+    fractions. Default: what the fractions leave."""
+
     validation_fraction: Fraction = 0.2
+    """Share of each class's images for validation, which chooses epochs and winners."""
+
     test_fraction: Fraction = 0.2
+    """Share of each class's images for the sealed test split."""
+
     image_size: Annotated[int, Field(ge=16)] = 224
+    """Side of the square input images in pixels. [paper: 224]"""
+
     views: Annotated[int, Field(ge=0)] = 8
+    """Seeded augmentations per image, reused in turn; 0 draws new ones in each epoch."""
+
     view_seed: int = 0
+    """Random seed for the augmentations."""
+
     crop_scale_min: Annotated[float, Field(gt=0.0, le=1.0)] = 0.4
+    """Smallest share of an image's area that a random training crop keeps; the largest is 1.
+    [timm `create_transform`; authors' code: 0.4]"""
+
     horizontal_flip: Probability = 0.5
+    """Probability that a training view is mirrored.
+    [timm `create_transform`; authors' code: 0.5]"""
+
     crop_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.875
+    """Side of the central evaluation crop as a share of the resized image's.
+    [timm `crop_pct`; authors' code: 224/256 = 0.875]"""
+
     evaluation_resize: Literal["shorter_side", "square"] = "shorter_side"
+    """Resizing before the evaluation crop: keep the aspect ratio, or squash to a square.
+    [timm `crop_mode`; authors' code: square]"""
+
     loader_workers: Annotated[int, Field(ge=0)] = 0
+    """Processes per worker that decode and augment images; 0 uses the training process. Not used
+    for views that are stored as pixels. [PyTorch `DataLoader`]"""
+
     cache_limit_gib: NonNegativeFloat = 4.0
+    """Limit of the prepared tables under the storage, in GiB."""
 
     @model_validator(mode="after")
     def _some_images_remain(self) -> Self:
@@ -163,25 +267,36 @@ class DataConfig(Section):
 
 
 class BackboneConfig(Section):
-    """A timm model and where its pretrained weights come from.
-
-    `weights` is ``timm`` (its hub), ``demo`` (EfficientNet-Lite0 from the package of the demo
-    extra) or a file.
-    """
+    """Pretrained vision model."""
 
     name: str = "tf_efficientnet_lite0"
+    """Name of a timm model. [timm `create_model`; paper: ResNet-50 and ViT-B]"""
+
     weights: str = "timm"
+    """Pretrained weights: a file, `timm` (timm's hub), or `demo` (EfficientNet-Lite0 from the
+    package of the demo extra). [timm]"""
 
 
 class TrialConfig(Section):
-    """Everything that decides one training."""
+    """Configuration of one training."""
 
     data: DataConfig
+    """Images, their splits and their views."""
+
     backbone: BackboneConfig = BackboneConfig()
+    """Pretrained vision model."""
+
     method: MethodConfig = MethodConfig()
+    """Fine-tuning method."""
+
     optim: OptimConfig = OptimConfig()
+    """Optimiser and learning-rate schedule."""
+
     training: TrainingConfig = TrainingConfig()
+    """Training loop."""
+
     seed: int = 0
+    """Random seed for the head's initial weights, the order of the images and dropout."""
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], *, preset: str | None = None) -> Self:
@@ -193,17 +308,17 @@ class TrialConfig(Section):
         return validated(cls, on_preset(values, preset or "default"))
 
     def to_mapping(self) -> dict[str, Any]:
-        """Nested plain values, as they stand in YAML."""
+        """Return nested plain values, as YAML holds them."""
         return self.model_dump(mode="json")
 
     @property
     def tables_key(self) -> str:
-        """Trials of one key read the same prepared tables."""
+        """Key shared by all trials that read the same prepared tables."""
         values = flattened(self.to_mapping())
         return digest([values[path] for path in TABLES_PATHS])
 
     def with_values(self, values: Mapping[str, Any]) -> Self:
-        """A copy with dotted paths replaced, validated as a whole."""
+        """Return a copy with dotted paths replaced, validated as a whole."""
         return validated(type(self), deep_merge(self.to_mapping(), nested(values)))
 
 
@@ -231,7 +346,7 @@ TRIAL_NOT_DECIDING = (
 
 
 def on_preset(values: Mapping[str, Any], default: str) -> dict[str, Any]:
-    """The values on top of the preset that their key ``preset`` names."""
+    """Return the values on top of the preset that their key ``preset`` names."""
     rest = dict(values)
     preset = rest.pop("preset", None) or default
     if not isinstance(preset, str) or preset not in PRESETS:

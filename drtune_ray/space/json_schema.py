@@ -15,6 +15,7 @@ from drtune_ray.space.settings import FACTS, restriction_of, setting_paths
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 NUMBERS = ("integer", "number")
+NOT_OF_VALUES = ("title", "default", "description")  # of a setting, not of a value
 EXPRESSION = {
     "type": "string",
     "minLength": 1,
@@ -92,14 +93,13 @@ def _setting(trial: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def _parameter(setting: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Any]:
-    value = {key: part for key, part in setting.items() if key not in ("title", "default")}
+    value = {key: part for key, part in setting.items() if key not in NOT_OF_VALUES}
     numbers = [part for part in setting.get("anyOf", [setting]) if part.get("type") in NUMBERS]
     contents: dict[str, dict[str, Any]] = {}
     for kind in kinds:
         if kind in RANGES and numbers and (kind == "int" or numbers[0]["type"] == "number"):
-            bound = {key: part for key, part in numbers[0].items() if key not in ("title",)}
+            bound = {key: part for key, part in numbers[0].items() if key not in NOT_OF_VALUES}
             bound["type"] = "integer" if kind == "int" else "number"
-            bound.pop("default", None)
             contents[kind] = {"type": "array", "items": bound, "minItems": 2, "maxItems": 2}
         elif kind in CATEGORIES:
             contents[kind] = {"type": "array", "items": value, "minItems": 1, "uniqueItems": True}
@@ -107,9 +107,10 @@ def _parameter(setting: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Any
             contents[kind] = value
         elif kind == "expression":
             contents[kind] = {"$ref": "#/$defs/expression"}
+    text = " ".join(setting["description"].split())
     options = [option for option in OPTION_SCHEMAS if any(option in OPTIONS[k] for k in contents)]
     return {
-        "description": f"Default: {json.dumps(setting.get('default'))}",
+        "description": f"{text} Default: {json.dumps(setting.get('default'))}",
         "type": "object",
         "additionalProperties": False,
         "properties": contents | {option: OPTION_SCHEMAS[option] for option in options},

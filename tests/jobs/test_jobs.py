@@ -91,7 +91,7 @@ def test_the_demo__followed_left_stopped_killed_and_gone_on_with(cluster, tracki
     assert told.splitlines() == [
         "tracking.uri names 127.0.0.1, which for the job is the machine that it runs on",
         f"Submitted {job} with study.yaml, MLFLOW_TRACKING_PASSWORD",
-        f"Left {job}, which goes on",
+        f"Left {job} running",
         f"Follow it:  {cluster.command('x')[0]} logs {where} --follow",
         f"Stop it:    {cluster.command('x')[0]} stop {where}",
     ]

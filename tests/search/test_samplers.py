@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import re
 import statistics
 import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
+from drtune_ray.config.sampler_options import SAMPLER_OPTIONS
 from drtune_ray.config.study import BudgetConfig, SamplerConfig, reference_config
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import ConfigError
@@ -174,16 +178,22 @@ def test_qmc_fills_the_space_evenly(tmp_path, make_trial):
     [
         (
             SamplerConfig(options={"multivarate": True}),
-            "unknown option of the sampler tpe 'multivarate'; did you mean 'multivariate'?",
+            "unknown option of the sampler tpe 'sampler.options.multivarate'; "
+            "did you mean 'sampler.options.multivariate'?",
         ),
         (
             SamplerConfig(name="random", options={"seed": 1}),
-            "unknown option of the sampler random 'seed'; valid are []",
+            "unknown option of the sampler random 'sampler.options.seed'; valid are []",
         ),
         (
             SamplerConfig(name="nsga2", options={"population_size": 1}),
-            "sampler.options={'population_size': 1} are not valid: `population_size` must be "
-            "greater than or equal to 2.",
+            "sampler.options.population_size=1 is not valid: input should be greater than or "
+            "equal to 2",
+        ),
+        (
+            SamplerConfig(options={"multivariate": False}),
+            "sampler.options={'multivariate': False} are not valid: ``group`` option can only be "
+            "enabled when ``multivariate`` is enabled.",
         ),
     ],
 )
@@ -191,3 +201,42 @@ def test_options_that_it_does_not_take_are_refused(config, problem):
     with warnings.catch_warnings(), pytest.raises(ConfigError) as caught:
         check_sampler(config)
     assert caught.value.problems == (problem,)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_options__are_those_of_the_installed_optuna(name):
+    """A difference is an upgrade of Optuna: change drtune_ray/config/sampler_options.py."""
+    arguments = inspect.signature(SAMPLERS[name]).parameters
+    fields = SAMPLER_OPTIONS[name].model_fields
+    plain = {
+        option: argument.default
+        for option, argument in arguments.items()
+        if option != "seed" and re.match(r"(bool|int|float|str|dict)\b", argument.annotation)
+    }
+    assert fields.keys() == plain.keys()
+    found = {option: field.default for option, field in fields.items()}
+    differing = {option for option in plain if found[option] != plain[option]}
+    texts = {option: fields[option].description or "" for option in differing}
+    assert all(
+        "Optuna's default" in text or "Default: `sampler." in text for text in texts.values()
+    )
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_options__reach_the_sampler(name):
+    if name == "cma_es":
+        pytest.importorskip("cmaes", reason="cma_es needs the package cmaes")
+    taken: dict[str, Any] = {}
+
+    def sampler(**options: Any) -> optuna.samplers.BaseSampler:
+        taken.update(options)
+        return optuna.samplers.RandomSampler()
+
+    given = {"tpe": {"n_ei_candidates": 48, "multivariate": None}, "nsga3": {"crossover_prob": 1}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SAMPLERS, name, sampler)
+        build_sampler(SamplerConfig(name=name, options=given.get(name, {})), 3, 4)
+    assert taken.pop("seed") is not None
+    assert taken.pop("n_startup_trials", 6) == 6
+    expected = SAMPLER_OPTIONS[name]().model_dump(exclude_none=True) | given.get(name, {})
+    assert taken == {option: value for option, value in expected.items() if value is not None}

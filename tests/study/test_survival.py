@@ -118,7 +118,7 @@ def interrupt(study: Killed, driver: subprocess.Popen[bytes], how: signal.Signal
     assert seconds < 10
     output = study.finish(driver, expected=130)[printed:]
     assert "Stopping: running trials save" in output
-    assert "The same command goes on where it stopped" in output
+    assert "The same command resumes where it stopped" in output
     assert "Traceback" not in output
     _, (parent,), children = mlflow_runs(study.folder)
     assert parent.info.status == "KILLED"
