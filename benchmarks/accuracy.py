@@ -1,20 +1,21 @@
-"""Validation accuracy of DR-Tune's variants beside CE-tuning, over seeds and paired between them.
+"""Compare the validation accuracy of DR-Tune's variants with CE-tuning, paired over seeds.
 
     .venv/bin/python benchmarks/accuracy.py --lr 0.001 0.003       # digits, ten images a class
     .venv/bin/python benchmarks/accuracy.py --views 0 1 2 4 8 16   # the default, by data.views
     .venv/bin/python benchmarks/accuracy.py --data FOLDER --image-size 64 --train-per-class 8
 
-A seed decides the views, the order of the images and the head's first weights, and is the same for
-all variants; the splits are the same for all seeds. So differences are paired, and standard errors
-speak of the training's chance on this one split, not of other images. Accuracy is that of the best
-epoch on the validation split: a maximum over epochs. With several learning rates each variant is
-shown at each rate, and at the rate with its best mean over the seeds: a maximum over rates too, so
-slightly too high for every variant. The pretrained weights are those of the demo extra.
+A seed determines the views, the order of the images and the head's initial weights, and is the same
+for all variants; the splits are the same for all seeds. So differences are paired, and standard
+errors cover the randomness of training on this one split, not other images. The accuracy is that of
+the best epoch on the validation split: a maximum over epochs. With several learning rates each
+variant is shown at each rate, and at the rate with its best mean over the seeds: a maximum over
+rates too, so slightly too high for every variant. The pretrained weights are those of the demo
+extra.
 
 Variants: ``ce``; ``dr`` (no calibration); ``no-rotation``; ``svd`` (exact, refreshed every tenth
-step and kept); ``default``; ``authors`` (the preset); ``rRANK-tSHRINKAGE``, as r64-t0.02; and
+step and kept); ``default``; ``authors`` (the preset); ``rRANK-tSHRINKAGE``, like r64-t0.02; and
 ``ce-head-xN`` and ``default-head-xN`` with N times the learning rate for the head. A training that
-diverged counts with its best epoch before that and is marked with a star.
+diverged counts with its best epoch before that, and is marked with a star.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ PROCESSES = 2
 
 
 class Run(NamedTuple):
-    """One training: what the tables call it, and what it is."""
+    """One training: its name in the tables, and its configuration."""
 
     seed: int
     rate: float
@@ -74,7 +75,7 @@ Accuracies = dict[tuple[str, float], list[float]]  # (column, rate): in the orde
 
 
 def common_values(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Settings of all runs, for the digits, written to `folder`, or for a folder of the user's."""
+    """Return the settings of all runs, for the digits (written to `folder`) or for --data."""
     own: dict[str, Any] = {"data.train": options.data}
     if options.data is None:
         own = {
@@ -95,7 +96,7 @@ def common_values(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def variant_config(base: TrialConfig, variant: str) -> TrialConfig:
-    """The configuration of a variant.
+    """Return the configuration of a variant.
 
     Raises:
         ValueError: Naming the known variants.
@@ -120,7 +121,7 @@ def variant_config(base: TrialConfig, variant: str) -> TrialConfig:
 
 
 def planned_runs(values: Mapping[str, Any], options: argparse.Namespace) -> list[Run]:
-    """Seed by seed, so that what is finished can be compared."""
+    """Return the runs seed by seed, so that the finished ones can be compared."""
     runs = []
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         for rate in options.lr:
@@ -147,7 +148,7 @@ def prepare_tables(config: TrialConfig, storage: Path) -> Tables:
 
 
 def best_accuracy(config: TrialConfig, tables: Tables) -> tuple[float, str | None]:
-    """Accuracy of the best epoch, in percent, and how the training ended."""
+    """Return the accuracy of the best epoch, in percent, and how the training ended."""
     backbone = read_backbone(tables.backbone)
     data = TrainingData(tables, config.data, backbone.normalization.interpolation)
     best, outcome = 0.0, None
@@ -159,7 +160,7 @@ def best_accuracy(config: TrialConfig, tables: Tables) -> tuple[float, str | Non
 
 
 def measure(runs: Sequence[Run], storage: Path) -> Accuracies:
-    """Train all, printing the accuracies of each seed and rate as soon as they are known."""
+    """Train all, and print the accuracies of each seed and rate as soon as they are known."""
     accuracies: Accuracies = {}
     context = multiprocessing.get_context("spawn")
     with context.Pool(PROCESSES, one_thread) as pool:
@@ -185,13 +186,13 @@ def measure(runs: Sequence[Run], storage: Path) -> Accuracies:
 
 
 def best_rate(accuracies: Accuracies, column: str) -> float:
-    """The rate with the best mean over the seeds."""
+    """Return the rate with the best mean over the seeds."""
     rates = [rate for name, rate in accuracies if name == column]
     return max(rates, key=lambda rate: statistics.fmean(accuracies[column, rate]))
 
 
 def paired(values: Sequence[float], others: Sequence[float]) -> str:
-    """Mean difference and its standard error."""
+    """Return the mean difference and its standard error."""
     gaps = [a - b for a, b in zip(values, others, strict=True)]
     if len(gaps) < 2:
         return f"{gaps[0]:+7.2f}          "
@@ -201,7 +202,7 @@ def paired(values: Sequence[float], others: Sequence[float]) -> str:
 def print_table(
     title: str, accuracies: Accuracies, rates: Mapping[str, float], references: Sequence[str]
 ) -> None:
-    """A row for each variant, at the rate given for it."""
+    """Print a row for each variant, at the rate given for it."""
     print(f"\n{title}\n{'':12}    rate    mean      sd", end="")
     print("".join(f"{f'minus {name}':>19}" for name in references))
     for column, rate in rates.items():
@@ -227,12 +228,17 @@ def print_tables(accuracies: Accuracies, options: argparse.Namespace) -> None:
 
 
 def add_common_options(parser: argparse.ArgumentParser, train_per_class: int) -> None:
-    parser.add_argument("--data", help="class folders; scikit-learn's digits if not given")
+    parser.add_argument("--data", help="class folders (default: scikit-learn's digits)")
     parser.add_argument("--image-size", type=int, default=48)
     parser.add_argument(
-        "--train-per-class", type=int, default=train_per_class, help="0: what the fractions leave"
+        "--train-per-class",
+        type=int,
+        default=train_per_class,
+        help="0: all that the fractions leave",
     )
-    parser.add_argument("--test-fraction", type=float, default=0.2, help="sealed; 0.2 validate")
+    parser.add_argument(
+        "--test-fraction", type=float, default=0.2, help="sealed; 0.2 are for validation"
+    )
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=32)
 
@@ -240,11 +246,13 @@ def add_common_options(parser: argparse.ArgumentParser, train_per_class: int) ->
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_common_options(parser, train_per_class=10)
-    parser.add_argument("--seeds", type=int, default=8, help="how many")
+    parser.add_argument("--seeds", type=int, default=8, help="number of seeds")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--lr", type=float, nargs="+", default=[0.001])
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--views", type=int, nargs="+", help="compare these instead of variants")
+    parser.add_argument(
+        "--views", type=int, nargs="+", help="compare these data.views instead of variants"
+    )
     return parser.parse_args()
 
 

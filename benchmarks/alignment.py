@@ -1,23 +1,23 @@
-"""How well rotations fitted to the bank align rows that they were not fitted to, in real training.
+"""Measure how well rotations fitted to the bank align other rows, in real training.
 
     .venv/bin/python benchmarks/alignment.py                  # digits, 60 images a class
     .venv/bin/python benchmarks/alignment.py --data FOLDER --image-size 64
 
-The default DR-Tune is trained once. Beside it each candidate keeps an R of its own, refreshed at
+The default DR-Tune is trained once. Meanwhile each candidate keeps an R of its own, refreshed at
 every tenth step from the same bank. At every step, before the batch is enqueued, its rows are
 measured with features of unit length, v^p and v^d:
 
 - ``global``: mean cosine of R (v^p - mean) and v^d - mean, with the means of the bank;
 - ``class``: the same with the deviations from the bank's means of the row's class. This is what R
-  is for as long as the class-level translation is on, which sets the class centres itself;
+  is for while the class-level translation is on, which sets the class centres itself;
 - ``error``: sum of |R x - y|^2 over sum of |y|^2 for those deviations x, y. Below 1 R is better
-  than moving each row to its class's centre, above 1 worse: here length counts too.
+  than moving each row to the centre of its class, above 1 worse: here length counts too.
 
-Only rows count whose image was not in the bank at the last refresh; the bank's size and the order
-of the epochs decide how many there are. For comparison, ``fitted`` is `class` on the bank itself
-right after a refresh. Early is the first epoch, late the last quarter of the epochs, middle all
-between them. Milliseconds are medians: a refresh from the bank (a warm start where there is one),
-and applying R to its rows.
+Only rows whose image was not in the bank at the last refresh count; the bank's size and the order
+of the epochs determine how many there are. For comparison, ``fitted`` is `class` on the bank itself
+right after a refresh. "Early" is the first epoch, "late" the last quarter of the epochs, "middle"
+all epochs between them. Milliseconds are medians: of a refresh from the bank (a warm start where
+there is one), and of applying R to its rows.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ MEASURES = ("global", "class", "error")
 
 
 class Candidate:
-    """A way to find R, and the last R it found."""
+    """A way to find R, and the last R that it found."""
 
     def __init__(self, name: str, solve: Callable[[Tensor, Tensor, Rotation | None], Rotation]):
         self.name, self.solve = name, solve
@@ -73,7 +73,7 @@ class Candidate:
         self.apply_ms: list[float] = []
 
     def refresh(self, pretrained: Tensor, downstream: Tensor) -> None:
-        """Solve R from the bank's rows of unit length, (K, D) each, which are left as they are."""
+        """Solve R from the bank's rows of unit length, (K, D) each, without changing them."""
         started = time.perf_counter()
         self.rotation = self.solve(centred(pretrained), centred(downstream), self.rotation)
         self.refresh_ms.append(1e3 * (time.perf_counter() - started))
@@ -97,7 +97,7 @@ def exact(source: Tensor, target: Tensor, former: Rotation | None) -> Rotation:
 
 
 def randomized(rank: int, shrinkage: float) -> Callable[..., Rotation]:
-    """`subspace_rotation` as `SemanticCalibration` calls it."""
+    """Call `subspace_rotation` as `SemanticCalibration` does."""
 
     def solve(source: Tensor, target: Tensor, former: Rotation | None) -> Rotation:
         start = random_start(source.shape[1], rank)
@@ -127,12 +127,12 @@ def candidates(config: TrialConfig) -> list[Candidate]:
 
 
 class WatchedData(TrainingData):
-    """Training data that remembers which images the last batch was made of."""
+    """Training data that remembers the images of the last batch."""
 
     last_rows: Sequence[int] = ()
 
     def pretrained_features(self, rows: Sequence[int], view: int) -> Tensor | None:
-        """As the data gives them."""
+        """Return the batches of the data."""
         self.last_rows = list(rows)
         return super().pretrained_features(rows, view)
 
@@ -153,7 +153,7 @@ class WatchedBank(FeatureBank):
 
     @torch.no_grad()
     def enqueue(self, pretrained: Tensor, downstream: Tensor, labels: Tensor) -> None:
-        """As a bank, after measuring."""
+        """Measure the batch, then enqueue it."""
         if self.step is not None:
             if self.step % self.interval == 0:
                 self._refresh()
@@ -220,7 +220,7 @@ def trial_config(folder: Path, options: argparse.Namespace, seed: int) -> TrialC
 def watched_training(
     config: TrialConfig, tables: Tables, backbone: Backbone
 ) -> tuple[Trial, WatchedBank]:
-    """Train to the end; the trial and its watched bank."""
+    """Train to the end and return the trial with its watched bank."""
     data = WatchedData(tables, config.data, backbone.normalization.interpolation)
     trial = Trial(config, data, backbone, torch.device("cpu"))
     bank = WatchedBank(trial.method.bank, data, config)
@@ -241,7 +241,7 @@ def phase_of(step: int, steps_per_epoch: int, num_epochs: int) -> str:
 
 
 def by_phase(found: list[tuple[int, Tensor]], phases: Sequence[str]) -> dict[str, list[float]]:
-    """Per phase the values of `MEASURES`; NaN where no row counted."""
+    """Return the values of `MEASURES` for each phase; NaN where no row counted."""
     parts: dict[str, list[Tensor]] = defaultdict(list)
     for (_, values), phase in zip(found, phases, strict=True):
         parts[phase].append(values)
@@ -289,7 +289,7 @@ def parse_options() -> argparse.Namespace:
     add_common_options(parser, train_per_class=60)
     parser.add_argument("--bank-size", type=int, default=512)
     parser.add_argument("--lr", type=float, default=0.001)
-    parser.add_argument("--seeds", type=int, default=2, help="how many")
+    parser.add_argument("--seeds", type=int, default=2, help="number of seeds")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 

@@ -1,18 +1,19 @@
-"""What semantic calibration adds to a step, beside the authors' procedure and the exact solver.
+"""Measure what calibration adds to a step, beside the authors' procedure and the exact solver.
 
     .venv/bin/python benchmarks/calibration.py            # the table of docs/benchmarks.md
-    .venv/bin/python benchmarks/calibration.py --quick    # K = D = 2048, C = 200 alone
+    .venv/bin/python benchmarks/calibration.py --quick    # only K = D = 2048, C = 200
 
-A step is what DR costs: the head's loss on the whole bank, forward and backward. For each way,
+The steps measured are those of DR: the head's loss on the whole bank, forward and backward. For
+each way of calibrating,
 
     added = seconds of (calibration, loss on calibrated features, backward)
-          - seconds of (loss on the features as they are, backward)
+          - seconds of (loss on uncalibrated features, backward)
 
-averaged over ten steps of a bank that moves on by 64 rows a step, all ways in turn, several times
-over; the median of the repeats counts. ``authors`` is their procedure (rows b to e and n of
-docs/method.md): full SVD and rotation on the first of the ten steps only, a Python loop over the
-classes. ``default`` rotates at every step and refreshes on the first of ten, ``refreshed`` at each.
-Beside it the calibration alone, timed without any loss.
+averaged over ten steps of a bank that takes 64 new rows a step. All ways run in turn, several
+times; the median of the repeats counts. ``authors`` is the authors' procedure (rows b to e and n of
+docs/method.md): full SVD and rotation on the first of the ten steps only, and a Python loop over
+the classes. ``default`` rotates at every step and refreshes on the first of ten, ``refreshed`` at
+each. The calibration alone is timed too, without any loss.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def ours(
 
 
 def seconds_a_step(inputs: Inputs, way: Callable[[Inputs, int], Tensor]) -> float:
-    """Mean over ten steps; moving the bank on is not counted."""
+    """Return the mean over ten steps, without the time of adding rows to the bank."""
     total = 0.0
     for step in range(STEPS):
         inputs.enqueue()
@@ -169,7 +170,7 @@ def row(case: tuple[int, int, int], seconds: dict[str, float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one size alone")
+    parser.add_argument("--quick", action="store_true", help="one size only")
     cases = [MAIN] if parser.parse_args().quick else CASES
     torch.set_num_threads(2)
     print(describe_machine("benchmarks/calibration.py"))

@@ -1,4 +1,4 @@
-"""A table of fully trained configurations on real images, for benchmarks that replay searches.
+"""Build a table of fully trained configurations, for benchmarks that replay searches.
 
     .venv/bin/python benchmarks/curves.py --images 100          # curves-100.parquet: the grid
     .venv/bin/python benchmarks/curves.py --images 400          # curves-400.parquet: K = 100 only
@@ -6,12 +6,12 @@
 
 scikit-learn's digits (100 or 400 images to train, 425 or 350 to validate) at 32 px, batches of 20,
 EfficientNet-Lite0 with the demo's weights, 18 or 9 epochs with a cosine schedule, one seed. With
-`--schedules`, of 100 images, a part of the grid under four schedules. A row is a configuration: its
-place in the grid, `schedule`, `outcome`, and `val_accuracy`, a list over its epochs (shorter where
-it diverged). An interrupted run goes on where it was. Schedules that the package does not have:
+`--schedules`: a part of the grid, on 100 images, under four schedules. A row is a configuration:
+its place in the grid, `schedule`, `outcome`, and `val_accuracy`, a list over its epochs (shorter if
+it diverged). An interrupted run resumes. Two schedules are not in the package:
 
     restarts  cosine from 1 to 0 within each rung of ASHA's defaults (epochs 1-2, 3-6, 7-18)
-    linear    constant over the first two thirds, then down to 0 in a line
+    linear    constant over the first two thirds, then linearly down to 0
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ Job = tuple[str, dict[str, float]]
 
 
 def factor(schedule: str, epoch: float) -> float:
-    """Of the learning rates, for the schedules that are tried here alone."""
+    """Factor of the learning rates, for the schedules that only this benchmark tries."""
     if schedule == "linear":
         return min(1.0, 3.0 * (1.0 - epoch / RUNGS[-1]))
     start = max(rung for rung in RUNGS[:-1] if rung <= epoch)
@@ -79,7 +79,7 @@ def factor(schedule: str, epoch: float) -> float:
 def schedule_of(
     name: str, optimizer: Optimizer, config: OptimConfig, num_epochs: int, steps_per_epoch: int
 ) -> LambdaLR:
-    """As `build_schedule`, of a schedule by name."""
+    """Build a schedule by its name, like `build_schedule`."""
     if name in ("cosine", "constant"):
         config = config.model_copy(update={"schedule": name})
         return build_schedule(optimizer, config, num_epochs, steps_per_epoch)
@@ -89,7 +89,7 @@ def schedule_of(
 
 
 def train(job: Job, base: TrialConfig, tables: Tables) -> dict[str, Any]:
-    """A row of the table."""
+    """Return a row of the table."""
     schedule, point = job
     config = base.with_values(point)
     backbone = read_backbone(tables.backbone)
@@ -105,7 +105,7 @@ def train(job: Job, base: TrialConfig, tables: Tables) -> dict[str, Any]:
 
 
 def jobs(images: int, with_schedules: bool) -> list[Job]:
-    """The configurations, in an order in which a part of them is a sample of all."""
+    """Return the configurations, in an order in which any first part is a sample of all."""
     points = [dict(zip(GRID, values, strict=True)) for values in itertools.product(*GRID.values())]
     if images > 100:
         points = [point for point in points if point["method.bank_size"] == 100]
@@ -122,7 +122,9 @@ def key(schedule: str, point: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=int, default=100, choices=list(EPOCHS))
-    parser.add_argument("--schedules", action="store_true", help="a part, with four schedules")
+    parser.add_argument(
+        "--schedules", action="store_true", help="a part of the grid, under four schedules"
+    )
     options = parser.parse_args()
     wanted = jobs(options.images, options.schedules)
     name = "schedules" if options.schedules else f"curves-{options.images}"

@@ -1,14 +1,15 @@
-"""Peak memory of DR-Tune trials over that of a CE-tuning trial, beside what the design allows.
+"""Measure the peak memory of DR-Tune trials over that of CE-tuning, and what the design allows.
 
     .venv/bin/python benchmarks/memory.py
 
 Each trial takes twelve steps (two refreshes of the rotation) in a fresh process; the peak is the
-kernel's (VmHWM). Allowed over CE-tuning: 4 K D + 4 K C + D^2 floats and 64 MB, with the live
-encoder its weights too. Smaller ratios of measured to allowed are better.
+kernel's (VmHWM). Allowed over CE-tuning: 4 K D + 4 K C + D^2 floats and 64 MB, and with the live
+encoder its weights too. The smaller the ratio of measured to allowed, the better.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -28,7 +29,7 @@ Case = tuple[str, int, int, int]
 
 
 def run(kind: str, case: Case) -> None:
-    """In a process of its own: train, then print the peak in bytes and the encoder's size."""
+    """Train in this process, then print its peak in bytes and the encoder's size."""
     torch.set_num_threads(2)
     name, side, bank_size, num_classes = case
     backbone = random_backbone(name, side)
@@ -52,8 +53,11 @@ def measured(kind: str, case: Case) -> tuple[int, int, int]:
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        run(sys.argv[1], tuple(json.loads(sys.argv[2])))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("case", nargs="*", help="the trial of a fresh process: its kind and case")
+    if given := parser.parse_args().case:
+        kind, case = given
+        run(kind, tuple(json.loads(case)))
         return
     print(describe_machine("benchmarks/memory.py"))
     print(f"{'':38}   CE-tuning    over it   allowed   ratio   (MB)")

@@ -1,27 +1,30 @@
-"""What Ray costs a trial: resident actors beside plain processes and nested Ray Train workers.
+"""Measure what Ray costs a trial: resident actors, plain processes, nested Ray Train workers.
 
     .venv/bin/python benchmarks/orchestration.py
 
-The same fixed trials of the demo's work, to their last epoch, with a checkpoint an epoch, in turn:
+The same fixed trials of the demo's work run to their last epoch, with a checkpoint an epoch, in
+three ways, one after another:
 
     plain     two processes that each train half of them in a loop over `train_epochs`
     resident  as a study runs them: `TrialActor` with ``reuse_actors``, two at a time
-    nested    the first few of them as a TorchTrainer each (`drive_trial`), as trials of several
+    nested    the first few of them, each as a TorchTrainer (`drive_trial`), as trials of several
               workers run
 
-Ray's start is printed apart; the start of the processes that train is part of the wall time, of the
-plain ones and of the actors alike. The overhead of a trial is what its slot did beside its epochs,
-between the end of the first trial and the end of the last but one, when both slots are busy:
+Ray's start is printed separately. The start of the processes that train is part of the wall time,
+for the plain ones and the actors alike. The overhead of a trial is what its slot did beside its
+epochs, between the end of the first trial and the end of the last but one, when both slots are
+busy:
 
     overhead a trial = (2 * seconds between - seconds in epochs) / trials that ended between
 
-It holds building the model, warming up the bank and writing checkpoints, for all ways alike: what
-Ray costs is the overhead less that of the plain processes. Where the epochs of two ways differ
+It contains building the model, filling the bank and writing checkpoints, in all three ways. The
+cost of Ray is the overhead minus that of the plain processes. If the epochs of two ways differ
 much, the machine was busy with something else: run it again.
 """
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import os
 import platform
@@ -69,7 +72,7 @@ OVER_DEMO = {"trial": {"data": {"image_size": IMAGE_SIZE}, "training": {"epochs"
 
 @dataclass
 class Record:
-    """When trials ended and how long their epochs took."""
+    """The times at which trials ended, and the durations of their epochs."""
 
     started: float = field(default_factory=time.time)
     ends: list[float] = field(default_factory=list)
@@ -93,7 +96,7 @@ class Record:
 
     @property
     def work(self) -> float:
-        """Seconds of a trial in epochs, the mean."""
+        """Mean seconds that a trial spends in epochs."""
         return sum(self.epoch_seconds.values()) / len(self.epoch_seconds)
 
     @property
@@ -105,14 +108,14 @@ class Record:
 
 
 def fixed_trials(config: StudyConfig, number: int) -> list[FixedTrial]:
-    """DR-Tune and CE-tuning in turn, each on a seed of its own."""
+    """Return DR-Tune and CE-tuning configurations in turn, each with its own seed."""
     methods = ("dr_tune", "ce_tuning")
     values = ({"seed": n, "method.name": methods[n % 2]} for n in range(number))
     return [FixedTrial(f"{n}", config.trial.with_values(v)) for n, v in enumerate(values)]
 
 
 def run_plain(config: StudyConfig, tables: Tables, folder: Path) -> Record:
-    """Two processes, each over half of the trials."""
+    """Run the trials in two processes, half of them each."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     trials = list(enumerate(fixed_trials(config, NUM_TRIALS["plain"])))
@@ -151,7 +154,7 @@ def _loop(trials: list[tuple[int, FixedTrial]], tables: Tables, folder: Path, qu
 def run_tune(
     config: StudyConfig, tables: Tables, folder: Path, way: str, capacity: Capacity
 ) -> Record:
-    """Through the study's own way into Tune."""
+    """Run the trials through Tune, as a study does."""
     folder.mkdir()
     study = open_study(open_storage(folder, None), way)
     trials = tuple(fixed_trials(config, NUM_TRIALS[way]))
@@ -179,11 +182,11 @@ def run_tune(
 
 class _Nested(TuneRun):
     def _watch(self) -> None:
-        """Workers of Ray Train have a guard of their own, and no actor is used again."""
+        """Workers of Ray Train have a guard of their own, and no actor is reused."""
 
 
 def _nested(config: StudyConfig, context: WorkerContext, capacity: Capacity) -> Any:
-    """As `tune_trainable` makes it for trials of several workers; here for one."""
+    """Return the trainable that `tune_trainable` makes for several workers, here for one."""
     bound = tune.with_parameters(
         drive_trial, context=context, resources=config.resources, num_workers=1
     )
@@ -191,6 +194,7 @@ def _nested(config: StudyConfig, context: WorkerContext, capacity: Capacity) -> 
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     print(
         "command: .venv/bin/python benchmarks/orchestration.py\n"
         f"machine: {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}, "

@@ -1,4 +1,4 @@
-"""What every benchmark says first: its command, the machine and the versions."""
+"""The first lines of every benchmark: its command, the machine and the versions."""
 
 from __future__ import annotations
 

@@ -1,20 +1,22 @@
-"""A DR-Tune step on one and on two processes, and what W devices would need for it.
+"""Time a DR-Tune step on one and on two processes, and estimate it for W devices.
 
     .venv/bin/python benchmarks/scaling.py           # about five minutes on two cores
     .venv/bin/python benchmarks/scaling.py --quick   # one size of the bank
-    .venv/bin/python benchmarks/scaling.py --flops 1e14 --bandwidth 1e11   # the formula alone
+    .venv/bin/python benchmarks/scaling.py --flops 1e14 --bandwidth 1e11   # the formula only
 
-One process takes steps on the whole batch, two take steps on halves of it, in turn in one run, with
-one thread each, over gloo: full training steps of the shipped default with cached frozen features.
-Time within the method's collectives counts as communication, waiting for the other process
-included; that of the gradients is the difference to steps that do not exchange them. The parts that
-are linear in K are calibration and DR loss, forward and backward, without the solve of R, which one
-process does for all. The floats that a step sends are counted and compared with `floats_per_step`.
+One process takes steps on the whole batch, and two take steps on halves of it, in turn in one run,
+with one thread each, over gloo. The steps are full training steps of the shipped default with
+cached frozen features. Time within the method's collectives counts as communication, including the
+wait for the other process; communication of the gradients is the difference from steps that do not
+exchange them. The parts that are linear in K are calibration and DR loss, forward and backward,
+without the solve of R, which one process does for all. The floats that a step sends are counted and
+compared with `floats_per_step`.
 
 With --flops (a device's sustained operations a second) and --bandwidth (bytes a second between two
-devices), which the user gives, the formula says how a step would divide among W devices. It is
-arithmetic on these two numbers and on counted operations, no measurement: element-wise work, memory
-traffic, data loading and the overlap of communication with the backward pass are not in it.
+devices), which the user gives, the formula estimates a step divided among W devices. It is
+arithmetic on these two numbers and on counted operations, not a measurement: it leaves out
+element-wise work, memory traffic, data loading and the overlap of communication with the backward
+pass.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ class Sizes:
 def floats_per_step(
     sizes: Sizes, world_size: int, calibration: CalibrationConfig | None = None
 ) -> dict[str, float]:
-    """Floats of each message of a step as a process holds it when the message is complete.
+    """Return the floats of each message of a step, as a process holds it when it is complete.
 
     None grows with K beyond min(B, K) rows. Those of R travel in one step of `interval`.
     """
@@ -95,7 +97,7 @@ def floats_per_step(
 
 
 class CountingGroup(Collective):
-    """One that counts floats and seconds of what goes through another."""
+    """A `Collective` that counts the floats and seconds of another."""
 
     def __init__(self, group: Collective) -> None:
         self._group = group
@@ -145,7 +147,7 @@ class Runner:
         self._time_parts()
 
     def step(self, batch: tuple[Tensor, ...], *, exchanges: bool = True) -> float:
-        """Take a step on this process's part of the batch; its seconds."""
+        """Take a step on this process's part of the batch and return its seconds."""
         shares = [len(part) for part in batch[1].tensor_split(self.group.world_size)]
         start = sum(shares[: self.group.rank])
         own = [part[start : start + shares[self.group.rank]] for part in batch]
@@ -159,7 +161,7 @@ class Runner:
         return time.perf_counter() - started
 
     def bank_part(self) -> float:
-        """Seconds of calibration and DR loss, forward and backward, without solve and messages."""
+        """Return the seconds of calibration and DR loss, without the solve and the messages."""
         self.method.zero_grad()
         before, solving = self.group.seconds, self.parts["solve"]
         started = time.perf_counter()
@@ -182,7 +184,7 @@ class Runner:
 
 
 def random_backbone(name: str, side: int) -> Backbone:
-    """A timm model as it is initialised: a step costs the same with any weights."""
+    """Return a timm model with its initial weights: a step costs the same with any weights."""
     torch.manual_seed(0)
     encoder = timm.create_model(name, num_classes=0)
     normalization = Normalization((0.5,) * 3, (0.5,) * 3)
@@ -198,14 +200,14 @@ def random_batch(size: int, side: int, num_features: int, num_classes: int) -> t
 
 
 def typical(seconds: list[float], interval: int) -> float:
-    """Mean seconds a step, over medians: one step in `interval`, the first, refreshes R."""
+    """Return mean seconds a step, from medians: one step in `interval`, the first, refreshes R."""
     refreshing = statistics.median(seconds[::interval])
     others = statistics.median(s for i, s in enumerate(seconds) if i % interval)
     return (refreshing + (interval - 1) * others) / interval
 
 
 def measure(rank: int, world_size: int, group: str, banks: Sequence[int]) -> None:
-    """In each process of a group: everything that is measured, printed by the first."""
+    """Measure everything, in each process of a group; the first one prints it."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=group, rank=rank, world_size=world_size)
     backbone = random_backbone(BACKBONE, SIDE)
@@ -263,7 +265,7 @@ def compare(backbone: Backbone, bank_size: int, rank: int) -> list[str]:
 
 
 def _bank_parts(alone: Runner, together: Runner, rank: int) -> dict[str, float]:
-    """Medians of the parts linear in K, in turn; of two processes, those of the slower one."""
+    """Return medians of the parts linear in K, in turn; for two processes, the slower one's."""
     found: dict[str, list[float]] = defaultdict(list)
     for _ in range(5 * alone.interval):
         dist.barrier()
@@ -288,7 +290,7 @@ def _float_lines(sizes: Sizes, counted: float) -> list[str]:
 
 
 def operations(name: str, side: int, batch: int, bank: int, classes: int) -> dict[str, float]:
-    """Floating-point operations of one process's step, counted: encoder, bank, solve."""
+    """Count the floating-point operations of one process's step: encoder, bank, solve."""
     runner = Runner(random_backbone(name, side), bank, classes, alone=True)
     method, num_rows = runner.method, 2  # an encoder's operations are counted on two images
     images, labels, features = random_batch(num_rows, side, method.head.in_features, classes)
@@ -312,7 +314,7 @@ def operations(name: str, side: int, batch: int, bank: int, classes: int) -> dic
 
 
 def predict(flops: float, bandwidth: float) -> list[str]:
-    """How the example's step divides among W devices."""
+    """Print how the example's step divides among W devices."""
     name, side, batch, bank, classes = EXAMPLE
     counts = operations(name, side, batch, bank, classes)
     encoder = timm.create_model(name, num_classes=classes)
@@ -339,7 +341,7 @@ def predict(flops: float, bandwidth: float) -> list[str]:
 
 
 def message_seconds(sizes: Sizes, world_size: int, bandwidth: float) -> float:
-    """Ring algorithms: a sum passes each float twice, a gather or broadcast once."""
+    """Return the seconds of ring algorithms: a sum passes each float twice, others once."""
     if world_size == 1:
         return 0.0
     floats = floats_per_step(sizes, world_size)

@@ -1,4 +1,4 @@
-"""Epochs that a search takes to be as good as random search without early stopping.
+"""Count the epochs until a search is as good as random search without early stopping.
 
     .venv/bin/python benchmarks/search_quality.py
 
@@ -6,16 +6,17 @@ Searches of 30 trials, two at a time, are replayed from tables (benchmarks/curve
 every configuration of a grid, fully trained on 100 or 400 real images) through the package's own
 proposals, samplers, scheduler and searcher, with their defaults. All searches of a seed begin with
 the same five random points; there are no reference trials. The target is the median over the seeds
-of what random search without stopping ends with. A search reaches it when a trial that ran to its
-end is that good: only such a trial can win. Epochs of all trials count.
+of the accuracy with which random search without stopping ends. A search reaches it when a trial
+that ran to its end is that good: only such a trial can win. Epochs of all trials count.
 
-The second table is about the learning rates' schedule (schedules.parquet): how alike the order of
-the configurations is at ASHA's rungs and at the end (Spearman's rho), and the best that is left
-where a third goes on from each rung.
+The second table is about the learning-rate schedule (schedules.parquet): the rank correlation
+(Spearman's rho) between the order of the configurations at ASHA's rungs and at the end, and the
+best configuration that is left where a third continues from each rung.
 """
 
 from __future__ import annotations
 
+import argparse
 import heapq
 import json
 import math
@@ -73,7 +74,7 @@ class Curve:
     outcome: str
 
     def best(self, num_epochs: int | None = None) -> float:
-        """Of the first so many epochs, or of all."""
+        """Return the best accuracy of the first so many epochs, or of all."""
         return max(self.values[:num_epochs], default=0.0)
 
 
@@ -101,7 +102,7 @@ class Replay:
     bests: list[tuple[int, float]] = field(default_factory=list)
 
     def run(self) -> Replay:
-        """Until the search has no further trial; an epoch takes one unit of time."""
+        """Run until the search has no further trial; an epoch takes one unit of time."""
         running: list[tuple[float, int, _Trial]] = []
         self._fill(running, 0.0)
         while running:
@@ -113,12 +114,12 @@ class Replay:
         return self
 
     def epochs_until(self, target: float) -> float:
-        """Epochs until a completed trial was at least so good; infinite if none was."""
+        """Return the epochs until a completed trial was at least this good, or infinity."""
         return next((epochs for epochs, best in self.bests if best >= target), math.inf)
 
     @property
     def final_best(self) -> float:
-        """Of the completed trials."""
+        """Best accuracy of the completed trials."""
         return max(best for _, best in self.bests)
 
     def _fill(self, running: list[tuple[float, int, _Trial]], now: float) -> None:
@@ -179,7 +180,7 @@ def _result(curve: Curve, epoch: int, outcome: str) -> dict[str, Any]:
 
 
 def read_curves(name: str) -> dict[tuple[str, Point], Curve]:
-    """The table: by schedule and place in the grid."""
+    """Return the table by schedule and place in the grid."""
     rows = pq.read_table(HERE / name).to_pylist()
     return {
         (row["schedule"], tuple(row[path] for path in GRID)): Curve(
@@ -192,7 +193,7 @@ def read_curves(name: str) -> dict[tuple[str, Point], Curve]:
 def replayed(
     curves: dict[Point, Curve], max_epochs: int, sampler: str, scheduler: SchedulerConfig, seed: int
 ) -> Replay:
-    """A search of the table with the package's parts."""
+    """Set up a search of the table with the package's parts."""
     base = TrialConfig.from_mapping({"data": {"train": "."}}).with_values(BASE)
     axes = dict(zip(GRID, (sorted(set(axis)) for axis in zip(*curves, strict=True)), strict=True))
     base = base.with_values({path: values[0] for path, values in axes.items()})
@@ -278,6 +279,7 @@ def show_schedules() -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     print(describe_machine("benchmarks/search_quality.py"))
     for images, max_epochs in EPOCHS.items():

@@ -1,13 +1,13 @@
-"""A DR-Tune step beside a CE-tuning step of the same backbone, and where the time goes.
+"""Time a DR-Tune step beside a CE-tuning step of the same backbone, and its parts.
 
     .venv/bin/python benchmarks/step.py           # about ten minutes on two cores
     .venv/bin/python benchmarks/step.py --quick   # EfficientNet-Lite0 with ten classes
 
 Full training steps (forward, backward, SGD with momentum, frozen BatchNorm, channels last) of the
 shipped default with K = 2048 and batches of 64, on random images. CE-tuning, DR-Tune with cached
-frozen features and DR-Tune with the live frozen encoder take their steps in turn. Medians count:
-that of the steps that refresh the rotation and that of the others, weighted as they occur. Ratios
-are DR-Tune / CE-tuning. The parts are means over a further rotation interval.
+frozen features and DR-Tune with the live frozen encoder take their steps in turn. A figure combines
+two medians, of the steps that refresh the rotation and of the others, weighted as they occur.
+Ratios are DR-Tune / CE-tuning. The parts are means over a further rotation interval.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CE, CACHED, LIVE = "CE-tuning", "cached", "live"
 
 
 def random_backbone(name: str, side: int) -> Backbone:
-    """A timm model as it is initialised: a step costs the same with any weights."""
+    """Return a timm model with its initial weights: a step costs the same with any weights."""
     encoder = timm.create_model(name, num_classes=0)
     normalization = Normalization((0.5,) * 3, (0.5,) * 3)
     return Backbone(name, side, encoder.num_features, normalization, encoder.state_dict())
@@ -72,7 +72,7 @@ class Contender:
             self.method.bank.enqueue(features, features.flip(1), labels)
 
     def step(self, images: Tensor, labels: Tensor, features: Tensor) -> float:
-        """Take a step; its seconds."""
+        """Take a step and return its seconds."""
         started = time.perf_counter()
         output = self.method(images, labels, features if self.kind == CACHED else None)
         self.optimizer.zero_grad(set_to_none=True)
@@ -82,14 +82,14 @@ class Contender:
 
 
 def typical(seconds: list[float], interval: int) -> float:
-    """Mean seconds a step, over medians: one step in `interval`, the first, refreshes R."""
+    """Return mean seconds a step, from medians: one step in `interval`, the first, refreshes R."""
     refreshing = statistics.median(seconds[::interval])
     others = statistics.median(s for i, s in enumerate(seconds) if i % interval)
     return (refreshing + (interval - 1) * others) / interval
 
 
 class PartTimer:
-    """Seconds spent in calls that a contender makes, by the name given to each."""
+    """Return the seconds of the calls that a contender makes, by the name given to each."""
 
     def __init__(self, contender: Contender) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -152,7 +152,7 @@ def compare(name: str, side: int, num_classes: int, turns: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="the first case alone")
+    parser.add_argument("--quick", action="store_true", help="the first case only")
     cases = CASES[:1] if parser.parse_args().quick else CASES
     torch.set_num_threads(2)
     print(describe_machine("benchmarks/step.py"))

@@ -1,6 +1,7 @@
-"""Print requirements of pyproject.toml, a line each: ``dependencies``, or the name of an extra.
+"""Print the requirements that pyproject.toml lists, one a line, for the names given.
 
-``mlflow`` stands for MLflow's server with accounts and buckets, at the version of the dependencies.
+A name is ``dependencies`` or that of an extra; ``mlflow`` is MLflow's server with accounts and
+buckets, in the version of the dependencies.
 """
 
 import sys

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs once, on an empty volume: two accounts, each the owner of its own database.
+# Runs once, on an empty volume: creates two accounts, each the owner of its own database.
 set -eu
 psql --username "$POSTGRES_USER" --dbname postgres --set ON_ERROR_STOP=1 \
   --set study="$STUDY_PASSWORD" --set mlflow="$MLFLOW_PASSWORD" <<'SQL'
