@@ -34,7 +34,7 @@ WORKER, CONTROLLER, TRIAL_DRIVER = (
     b"ray::TrainController",
     b"ray::ImplicitFunc",
 )
-RESUMED = "goes on from its last save"
+RESUMED = "resumes from its last save"
 AGENTS = (b"ray::DashboardAgent", b"ray::RuntimeEnvAgent")
 
 

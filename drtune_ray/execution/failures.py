@@ -175,6 +175,6 @@ def full_disk_as_problem(folder: Path) -> Iterator[None]:
         if outcome_of(error) != DISK_FULL:
             raise
         raise EnvironmentProblem(
-            f"the disk that holds {folder} is full: free space there, then the same command goes "
-            "on where it stopped"
+            f"the disk that holds {folder} is full: free space there, then the same command "
+            "resumes the study"
         ) from error

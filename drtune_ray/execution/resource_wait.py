@@ -68,7 +68,7 @@ class ResourceWait:
         if waited >= self._limit:
             raise EnvironmentProblem(
                 f"no trial could start for {_time(waited)}: a trial takes {self._demand} and "
-                f"{free_text()} are free. Nothing is lost: the same command goes on. Free "
+                f"{free_text()} are free. Nothing is lost: the same command resumes it. Free "
                 f"resources, add nodes, or raise resources.wait_seconds={self._limit:g}"
             )
         if waited >= self._next_notice:

@@ -73,7 +73,7 @@ class Lease:
             raise EnvironmentProblem(
                 f"the artifacts did not take the lease of study {self._study!r} for "
                 f"{silent_seconds:.0f} s, and another driver may take the study over: the same "
-                "command goes on when they answer again"
+                "command resumes it when they answer again"
             )
 
     def take(self) -> None:

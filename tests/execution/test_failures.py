@@ -128,8 +128,8 @@ def test_full_disk_as_problem(tmp_path):
         except OSError as error:
             raise RuntimeError("Tune failed") from error
     assert str(caught.value) == (
-        f"the disk that holds {tmp_path} is full: free space there, then the same command goes on "
-        "where it stopped"
+        f"the disk that holds {tmp_path} is full: free space there, then the same command "
+        "resumes the study"
     )
     with pytest.raises(KeyError), full_disk_as_problem(tmp_path):
         raise KeyError

@@ -207,7 +207,7 @@ def test_a_training_whose_controller_is_killed_and_that_is_interrupted(killed, t
     driver.send_signal(signal.SIGINT)
     output = study.finish(driver, expected=130)
     assert output.count(RESUMED) == 1
-    assert "The same command goes on" in output and "Traceback" not in output
+    assert "The same command resumes" in output and "Traceback" not in output
     num_later = study.num_trained("step") - before
     client, (run,), _ = mlflow_runs(study.folder)
     assert run.info.status == "KILLED"

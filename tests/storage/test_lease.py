@@ -233,7 +233,7 @@ def test_lease__a_holder_that_cannot_be_seen_stops_before_another_takes_over(
         mine.check()
     assert str(caught.value) == (
         "the artifacts did not take the lease of study 'flowers' for 21 s, and another driver may "
-        "take the study over: the same command goes on when they answer again"
+        "take the study over: the same command resumes it when they answer again"
     )
     folder.is_away = False
     mine.beat()

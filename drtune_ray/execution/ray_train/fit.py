@@ -124,9 +124,9 @@ def _fit_until_it_ends(
                 raise EnvironmentProblem(
                     f"the workers failed {num_failures} times within one epoch, last: "
                     f"{failure.outcome} ({failure.error}). Nothing that was saved is lost: the "
-                    "same command goes on"
+                    "same command resumes the training"
                 ) from error
-            logger.warning("training goes on from its last save: %s", failure.error)
+            logger.warning("training resumes from its last save: %s", failure.error)
             remove_orphans()  # they would compete with the next workers
 
 

@@ -103,7 +103,7 @@ class StudyCallback(Callback):  # type: ignore[misc]
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Log the failure of a process whose trial is restarted."""
         number, failure = trial.config[CONFIG_NUMBER], self._failure(trial)
-        logger.warning("trial %d goes on from its last save: %s", number, failure.error)
+        logger.warning("trial %d resumes from its last save: %s", number, failure.error)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record and emit the last failure of a trial."""
