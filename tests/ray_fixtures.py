@@ -8,10 +8,11 @@ of the cluster starts its own.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
+from _pytest.nodeid import coerce_node_id
 
 from tests import leftovers
 from tests.clusters import address_set, joined, start_cluster
@@ -25,6 +26,20 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "xdist_group(name): runs in one process of pytest-xdist with its group"
     )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None, None, None]:
+    """Give each test the id by which pytest-xdist knows its group.
+
+    pytest-xdist 3.8 writes it to an attribute that pytest 9.2 does not read: without this,
+    ``--dist loadgroup`` divides the tests as if none had a group.
+    """
+    yield
+    for item in items:
+        wanted = vars(item).get("_nodeid")
+        if wanted is not None and wanted != item.nodeid:
+            item._id = coerce_node_id(wanted)
 
 
 @pytest.fixture(scope="session")

@@ -160,6 +160,9 @@ class Killed:
         """What the condition gives when it is no longer false."""
         deadline = time.monotonic() + seconds
         while not (found := condition()):
+            code = self.drivers[-1].poll() if self.drivers else None
+            is_expected = code in (None, 0, 130, -signal.SIGKILL)
+            assert is_expected, f"not {what}: exit code {code}:\n{self.log.read_text()}"
             assert time.monotonic() < deadline, f"not {what}:\n{self.log.read_text()}"
             time.sleep(0.02)
         return found

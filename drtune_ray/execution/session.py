@@ -68,7 +68,7 @@ def ray_session(*, with_dashboard: bool = False) -> Iterator[Capacity]:
         elif not was_joined:
             check_address(address)
             ray.init(address, runtime_env={"env_vars": worker_environment()}, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except Exception as error:  # a node that starts too slowly raises just that (Ray 2.60)
         ray.shutdown()  # of what it had begun
         raise EnvironmentProblem(_unreachable(address, error)) from None
     try:

@@ -92,6 +92,19 @@ def test_ray_session__a_closed_port(monkeypatch):
             pass
 
 
+def test_ray_session__a_start_that_takes_too_long_is_one_message(monkeypatch):
+    import ray
+
+    def start(*arguments: Any, **settings: Any) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", start)
+    message = r"^Ray cannot be started: The current node timed out during startup\.$"
+    with pytest.raises(EnvironmentProblem, match=message), ray_session():
+        pass
+
+
 def test_worker_environment__what_training_needs_and_nothing_secret(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")

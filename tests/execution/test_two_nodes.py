@@ -192,6 +192,7 @@ class Elastic:
         values |= {"training.workers": [1, 2], "training.epochs": num_epochs}
         self.study = Killed.__new__(Killed)
         self.study.orders, self.study.log = folder / "orders", folder / "log"
+        self.study.drivers = []
         self.study.log.touch()
         self.config = small_trial(values)
         self.storage = folder / "storage"

@@ -45,7 +45,7 @@ from tests.survival import COMMAND, CONTROLLER, RESUMED, TRIAL_DRIVER, WORKER, K
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-HANG_SECONDS = 8
+HANG_SECONDS = 10
 
 
 def titled(study: Killed, title: bytes) -> list[int]:
