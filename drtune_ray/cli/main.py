@@ -97,9 +97,9 @@ def tune(
 def preview(
     study_file: Path | None, assignments: tuple[str, ...], as_json: bool, **flags: Any
 ) -> None:
-    """Say what a study will cost; takes what tune takes, and about a minute.
+    """Estimate what a study will cost, in about a minute; takes the arguments of tune.
 
-    Trains for seconds on some of the images; nothing is written under the storage.
+    Trains for seconds on some of the images; writes nothing under the storage.
     """
     from drtune_ray.display.outputs import json_stdout, write_json
     from drtune_ray.display.preview import preview_facts, preview_lines
