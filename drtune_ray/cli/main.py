@@ -104,10 +104,9 @@ def tune(
 def preview(
     study_file: Path | None, assignments: tuple[str, ...], as_json: bool, **flags: Any
 ) -> None:
-    """Estimate what a study will cost.
+    """Estimate what a study will cost, in a minute or two; takes the arguments of tune.
 
-    Takes tune's arguments, and about a minute: trains on some of the images for seconds, and writes
-    nothing under the storage.
+    Trains for seconds on some of the images; writes nothing under the storage.
     """
     from drtune_ray.display.outputs import json_stdout, write_json
     from drtune_ray.display.preview import preview_facts, preview_lines
