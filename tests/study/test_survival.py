@@ -117,7 +117,7 @@ def interrupt(study: Killed, driver: subprocess.Popen[bytes], how: signal.Signal
     # A job that Ray stops is killed after three; here other tests may hold the CPUs meanwhile.
     assert seconds < 10
     output = study.finish(driver, expected=130)[printed:]
-    assert "Stopping: running trials save" in output
+    assert "Stopping: running trials" in output
     assert "The same command resumes where it stopped" in output
     assert "Traceback" not in output
     _, (parent,), children = mlflow_runs(study.folder)
