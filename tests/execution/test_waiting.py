@@ -113,14 +113,13 @@ def busy(shared_ray, monkeypatch) -> Iterator[Any]:
     monkeypatch.setattr(resource_wait, "FIRST_NOTICE_SECONDS", 1.0)
     pipe = subprocess.PIPE
     command = [sys.executable, "-c", HOLD, shared_ray.address]
-    other = subprocess.Popen(command, stdin=pipe, stdout=pipe)
-    assert other.stdin and other.stdout
-    try:
-        assert other.stdout.readline() == b"held\n"
-        yield other.stdin.close
-    finally:
-        other.kill()
-        other.wait()
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as other:
+        assert other.stdin and other.stdout
+        try:
+            assert other.stdout.readline() == b"held\n"
+            yield other.stdin.close
+        finally:
+            other.kill()
 
 
 def waiting_study(folder: Any, weights_file: Any, workers: int, wait_seconds: float) -> StudyConfig:
