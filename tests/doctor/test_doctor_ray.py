@@ -163,7 +163,7 @@ def test_a_wrong_token_is_named_by_its_file(head: str, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("f" * 64)
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
     found = examined("--address", head, "--storage", str(tmp_path), **environment)
-    text = f"the cluster refuses the token of {tmp_path}/token: {COPY}"
+    text = f"the cluster rejects the token from {tmp_path}/token: {COPY}"
     assert found["ray token"] == ("failed", text)
 
 
