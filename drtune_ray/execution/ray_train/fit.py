@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray.train
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.train.torch import TorchTrainer
 
 from drtune_ray.config.trial import TrialConfig
@@ -138,11 +138,13 @@ class _Epochs:
         self.num_emitted = 0
 
     def listen(self, queue: Any) -> None:
-        while (records := queue.get()) is not None:
-            for record in records:
-                if record.epoch > self.num_emitted:
-                    self._emit_epoch(record)
-                    self.num_emitted = record.epoch
+        # The queue of a run that was given up ends with its process or its cluster.
+        with contextlib.suppress(RayError):
+            while (records := queue.get()) is not None:
+                for record in records:
+                    if record.epoch > self.num_emitted:
+                        self._emit_epoch(record)
+                        self.num_emitted = record.epoch
 
     def _emit_epoch(self, record: EpochRecord) -> None:
         self._emit(MetricsRecorded(self._key, record.epoch, record.metrics, record.time_ms))
