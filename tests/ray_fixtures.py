@@ -21,13 +21,6 @@ NODE_PATH = "/path/of/the/node"  # PYTHONPATH where the cluster was started
 NUM_CPUS = 2
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Make the marker known also where pytest-xdist is not installed."""
-    config.addinivalue_line(
-        "markers", "xdist_group(name): runs in one process of pytest-xdist with its group"
-    )
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None, None, None]:
     """Give each test the id by which pytest-xdist knows its group.
