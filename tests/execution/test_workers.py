@@ -304,7 +304,7 @@ def test_four_trials_share_a_gpu(shared_ray, tmp_path, weights_file):
     try:
         with joined(shared_ray.address):
             trials = [placement_group(bundles) for _ in range(5)]
-            assert all(trial.wait(20) for trial in trials[:4])
+            assert all(trial.wait(120) for trial in trials[:4])
             assert not trials[4].wait(2)
     finally:
         shared_ray.remove_node(node)
