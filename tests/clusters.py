@@ -39,21 +39,38 @@ def start_cluster(**head: Any) -> Any:
 
 
 @contextmanager
+def token_auth() -> Iterator[None]:
+    """Have Ray ask for the token of this user within a block, as a local ``ray.init()`` does.
+
+    That sets the mode for the rest of the process, and a process cannot go back (Ray 2.60): a
+    cluster that was started without a token would take this process for dead from then on.
+    """
+    from ray._private.authentication import authentication_token_setup as setup
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        setup._enable_token_auth()  # Ray has read the mode already when it was imported
+        setup.ensure_token_if_auth_enabled(None, create_token_if_missing=True)
+        yield
+
+
+@contextmanager
 def cluster_of(cpus: Sequence[int]) -> Iterator[Any]:
     """A cluster with a node for each number of CPUs, the first is the head."""
-    cluster = start_cluster(num_cpus=cpus[0])
-    try:
-        for number in cpus[1:]:
-            cluster.add_node(num_cpus=number)
-        yield cluster
-    finally:
-        cluster.shutdown()
+    with token_auth():
+        cluster = start_cluster(num_cpus=cpus[0])
+        try:
+            for number in cpus[1:]:
+                cluster.add_node(num_cpus=number)
+            yield cluster
+        finally:
+            cluster.shutdown()
 
 
 @contextmanager
 def address_set(cluster: Any) -> Iterator[Any]:
     """Within, a study that this process runs joins the cluster."""
-    with pytest.MonkeyPatch.context() as patch:
+    with token_auth(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", cluster.address)
         yield cluster
 

@@ -15,7 +15,7 @@ import pytest
 from _pytest.nodeid import coerce_node_id
 
 from tests import leftovers
-from tests.clusters import address_set, joined, start_cluster
+from tests.clusters import address_set, joined, start_cluster, token_auth
 
 NODE_PATH = "/path/of/the/node"  # PYTHONPATH where the cluster was started
 NUM_CPUS = 2
@@ -44,12 +44,13 @@ def ray_cluster() -> Iterator[Any]:
                 patch.delenv(name)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PYTHONPATH", NODE_PATH)
-        cluster = start_cluster(
-            num_cpus=NUM_CPUS, include_dashboard=True, dashboard_port=leftovers.free_port()
-        )
+        with token_auth():
+            cluster = start_cluster(
+                num_cpus=NUM_CPUS, include_dashboard=True, dashboard_port=leftovers.free_port()
+            )
     try:
         yield cluster
-        with joined(cluster.address):
+        with token_auth(), joined(cluster.address):
             leftovers.assert_cluster_is_empty()
     finally:
         cluster.shutdown()

@@ -28,7 +28,7 @@ from drtune_ray.execution import ray_state
 from drtune_ray.execution.capacity import Demand, Node
 from drtune_ray.execution.ray_train import worker_group
 from drtune_ray.execution.ray_tune import patches, run
-from tests.clusters import joined
+from tests.clusters import joined, token_auth
 from tests.ray_fixtures import NUM_CPUS
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("clusters")]
@@ -79,7 +79,7 @@ class TrainController(Answering):
 @pytest.fixture(scope="module")
 def cluster(ray_cluster: Any) -> Iterator[Any]:
     """The shared cluster, which this process has joined."""
-    with joined(ray_cluster.address):
+    with token_auth(), joined(ray_cluster.address):
         yield ray_cluster
 
 
