@@ -51,10 +51,10 @@ def test_plain_http_to_another_machine__is_refused_first(tmp_path, server, comma
     address = f"http://0.0.0.0:{server.server_port}"
     done = run(tmp_path, *command, "--address", address)
     message = (
-        f"--address {address} is plain http to another machine: whoever is on the way reads the "
-        "token and runs code on the cluster. Give https://, reach the server through `ssh -L` or "
-        "`kubectl port-forward` at http://127.0.0.1:PORT, or add --insecure-http where you trust "
-        "the whole network"
+        f"--address {address} uses plain http to another machine: anyone on the network path can "
+        "read the token and run code on the cluster. Give https://, reach the server through "
+        "`ssh -L` or `kubectl port-forward` at http://127.0.0.1:PORT, or add --insecure-http if you "
+        "trust the whole network"
     )
     refused(done, 2, message)
     assert server.requests == []

@@ -281,7 +281,7 @@ def test_keep_limit__a_table_in_use_by_another_process_stays(
         assert [said(process), said(process)] == ["building", "has it"]
         store.keep_limit()
         assert is_rows(tmp_path / "cache" / NAME)
-        assert "more than data.cache_limit_gib=0: studies that are running" in caplog.text
+        assert "more than data.cache_limit_gib=0: running studies use" in caplog.text
         process.communicate()  # closes its input: it ends
         store.keep_limit()
     assert visible(tmp_path) == []

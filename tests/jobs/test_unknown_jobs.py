@@ -32,8 +32,8 @@ JOBS = [job(1, "roses", "/shared"), job(1, "tulips", "/shared"), job(2, "tulips"
 UNKNOWN = "no study 'lilies' was submitted to ADDRESS; it has ['roses', 'tulips']"
 ELSEWHERE = "no study 'roses' in /other was submitted to ADDRESS; it has ['roses', 'tulips']"
 TWICE = (
-    "studies of the name 'tulips' were submitted with the storages ['/other', '/shared']: say "
-    "which by --storage"
+    "studies named 'tulips' were submitted with the storages ['/other', '/shared']: choose one "
+    "with --storage"
 )
 REFUSED = [
     (command, arguments, said)
