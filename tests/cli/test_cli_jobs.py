@@ -53,8 +53,8 @@ def test_plain_http_to_another_machine__is_refused_first(tmp_path, server, comma
     message = (
         f"--address {address} uses plain http to another machine: anyone on the network path can "
         "read the token and run code on the cluster. Give https://, reach the server through "
-        "`ssh -L` or `kubectl port-forward` at http://127.0.0.1:PORT, or add --insecure-http if you "
-        "trust the whole network"
+        "`ssh -L` or `kubectl port-forward` at http://127.0.0.1:PORT, or add --insecure-http if "
+        "you trust the whole network"
     )
     refused(done, 2, message)
     assert server.requests == []
