@@ -67,7 +67,7 @@ def test_the_finals_name_the_winner_and_are_resumed(tmp_path, weights_file):
     assert sorted(mark for mark in marks if mark) == sorted(t.finalist for t in result.trials[3:])
     assert {run.info.status for run in children} <= {"FINISHED", "KILLED"}
     said = "\n".join(result_lines(result, "drtune-ray"))
-    assert "The winner is named by its mean, not by the search's maximum over 3 trials" in said
+    assert "The winner is chosen by this mean, not by the search's maximum over 3 trials" in said
     assert run_study(config).was_done
     more = config.model_copy(
         update={"finalists": config.finalists.model_copy(update={"num_seeds": 3})}

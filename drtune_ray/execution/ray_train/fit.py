@@ -73,20 +73,14 @@ def fit(
         if (error := run.full_disk()) is not None:
             raise error
 
-    queue, epochs = _queue_here(), _Epochs(run.emit, key)
-    listener = threading.Thread(target=epochs.listen, args=(queue,), daemon=True)
-    listener.start()
     with (
+        _listening(run.emit, key) as (queue, epochs),
         scratch_folder(run.scratch) as scratch,
         controllers_ended(),
         saving_when_interrupted(run.study_id, lambda: [folder.path.name], run.on_interrupt),
         train_environment(run.resources, config.training),
     ):
-        result = _fit_until_it_ends(start, folder, epochs, on_turn)
-    queue.put(None)
-    listener.join(timeout=30)
-    queue.shutdown()
-    return result
+        return _fit_until_it_ends(start, folder, epochs, on_turn)
 
 
 def advice(outcome: str, config: TrialConfig) -> str:
@@ -150,6 +144,25 @@ class _Epochs:
         self._emit(MetricsRecorded(self._key, record.epoch, record.metrics, record.time_ms))
         first = (record.epoch - 1) * len(record.steps) + 1
         self._emit(StepsRecorded(self._key, first, record.steps, record.time_ms))
+
+
+@contextlib.contextmanager
+def _listening(emit: Sink, key: RunKey) -> Iterator[tuple[Any, _Epochs]]:
+    """Emit the epochs that workers put into a queue; the listening thread ends with the block."""
+    queue, epochs = _queue_here(), _Epochs(emit, key)
+    listener = threading.Thread(target=epochs.listen, args=(queue,), daemon=True)
+    listener.start()
+    try:
+        yield queue, epochs
+    except BaseException:
+        # Ray crashes if it shuts down while a thread waits for it.
+        with contextlib.suppress(Exception):  # a cluster whose head is gone
+            queue.shutdown(force=True)
+        listener.join(timeout=CONTROLLER_END_SECONDS)
+        raise
+    queue.put(None)
+    listener.join(timeout=30)
+    queue.shutdown()
 
 
 def _queue_here() -> Any:
