@@ -196,7 +196,9 @@ print(sends_token(), token_of_this_machine())
 
 def test_authentication(cluster: Any) -> None:
     with broken_by_upgrade(ray_state.head_refuses):
-        assert not ray_state.head_refuses(cluster.address, None, 10)
+        own_token = ray_state.token_of_this_machine()
+        assert own_token and not ray_state.head_refuses(cluster.address, own_token, 10)
+        assert ray_state.head_refuses(cluster.address, None, 10)
         with pytest.raises(ConnectionError, match=r"^[A-Z_]+$"):
             ray_state.head_refuses("127.0.0.1:9", None, 10)
     with broken_by_upgrade(ray_state.sends_token, ray_state.token_of_this_machine):
