@@ -1,1 +1,1 @@
-"""Where trials run: everything that uses Ray."""
+"""The running of trials on Ray: the one package, with doctor and jobs, that imports it."""
