@@ -95,11 +95,6 @@ class Capacity:
         """Return the resources of a process that only waits for a trial's workers."""
         return {HEAD_NODE: HEAD_SHARE} if self.num_trial_drivers is None else {TRIAL_DRIVER: 1.0}
 
-    @property
-    def has_gpus(self) -> bool:
-        """Whether a node has GPUs, or an autoscaler may start one that has."""
-        return any(node.num_gpus for node in (*self.nodes, *(g.node for g in self.groups)))
-
     def trials_now(self, demand: Demand) -> int:
         """Return how many trials the living nodes hold."""
         return self._at_most(sum(map(demand.bundles_on, self.nodes)), demand)
