@@ -53,7 +53,6 @@ NOT_OF_INPUT = {
     "study/training_run.py:_Training._train_and_write",
     "space/search_space.py:SearchSpace.clamped",
     "config/section.py:refusal",  # the form of the settings' messages, which have own rules
-    "config/section.py:unknown_path_problem",  # of search spaces
     "tracking/mlflow_recorder.py:MlflowRecorder._find",  # what MLflow is searched for
     "tracking/mlflow_recorder.py:runs_page",
     "training/backbones.py:KeyReport.__str__",

@@ -143,9 +143,3 @@ def known_paths(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
         annotation = field.annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             yield from known_paths(annotation, f"{prefix}{name}.")
-
-
-def unknown_path_problem(section: type[BaseModel], path: str) -> str | None:
-    """Return a sentence that names the nearest valid path, or None where the path exists."""
-    valid = list(known_paths(section))
-    return None if path in valid else unknown_name("key", path, valid)

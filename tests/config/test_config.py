@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from drtune_ray.config.presets import PRESETS
-from drtune_ray.config.section import Section, known_paths, unknown_path_problem
+from drtune_ray.config.section import Section, known_paths
 from drtune_ray.config.study import StudyConfig, reference_config
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import ConfigError
@@ -75,18 +75,6 @@ def test_study_from_mapping__unknown_key_below_trial() -> None:
         "unknown key 'trial.method.bank_sizes'; did you mean 'trial.method.bank_size'?",
         "unknown key 'sampler.nme'; did you mean 'sampler.name'?",
     }
-
-
-@pytest.mark.parametrize(
-    ("path", "problem"),
-    [
-        ("training.epochs", None),
-        ("training", None),
-        ("training.epoch", "unknown key 'training.epoch'; did you mean 'training.epochs'?"),
-    ],
-)
-def test_unknown_path_problem(path: str, problem: str | None) -> None:
-    assert unknown_path_problem(TrialConfig, path) == problem
 
 
 # ---- refused values
