@@ -9,6 +9,9 @@ import pytest
 # Modules with a test of the first marker run first: the longest tasks must not be left for the end.
 LONGEST_FIRST = ("ray", "browser", "ddp", "slow")
 
+# After so many seconds a test with Ray hangs: a story of kills takes minutes on a busy machine.
+RAY_TIMEOUT_SECONDS = 1200
+
 
 def order_groups(items: list[pytest.Item]) -> None:
     """Keep the tests of a module on one worker, and start with the modules that take longest.
@@ -22,6 +25,8 @@ def order_groups(items: list[pytest.Item]) -> None:
         turns[module] = min(turns.get(module, len(LONGEST_FIRST)), _turn(item))
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(module))
+        if item.get_closest_marker("ray") and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(RAY_TIMEOUT_SECONDS))
     items.sort(key=lambda item: turns[module_of(item)])
 
 

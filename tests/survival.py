@@ -87,7 +87,7 @@ class Killed:
         self.file.write_text(to_yaml(self.values))
 
     def hurry(self) -> None:
-        """Have steps from now on take no longer than they must."""
+        """Have steps from now on take no longer than they must, and none be held."""
         (self.orders / "hurry").touch()
 
     def start(self) -> subprocess.Popen[bytes]:

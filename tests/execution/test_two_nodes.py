@@ -26,9 +26,10 @@ from tests.survival import RESUMED, SABOTAGE, Joined, Killed, kill
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
-    pytest.mark.timeout(1200),
     pytest.mark.xdist_group("two-nodes"),
 ]
+
+HELD_EPOCH = 30
 
 
 class Nodes:
@@ -96,11 +97,33 @@ def joined_study(killed: Any, num_workers: int, **changes: Any) -> Joined:
     return study
 
 
+def last_epochs(study: Killed) -> dict[str, int]:
+    """The last epoch that was trained of each trial."""
+    found: dict[str, int] = {}
+    for digest, epoch, _ in study.trained():
+        found[digest] = max(epoch, found.get(digest, 0))
+    return found
+
+
+def wait_until_both_train(study: Killed) -> None:
+    """Wait until each trial has trained another epoch, unless it is held."""
+    before = last_epochs(study)
+    study.wait_for(
+        lambda: all(
+            epoch > before[digest] or epoch == HELD_EPOCH - 1
+            for digest, epoch in last_epochs(study).items()
+        ),
+        "both trials trained",
+    )
+
+
 def test_a_node_is_lost_and_others_are_drained(nodes, killed):
     """One resident trial on each of two nodes; a drained node is no failure."""
     nodes.add()
     nodes.add()
     study = joined_study(killed, 1, trials=2)
+    # The trial that keeps its node must not end while the other one moves.
+    study.order(f"hold@{HELD_EPOCH}")
     secret = "do-not-tell"  # noqa: S105
     study.environment |= {"AWS_SECRET_ACCESS_KEY": secret, "OMP_NUM_THREADS": "1"}
     driver = study.start()
@@ -119,14 +142,14 @@ def test_a_node_is_lost_and_others_are_drained(nodes, killed):
     nodes.add()
     study.wait_until_resumed(1)
     study.wait_for(lambda: len(study.actors()) == 2, "two actors")
-    study.wait_for_epochs(2)
+    wait_until_both_train(study)
     assert study.num_repeated("epoch") <= 1
     # As often as a trial may fail: with the node that it lost, once more than that.
     for number in range(MAX_MACHINE_FAILURES):
         nodes.replace_last()
         study.wait_until_resumed(2 + number)
+        wait_until_both_train(study)
     num_repeated = study.num_repeated()
-    study.wait_for_epochs(2)
     study.hurry()
     study.finish(driver)
     assert study.num_repeated() == num_repeated <= 4  # an epoch, of the node that was lost

@@ -23,7 +23,7 @@ from drtune_ray.tracking.events import MetricsRecorded, RunFinished
 from tests.clusters import joined
 from tests.study.test_study import study_values
 
-pytestmark = [pytest.mark.xdist_group("waiting"), pytest.mark.timeout(900)]
+pytestmark = pytest.mark.xdist_group("waiting")
 
 PENDING = Placements(is_pending=True, is_placed=False)
 RUNNING = Placements(is_pending=True, is_placed=True)  # one runs, another waits for it

@@ -85,7 +85,6 @@ class Meter:
 @pytest.mark.xdist_group("workers")
 # Twenty see a growth of memory; two see that a trial's processes and resources are given back.
 @pytest.mark.parametrize("num_stops", [2, pytest.param(20, marks=pytest.mark.chaos)])
-@pytest.mark.timeout(1200)
 def test_stopped_trials_give_everything_back(
     shared_ray, tmp_path, weights_file, monkeypatch, num_stops
 ):
@@ -125,7 +124,6 @@ def test_stopped_trials_give_everything_back(
 
 
 @pytest.mark.xdist_group("workers-hits")
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(n, marks=pytest.mark.chaos) for n in range(1, 4))]
 )
@@ -187,7 +185,6 @@ def max_epoch(study: Killed) -> int:
 
 
 @pytest.mark.xdist_group("workers")
-@pytest.mark.timeout(1200)
 def test_a_training_whose_controller_is_killed_and_that_is_interrupted(killed, tmp_path):
     """`drtune-ray train` on two workers, in processes of its own."""
     study = killed(environment={"SABOTAGE_STEP_SECONDS": "0.1"})

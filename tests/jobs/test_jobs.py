@@ -74,7 +74,6 @@ def submitted(cluster: JobCluster, file: Path, *arguments: str) -> subprocess.Po
     )
 
 
-@pytest.mark.timeout(900)
 def test_the_demo__followed_left_stopped_killed_and_gone_on_with(cluster, tracking, tmp_path):
     file = demo_file(tmp_path, tracking)
     study = tmp_path / "studies" / "demo"

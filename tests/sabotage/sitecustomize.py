@@ -1,8 +1,9 @@
 """Failures on order, for processes that find this folder on PYTHONPATH; nothing of it is shipped.
 
 ``SABOTAGE`` names a folder. A file ``hang@2`` in it makes the first process that trains a step of
-its third epoch hang; who takes an order removes the file. Every step and epoch that is trained is
-written into ``trained`` in that folder, after ``SABOTAGE_STEP_SECONDS`` unless it holds ``hurry``.
+its third epoch hang; who takes an order removes the file. ``hold@30`` stays: every process waits
+before a step of its 31st epoch or a later one. Every step and epoch that is trained is written into
+``trained`` in that folder, after ``SABOTAGE_STEP_SECONDS``. A file ``hurry`` ends both waits.
 """
 
 from __future__ import annotations
@@ -55,6 +56,20 @@ def _act(epoch: int) -> None:
                 ACTIONS[what]()
 
 
+def _wait(epoch: int) -> None:
+    folder = os.environ["SABOTAGE"]
+    seconds = float(os.environ.get("SABOTAGE_STEP_SECONDS", "0.03"))
+    is_first = True
+    while not os.path.exists(os.path.join(folder, "hurry")) and (is_first or _is_held(epoch)):
+        time.sleep(seconds)
+        is_first = False
+
+
+def _is_held(epoch: int) -> bool:
+    held = (name.partition("@") for name in os.listdir(os.environ["SABOTAGE"]))
+    return any(what == "hold" and int(when) <= epoch for what, _, when in held)
+
+
 def _record(trial: Any, what: str) -> None:
     if trial.group.rank:
         return
@@ -79,8 +94,7 @@ def _sabotage(module: Any) -> None:
 
     def slow_update(self: Any, loss: Any) -> None:
         _act(self.progress.epochs_done)
-        if not os.path.exists(os.path.join(os.environ["SABOTAGE"], "hurry")):
-            time.sleep(float(os.environ.get("SABOTAGE_STEP_SECONDS", "0.03")))
+        _wait(self.progress.epochs_done)
         update(self, loss)
         _record(self, "step")
 

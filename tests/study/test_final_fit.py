@@ -36,7 +36,6 @@ def asked(folder: Any, weights_file: Any, **final_fit: Any) -> StudyConfig:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(1200)  # a study and two trainings with Ray Train, or three
 def test_the_winner_is_trained_again_on_validation_images_too(shared_ray, tmp_path, weights_file):
     """By as many workers as there are."""
     config = asked(tmp_path, weights_file, workers=[1, 2])
@@ -102,7 +101,6 @@ def test_the_winner_is_trained_again_on_validation_images_too(shared_ray, tmp_pa
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_one_that_diverges_is_reported_and_the_weights_of_the_best_seed_are_kept(
     shared_ray, tmp_path, weights_file, monkeypatch
 ):

@@ -22,7 +22,6 @@ pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.usefixtures("shared_ray"),
-    pytest.mark.timeout(900),
     pytest.mark.xdist_group("finals"),
 ]
 

@@ -26,7 +26,6 @@ from tests.small import small_values, write_coloured
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.usefixtures("shared_ray"),
-    pytest.mark.timeout(900),
     pytest.mark.xdist_group("study"),
 ]
 

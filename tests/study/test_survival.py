@@ -55,7 +55,6 @@ def steps_of_running(study: Killed) -> list[int]:
 
 
 @pytest.mark.xdist_group("survival-hits")
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("seed", [0, *MORE_SEEDS])
 def test_a_study_whose_actor_and_driver_are_killed_and_interrupted(killed, seed):
     moments, study = random.Random(seed), killed(trials=8)
@@ -135,7 +134,6 @@ def interrupt(study: Killed, driver: subprocess.Popen[bytes], how: signal.Signal
 
 
 @pytest.mark.xdist_group("survival-kills")
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("seed", [0, *MORE_SEEDS])
 def test_a_joined_cluster_is_left_empty_and_decisions_are_the_same_after_kills(
     killed, tmp_path, shared_ray, seed
@@ -178,7 +176,6 @@ def test_a_joined_cluster_is_left_empty_and_decisions_are_the_same_after_kills(
 
 
 @pytest.mark.xdist_group("survival-kills")
-@pytest.mark.timeout(1200)
 def test_processes_that_are_terminated_or_hang_are_replaced_or_fail_by_name(killed):
     """One trial at a time: who hangs once resumes, who always hangs fails and is retried later."""
     changes = {"trials_at_a_time": 1, "hang_seconds": HANG_SECONDS}
@@ -217,7 +214,6 @@ def test_processes_that_are_terminated_or_hang_are_replaced_or_fail_by_name(kill
 
 
 @pytest.mark.xdist_group("survival-hits")
-@pytest.mark.timeout(600)
 def test_an_actor_that_takes_the_hosts_memory_is_killed_and_its_trial_goes_on(killed):
     import psutil
 
@@ -237,7 +233,6 @@ def test_an_actor_that_takes_the_hosts_memory_is_killed_and_its_trial_goes_on(ki
 
 
 @pytest.mark.xdist_group("survival-hits")
-@pytest.mark.timeout(1200)
 def test_full_disks_are_named_and_the_study_can_go_on(killed):
     """First the disk of the checkpoints, then that of the driver."""
     study = killed(trials=2)
