@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 from drtune_ray.errors import ConfigError, EnvironmentProblem, first_line
@@ -304,6 +304,43 @@ def atomic_write(path: Path, fill: Callable[[Path], object], *, is_durable: bool
         raise
     if is_durable:
         _flush(path.parent)
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Append a line that is on disk once this returns; a failure leaves the lines before it alone.
+
+    An incomplete last line, left by a crash, is removed first.
+    """
+    with path.open("a+b", buffering=0) as file:
+        drop_torn_end(file)
+        with whole_or_taken_back(path):
+            left = memoryview(line.rstrip(b"\n") + b"\n")
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+
+
+@contextmanager
+def whole_or_taken_back(path: Path) -> Iterator[None]:
+    """Truncate a file to its present size if what is appended within fails, as on a full disk."""
+    size = path.stat().st_size
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # the first error matters more
+            os.truncate(path, size)
+        raise
+
+
+def drop_torn_end(file: IO[bytes]) -> None:
+    """Remove an incomplete last line, left by a crash or a full disk."""
+    size = file.seek(0, os.SEEK_END)
+    if size == 0:
+        return
+    file.seek(size - 1)
+    if file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def _flush(path: Path) -> None:

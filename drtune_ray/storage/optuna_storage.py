@@ -12,7 +12,6 @@ from pathlib import Path
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from sqlalchemy import create_engine
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
@@ -20,8 +19,8 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from drtune_ray.errors import ConfigError, DrtuneError, EnvironmentProblem, first_line
 from drtune_ray.server_uri import secrets_hidden, with_secrets
 from drtune_ray.storage.artifacts import StudyArtifacts, place_text
-from drtune_ray.storage.record import JOURNAL_NAME, Record
-from drtune_ray.tracking.spool import drop_torn_end
+from drtune_ray.storage.journal import Rebuild, WholeJournal, repair_journal
+from drtune_ray.storage.record import JOURNAL_NAME, RECORD_FILE, Record, read_record
 
 DATABASE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
 EXAMPLE = "postgresql+psycopg://USER:$PASSWORD@HOST/DATABASE"
@@ -39,10 +38,21 @@ def check_database(url: str | None) -> None:
             create_engine(with_secrets(url)).dispose()
 
 
-def open_storage(folder: Path, url: str | None) -> BaseStorage:
+def open_storage(
+    folder: Path,
+    url: str | None,
+    directions: Sequence[str] = ("maximize",),
+    rebuild: Rebuild = lambda trials: {},
+) -> BaseStorage:
     """Open Optuna's storage: the given database, or a journal file in the study's folder.
 
     Only the study's driver, which holds its lock, opens it: nobody else writes to that file.
+
+    Args:
+        folder: Folder of the study.
+        url: URL of the database; None is the journal file.
+        directions: Directions of the study's objectives.
+        rebuild: Returns what other files know of trials that a damaged journal lost.
 
     Raises:
         ConfigError: If the URL is invalid.
@@ -52,9 +62,10 @@ def open_storage(folder: Path, url: str | None) -> BaseStorage:
     if url is None:
         # Of a driver that was killed as it wrote; Optuna would wait for it for half a minute.
         (folder / f"{JOURNAL_NAME}.lock").unlink(missing_ok=True)
-        with (folder / JOURNAL_NAME).open("a+b") as journal:
-            drop_torn_end(journal)  # Optuna would write on behind it, and never read the file again
-        return JournalStorage(JournalFileBackend(str(folder / JOURNAL_NAME)))
+        if (folder / JOURNAL_NAME).exists() and (folder / RECORD_FILE).exists():
+            study_id = read_record(folder).study_id
+            repair_journal(folder / JOURNAL_NAME, study_id, directions, rebuild)
+        return JournalStorage(WholeJournal(str(folder / JOURNAL_NAME)))
     with _as_refusal(url):
         # A connection that the server dropped while a trial trained is opened anew.
         return RDBStorage(with_secrets(url), engine_kwargs={"pool_pre_ping": True})

@@ -13,8 +13,12 @@ from drtune_ray.server_uri import secrets_hidden, with_secrets
 from drtune_ray.storage.record import JOURNAL_NAME, Record
 
 
-def stored_trials(record: Record) -> list[Any]:
+def stored_trials(record: Record, notes: list[str] | None = None) -> list[Any]:
     """Return Optuna's frozen trials of a study, empty where it has not started one.
+
+    Args:
+        record: The study.
+        notes: List that receives a sentence for each part of its journal that cannot be read.
 
     Raises:
         ConfigError: If an environment variable that its database's address names is not set.
@@ -25,14 +29,14 @@ def stored_trials(record: Record) -> list[Any]:
         return _of_database(url, record)
     if not (record.folder / JOURNAL_NAME).exists():  # Optuna would make it
         return []
-    return _of_journal(record)
+    return _of_journal(record, [] if notes is None else notes)
 
 
-def _of_journal(record: Record) -> list[Any]:
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
+def _of_journal(record: Record, notes: list[str]) -> list[Any]:
+    from drtune_ray.storage.journal import read_journal
 
-    storage = JournalStorage(JournalFileBackend(str(record.folder / JOURNAL_NAME)))
+    storage, damaged = read_journal(record.folder / JOURNAL_NAME, record.study_id)
+    notes += damaged
     return _all_trials(storage, record.study_id)
 
 

@@ -144,7 +144,7 @@ def read_status(name_or_folder: str, storage: str) -> Status:
     record = read_record(find_study(name_or_folder, storage))
     folder, notes = record.folder, list[str]()
     is_study = record.kind == STUDY
-    frozen = stored_trials(record) if is_study else []
+    frozen = stored_trials(record, notes) if is_study else []
     trials = summaries(frozen) if is_study else _training(record)
     sampled = {trial.number: tuple(map(path_of, trial.distributions)) for trial in frozen}
     driver, is_alive = driver_of(record, notes)

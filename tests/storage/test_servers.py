@@ -346,7 +346,7 @@ def test_study_artifacts__events_that_mlflow_never_took_come_back(
     kept.keep("study.yaml")
     spool.append(events[0])
     with pytest.raises(KeyError), kept.unsent_kept(spool):
-        spool.mark_sent(spool.next_unsent()[1])
+        spool.events.mark_sent(spool.events.next_unsent()[1])
         for event in events[1:]:
             spool.append(event)
         deadline = time.monotonic() + 10
@@ -358,10 +358,10 @@ def test_study_artifacts__events_that_mlflow_never_took_come_back(
     assert artifacts_at(place, disk).restore()
     found = Spool(disk / "flowers" / "spool")
     assert found.num_unsent() == 2
-    assert found.next_unsent()[0] == events[1]
+    assert found.events.next_unsent()[0] == events[1]
     with kept.unsent_kept(found):
-        while unsent := found.next_unsent():
-            found.mark_sent(unsent[1])
+        while unsent := found.events.next_unsent():
+            found.events.mark_sent(unsent[1])
     assert _unsent(kept) == b""
 
 

@@ -268,9 +268,9 @@ def test_read_status__events_not_sent(made: Made) -> None:
     spool = Spool(made.folder / "spool")
     for step in (1, 2, 3):
         spool.append(MetricsRecorded(0, step, {"val_accuracy": 0.5}))
-    sent = spool.next_unsent()
+    sent = spool.events.next_unsent()
     assert sent is not None
-    spool.mark_sent(sent[1])
+    spool.events.mark_sent(sent[1])
     found = read_status("flowers", str(made.folder.parent))
     assert found.num_unsent == 2
     assert f"2 events not sent yet; send them: drtune-ray sync {made.folder}" in said(found)

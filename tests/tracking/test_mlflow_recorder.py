@@ -253,7 +253,7 @@ def test_record__through_the_spool(store: Store, events: list[Event], tmp_path: 
     assert send_unsent(spool, store.recorder()) == len(events)
     before = store.snapshot()
     assert [run[0][1] for run in before.values()].count("FINISHED") == 2
-    spool.mark_sent(0)
+    spool.events.mark_sent(0)
     assert send_unsent(spool, store.recorder()) == len(events)
     assert store.snapshot() == before
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.tracking import events, spool
 from drtune_ray.tracking.events import (
     Event,
@@ -22,6 +23,7 @@ from drtune_ray.tracking.events import (
     to_plain,
 )
 from drtune_ray.tracking.spool import BackgroundWriter, Spool, send_unsent
+from tests.small_disks import small_files
 
 EVERY_KIND: list[Event] = [
     RunStarted(None, "flowers", {"trials": 20, "space.log": True}, {"tag": "value"}, 1),
@@ -29,7 +31,7 @@ EVERY_KIND: list[Event] = [
     MetricsRecorded(3, 1, {"val_accuracy": 0.5, "loss": math.inf}, 3),
     StepsRecorded(3, 1, [{"loss": 2.0}, {"loss": 1.0}], 4),
     RunFinished(3, "COMPLETE", "completed", {"best_val_accuracy": 0.5}, {"tag": "value"}, 5),
-    FilesReady(3, "trials/00003/best.ckpt", "checkpoint"),
+    FilesReady(3, "/elsewhere/best.ckpt", "checkpoint"),
 ]
 
 
@@ -50,6 +52,9 @@ class Shelf:
             raise ConnectionError("no answer")
         self.taken.append(event)
 
+    def lacks_study(self) -> bool:
+        return False
+
 
 class Wall:
     """A recorder whose server accepts the connection and never answers."""
@@ -60,6 +65,9 @@ class Wall:
     def record(self, event: Event) -> None:
         self.is_reached.set()
         self.release.wait(30)
+
+    def lacks_study(self) -> bool:
+        return False
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -96,29 +104,176 @@ def test_event__default_time_is_now() -> None:
 
 def test_spool__oldest_first_until_marked(tmp_path: Path) -> None:
     mine = Spool(tmp_path / "deep" / "spool")
-    assert mine.next_unsent() is None
+    assert mine.events.next_unsent() is None
     assert mine.num_unsent() == 0
     for event in EVERY_KIND:
         mine.append(event)
     assert mine.num_unsent() == len(EVERY_KIND)
-    for left, event in zip(range(len(EVERY_KIND), 0, -1), EVERY_KIND, strict=True):
-        assert mine.num_unsent() == left
-        assert mine.next_unsent() == mine.next_unsent()  # looking is not sending
-        unsent = mine.next_unsent()
+    queues = [*[mine.events] * (len(EVERY_KIND) - 1), mine.files]
+    for index, (queue, event) in enumerate(zip(queues, EVERY_KIND, strict=True)):
+        assert mine.num_unsent() == len(EVERY_KIND) - index
+        assert queue.next_unsent() == queue.next_unsent()  # looking is not sending
+        unsent = queue.next_unsent()
         assert unsent is not None
         assert unsent[0] == event
-        mine.mark_sent(unsent[1])
-    assert mine.next_unsent() is None
+        queue.mark_sent(unsent[1])
+    assert mine.events.next_unsent() is None
     assert mine.num_unsent() == 0
+
+
+# ---- damaged files
+
+
+@pytest.mark.parametrize("mark", ["", "-4", "5", "1000000", "many", "\udce4", "0x10", "4 4"])
+def test_spool__a_mark_that_is_no_position_counts_as_none(tmp_path: Path, mark: str) -> None:
+    mine = Spool(tmp_path)
+    for step in range(3):
+        mine.append(metric(step))
+    (tmp_path / spool.SENT_NAME).write_text(mark, errors="surrogateescape")
+    assert mine.num_unsent() == 3
+    shelf = Shelf()
+    assert send_unsent(mine, shelf) == 3
+    assert mine.num_unsent() == 0
+
+
+@pytest.mark.parametrize(
+    "line", ["not JSON", "[]", "{}", '{"kind": "party"}', '{"kind": "run_started"}', '"\udce4"', "[" * 9999]
+)
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_spool__a_damaged_line_is_left_out_and_named(
+    tmp_path: Path, line: str, at: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine = Spool(tmp_path)
+    for step in range(3):
+        mine.append(metric(step))
+    path = tmp_path / spool.EVENTS_NAME
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:at], line, *lines[at:], ""]), errors="surrogateescape")
+    assert mine.damaged() == [f"{path}:{at + 1}"]
+    assert mine.num_unsent() == 3
+    shelf = Shelf()
+    writer = BackgroundWriter(mine, shelf)
+    assert writer.close() == 0
+    assert shelf.taken == [metric(step) for step in range(3)]
+    assert f"tracking: damaged, and therefore not sent: {path}:{at + 1}" in caplog.text
+
+
+@pytest.mark.parametrize("name", [spool.EVENTS_NAME, spool.FILES_NAME])
+def test_spool__an_append_that_fails_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    event = FilesReady(0, "/x", "winner") if name == spool.FILES_NAME else metric(1)
+    mine = Spool(tmp_path)
+    mine.append(event)
+    before = (tmp_path / name).read_bytes()
+    with small_files(len(before) + 20), pytest.raises(OSError, match="File too large"):
+        mine.append(event)
+    assert (tmp_path / name).read_bytes() == before
+    mine.append(event)
+    assert (tmp_path / name).read_bytes() == 2 * before
+
+
+# ---- files have their own queue
+
+
+class Refusing(Shelf):
+    """A server whose artifact store takes no files."""
+
+    refuses = True
+
+    def record(self, event: Event) -> None:
+        if isinstance(event, FilesReady) and self.refuses:
+            self.num_calls += 1
+            raise PermissionError("the bucket is read-only")
+        super().record(event)
+
+
+def test_files_that_are_refused_hold_back_no_metric(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shelf, mine = Refusing(), Spool(tmp_path)
+    writer = BackgroundWriter(mine, shelf)
+    writer.emit(RunStarted(0, "trial 0", {}, {}, 1))
+    writer.emit(FilesReady(0, "/x", "winner"))
+    wait_until(lambda: shelf.num_calls >= 2)
+    for step in range(3):
+        writer.emit(metric(step))
+        wait_until(lambda: metric(step) in shelf.taken)  # noqa: B023
+    assert writer.close(timeout_seconds=0.5) == 1
+    assert (mine.events.num_unsent(), mine.files.num_unsent()) == (0, 1)
+    assert [record.getMessage() for record in caplog.records] == [
+        "tracking: the bucket is read-only; metrics are recorded; files are kept on disk and sent "
+        "once the server can be reached"
+    ]
+    shelf.refuses = False
+    assert send_unsent(mine, shelf) == 1
+    assert shelf.taken[-1] == FilesReady(0, "/x", "winner")
+
+
+def test_spool__of_an_earlier_version_has_files_among_its_events(tmp_path: Path) -> None:
+    lines = [to_plain(e) for e in (metric(1), FilesReady(0, "/x", "winner"), metric(2))]
+    (tmp_path / spool.EVENTS_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    mine, shelf = Spool(tmp_path), Refusing()
+    with pytest.raises(PermissionError):
+        send_unsent(mine, shelf)
+    assert shelf.taken == [metric(1), metric(2)]
+    shelf.refuses = False
+    assert send_unsent(mine, shelf) == 1
+
+
+def test_spool__files_of_a_study_that_was_moved(tmp_path: Path) -> None:
+    study = tmp_path / "here" / "flowers"
+    Spool(study / "spool").append(FilesReady(0, str(study / "trials/00000/best.ckpt"), "checkpoint"))
+    (tmp_path / "here").rename(tmp_path / "there")
+    unsent = Spool(tmp_path / "there" / "flowers" / "spool").files.next_unsent()
+    assert unsent is not None
+    moved = tmp_path / "there" / "flowers" / "trials" / "00000" / "best.ckpt"
+    assert unsent[0] == FilesReady(0, str(moved), "checkpoint")
+
+
+# ---- a recorder that lost the study, or refuses it
+
+
+def test_send_unsent__everything_again_to_a_recorder_that_lacks_the_study(tmp_path: Path) -> None:
+    mine, shelf = Spool(tmp_path), Shelf()
+    for event in EVERY_KIND:
+        mine.append(event)
+    send_unsent(mine, shelf)
+    empty = Shelf()
+    empty.lacks_study = lambda: True  # type: ignore[method-assign]
+    assert send_unsent(mine, empty) == len(EVERY_KIND)
+    assert empty.taken == EVERY_KIND
+
+
+def test_background_writer__a_refusal_is_told_once_and_not_waited_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Deleted(Shelf):
+        def record(self, event: Event) -> None:
+            self.num_calls += 1
+            raise EnvironmentProblem("the experiment was deleted: restore it")
+
+    shelf = Deleted()
+    started = time.monotonic()
+    writer = BackgroundWriter(Spool(tmp_path), shelf)
+    for step in range(5):
+        writer.emit(metric(step))
+    assert writer.close() == 5
+    assert time.monotonic() - started < 5
+    assert shelf.num_calls <= 2
+    assert [record.getMessage() for record in caplog.records] == [
+        "tracking: the experiment was deleted: restore it; events are kept on disk and sent by "
+        "`drtune-ray sync`"
+    ]
 
 
 def test_spool__another_process_goes_on_from_the_mark(tmp_path: Path) -> None:
     first = Spool(tmp_path)
     for step in range(4):
         first.append(metric(step))
-    unsent = first.next_unsent()
+    unsent = first.events.next_unsent()
     assert unsent is not None
-    first.mark_sent(unsent[1])
+    first.events.mark_sent(unsent[1])
     second = Spool(tmp_path)
     second.append(metric(4))
     shelf = Shelf()
@@ -143,7 +298,7 @@ def test_spool__torn_last_line_is_dropped(tmp_path: Path, torn: str) -> None:
 def test_spool__only_a_torn_line(tmp_path: Path) -> None:
     (tmp_path / spool.EVENTS_NAME).write_text('{"kind"')
     mine = Spool(tmp_path)
-    assert mine.next_unsent() is None
+    assert mine.events.next_unsent() is None
     mine.append(metric(1))
     assert (tmp_path / spool.EVENTS_NAME).read_text() == json.dumps(to_plain(metric(1))) + "\n"
 
@@ -152,7 +307,7 @@ def test_spool__a_line_that_is_being_written_is_not_read(tmp_path: Path) -> None
     mine = Spool(tmp_path)
     with (tmp_path / spool.EVENTS_NAME).open("w") as file:
         file.write(json.dumps(to_plain(metric(1))))
-    assert mine.next_unsent() is None
+    assert mine.events.next_unsent() is None
 
 
 def test_spool__line_torn_by_a_full_disk_loses_that_event_only(tmp_path: Path) -> None:
