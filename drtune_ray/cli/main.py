@@ -233,14 +233,12 @@ def evaluate(study: str, storage: str, again: bool) -> None:
 def ui(study: str, storage: str, port: int) -> None:
     """Serve MLflow's UI for a study on this machine."""
     from drtune_ray.server_uri import with_secrets
-    from drtune_ray.study.sync import tracking_of
-    from drtune_ray.tracking.mlflow_recorder import runs_page
+    from drtune_ray.study.sync import page_of
 
-    uri, experiment = tracking_of(study, storage)
-    if uri.startswith(("http://", "https://")):
+    uri, page = page_of(study, storage)
+    if page is None:
         click.echo(f"This study is recorded at {uri}: open it in a browser.")
         return
-    page = runs_page(uri, experiment)
     click.echo(f"Open http://127.0.0.1:{port}{page} in half a minute; Ctrl-C ends it")
     # One reader needs one worker and none of the server's job processes.
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")

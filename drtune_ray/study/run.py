@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
+
+from optuna.trial import FrozenTrial
 
 from drtune_ray.config.study import STUDY, StudyConfig
 from drtune_ray.execution.capacity import Capacity
 from drtune_ray.execution.resource_wait import Notify
 from drtune_ray.execution.session import ready_cluster
+from drtune_ray.results.rebuilt import missing_of
 from drtune_ray.search.objectives import direction
 from drtune_ray.storage.artifacts import StudyArtifacts
 from drtune_ray.storage.fingerprint import deciding_values, former_record, open_record
+from drtune_ray.storage.journal import Missing
 from drtune_ray.storage.optuna_storage import (
     check_storage_of,
     database_as_problem,
@@ -23,6 +28,7 @@ from drtune_ray.storage.optuna_storage import (
 from drtune_ray.storage.record import (
     RECORD_FILE,
     SPLITS_NAME,
+    SPOOL_NAME,
     Record,
     find_study,
     is_done,
@@ -35,6 +41,7 @@ from drtune_ray.study.inputs import data_root, manifest_path, write_manifest
 from drtune_ray.study.opened import opened_study
 from drtune_ray.study.result import StudyPlan, StudyResult
 from drtune_ray.tracking.events import Sink
+from drtune_ray.tracking.spool import Spool
 from drtune_ray.values import full_path
 
 logger = logging.getLogger(__name__)
@@ -78,7 +85,10 @@ def run_study(
         opened_study(config.folder, artifacts, _cluster(config), on_notice) as opened,
         database_as_problem(config.optuna_storage),
     ):
-        storage = open_storage(config.folder, config.optuna_storage)
+        directions = [direction(objective) for objective in config.objectives]
+        storage = open_storage(
+            config.folder, config.optuna_storage, directions, partial(_missing, config)
+        )
         if (config.folder / RECORD_FILE).exists():
             former = read_record(config.folder)
             check_storage_of(former, config.optuna_storage, storage, artifacts)
@@ -87,7 +97,6 @@ def run_study(
         )
         write_manifest(checked.splits, config.folder / SPLITS_NAME)
         artifacts.keep(RECORD_FILE, SPLITS_NAME)
-        directions = [direction(objective) for objective in config.objectives]
         study = open_study(storage, record.study_id, directions)
         driver = StudyDriver(
             config, study, artifacts, checked, space, references, notes, opened.cluster
@@ -95,6 +104,12 @@ def run_study(
         if opened.cluster is not None:
             driver.learn_from([(r, stored_trials(r)) for r in _warm_start(config)], deciding)
         return driver.run(observer, on_plan, opened.is_restored)
+
+
+def _missing(config: StudyConfig, trials: Sequence[FrozenTrial]) -> dict[int, Missing]:
+    """Return what the spool knows of trials that a damaged journal lost."""
+    events = Spool(config.folder / SPOOL_NAME).events.events()
+    return missing_of(trials, events, len(config.objectives))
 
 
 def _warm_start(config: StudyConfig) -> tuple[Record, ...]:

@@ -1,32 +1,73 @@
-"""Sending the events that the tracking server missed."""
+"""Sending the events that the tracking server missed, and finding its page."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from drtune_ray.config.study import TrackingConfig
-from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.errors import DrtuneError, EnvironmentProblem
 from drtune_ray.storage.record import SPOOL_NAME, find_study, read_record
-from drtune_ray.tracking.mlflow_recorder import build_recorder, default_tracking_uri
-from drtune_ray.tracking.spool import Spool, send_unsent
+from drtune_ray.tracking.mlflow_recorder import (
+    artifacts_folder,
+    build_recorder,
+    default_tracking_uri,
+    runs_page,
+)
+from drtune_ray.tracking.spool import Spool, send_events, send_files
 
 
-def tracking_of(name_or_folder: str, storage: str) -> tuple[str, str]:
-    """Return MLflow's tracking URI and experiment name of a study."""
+def page_of(name_or_folder: str, storage: str) -> tuple[str, str | None]:
+    """Return MLflow's tracking URI of a study, and the path of its page in MLflow's UI.
+
+    The path is None if the tracking URI is that of a server, which has the page.
+
+    Raises:
+        EnvironmentProblem: If the database cannot be read.
+    """
     record = read_record(find_study(name_or_folder, storage))
-    tracking = TrackingConfig(**record.tracking)
-    return tracking.uri or default_tracking_uri(record.folder.parent), tracking.experiment
+    tracking, base = TrackingConfig(**record.tracking), record.folder.parent
+    if tracking.uri is None:
+        uri, artifacts = default_tracking_uri(base), artifacts_folder(base)
+    elif tracking.uri.startswith(("http://", "https://")):
+        return tracking.uri, None
+    else:
+        uri, artifacts = tracking.uri, None
+    with _as_problem("MLflow's database cannot be read"):
+        return uri, runs_page(uri, tracking.experiment, artifacts)
 
 
 def sync_study(name_or_folder: str, storage: str) -> int:
     """Send MLflow the events that it has not received; return their number.
 
     Raises:
-        EnvironmentProblem: If MLflow cannot be reached.
+        EnvironmentProblem: If MLflow cannot be reached, or lines of the spool are damaged: the
+            others are sent.
     """
     record = read_record(find_study(name_or_folder, storage))
     recorder = build_recorder(
         TrackingConfig(**record.tracking), record.folder.parent, record.study_id
     )
+    spool = Spool(record.folder / SPOOL_NAME)
+    damaged = spool.damaged()
+    with _as_problem("MLflow did not take the events"):
+        num_sent = send_events(spool, recorder)
+    with _as_problem(f"{num_sent} events sent, but MLflow did not take the files"):
+        num_sent += send_files(spool, recorder)
+    if damaged:
+        raise EnvironmentProblem(
+            f"{num_sent} events sent; damaged, and therefore not sent: {', '.join(damaged)}; "
+            "remove these lines, or bring the file back from a backup"
+        )
+    return num_sent
+
+
+@contextmanager
+def _as_problem(what: str) -> Iterator[None]:
+    """Turn whatever a server or its client raises into one message."""
     try:
-        return send_unsent(Spool(record.folder / SPOOL_NAME), recorder)
-    except Exception as error:  # whatever the server or its client raises
-        raise EnvironmentProblem(f"MLflow did not take the events: {error}") from error
+        yield
+    except DrtuneError:
+        raise
+    except Exception as error:
+        raise EnvironmentProblem(f"{what}: {error}") from error

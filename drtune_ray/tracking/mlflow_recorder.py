@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from drtune_ray.config.study import TrackingConfig
-from drtune_ray.errors import ConfigError
+from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.server_uri import secrets_hidden, with_secrets
 from drtune_ray.tracking.events import (
     Event,
@@ -24,7 +24,7 @@ from drtune_ray.tracking.events import (
     RunStarted,
     StepsRecorded,
 )
-from drtune_ray.tracking.sqlite_store import make_database
+from drtune_ray.tracking.sqlite_store import ARTIFACTS_NAME, make_database
 
 logger = logging.getLogger(__name__)
 STUDY_TAG, TRIAL_TAG = "drtune.study_id", "drtune.trial"
@@ -45,6 +45,9 @@ VIEW = {
     ]
 }
 METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100
+DELETED = "deleted"  # MLflow's word
+# MLflow's codes where a run or an experiment was deleted after it was looked up.
+GONE = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")
 MAX_PARAM_LENGTH = 6000
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -90,11 +93,29 @@ class MlflowRecorder:
         self._client: Any = None
         self._experiment_id = ""
         self._run_ids: dict[RunKey, str] = {}
+        self._deleted: set[RunKey] = set()
 
     def record(self, event: Event) -> None:
-        """Send one event; errors of the client show no password."""
+        """Send one event; errors of the client show no password.
+
+        A deleted run of a trial stays deleted, and its events are left out, until the trial is
+        trained again; the study's run is restored.
+
+        Raises:
+            EnvironmentProblem: If the experiment was deleted.
+        """
         with secrets_hidden(self._uri):
-            self._record(event)
+            try:
+                self._record(event)
+            except Exception as error:
+                if getattr(error, "error_code", "") not in GONE or self._client is None:
+                    raise
+                self._forget()
+                self._record(event)
+
+    def lacks_study(self) -> bool:
+        """Return whether MLflow holds no run of the study."""
+        return self.run_id(None) is None
 
     def run_id(self, number: RunKey) -> str | None:
         """Return MLflow's id of a run of this study, or None."""
@@ -103,6 +124,11 @@ class MlflowRecorder:
 
     def _record(self, event: Event) -> None:
         self._connect()
+        run_id = self._find(event.number)
+        if run_id and event.number in self._deleted:
+            if not isinstance(event, RunStarted):
+                return
+            self._restore(event.number, run_id)
         if isinstance(event, RunStarted):
             self._start(event)
         elif isinstance(event, MetricsRecorded):
@@ -118,16 +144,48 @@ class MlflowRecorder:
         self._connect()
         if number in self._run_ids:
             return self._run_ids[number]
+        from mlflow.entities import ViewType
+
         name = STUDY_ITSELF if number is None else str(number)
         found = self._client.search_runs(
             [self._experiment_id],
             f"tags.`{STUDY_TAG}` = '{self._study_id}' and tags.`{TRIAL_TAG}` = '{name}'",
-            max_results=1,
+            run_view_type=ViewType.ALL,
         )
         if not found:
             return None
-        self._run_ids[number] = str(found[0].info.run_id)
+        run = min(found, key=_is_deleted)  # an active one before a deleted one
+        self._run_ids[number] = str(run.info.run_id)
+        if _is_deleted(run):
+            self._meet_deleted(number, self._run_ids[number])
         return self._run_ids[number]
+
+    def _meet_deleted(self, number: RunKey, run_id: str) -> None:
+        if number is None:
+            self._restore(number, run_id)
+            return
+        self._deleted.add(number)
+        logger.warning(
+            "tracking: the run of trial %s was deleted in MLflow and stays deleted; bring it back "
+            "with `mlflow runs restore --run-id %s` (MLFLOW_TRACKING_URI=%s)",
+            number,
+            run_id,
+            self._uri,
+        )
+
+    def _restore(self, number: RunKey, run_id: str) -> None:
+        self._client.restore_run(run_id)
+        self._deleted.discard(number)
+        what = "study" if number is None else f"trial {number}"
+        logger.warning(
+            "tracking: the run of the %s was deleted in MLflow; it is restored, since there is "
+            "more to record",
+            what,
+        )
+
+    def _forget(self) -> None:
+        """Look everything up again: runs and experiments may be deleted while a study runs."""
+        self._client, self._run_ids, self._deleted = None, {}, set()
 
     def _connect(self) -> None:
         if self._client is not None:
@@ -136,13 +194,20 @@ class MlflowRecorder:
         import mlflow
 
         uri = with_secrets(self._uri)
-        make_database(uri)
+        make_database(uri, self._artifacts)
         client = mlflow.MlflowClient(uri)
         experiment = client.get_experiment_by_name(self._experiment)
         if experiment is None:
             location = self._artifacts.as_uri() if self._artifacts else None
             self._experiment_id = client.create_experiment(self._experiment, location)
             client.set_experiment_tag(self._experiment_id, VIEW_TAG, json.dumps(VIEW))
+        elif experiment.lifecycle_stage == DELETED:
+            raise EnvironmentProblem(
+                f"the experiment {self._experiment!r} was deleted in MLflow: bring it back with "
+                f"`mlflow experiments restore -x {experiment.experiment_id}` "
+                f"(MLFLOW_TRACKING_URI={self._uri}), or record this study in another one with "
+                "--set tracking.experiment=NAME"
+            )
         else:
             self._experiment_id = experiment.experiment_id
         self._client = client
@@ -226,14 +291,24 @@ class MlflowRecorder:
         return self._create(RunStarted(number, name, {}, {}))
 
 
-def runs_page(uri: str, experiment: str) -> str:
-    """Return the path of the MLflow UI's page that lists the runs of an experiment."""
+def _is_deleted(run: Any) -> bool:
+    return bool(run.info.lifecycle_stage == DELETED)
+
+
+def runs_page(uri: str, experiment: str, artifacts: Path | None = None) -> str:
+    """Return the path of the MLflow UI's page that lists the runs of an experiment.
+
+    Args:
+        uri: Tracking URI.
+        experiment: Name of the experiment.
+        artifacts: See `make_database`.
+    """
     quiet_mlflow()
     import mlflow
 
     with secrets_hidden(uri):
         address = with_secrets(uri)
-        make_database(address)
+        make_database(address, artifacts)
         found = mlflow.MlflowClient(address).get_experiment_by_name(experiment)
     if found is None:
         return "/"
@@ -241,12 +316,17 @@ def runs_page(uri: str, experiment: str) -> str:
     return f"/#/experiments/{found.experiment_id}/runs?{view}"
 
 
+def artifacts_folder(storage: Path) -> Path:
+    """Return the folder of the artifacts of the storage's own database."""
+    return storage / ARTIFACTS_NAME
+
+
 def build_recorder(tracking: TrackingConfig, storage: Path, study_id: str) -> MlflowRecorder:
     """Return the recorder of a study: the configured server, else SQLite in the storage."""
     if tracking.uri:
         return MlflowRecorder(tracking.uri, tracking.experiment, study_id)
     return MlflowRecorder(
-        default_tracking_uri(storage), tracking.experiment, study_id, storage / "mlartifacts"
+        default_tracking_uri(storage), tracking.experiment, study_id, artifacts_folder(storage)
     )
 
 

@@ -337,15 +337,6 @@ def send_files(spool: Spool, recorder: Recorder) -> int:
     return _send(spool, spool.files, recorder)
 
 
-def send_unsent(spool: Spool, recorder: Recorder) -> int:
-    """Send every unsent event, then every unsent file; return their number.
-
-    Raises:
-        Exception: Any error of the recorder; what caused it stays unsent.
-    """
-    return send_events(spool, recorder) + send_files(spool, recorder)
-
-
 def _send(spool: Spool, queue: Queue, recorder: Recorder) -> int:
     num_sent = 0
     while (unsent := queue.next_unsent()) is not None:

@@ -1,4 +1,4 @@
-"""Create MLflow's SQLite database atomically.
+"""MLflow's SQLite database: created atomically, checked, and moved with its storage.
 
 MLflow creates an empty database by about fifty migrations without a common transaction: a process
 killed among them leaves a file that cannot be opened any more, and two processes that start at the
@@ -8,22 +8,54 @@ same time conflict.
 from __future__ import annotations
 
 import os
+import re
 import secrets
+import sqlite3
 import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from drtune_ray.errors import EnvironmentProblem
+
+ARTIFACTS_NAME = "mlartifacts"
+LOCK_SECONDS = 5.0  # a process that writes to the database may hold it
+# Where the storage's own artifacts are; MLflow gives its default experiment a folder below.
+OWN_ARTIFACTS = re.compile(rf"(file://.*/{ARTIFACTS_NAME})(/0)?$")
+RELOCATIONS = (
+    "UPDATE experiments SET artifact_location = :present || "
+    "substr(artifact_location, length(:former) + 1) "
+    "WHERE substr(artifact_location || '/', 1, length(:former) + 1) = :former || '/'",
+    "UPDATE runs SET artifact_uri = :present || substr(artifact_uri, length(:former) + 1) "
+    "WHERE substr(artifact_uri, 1, length(:former) + 1) = :former || '/'",
+)
 
 
-def make_database(uri: str) -> None:
-    """Create the database of a tracking URI if it is an SQLite file that does not exist.
+def make_database(uri: str, artifacts: Path | None = None) -> None:
+    """Make the database of a tracking URI ready if it is an SQLite file: a missing one is created.
 
     Args:
         uri: Tracking URI of any kind, with its secrets.
+        artifacts: Folder of the artifacts if the database is the storage's own: what it names
+            in the storage's former place, before that was copied or moved, is in this one.
+
+    Raises:
+        EnvironmentProblem: If the file is damaged.
     """
     path = _sqlite_file(uri)
-    if path is None or path.exists():
+    if path is None:
         return
-    content = _empty_database(path.parent / "mlartifacts")  # built in a temporary folder
+    if path.is_file() and path.stat().st_size > 0:
+        with _as_problem(path), closing(sqlite3.connect(path, LOCK_SECONDS)) as database:
+            _check(database)
+            if artifacts is not None:
+                _relocate(database, artifacts)
+        return
+    if path.exists():
+        _discard_empty(path)
+    content = _empty_database(path.parent / ARTIFACTS_NAME)  # built in a temporary folder
     path.parent.mkdir(parents=True, exist_ok=True)  # as MLflow does
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -34,6 +66,61 @@ def make_database(uri: str) -> None:
         _publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _as_problem(path: Path) -> Iterator[None]:
+    """Turn errors of a database into one message."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if "locked" in str(error):  # by a process that writes to it; MLflow waits for that
+            return
+        raise EnvironmentProblem(
+            f"{path}, which holds MLflow's runs, cannot be used ({error})"
+        ) from None
+    except sqlite3.DatabaseError as error:
+        raise EnvironmentProblem(
+            f"{path}, which holds MLflow's runs, is damaged ({error}): move it away, and "
+            "`drtune-ray sync` records each study of this storage again"
+        ) from None
+
+
+def _check(database: sqlite3.Connection) -> None:
+    (found,) = database.execute("PRAGMA quick_check(1)").fetchone()
+    if found != "ok":
+        raise sqlite3.DatabaseError(str(found).splitlines()[0])
+
+
+def _relocate(database: sqlite3.Connection, artifacts: Path) -> None:
+    """Let the artifacts of the storage's former place be those of its present one."""
+    present = artifacts.as_uri()
+    locations = database.execute("SELECT artifact_location FROM experiments").fetchall()
+    found = (OWN_ARTIFACTS.match(location or "") for (location,) in locations)
+    for former in {match[1] for match in found if match} - {present}:
+        if _is_same_folder(former, artifacts):
+            continue
+        with database:
+            for update in RELOCATIONS:
+                database.execute(update, {"present": present, "former": former})
+
+
+def _is_same_folder(uri: str, folder: Path) -> bool:
+    try:
+        return os.path.samefile(unquote(urlsplit(uri).path), folder)
+    except OSError:
+        return False
+
+
+def _discard_empty(path: Path) -> None:
+    """Remove an empty file; a crash or a full disk leaves one."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"{path}, which is to hold MLflow's runs, cannot be used ({error.strerror}): move it "
+            "away"
+        ) from None
 
 
 def _sqlite_file(uri: str) -> Path | None:

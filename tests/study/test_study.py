@@ -17,7 +17,7 @@ from drtune_ray.results.winner import read_winner
 from drtune_ray.study.evaluation import evaluate_study
 from drtune_ray.study.result import StudyResult
 from drtune_ray.study.run import run_study
-from drtune_ray.study.sync import sync_study, tracking_of
+from drtune_ray.study.sync import sync_study, page_of
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished
 from drtune_ray.values import nested
 from tests.clusters import address_set
@@ -61,7 +61,7 @@ def mlflow_runs(study: Path) -> tuple[Any, list[Any], list[Any]]:
     """(client, parent runs, child runs)."""
     import mlflow
 
-    client = mlflow.MlflowClient(tracking_of(str(study), str(study.parent))[0])
+    client = mlflow.MlflowClient(page_of(str(study), str(study.parent))[0])
     experiment = client.get_experiment_by_name("drtune-ray")
     runs = client.search_runs([experiment.experiment_id])
     children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]

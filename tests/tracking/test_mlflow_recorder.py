@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from drtune_ray.config.study import TrackingConfig
+from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.tracking.events import (
     Event,
     FilesReady,
@@ -32,7 +34,8 @@ from drtune_ray.tracking.mlflow_recorder import (
     quiet_mlflow,
     runs_page,
 )
-from drtune_ray.tracking.spool import BackgroundWriter, Spool, send_unsent
+from drtune_ray.tracking.spool import BackgroundWriter, Spool
+from tests.tracking.sending import send_unsent
 
 COUNTER = itertools.count()
 
@@ -97,6 +100,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one SQLite store for the whole session: making it takes seconds."""
     folder = tmp_path_factory.mktemp("storage")
     MlflowRecorder(default_tracking_uri(folder), "first", "study", folder / "a").run_id(None)
+    shutil.copy(folder / "mlflow.db", folder / "empty.db")
     return folder
 
 
@@ -253,7 +257,7 @@ def test_record__through_the_spool(store: Store, events: list[Event], tmp_path: 
     assert send_unsent(spool, store.recorder()) == len(events)
     before = store.snapshot()
     assert [run[0][1] for run in before.values()].count("FINISHED") == 2
-    spool.events.mark_sent(0)
+    spool.rewind()
     assert send_unsent(spool, store.recorder()) == len(events)
     assert store.snapshot() == before
 
@@ -331,6 +335,164 @@ def test_record__unreachable_server_is_told_soon_and_tried_again(store: Store) -
     recorder._uri = default_tracking_uri(store.folder)  # the server is back
     recorder.record(event)
     assert store.run(None).info.run_name == "flowers"
+
+
+# ---- runs and experiments that were deleted
+
+
+@pytest.fixture
+def deleted(store: Store, events: list[Event], tmp_path: Path) -> tuple[Store, Spool, str]:
+    """A study that was recorded, and then its experiment was deleted in MLflow's UI."""
+    spool = Spool(tmp_path / "flowers" / "spool")
+    for event in events:
+        spool.append(event)
+    send_unsent(spool, store.recorder())
+    number = store.client.get_experiment_by_name(store.experiment).experiment_id
+    store.client.delete_experiment(number)
+    spool.append(MetricsRecorded(0, 3, {"val_accuracy": 0.75}, 1101))
+    return store, spool, number
+
+
+def test_deleted_experiment__is_named_with_the_command_that_brings_it_back(deleted) -> None:
+    """Case 21: it was retried for ever, for every study of the storage."""
+    store, spool, number = deleted
+    uri = default_tracking_uri(store.folder)
+    said = (
+        f"the experiment {store.experiment!r} was deleted in MLflow: bring it back with `mlflow "
+        f"experiments restore -x {number}` (MLFLOW_TRACKING_URI={uri}), or record this study in "
+        "another one with --set tracking.experiment=NAME"
+    )
+    with pytest.raises(EnvironmentProblem) as caught:
+        send_unsent(spool, store.recorder())
+    assert str(caught.value) == said
+    assert spool.num_unsent() == 1  # nothing is lost
+    store.client.restore_experiment(number)  # as the command does
+    assert send_unsent(spool, store.recorder()) == 1
+    assert (3, 0.75, 1101) in store.history(0, "val_accuracy")
+
+
+def test_deleted_experiment__another_one_gets_the_whole_study(deleted, events) -> None:
+    store, spool, _ = deleted
+    other = Store(store.folder, store.experiment + " other", store.study_id)
+    assert send_unsent(spool, other.recorder()) == len(events) + 1
+    assert other.run(0).data.params == {"method.bank_size": "64"}
+    assert other.run(None).info.status == "FINISHED"
+
+
+def test_deleted_experiment__while_a_study_runs(store: Store, events: list[Event]) -> None:
+    recorder = store.recorder()
+    recorder.record(events[0])
+    number = store.client.get_experiment_by_name(store.experiment).experiment_id
+    store.client.delete_experiment(number)
+    with pytest.raises(EnvironmentProblem, match="was deleted in MLflow: bring it back with"):
+        for event in events[1:3]:
+            recorder.record(event)
+
+
+@pytest.mark.parametrize("is_new_process", [True, False])
+def test_deleted_runs__of_trials_stay_deleted_and_the_study_goes_on(
+    store: Store, events: list[Event], caplog: pytest.LogCaptureFixture, is_new_process: bool
+) -> None:
+    """Case 27: trial 0 came back as a bare run without parameters and metrics."""
+    recorder = store.recorder()
+    for event in events:
+        recorder.record(event)
+    runs = {number: store.run(number).info.run_id for number in (None, 0, 1)}
+    for run_id in runs.values():
+        store.client.delete_run(run_id)
+    if is_new_process:
+        recorder = store.recorder()
+    recorder.record(RunStarted(None, "flowers", {}, {}, 1200))
+    recorder.record(RunFinished(0, "COMPLETE", "completed", {}, {}, 1006))  # as a resumed study
+    recorder.record(RunStarted(1, "trial 1", {}, {}, 1201))  # it is trained again
+    recorder.record(RunStarted(3, "trial 3", {}, {}, 1202))
+    stages = {k: store.client.get_run(v).info.lifecycle_stage for k, v in runs.items()}
+    assert stages == {None: "active", 0: "deleted", 1: "active"}
+    active = store.snapshot()
+    assert {run[2]["drtune.trial"] for run in active.values()} == {"study", "1", "2", "3"}
+    assert all(run[1] for run in active.values() if run[2]["drtune.trial"] in ("study", "1"))
+    assert store.run(3).data.tags["mlflow.parentRunId"] == runs[None]
+    assert caplog.text.count("the run of trial 0 was deleted in MLflow and stays deleted") == 1
+    assert f"mlflow runs restore --run-id {runs[0]}" in caplog.text
+
+
+def test_a_store_that_lost_the_study_gets_it_whole(
+    store: Store, events: list[Event], tmp_path: Path
+) -> None:
+    spool = Spool(tmp_path / "flowers" / "spool")
+    for event in events:
+        spool.append(event)
+    send_unsent(spool, store.recorder())
+    new = Store(tmp_path / "new", store.experiment, store.study_id)
+    new.folder.mkdir()
+    shutil.copy(store.folder / "empty.db", new.folder / "mlflow.db")
+    assert send_unsent(spool, new.recorder()) == len(events)  # as `drtune-ray sync` does
+    assert len(new.snapshot()) == 4
+    assert new.run(1).data.params["method.bank_size"] == "128"
+    assert send_unsent(spool, new.recorder()) == 0
+
+
+# ---- a storage that was copied or moved
+
+
+def forget_artifact_stores() -> None:
+    """As a new process has it: MLflow keeps them by run."""
+    from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
+
+    _artifact_repos_cache.clear()
+
+
+@pytest.fixture
+def recorded(store: Store, events: list[Event], tmp_path: Path) -> Store:
+    here = Store(tmp_path / "here", store.experiment, store.study_id)
+    here.folder.mkdir()
+    shutil.copy(store.folder / "empty.db", here.folder / "mlflow.db")
+    here.record(events)
+    return here
+
+
+@pytest.mark.parametrize("is_copied", [True, False])
+def test_moved_storage__artifacts_go_to_the_new_place(
+    recorded: Store, tmp_path: Path, is_copied: bool
+) -> None:
+    there = Store(tmp_path / "there (2)", recorded.experiment, recorded.study_id)
+    if is_copied:
+        shutil.copytree(recorded.folder, there.folder)
+    else:
+        recorded.folder.rename(there.folder)
+    (tmp_path / "more.txt").write_text("more")
+    forget_artifact_stores()
+    there.record([FilesReady(0, str(tmp_path / "more.txt"), "more")])
+    there.record([RunStarted(7, "trial 7", {}, {}), FilesReady(7, str(tmp_path / "more.txt"), "m")])
+    for number, names in ((0, {"checkpoint", "more"}), (7, {"m"})):
+        info = there.run(number).info
+        assert info.artifact_uri.startswith(there.folder.as_uri() + "/mlartifacts/")
+        assert {file.path for file in there.client.list_artifacts(info.run_id)} == names
+    if is_copied:  # the former place is left alone
+        forget_artifact_stores()
+        assert recorded.run(0).info.artifact_uri.startswith(recorded.folder.as_uri())
+        artifacts = recorded.client.list_artifacts(recorded.run(0).info.run_id)
+        assert [file.path for file in artifacts] == ["checkpoint"]
+    else:
+        assert not recorded.folder.exists()
+
+
+def test_moved_storage__reached_by_another_path_is_not_moved(
+    recorded: Store, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to(recorded.folder)
+    linked = Store(tmp_path / "link", recorded.experiment, recorded.study_id)
+    linked.record([RunFinished(0, "COMPLETE", "completed", {}, {}, 1006)])
+    assert recorded.run(0).info.artifact_uri.startswith(recorded.folder.as_uri())
+
+
+def test_runs_page__of_a_moved_storage_shows_its_artifacts(recorded: Store, tmp_path: Path) -> None:
+    recorded.folder.rename(tmp_path / "there")
+    forget_artifact_stores()
+    uri, artifacts = default_tracking_uri(tmp_path / "there"), tmp_path / "there" / "mlartifacts"
+    assert "/runs?" in runs_page(uri, recorded.experiment, artifacts)
+    there = Store(tmp_path / "there", recorded.experiment, recorded.study_id)
+    assert there.client.list_artifacts(there.run(0).info.run_id)
 
 
 # ---- where it goes

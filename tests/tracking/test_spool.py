@@ -22,8 +22,9 @@ from drtune_ray.tracking.events import (
     from_plain,
     to_plain,
 )
-from drtune_ray.tracking.spool import BackgroundWriter, Spool, send_unsent
+from drtune_ray.tracking.spool import BackgroundWriter, Spool
 from tests.small_disks import small_files
+from tests.tracking.sending import send_unsent
 
 EVERY_KIND: list[Event] = [
     RunStarted(None, "flowers", {"trials": 20, "space.log": True}, {"tag": "value"}, 1),

@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.tracking import sqlite_store
 from drtune_ray.tracking.mlflow_recorder import MlflowRecorder
 from drtune_ray.tracking.sqlite_store import make_database
@@ -100,3 +104,59 @@ def test_make_database__without_hard_links(tmp_path: Path, monkeypatch: pytest.M
     make_database(f"sqlite:///{folder / 'mlflow.db'}")
     assert (folder / "mlflow.db").read_bytes() == b"tables"
     assert len(list(folder.iterdir())) == 1
+
+
+# ---- damaged files
+
+
+def test_make_database__an_empty_file_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite_store, "_empty_database", lambda artifacts: b"tables")
+    (tmp_path / "mlflow.db").touch()
+    make_database(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert (tmp_path / "mlflow.db").read_bytes() == b"tables"
+
+
+def test_make_database__a_folder(tmp_path: Path) -> None:
+    path = tmp_path / "mlflow.db"
+    path.mkdir()
+    with pytest.raises(EnvironmentProblem) as caught:
+        make_database(f"sqlite:///{path}")
+    assert str(caught.value) == (
+        f"{path}, which is to hold MLflow's runs, cannot be used (Is a directory): move it away"
+    )
+
+
+def cut_in_half(content: bytes) -> bytes:
+    return content[: len(content) // 2 + 100]
+
+
+def without_its_start(content: bytes) -> bytes:
+    return b"x" * 100 + content[100:]
+
+
+@pytest.mark.parametrize("damaged", [cut_in_half, without_its_start])
+def test_make_database__damaged(tmp_path: Path, damaged: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / "mlflow.db"
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("CREATE TABLE experiments (artifact_location TEXT)")
+        database.executemany("INSERT INTO experiments VALUES (?)", [("x" * 999,)] * 99)
+    content = damaged(path.read_bytes())
+    path.write_bytes(content)
+    with pytest.raises(EnvironmentProblem) as caught:
+        make_database(f"sqlite:///{path}", tmp_path / "mlartifacts")
+    assert str(caught.value).startswith(f"{path}, which holds MLflow's runs, is damaged (")
+    assert str(caught.value).endswith(
+        "): move it away, and `drtune-ray sync` records each study of this storage again"
+    )
+    assert path.read_bytes() == content
+
+
+def test_make_database__in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite_store, "LOCK_SECONDS", 0.1)
+    path = tmp_path / "mlflow.db"
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE experiments (artifact_location TEXT)")
+        database.execute("BEGIN EXCLUSIVE")
+        make_database(f"sqlite:///{path}")  # MLflow waits for it
