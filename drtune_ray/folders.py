@@ -283,6 +283,24 @@ def as_problem(uri: str | None) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def files_as_problem() -> Iterator[None]:
+    """Turn errors of the files of a study into one message; also a decorator.
+
+    Raises:
+        EnvironmentProblem: Instead of an `OSError` that names its file.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise EnvironmentProblem(
+            f"{error.filename} cannot be used ({error.strerror}): make it accessible, move it "
+            "away if it is in the place of another file, or bring it back from a backup"
+        ) from error
+
+
 def atomic_write(path: Path, fill: Callable[[Path], object], *, is_durable: bool = True) -> None:
     """Write a file that readers see complete or not at all.
 

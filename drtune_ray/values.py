@@ -14,6 +14,7 @@ from drtune_ray.errors import ConfigError
 
 # Errors of PyYAML: syntax; binary content or an impossible date; !!timestamp on another value.
 NOT_YAML = (yaml.YAMLError, ValueError, AttributeError)
+MAX_DEPTH, MAX_VALUES = 50, 100_000
 
 
 def full_path(path: str | Path) -> Path:
@@ -56,7 +57,10 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
             problems.append(f"--set {assignment!r} must be path=value, like training.epochs=20")
             continue
         try:
-            values[path.strip()] = yaml.safe_load(text) if text.strip() else text
+            value = _loaded(text, "the value", yaml.SafeLoader) if text.strip() else text
+            values[path.strip()] = value
+        except ConfigError as error:
+            problems += [f"--set {assignment!r}: {problem}" for problem in error.problems]
         except NOT_YAML:
             problems.append(f"--set {assignment!r} has a value that is not YAML: quote it")
     if problems:
@@ -120,10 +124,12 @@ def read_yaml(path: Path, *, with_lines: bool = False) -> dict[str, Any]:
         with_lines: Return `LinedDict` and `LinedList`, for messages that name a line.
 
     Raises:
-        ConfigError: If the file is missing, not YAML, not a mapping, or repeats a key.
+        ConfigError: If the file is missing, not YAML, not a mapping, repeats a key, refers to
+            itself or is nested too deep.
     """
     try:
-        content = _loaded(path, _LinedLoader if with_lines else yaml.SafeLoader)
+        kind = _LinedLoader if with_lines else yaml.SafeLoader
+        content = _loaded(path.read_text(), str(path), kind)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; give a YAML file") from None
     except ConfigError:
@@ -135,28 +141,65 @@ def read_yaml(path: Path, *, with_lines: bool = False) -> dict[str, Any]:
     return content
 
 
-def _loaded(path: Path, kind: type[yaml.SafeLoader]) -> Any:
-    loader = kind(path.read_text())
-    loader.name = str(path)
+def _loaded(text: str, source: str, kind: type[yaml.SafeLoader]) -> Any:
+    loader = kind(text)
+    loader.name = source
     try:
         node = loader.get_single_node()
         if node is None:
             return None
-        if problems := list(_repeated_keys(node, path, set())):
+        if _num_values(node, source, {}) > MAX_VALUES:
+            raise ConfigError(
+                f"{source} has more than {MAX_VALUES} values once its aliases are written out: "
+                "write it without them"
+            )
+        if problems := list(_repeated_keys(node, source, set())):
             raise ConfigError(problems)
         return loader.construct_document(node)
+    except RecursionError:
+        raise ConfigError(_too_deep(source)) from None
     finally:
         loader.dispose()
 
 
-def _repeated_keys(node: yaml.Node, path: Path, seen: set[int]) -> Iterator[str]:
+def _num_values(node: yaml.Node, source: str, known: dict[int, int | None], depth: int = 0) -> int:
+    """Return the number of values below a node with aliases written out.
+
+    Raises:
+        ConfigError: If the node contains itself, or is nested too deep.
+    """
+    line = node.start_mark.line + 1
+    if depth > MAX_DEPTH:
+        raise ConfigError(_too_deep(f"{source}:{line}"))
+    if id(node) not in known:
+        known[id(node)] = None  # until its number is known
+        below = [_num_values(n, source, known, depth + 1) for n in _below(node)]
+        known[id(node)] = 1 + sum(below)
+    if (number := known[id(node)]) is None:
+        raise ConfigError(
+            f"{source}:{line}: what begins here contains itself: remove the alias (*) in it"
+        )
+    return number
+
+
+def _below(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return node.value if isinstance(node, yaml.SequenceNode) else []
+
+
+def _too_deep(place: str) -> str:
+    return f"{place}: more than {MAX_DEPTH} levels below each other: write it flat"
+
+
+def _repeated_keys(node: yaml.Node, source: str, seen: set[int]) -> Iterator[str]:
     """Yield a message for each duplicate key: YAML would silently drop the first."""
     if id(node) in seen:  # an alias
         return
     seen.add(id(node))
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            yield from _repeated_keys(item, path, seen)
+            yield from _repeated_keys(item, source, seen)
     if not isinstance(node, yaml.MappingNode):
         return
     first: dict[Any, int] = {}
@@ -164,12 +207,12 @@ def _repeated_keys(node: yaml.Node, path: Path, seen: set[int]) -> Iterator[str]
         line = key.start_mark.line + 1
         if isinstance(key, yaml.ScalarNode) and key.value in first:
             yield (
-                f"{path}:{line}: {key.value} is also set on line {first[key.value]}: remove one of "
-                "them"
+                f"{source}:{line}: {key.value} is also set on line {first[key.value]}: remove one "
+                "of them"
             )
         elif isinstance(key, yaml.ScalarNode):
             first[key.value] = line
-        yield from _repeated_keys(value, path, seen)
+        yield from _repeated_keys(value, source, seen)
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:

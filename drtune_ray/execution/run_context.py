@@ -77,6 +77,15 @@ class RunContext:
         demand = trial_demand(training, self.resources)
         return ResourceWait(demand, self.resources.wait_seconds, self.cluster.on_notice)
 
+    def check_disk(self) -> None:
+        """Raise the error of a full disk that lost an event, if one did.
+
+        Raises:
+            OSError: The error; the run is not done, and the same command sends its end again.
+        """
+        if (error := self.full_disk()) is not None:
+            raise error
+
     def full_disk(self) -> OSError | None:
         """Return the error of a full disk that lost an event, if one did."""
         error = self.disk_error()

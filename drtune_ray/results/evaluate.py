@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
+from drtune_ray.data.manifest_file import read_manifest
 from drtune_ray.data.sources import decode, read_bytes
 from drtune_ray.data.splits import TEST, VALIDATION
 from drtune_ray.data.views import ViewMaker
 from drtune_ray.errors import ConfigError, EnvironmentProblem
-from drtune_ray.folders import Folder, as_problem
+from drtune_ray.folders import Folder, append_line, as_problem
 from drtune_ray.results.winner import Winner, read_winner
 from drtune_ray.tracking.events import now_ms
 from drtune_ray.training.frozen_features import Normalizer
@@ -98,10 +98,15 @@ def evaluate(
             f"{manifest_path} is missing, which lists the test images: repeat the command that "
             "trained the model to write it again"
         )
-    manifest = pq.read_table(manifest_path)
+    manifest = read_manifest(manifest_path)
     test = _rows(manifest, TEST)
     seal = digest(sorted(row["content_hash"] for row in test))
-    known = read_openings(storage, artifacts)
+    known, damaged = read_openings(storage, artifacts)
+    if damaged and not again:
+        raise EnvironmentProblem(
+            f"{', '.join(damaged)} cannot be read, and may be an opening of this test split: "
+            "correct or remove the line, or add --again to open the split anyway"
+        )
     openings = [entry for entry in known if entry["test_split"] == seal]
     if openings and not again:
         raise ConfigError(
@@ -123,15 +128,34 @@ def evaluate(
     )
 
 
-def read_openings(storage: Path, artifacts: Folder | None = None) -> list[dict[str, Any]]:
-    """Return all recorded openings of test splits, oldest first."""
+def read_openings(
+    storage: Path, artifacts: Folder | None = None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return all recorded openings of test splits, oldest first, and the damaged lines' places."""
     path = storage / OPENINGS_NAME
-    lines = set(path.read_text().splitlines()) if path.exists() else set()
+    content = path.read_bytes() if path.exists() else b""
+    lines = {line: f"{path}:{at}" for at, line in enumerate(content.split(b"\n"), 1)}
     if artifacts is not None:
         folder = artifacts.below(OPENINGS_FOLDER)
         with as_problem(folder.address("")):
-            lines |= {folder.read(name).decode() for name in folder.names()}
-    return sorted((json.loads(line) for line in lines), key=lambda entry: entry["time_ms"])
+            lines |= {folder.read(name): folder.address(name) for name in folder.names()}
+    found = {place: _opening(line) for line, place in lines.items() if line.strip()}
+    openings = [entry for entry in found.values() if entry is not None]
+    damaged = [place for place, entry in found.items() if entry is None]
+    return sorted(openings, key=lambda entry: entry["time_ms"]), damaged
+
+
+def _opening(line: bytes) -> dict[str, Any] | None:
+    """Return the opening of a line, None if the line is damaged."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    kinds = {"test_split": str, "model": str, "time_ms": int}
+    is_sound = isinstance(entry, dict) and all(
+        isinstance(entry.get(name), kind) for name, kind in kinds.items()
+    )
+    return entry if is_sound else None
 
 
 def _record_opening(line: str, storage: Path, artifacts: Folder | None) -> None:
@@ -140,8 +164,7 @@ def _record_opening(line: str, storage: Path, artifacts: Folder | None) -> None:
         with as_problem(folder.address("")):
             folder.write(f"{digest(line)}.json", line.encode())
     try:
-        with (storage / OPENINGS_NAME).open("a") as file:
-            file.write(line + "\n")
+        append_line(storage / OPENINGS_NAME, line.encode())
     except OSError as error:
         raise EnvironmentProblem(
             f"{storage / OPENINGS_NAME} cannot be written ({error.strerror}), and an opening of "

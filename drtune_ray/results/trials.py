@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +27,7 @@ NOT_TRAINED, WARM_START = "not_trained", "warm_start"
 DUPLICATE = "duplicate of trial"  # a reason for `NOT_TRAINED`
 CONFIG, OUTCOME, OBJECTIVES = "config", "outcome", "objectives"
 EPOCH_PREFIX = "epoch:"
+EPOCH_NAME = re.compile(rf"{EPOCH_PREFIX}\d+")
 RESULT_STATES = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -175,7 +177,7 @@ def record_value(trial: Trial, epoch: int, value: float) -> None:
 def values_by_epoch(trial: FrozenTrial) -> dict[int, float]:
     """Return the best validation accuracy so far, 0 to 1, by epoch from 1."""
     attributes = trial.user_attrs.items()
-    recorded = {key: value for key, value in attributes if key.startswith(EPOCH_PREFIX)}
+    recorded = {key: value for key, value in attributes if EPOCH_NAME.fullmatch(key)}
     return trial.intermediate_values | {
         int(key.removeprefix(EPOCH_PREFIX)): float(value) for key, value in recorded.items()
     }

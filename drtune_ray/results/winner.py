@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ from torch import nn
 
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.views import Normalization
-from drtune_ray.errors import ConfigError
+from drtune_ray.errors import ConfigError, EnvironmentProblem, first_line
 from drtune_ray.training.backbones import read_backbone
-from drtune_ray.training.checkpoint import read_checkpoint
+from drtune_ray.training.checkpoint import check_best, read_checkpoint
 from drtune_ray.training.model import classifier
 from drtune_ray.values import read_yaml, to_yaml
 
 WEIGHTS_NAME, ABOUT_NAME = "model.safetensors", "model.yaml"
+CARD = {"about": dict, "classes": list, "normalization": dict, "trial": dict}  # types in the card
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ def write_winner(
     classes: tuple[str, ...],
     trial: TrialConfig,
     about: dict[str, Any],
+    identity: str,
 ) -> None:
     """Write a model folder, replacing an earlier one completely.
 
@@ -57,8 +60,13 @@ def write_winner(
         classes: Class names in the order of the labels.
         trial: Configuration of the trial.
         about: Its origin and its measured accuracy, as plain values.
+        identity: Identity of the trial, which its weights must have.
+
+    Raises:
+        CheckpointError: If the weights are not those of the trial's best epoch.
     """
     best = read_checkpoint(best_checkpoint)
+    check_best(best, best_checkpoint, identity, about["val_accuracy"])
     normalization = read_backbone(backbone_file).normalization
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -85,7 +93,23 @@ def write_winner(
 def read_about(folder: Path) -> dict[str, Any]:
     """Return the origin and the accuracy of the model in a folder; empty if there is none."""
     path = folder / ABOUT_NAME
-    return dict(read_yaml(path)["about"]) if path.exists() else {}
+    return dict(_read_card(path)["about"]) if path.exists() else {}
+
+
+def _read_card(path: Path) -> dict[str, Any]:
+    card = read_yaml(path)
+    for name, kind in CARD.items():
+        if not isinstance(card.get(name), kind):
+            raise _damaged(path, f"wrong value of {name!r}")
+    return card
+
+
+def _damaged(path: Path, reason: str) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"{path} is damaged ({reason}): bring it back from MLflow ({path.parent.name} of the "
+        f"study's run) or from a backup; or remove the file {path.parent.parent / 'done'} and "
+        "repeat the study's command, which writes the model again"
+    )
 
 
 def read_winner(folder: Path) -> Winner:
@@ -98,22 +122,28 @@ def read_winner(folder: Path) -> Winner:
         raise ConfigError(
             f"{folder} holds no model yet: repeat the study's command until a trial completes"
         )
-    card = read_yaml(folder / ABOUT_NAME)
+    card = _read_card(folder / ABOUT_NAME)
     trial = TrialConfig.from_mapping(card["trial"])
-    normalization = card["normalization"]
-    model = classifier(
-        trial.backbone.name,
-        trial.data.image_size,
-        safetensors.torch.load_file(folder / WEIGHTS_NAME),
-    )
+    try:
+        weights = safetensors.torch.load_file(folder / WEIGHTS_NAME)
+        normalization = _normalization(card["normalization"])
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, first_line(error)) from None
+    model = classifier(trial.backbone.name, trial.data.image_size, weights)
     return Winner(
         model,
         tuple(card["classes"]),
-        Normalization(
-            tuple(normalization["mean"]),
-            tuple(normalization["std"]),
-            normalization["interpolation"],
-        ),
+        normalization,
         trial,
         card["about"],
     )
+
+
+def _normalization(values: dict[str, Any]) -> Normalization:
+    mean, std = _three(values["mean"]), _three(values["std"])
+    return Normalization(mean, std, str(values["interpolation"]))
+
+
+def _three(values: Iterable[Any]) -> tuple[float, float, float]:
+    red, green, blue = map(float, values)
+    return red, green, blue

@@ -17,7 +17,7 @@ from drtune_ray.processes import is_alive
 from drtune_ray.storage.lease import LEASE_NAME, this_machine
 from drtune_ray.storage.record import Record
 
-LOCK_NAME, HOLDER_NAME = "driver.lock", "driver.txt"  # as `identity.driver_lock` writes them
+LOCK_NAME, HOLDER_NAME = "driver.lock", "driver.txt"
 LOCKS_FILE = Path("/proc/locks")
 
 
@@ -83,7 +83,7 @@ def _holds(pid: int, lock: Path) -> bool:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text().strip()
+        return path.read_text(errors="replace").strip()
     except OSError:
         return ""
 
@@ -96,13 +96,13 @@ def driver_lock(folder: Path) -> Iterator[None]:
         EnvironmentProblem: If another process holds it; names the process.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    holder_file = folder / "driver.txt"
+    holder_file = folder / HOLDER_NAME
     # The operating system releases the lock of a killed driver.
-    lock = filelock.FileLock(folder / "driver.lock")
+    lock = filelock.FileLock(folder / LOCK_NAME)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        holder = holder_file.read_text() if holder_file.exists() else "another process"
+        holder = _text(holder_file) or "another process"
         raise EnvironmentProblem(
             f"study {folder.name!r} is being run by {holder}: wait for it or end it first"
         ) from None

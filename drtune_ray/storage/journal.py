@@ -127,9 +127,7 @@ def read_journal(path: Path, study_id: str) -> tuple[JournalStorage, list[str]]:
     ]
 
 
-def repair_journal(
-    path: Path, study_id: str, directions: Sequence[str], rebuild: Rebuild
-) -> None:
+def repair_journal(path: Path, study_id: str, directions: Sequence[str], rebuild: Rebuild) -> None:
     """Set damaged records of a journal aside, and rebuild what other files know of them.
 
     Args:
@@ -209,7 +207,7 @@ def _has_sound_texts(record: JournalRecord) -> bool:
     """Return whether the attributes that hold JSON can be read."""
     attributes = record.get("user_attr")
     for text in attributes.values() if isinstance(attributes, dict) else ():
-        if isinstance(text, str) and text.startswith("{"):
+        if isinstance(text, str) and (text.startswith("{") or text.endswith("}")):
             try:
                 json.loads(text)
             except ValueError:

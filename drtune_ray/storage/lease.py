@@ -199,15 +199,16 @@ def _died_here(holder: dict[str, Any]) -> bool:
         return False
     if holder.get("pid") == os.getpid():  # the number may be that of an earlier process
         return holder.get("token") not in _held_here
-    return not is_alive(int(holder["pid"]))
+    return not is_alive(holder["pid"])
 
 
 def _read(folder: Folder) -> dict[str, Any] | None:
     try:
         holder = json.loads(folder.read(LEASE_NAME))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
-    return holder if isinstance(holder, dict) else None
+    is_holder = isinstance(holder, dict) and isinstance(holder.get("pid"), int)
+    return holder if is_holder else None
 
 
 def this_machine() -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import drtune_ray
-from drtune_ray.config.study import StudyConfig
+from drtune_ray.config.section import validated
+from drtune_ray.config.study import StudyConfig, TrackingConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.folders import LocalFolder
 from drtune_ray.values import full_path, read_yaml, to_yaml
@@ -19,6 +20,17 @@ JOURNAL_NAME, SPLITS_NAME, TRIALS_NAME = "optuna.journal", "splits.parquet", "tr
 WINNER_NAME, SPOOL_NAME, TRIALS_FOLDER = "winner", "spool", "trials"
 DONE_NAME = "done"  # written last
 SCRATCH_NAME = ".tune"  # Ray's own folders; nothing in them is needed again
+
+
+# Types of the values of a record.
+KINDS: dict[str, Any] = {
+    "study_id": str,
+    "kind": str,
+    "config": dict,
+    "deciding": dict,
+    "tracking": dict,
+    "artifacts": str | None,
+}
 
 
 @dataclass(frozen=True)
@@ -72,8 +84,14 @@ def read_record(folder: Path) -> Record:
             f"{folder / RECORD_FILE} was not written by drtune-ray (it lacks {missing}): give the "
             "study another --name or --storage"
         )
-    values = {name: content[name] for name in names}
-    return Record(folder, **values, artifacts=content.get("artifacts"))
+    values = {name: content[name] for name in names} | {"artifacts": content.get("artifacts")}
+    if wrong := [name for name, value in values.items() if not isinstance(value, KINDS[name])]:
+        raise ConfigError(
+            f"{folder / RECORD_FILE} is damaged (wrong value of {wrong}): bring it back from "
+            "MLflow (study/study.yaml of the study's run) or from a backup"
+        )
+    validated(TrackingConfig, values["tracking"], "tracking.")
+    return Record(folder, **values)
 
 
 def find_study(name_or_folder: str, storage: str) -> Path:
@@ -115,7 +133,7 @@ def is_done(folder: Path, config: StudyConfig, num_trials: int | None = None) ->
     """
     try:
         done = json.loads((folder / DONE_NAME).read_text())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     if not isinstance(done, dict):  # of a former version
         return False

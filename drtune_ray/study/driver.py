@@ -61,7 +61,7 @@ from drtune_ray.study.tables import prepare_all, preparing_device, table_variant
 from drtune_ray.study.winner import WinnerWriter
 from drtune_ray.tracking.events import Event, FilesReady, RunFinished, RunStarted, Sink, fan_out
 from drtune_ray.tracking.mlflow_recorder import build_recorder
-from drtune_ray.tracking.spool import BackgroundWriter, Spool
+from drtune_ray.tracking.spool import BackgroundWriter, Spool, send_rest
 from drtune_ray.training.backbones import read_backbone
 from drtune_ray.training.checkpoint import trial_folder
 from drtune_ray.training.complexity import complexity
@@ -127,12 +127,13 @@ class StudyDriver:
             on_plan: Called before the first trial of the search and of the finalists.
             is_restored: Whether the study was downloaded from artifacts.
         """
-        if is_done(self.folder, self.config, self._num_ended()):
-            num_unsent = Spool(self.folder / SPOOL_NAME).num_unsent()
-            fitted = read_about(self.folder / WINNER_NAME).get("final_fit")
-            return replace(self._result(num_unsent, was_done=True), final_fit=fitted)
         spool = Spool(self.folder / SPOOL_NAME)
         recorder = build_recorder(self.config.tracking, self.storage, self.study_id)
+        if is_done(self.folder, self.config, self._num_ended()):
+            with self.artifacts.unsent_kept(spool):  # of a driver that was killed at its end
+                num_unsent = send_rest(spool, recorder)
+            fitted = read_about(self.folder / WINNER_NAME).get("final_fit")
+            return replace(self._result(num_unsent, was_done=True), final_fit=fitted)
         limit = self.config.trial.data.cache_limit_gib
         with (
             self.artifacts.unsent_kept(spool),
@@ -302,6 +303,7 @@ class StudyDriver:
             "drtune.chosen": str(about["chosen"]),
         }
         self._emit(RunFinished(None, "COMPLETE", "completed", metrics, tags))
+        handover.run.check_disk()
         self.artifacts.keep(WINNER_NAME)
         if self._is_exhausted or not self._search_proposals()[1].has_next():
             write_done(self.config, self._num_ended())

@@ -7,7 +7,7 @@ import logging
 from drtune_ray.config.study import STUDY, StudyConfig
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import EnvironmentProblem
-from drtune_ray.folders import open_folder
+from drtune_ray.folders import files_as_problem, open_folder
 from drtune_ray.results.evaluate import Evaluation, evaluate
 from drtune_ray.storage.record import (
     SPLITS_NAME,
@@ -25,6 +25,7 @@ from drtune_ray.tracking.spool import Spool
 logger = logging.getLogger(__name__)
 
 
+@files_as_problem()
 def evaluate_study(name_or_folder: str, storage: str, *, again: bool = False) -> Evaluation:
     """Open the sealed test split for a winner, and record the result.
 

@@ -5,18 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from drtune_ray.config.study import ResourcesConfig
 from drtune_ray.config.trial import DataConfig, TrialConfig
+from drtune_ray.data.manifest_file import read_manifest
 from drtune_ray.data.sources import scan_class_folders
 from drtune_ray.data.splits import TRAIN, VALIDATION, Splits, make_splits
 from drtune_ray.errors import ConfigError, EnvironmentProblem
-from drtune_ray.folders import atomic_write
 from drtune_ray.training.backbones import Backbone, KeyReport, load_backbone
 from drtune_ray.training.model import check_trial
 from drtune_ray.values import digest, full_path
@@ -155,11 +152,6 @@ def data_root(config: DataConfig) -> Path:
     return full_path(config.train)
 
 
-def write_manifest(splits: Splits, path: Path) -> None:
-    """Write the table of images and their splits."""
-    atomic_write(path, partial(pq.write_table, splits.manifest), is_durable=False)
-
-
 def manifest_path(config: DataConfig, storage: Path) -> Path:
     """Return the file with the splits of an image folder: one for each folder and quota."""
     quotas = (config.train_per_class, config.validation_fraction, config.test_fraction)
@@ -168,5 +160,5 @@ def manifest_path(config: DataConfig, storage: Path) -> Path:
 
 def _splits(config: DataConfig, storage: Path) -> Splits:
     path = manifest_path(config, storage)
-    former = pq.read_table(path) if path.exists() else None
+    former = read_manifest(path) if path.exists() else None
     return make_splits(scan_class_folders(data_root(config), former), config, former)

@@ -11,9 +11,11 @@ from pathlib import Path
 from optuna.trial import FrozenTrial
 
 from drtune_ray.config.study import STUDY, StudyConfig
+from drtune_ray.data.manifest_file import write_manifest
 from drtune_ray.execution.capacity import Capacity
 from drtune_ray.execution.resource_wait import Notify
 from drtune_ray.execution.session import ready_cluster
+from drtune_ray.folders import files_as_problem
 from drtune_ray.results.rebuilt import missing_of
 from drtune_ray.search.objectives import direction
 from drtune_ray.storage.artifacts import StudyArtifacts
@@ -37,7 +39,7 @@ from drtune_ray.storage.record import (
 from drtune_ray.storage.stored_trials import stored_trials
 from drtune_ray.study.checks import check_study, space_content, study_trainings
 from drtune_ray.study.driver import StudyDriver
-from drtune_ray.study.inputs import data_root, manifest_path, write_manifest
+from drtune_ray.study.inputs import data_root, manifest_path
 from drtune_ray.study.opened import opened_study
 from drtune_ray.study.result import StudyPlan, StudyResult
 from drtune_ray.tracking.events import Sink
@@ -47,6 +49,7 @@ from drtune_ray.values import full_path
 logger = logging.getLogger(__name__)
 
 
+@files_as_problem()
 def run_study(
     config: StudyConfig,
     *,
@@ -95,7 +98,7 @@ def run_study(
         record = open_record(
             config.folder, STUDY, values, deciding, config.tracking, config.artifacts
         )
-        write_manifest(checked.splits, config.folder / SPLITS_NAME)
+        write_manifest(checked.splits.manifest, config.folder / SPLITS_NAME)
         artifacts.keep(RECORD_FILE, SPLITS_NAME)
         study = open_study(storage, record.study_id, directions)
         driver = StudyDriver(

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from drtune_ray.config.study import STUDY, StudyConfig
+from drtune_ray.errors import ConfigError
 from drtune_ray.execution.environment import SUBMITTED_WITH, job_config
-from drtune_ray.folders import LocalFolder
+from drtune_ray.folders import LocalFolder, files_as_problem
 from drtune_ray.results.trials import TrialSummary, summaries
 from drtune_ray.space.parameters import path_of
 from drtune_ray.storage.driver_lock import HOLDER_NAME, driver_of
@@ -129,6 +130,7 @@ class Status:
         return tuple(trial for trial in self.trials if trial.state == UNFINISHED)
 
 
+@files_as_problem()
 def read_status(name_or_folder: str, storage: str) -> Status:
     """Read the status of a study or training.
 
@@ -148,9 +150,9 @@ def read_status(name_or_folder: str, storage: str) -> Status:
     trials = summaries(frozen) if is_study else _training(record)
     sampled = {trial.number: tuple(map(path_of, trial.distributions)) for trial in frozen}
     driver, is_alive = driver_of(record, notes)
-    trial = record.config.get("trial", {}) if is_study else record.config
-    num_trials = int(record.config.get("trials", 0)) if is_study else 1
-    spool = folder / SPOOL_NAME
+    num_trials = _number(record, "trials") if is_study else 1
+    spool = Spool(folder / SPOOL_NAME) if (folder / SPOOL_NAME).is_dir() else None
+    notes += [f"{place} is damaged and is not sent to MLflow" for place in _damaged(spool)]
     return Status(
         folder=folder,
         kind=record.kind,
@@ -158,16 +160,17 @@ def read_status(name_or_folder: str, storage: str) -> Status:
         driver=driver,
         last_sign=_last_sign(folder, trials),
         num_trials=num_trials,
-        num_epochs=int(trial.get("training", {}).get("epochs", 0)),
+        num_epochs=_number(record, "trial.training.epochs" if is_study else "training.epochs"),
         trials=trials,
         sampled=sampled,
-        num_unsent=Spool(spool).num_unsent() if spool.is_dir() else 0,  # it makes its folder
+        num_unsent=spool.num_unsent() if spool else 0,
         num_bytes=sum(_sizes(folder)),
         command=_read_command(folder),
         notes=tuple(notes),
     )
 
 
+@files_as_problem()
 def read_trials(folder: Path) -> tuple[TrialSummary, ...]:
     """Read the trials of a study from its storage, which may be in use.
 
@@ -176,6 +179,16 @@ def read_trials(folder: Path) -> tuple[TrialSummary, ...]:
         EnvironmentProblem: If its database does not answer.
     """
     return summaries(stored_trials(read_record(folder)))
+
+
+def _number(record: Record, path: str) -> int:
+    """Return a number of the record's configuration, 0 if it holds none."""
+    value = flattened(record.config).get(path)
+    return value if isinstance(value, int) else 0
+
+
+def _damaged(spool: Spool | None) -> list[str]:
+    return spool.damaged() if spool else []
 
 
 def write_command(folder: Path) -> None:
@@ -191,49 +204,41 @@ def write_command(folder: Path) -> None:
 def _read_command(folder: Path) -> str | None:
     try:
         content = json.loads((folder / COMMAND_NAME).read_text())
-    except (OSError, ValueError):
+        command = shlex.join(["drtune-ray", *content["arguments"]])
+        there = content["folder"]
+        quoted = shlex.quote(there or "")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    command = shlex.join(["drtune-ray", *content["arguments"]])
-    there = content["folder"]
-    return command if there in (None, os.getcwd()) else f"cd {shlex.quote(there)} && {command}"
+    return command if there in (None, os.getcwd()) else f"cd {quoted} && {command}"
 
 
 # ---- trials
 
 
 def _training(record: Record) -> tuple[TrialSummary, ...]:
-    """Return a training as a trial, from its events."""
-    last = _last_events(record.folder / SPOOL_NAME / EVENTS_NAME)
-    epoch, end = last.get(MetricsRecorded.kind, {}), last.get(RunFinished.kind, {})
-    state = end.get("state", UNFINISHED)
+    """Return a training as a trial, from its events; ends before a resume do not count."""
+    epoch: MetricsRecorded | None = None
+    end: RunFinished | None = None
+    if (record.folder / SPOOL_NAME).is_dir():  # a spool makes its folder
+        kinds = (RunStarted.kind, MetricsRecorded.kind, RunFinished.kind)
+        for event in Spool(record.folder / SPOOL_NAME).events.events(*kinds):
+            if isinstance(event, MetricsRecorded):
+                epoch = event
+            else:
+                end = event if isinstance(event, RunFinished) else None
+    state = end.state if end else UNFINISHED
     return (
         TrialSummary(
             number=0,
             state=UNFINISHED if state == "INTERRUPTED" else state,
-            outcome=end.get("outcome", ""),
+            outcome=end.outcome if end else "",
             reference=None,
-            best_val_accuracy=epoch.get("metrics", {}).get("best_val_accuracy"),
-            num_epochs=epoch.get("step", 0),
+            best_val_accuracy=epoch.metrics.get("best_val_accuracy") if epoch else None,
+            num_epochs=epoch.step if epoch else 0,
             seconds=None,
             config=record.config,
         ),
     )
-
-
-def _last_events(path: Path) -> dict[str, dict[str, Any]]:
-    """Return the last event of some kinds, as plain values; ends before a resume do not count."""
-    lines: dict[str, bytes] = {}
-    kinds = (RunStarted.kind, MetricsRecorded.kind, RunFinished.kind)
-    starts = {kind: json.dumps({"kind": kind})[:-1].encode() for kind in kinds}
-    if path.exists():
-        with path.open("rb") as file:
-            for line in file:
-                for kind, start in starts.items():
-                    if line.startswith(start) and line.endswith(b"\n"):
-                        lines[kind] = line
-                        if kind == RunStarted.kind:
-                            lines.pop(RunFinished.kind, None)
-    return {kind: json.loads(line) for kind, line in lines.items()}
 
 
 # ---- its state
@@ -246,7 +251,7 @@ def _state(
         return RUNNING
     num_results = sum(t.state in RESULT_STATES for t in trials if not t.is_final)
     if record.kind == STUDY:
-        is_done = is_done_with(record.folder, StudyConfig.from_mapping(record.config))
+        is_done = _is_done(record)
         has_failed = num_results >= num_trials and all(t.state != COMPLETE for t in trials)
     else:
         is_done = (record.folder / DONE_NAME).exists()
@@ -254,6 +259,13 @@ def _state(
     if is_done or has_failed:
         return DONE if is_done else FAILED
     return NOT_SEEN if is_alive is None else INTERRUPTED
+
+
+def _is_done(record: Record) -> bool:
+    try:
+        return is_done_with(record.folder, StudyConfig.from_mapping(record.config))
+    except ConfigError:  # of another version, or damaged
+        return (record.folder / DONE_NAME).is_file()
 
 
 def _last_sign(folder: Path, trials: tuple[TrialSummary, ...]) -> float:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from drtune_ray.config.study import TrackingConfig
 from drtune_ray.errors import DrtuneError, EnvironmentProblem
+from drtune_ray.folders import files_as_problem
 from drtune_ray.storage.record import SPOOL_NAME, find_study, read_record
 from drtune_ray.tracking.mlflow_recorder import (
     artifacts_folder,
@@ -17,6 +18,7 @@ from drtune_ray.tracking.mlflow_recorder import (
 from drtune_ray.tracking.spool import Spool, send_events, send_files
 
 
+@files_as_problem()
 def page_of(name_or_folder: str, storage: str) -> tuple[str, str | None]:
     """Return MLflow's tracking URI of a study, and the path of its page in MLflow's UI.
 
@@ -37,6 +39,7 @@ def page_of(name_or_folder: str, storage: str) -> tuple[str, str | None]:
         return uri, runs_page(uri, tracking.experiment, artifacts)
 
 
+@files_as_problem()
 def sync_study(name_or_folder: str, storage: str) -> int:
     """Send MLflow the events that it has not received; return their number.
 

@@ -11,13 +11,14 @@ from drtune_ray.config.study import ResourcesConfig
 from drtune_ray.config.trial import TABLES_PATHS, TrialConfig
 from drtune_ray.data.cache import table_name, write_images
 from drtune_ray.data.dataset import Tables
+from drtune_ray.data.manifest_file import write_manifest
 from drtune_ray.data.splits import Splits
 from drtune_ray.data.table_store import TableStore
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.execution.capacity import Capacity
 from drtune_ray.space.points import combinations, needed_for
 from drtune_ray.space.search_space import SearchSpace
-from drtune_ray.study.inputs import StudyInputs, data_root, manifest_path, write_manifest
+from drtune_ray.study.inputs import StudyInputs, data_root, manifest_path
 from drtune_ray.training.backbones import Backbone
 from drtune_ray.training.frozen_features import prepare_tables
 from drtune_ray.values import flattened
@@ -36,7 +37,7 @@ def prepare(checked: StudyInputs, config: TrialConfig, store: TableStore, device
     """
     manifest = manifest_path(config.data, store.storage)
     manifest.parent.mkdir(parents=True, exist_ok=True)
-    write_manifest(checked.splits, manifest)
+    write_manifest(checked.splits.manifest, manifest)
     tables = build_tables(checked, config, store, device)
     store.keep_limit()
     return tables

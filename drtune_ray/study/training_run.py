@@ -9,6 +9,7 @@ from pathlib import Path
 
 from drtune_ray.config.study import TRAINING, ResourcesConfig, TrackingConfig, study_name
 from drtune_ray.config.trial import TrialConfig
+from drtune_ray.data.manifest_file import write_manifest
 from drtune_ray.data.table_store import TableStore
 from drtune_ray.errors import ConfigError, DrtuneError, EnvironmentProblem, first_line
 from drtune_ray.execution.capacity import WORKERS, trial_demand
@@ -16,7 +17,7 @@ from drtune_ray.execution.ray_train.fit import advice, fit
 from drtune_ray.execution.resource_wait import Notify
 from drtune_ray.execution.run_context import RunContext
 from drtune_ray.execution.session import ready_cluster
-from drtune_ray.folders import LocalFolder, as_problem
+from drtune_ray.folders import LocalFolder, as_problem, files_as_problem
 from drtune_ray.results.winner import read_about, write_winner
 from drtune_ray.storage.artifacts import StudyArtifacts
 from drtune_ray.storage.fingerprint import deciding_values, former_record, open_record
@@ -32,13 +33,13 @@ from drtune_ray.study.inputs import (
     check_inputs,
     data_root,
     manifest_path,
-    write_manifest,
 )
 from drtune_ray.study.opened import opened_study
 from drtune_ray.study.tables import prepare, preparing_device
 from drtune_ray.tracking.events import FilesReady, RunFinished, RunStarted, Sink, fan_out
 from drtune_ray.tracking.mlflow_recorder import build_recorder, check_tracking
-from drtune_ray.tracking.spool import BackgroundWriter, Spool
+from drtune_ray.tracking.spool import BackgroundWriter, Spool, send_rest
+from drtune_ray.training.checkpoint import trial_identity
 from drtune_ray.training.reports import COMPLETED, OBJECTIVE, OUTCOME, PATIENCE
 from drtune_ray.values import flattened, full_path
 
@@ -65,6 +66,7 @@ class TrainingResult:
     was_done: bool
 
 
+@files_as_problem()
 def run_training(
     config: TrialConfig,
     name: str,
@@ -111,7 +113,7 @@ def run_training(
         spool = Spool(folder / SPOOL_NAME)
         was_done = (folder / DONE_NAME).exists()
         if not was_done and opened.cluster:
-            write_manifest(checked.splits, folder / SPLITS_NAME)
+            write_manifest(checked.splits.manifest, folder / SPLITS_NAME)
             kept.keep(RECORD_FILE, SPLITS_NAME)
             recorder = build_recorder(tracking, storage, record.study_id)
             with kept.unsent_kept(spool), BackgroundWriter(spool, recorder) as writer:
@@ -127,6 +129,9 @@ def run_training(
                     on_interrupt=lambda: emit(INTERRUPTED),
                 )
                 _Training(config, checked, run).run()
+        elif was_done:
+            with kept.unsent_kept(spool):
+                send_rest(spool, build_recorder(tracking, storage, record.study_id))
         return _result(folder, spool.num_unsent(), was_done=was_done)
 
 
@@ -177,6 +182,7 @@ class _Training:
         context.artifacts.keep(WINNER_NAME)
         context.emit(FilesReady(None, str(context.folder / WINNER_NAME), WINNER_NAME))
         context.emit(RunFinished(None, "COMPLETE", outcome, {}, {}))
+        context.check_disk()
         LocalFolder(context.folder).write(DONE_NAME, outcome.encode())
         context.artifacts.keep(DONE_NAME)
         # Last: a driver killed before this finds the end of the training in its checkpoint.
@@ -207,7 +213,14 @@ class _Training:
         }
         with as_problem(context.artifacts.uri):
             best = context.checkpoints(0).fetch_best()
+        content = (best.parent.name, tables.images.name, tables.backbone.name)
         write_winner(
-            context.folder / WINNER_NAME, best, tables.backbone, tables.classes, self.config, about
+            context.folder / WINNER_NAME,
+            best,
+            tables.backbone,
+            tables.classes,
+            self.config,
+            about,
+            trial_identity(self.config, *content),
         )
         return str(result[OUTCOME])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from drtune_ray.config.study import StudyConfig
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import Tables
 from drtune_ray.data.table_store import TableStore
+from drtune_ray.errors import CheckpointError
 from drtune_ray.execution.run_context import RunContext
 from drtune_ray.folders import as_problem
 from drtune_ray.results.trials import TrialSummary, best_first, config_of
@@ -20,7 +22,14 @@ from drtune_ray.study.inputs import StudyInputs
 from drtune_ray.study.result import StudyResult
 from drtune_ray.study.tables import build_tables, preparing_device
 from drtune_ray.tracking.events import FilesReady
-from drtune_ray.training.checkpoint import TrialFolder
+from drtune_ray.training.checkpoint import (
+    TrialFolder,
+    check_best,
+    read_checkpoint,
+    recorded_identity,
+)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ class WinnerWriter:
 
         If the final fit diverges, the result says so and the winner's best seed is shipped.
         """
-        config = config_of(result.shipped)
+        config, values = config_of(result.shipped), result.shipped.config
         folder, checked = self.run.checkpoints(result.shipped.number), self.checked
         again = final_fit(result, self.config.final_fit, checked)
         if again is not None:
@@ -52,8 +61,10 @@ class WinnerWriter:
             result = replace(result, final_fit=again.about(outcome))
             if result.is_fitted_again:
                 config, checked = again.config, again.checked
+                values = config.to_mapping()
                 folder = self.run.checkpoints(again.name)
         tables = self._tables(checked, config)
+        content = (folder.path.name, tables.images.name, tables.backbone.name)
         write_winner(
             self.config.folder / WINNER_NAME,
             self._weights(folder),
@@ -61,6 +72,7 @@ class WinnerWriter:
             tables.classes,
             config,
             result.about(),
+            recorded_identity(values, *content),
         )
         return result
 
@@ -68,7 +80,12 @@ class WinnerWriter:
         """Send MLflow copies of the best weights of the best trials."""
         for trial in best_first(trials)[: self.config.tracking.num_top_checkpoints]:
             weights = self._weights(self.run.checkpoints(trial.number))
-            self.run.emit(FilesReady(trial.number, str(weights), "checkpoint"))
+            try:
+                check_best(read_checkpoint(weights), weights, None, trial.best_val_accuracy)
+            except CheckpointError as error:
+                logger.warning("trial %d's weights are not sent to MLflow: %s", trial.number, error)
+            else:
+                self.run.emit(FilesReady(trial.number, str(weights), "checkpoint"))
 
     def _train(self, again: FinalFit) -> str:
         training = again.config.training

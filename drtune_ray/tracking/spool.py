@@ -68,9 +68,11 @@ class Queue:
         """Return the oldest unsent event and the position after it, or None."""
         return next(self._events(self.position), None)
 
-    def events(self) -> Iterator[Event]:
-        """Yield all events, oldest first."""
-        return (event for event, _ in self._events(0))
+    def events(self, *kinds: str) -> Iterator[Event]:
+        """Yield all events, oldest first; if kinds are given, only theirs."""
+        starts = tuple(json.dumps({"kind": kind})[:-1].encode() for kind in kinds)
+        lines = (line for line, _ in self._lines(0) if not kinds or line.startswith(starts))
+        return (event for event in map(self._parsed, lines) if event is not None)
 
     def mark_sent(self, offset: int) -> None:
         """Record that everything before the position was sent."""
@@ -314,6 +316,11 @@ class _Sender:
         self._num_failures += 1
         self._due = time.monotonic() + RETRY_SECONDS[index]
         return math.inf if is_closing and self._is_refused else RETRY_SECONDS[index]
+
+
+def send_rest(spool: Spool, recorder: Recorder) -> int:
+    """Send what an earlier run left unsent; return how many events stay unsent."""
+    return BackgroundWriter(spool, recorder).close() if spool.num_unsent() else 0
 
 
 def send_events(spool: Spool, recorder: Recorder) -> int:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,51 @@ def trial_identity(config: TrialConfig, *of_what: str) -> str:
             they may change between two runs.
         of_what: Names of the trial, its images and its pretrained weights.
     """
-    return digest(of_what, flattened_without(config.to_mapping(), TRIAL_NOT_DECIDING))
+    return recorded_identity(config.to_mapping(), *of_what)
+
+
+def recorded_identity(values: Mapping[str, Any], *of_what: str) -> str:
+    """Return the identity of a trial by its configuration as it was recorded.
+
+    That configuration lacks the settings that the package has got since then.
+
+    Args:
+        values: Configuration of the trial, as plain values.
+        of_what: See :func:`trial_identity`.
+    """
+    return digest(of_what, flattened_without(values, TRIAL_NOT_DECIDING))
+
+
+def check_best(
+    best: dict[str, Any], path: Path, identity: str | None, val_accuracy: float | None
+) -> None:
+    """Check that weights are those of a trial's best epoch, before they are handed over.
+
+    Args:
+        best: Content of the file.
+        path: The file.
+        identity: Identity of the trial; None leaves it unchecked.
+        val_accuracy: Best validation accuracy of the trial, 0 to 1; None if it had no images for
+            validation.
+
+    Raises:
+        CheckpointError: If they are not.
+    """
+    reason = None
+    if not {"model", "record"} <= best.keys():
+        reason = "it is another kind of checkpoint"
+    elif identity not in (None, best.get(IDENTITY)):
+        reason = "they are of another trial or configuration"
+    elif val_accuracy is not None:
+        found = best["record"]["metrics"].get("best_val_accuracy", math.nan)
+        if not math.isclose(found, val_accuracy, rel_tol=1e-9):
+            reason = f"their validation accuracy is {found}, and {val_accuracy} is recorded"
+    if reason is not None:
+        raise CheckpointError(
+            f"{path} does not hold the weights of its trial's best epoch: {reason}; bring the "
+            f"right file back from MLflow (checkpoint/{BEST_NAME} of the trial's run) or from a "
+            "backup, and repeat the command"
+        )
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from drtune_ray.results.winner import read_winner
 from drtune_ray.study.evaluation import evaluate_study
 from drtune_ray.study.result import StudyResult
 from drtune_ray.study.run import run_study
-from drtune_ray.study.sync import sync_study, page_of
+from drtune_ray.study.sync import page_of, sync_study
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished
 from drtune_ray.values import nested
 from tests.clusters import address_set

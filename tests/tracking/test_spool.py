@@ -138,7 +138,16 @@ def test_spool__a_mark_that_is_no_position_counts_as_none(tmp_path: Path, mark: 
 
 
 @pytest.mark.parametrize(
-    "line", ["not JSON", "[]", "{}", '{"kind": "party"}', '{"kind": "run_started"}', '"\udce4"', "[" * 9999]
+    "line",
+    [
+        "not JSON",
+        "[]",
+        "{}",
+        '{"kind": "party"}',
+        '{"kind": "run_started"}',
+        '"\udce4"',
+        "[" * 9999,
+    ],
 )
 @pytest.mark.parametrize("at", [0, 1, 3])
 def test_spool__a_damaged_line_is_left_out_and_named(
@@ -224,7 +233,9 @@ def test_spool__of_an_earlier_version_has_files_among_its_events(tmp_path: Path)
 
 def test_spool__files_of_a_study_that_was_moved(tmp_path: Path) -> None:
     study = tmp_path / "here" / "flowers"
-    Spool(study / "spool").append(FilesReady(0, str(study / "trials/00000/best.ckpt"), "checkpoint"))
+    Spool(study / "spool").append(
+        FilesReady(0, str(study / "trials/00000/best.ckpt"), "checkpoint")
+    )
     (tmp_path / "here").rename(tmp_path / "there")
     unsent = Spool(tmp_path / "there" / "flowers" / "spool").files.next_unsent()
     assert unsent is not None
