@@ -127,7 +127,7 @@ def read_winner(folder: Path) -> Winner:
     try:
         weights = safetensors.torch.load_file(folder / WEIGHTS_NAME)
         normalization = _normalization(card["normalization"])
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(folder, first_line(error)) from None
     model = classifier(trial.backbone.name, trial.data.image_size, weights)
     return Winner(
