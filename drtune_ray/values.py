@@ -57,10 +57,11 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
             problems.append(f"--set {assignment!r} must be path=value, like training.epochs=20")
             continue
         try:
-            value = _loaded(text, "the value", yaml.SafeLoader) if text.strip() else text
+            source = f"--set {path.strip()}"
+            value = _loaded(text, source, yaml.SafeLoader) if text.strip() else text
             values[path.strip()] = value
         except ConfigError as error:
-            problems += [f"--set {assignment!r}: {problem}" for problem in error.problems]
+            problems += error.problems
         except NOT_YAML:
             problems.append(f"--set {assignment!r} has a value that is not YAML: quote it")
     if problems:

@@ -80,16 +80,17 @@ def install(here: Path, version: int = NUMERIC_VERSION) -> Path:
     write_inputs(here)
     folder = here / "storage" / NAME
     shutil.copytree(FIXTURES / f"numeric-{version}", folder)
-    _replace(folder, HERE, str(here).encode())
+    replace_text(folder, HERE, str(here).encode())
     return folder
 
 
-def _replace(folder: Path, old: bytes, new: bytes) -> None:
+def replace_text(folder: Path, old: bytes, new: bytes) -> None:
+    """Replace a text in all text files of a study, all of whose events were sent."""
     for path in folder.rglob("*"):
         if path.is_file() and path.suffix not in BINARY:
             path.write_bytes(path.read_bytes().replace(old, new))
-    # The mark counts bytes: everything was sent.
-    (folder / "spool" / "sent").write_text(str((folder / "spool" / "events.jsonl").stat().st_size))
+    for name, mark in (("events.jsonl", "sent"), ("files.jsonl", "files-sent")):  # bytes
+        (folder / "spool" / mark).write_text(str((folder / "spool" / name).stat().st_size))
 
 
 def _make() -> None:
@@ -100,7 +101,7 @@ def _make() -> None:
         kept = FIXTURES / f"numeric-{NUMERIC_VERSION}"
         shutil.rmtree(kept, ignore_errors=True)
         shutil.copytree(result.folder, kept, ignore=lambda _, names: LEFT_OUT & set(names))
-        _replace(kept, str(here).encode(), HERE)
+        replace_text(kept, str(here).encode(), HERE)
 
 
 if __name__ == "__main__":

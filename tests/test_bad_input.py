@@ -44,6 +44,7 @@ NOT_OF_INPUT = {
     "manifests/render.py:_notes",
     "jobs/submission.py:_notes",
     "folders.py:probe_folder",  # exit code 3
+    "results/winner.py:_read_card",  # exit code 3
     "study/driver.py:StudyDriver._finish",
     "study/driver.py:StudyDriver._tell_start",
     "execution/capacity.py:Capacity.__str__",
@@ -61,6 +62,7 @@ NOT_OF_INPUT = {
 }
 JOBS = "of the jobs that a job server knows: tests/jobs/test_unknown_jobs.py"
 OWN_FILES = "of a file that only the package writes: tests/training/test_checkpoint.py"
+WINNER = "of the weights of a trial that was trained: tests/study/test_damaged_files.py"
 # Sentences that no command line shows, each with the reason.
 WITHOUT_EXAMPLE = {
     "x is not a study: it holds no x": "commands look for that file first",
@@ -78,6 +80,11 @@ WITHOUT_EXAMPLE = {
     "checkpoint x belongs to another trial or configuration": OWN_FILES,
     "x is not a drtune-ray checkpoint": OWN_FILES,
     "checkpoint x is torn (its checksum differs)": OWN_FILES,
+    "it is another kind of checkpoint": WINNER,
+    "they are of another trial or configuration": WINNER,
+    "their validation accuracy is x, and x is recorded": WINNER,
+    "x does not hold the weights of its trial's best epoch: x; bring the right file back from "
+    "MLflow (checkpoint/x of the trial's run) or from a backup, and repeat the command": WINNER,
 }
 # Functions that refuse with sentences of others.
 GATHERING = {
@@ -95,6 +102,7 @@ GATHERING = {
     "study/checks.py:_check_final_fit",
     "config/section.py:validated",
     "values.py:_loaded",
+    "values.py:_num_values",
     "values.py:parse_assignments",
 }
 # Run as users run them.

@@ -10,7 +10,7 @@ from typing import Any
 import drtune_ray
 from drtune_ray.config.section import validated
 from drtune_ray.config.study import StudyConfig, TrackingConfig
-from drtune_ray.errors import ConfigError
+from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.folders import LocalFolder
 from drtune_ray.values import full_path, read_yaml, to_yaml
 
@@ -22,6 +22,7 @@ DONE_NAME = "done"  # written last
 SCRATCH_NAME = ".tune"  # Ray's own folders; nothing in them is needed again
 
 
+WAY_ON = "bring it back from MLflow (study/study.yaml of the study's run) or from a backup"
 # Types of the values of a record.
 KINDS: dict[str, Any] = {
     "study_id": str,
@@ -74,10 +75,11 @@ def read_record(folder: Path) -> Record:
 
     Raises:
         ConfigError: If the folder holds none.
+        EnvironmentProblem: If its file is damaged.
     """
     if not (folder / RECORD_FILE).exists():
         raise ConfigError(f"{folder} is not a study: it holds no {RECORD_FILE}")
-    content = read_yaml(folder / RECORD_FILE)
+    content = _read_yaml(folder / RECORD_FILE)
     names = ("study_id", "kind", "config", "deciding", "tracking")
     if missing := [name for name in names if name not in content]:
         raise ConfigError(
@@ -86,12 +88,21 @@ def read_record(folder: Path) -> Record:
         )
     values = {name: content[name] for name in names} | {"artifacts": content.get("artifacts")}
     if wrong := [name for name, value in values.items() if not isinstance(value, KINDS[name])]:
-        raise ConfigError(
-            f"{folder / RECORD_FILE} is damaged (wrong value of {wrong}): bring it back from "
-            "MLflow (study/study.yaml of the study's run) or from a backup"
+        raise EnvironmentProblem(
+            f"{folder / RECORD_FILE} is damaged (wrong value of {wrong}): {WAY_ON}"
         )
-    validated(TrackingConfig, values["tracking"], "tracking.")
+    try:
+        validated(TrackingConfig, values["tracking"], "tracking.")
+    except ConfigError as error:
+        raise EnvironmentProblem(f"{folder / RECORD_FILE} is damaged ({error}): {WAY_ON}") from None
     return Record(folder, **values)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        return read_yaml(path)
+    except ConfigError as error:
+        raise EnvironmentProblem(f"{path} is damaged ({error}): {WAY_ON}") from None
 
 
 def find_study(name_or_folder: str, storage: str) -> Path:

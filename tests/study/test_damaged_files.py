@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from drtune_ray.cli.main import cli
 from drtune_ray.display.status import status_lines
 from drtune_ray.errors import CheckpointError, DrtuneError, EnvironmentProblem
 from drtune_ray.results.evaluate import OPENINGS_NAME
@@ -68,15 +67,14 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(pristine: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The study at the same place, which its files name; put back afterwards."""
-    kept = pristine.with_name("kept")
-    shutil.copytree(pristine / "storage", kept)
-    # No Ray, no server: what they do is tested elsewhere.
+def here(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of its own; MLflow keeps its databases open by their paths."""
+    copied = tmp_path / "here"
+    shutil.copytree(pristine, copied)
+    past_studies.replace_text(copied / "storage" / NAME, bytes(pristine), bytes(copied))
+    # No Ray: what it does is tested elsewhere.
     monkeypatch.setattr(run_module, "_cluster", lambda config: nullcontext())
-    yield pristine
-    shutil.rmtree(pristine / "storage")
-    kept.rename(pristine / "storage")
+    return copied
 
 
 def damages(content: bytes) -> Iterator[tuple[str, Callable[[Path], object]]]:
@@ -183,12 +181,6 @@ def test_no_traceback__of_what_sends_events(
 
 
 # ---- what is said
-
-
-def exit_code(*arguments: str) -> int:
-    with pytest.raises(DrtuneError) as caught:
-        cli([*arguments], standalone_mode=False)
-    return caught.value.exit_code
 
 
 def test_a_damaged_line_of_the_spool__the_rest_is_sent_and_the_line_named(here: Path) -> None:

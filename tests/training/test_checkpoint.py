@@ -15,9 +15,12 @@ import torch
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import CheckpointError
 from drtune_ray.training.checkpoint import (
+    IDENTITY,
     MAGIC,
     TrialFolder,
+    check_best,
     read_checkpoint,
+    recorded_identity,
     trial_identity,
     write_checkpoint,
 )
@@ -379,3 +382,45 @@ def test_trial_identity__all_that_decides_results_is_in_it() -> None:
         ({"data.views": 3}, "00007"),
     ]
     assert len({identity(*change) for change in changes}) == len(changes)
+
+
+# ---- the weights that are handed over
+
+
+def best_of(identity: str, accuracy: float) -> dict[str, Any]:
+    record = {"epoch": 2, "metrics": {"best_val_accuracy": accuracy}}
+    return {"model": {}, "record": record, IDENTITY: identity}
+
+
+def test_check_best__the_right_ones(tmp_path: Path) -> None:
+    check_best(best_of("mine", 0.75), tmp_path, "mine", 0.75)
+    check_best(best_of("mine", 0.75), tmp_path, None, 0.75)
+    without_validation = best_of("mine", 0.75) | {"record": {"epoch": 2, "metrics": {}}}
+    check_best(without_validation, tmp_path, "mine", None)
+
+
+@pytest.mark.parametrize(
+    ("best", "reason"),
+    [
+        (best_of("other", 0.75), "they are of another trial or configuration"),
+        (best_of("mine", 0.5), "their validation accuracy is 0.5, and 0.75 is recorded"),
+        (best_of("mine", 0.75) | {"record": {"metrics": {}}}, "their validation accuracy is nan"),
+        ({"method": {}, IDENTITY: "mine"}, "it is another kind of checkpoint"),
+    ],
+)
+def test_check_best__others_are_refused(tmp_path: Path, best: dict[str, Any], reason: str) -> None:
+    path = tmp_path / "best.ckpt"
+    with pytest.raises(CheckpointError) as caught:
+        check_best(best, path, "mine", 0.75)
+    assert str(caught.value).startswith(
+        f"{path} does not hold the weights of its trial's best epoch: {reason}"
+    )
+    assert "; bring the right file back from MLflow (checkpoint/best.ckpt" in str(caught.value)
+
+
+def test_recorded_identity__of_a_configuration_that_lacks_a_newer_setting() -> None:
+    config = TrialConfig.from_mapping({"data": {"train": "images"}})
+    former = config.to_mapping()
+    del former["optim"]["momentum"]
+    assert recorded_identity(config.to_mapping(), "a") == trial_identity(config, "a")
+    assert recorded_identity(former, "a") != trial_identity(config, "a")
