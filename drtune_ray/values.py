@@ -97,20 +97,18 @@ class _LinedLoader(yaml.SafeLoader):
     """Loads mappings as `LinedDict` and lists as `LinedList`."""
 
 
-def _lined_dict(loader: _LinedLoader, node: yaml.MappingNode) -> Iterator[LinedDict]:
-    content = LinedDict()
-    yield content  # filled after the yield, so that it may contain an alias to itself
-    content.update(cast(dict[str, Any], loader.construct_mapping(node)))
+def _lined_dict(loader: _LinedLoader, node: yaml.MappingNode) -> LinedDict:
+    content = LinedDict(cast(dict[str, Any], loader.construct_mapping(node, deep=True)))
     content.source = str(loader.name)
     content.lines = {loader.construct_object(key): key.start_mark.line + 1 for key, _ in node.value}
+    return content
 
 
-def _lined_list(loader: _LinedLoader, node: yaml.SequenceNode) -> Iterator[LinedList]:
-    content = LinedList()
-    yield content
-    content.extend(loader.construct_sequence(node))
+def _lined_list(loader: _LinedLoader, node: yaml.SequenceNode) -> LinedList:
+    content = LinedList(loader.construct_sequence(node, deep=True))
     content.source = str(loader.name)
     content.lines = [item.start_mark.line + 1 for item in node.value]
+    return content
 
 
 _LinedLoader.add_constructor("tag:yaml.org,2002:map", _lined_dict)

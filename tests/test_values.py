@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from drtune_ray.errors import ConfigError
-from drtune_ray.values import LinedDict, LinedList, read_yaml
+from drtune_ray.values import LinedDict, LinedList, parse_assignments, read_yaml
 
 CONTENT = """\
 # a comment
@@ -97,8 +97,24 @@ def test_read_yaml__a_space_that_repeats_a_parameter(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["a: &a [*a]\n", "a: &a {b: *a}\n"])
 def test_read_yaml__an_alias_to_what_holds_it(tmp_path: Path, content: str) -> None:
-    found = read_yaml(written(tmp_path, content), with_lines=True)["a"]
-    assert found[0 if isinstance(found, list) else "b"] is found
+    path = written(tmp_path, content)
+    sentence = f"{path}:1: what begins here contains itself: remove the alias (*) in it"
+    with pytest.raises(ConfigError, match=f"^{re.escape(sentence)}$"):
+        read_yaml(path, with_lines=True)
+
+
+def test_read_yaml__an_alias_to_what_is_complete(tmp_path: Path) -> None:
+    found = read_yaml(written(tmp_path, "a: &a [1]\nb: [*a, *a]\n"), with_lines=True)
+    assert found == {"a": [1], "b": [[1], [1]]}
+
+
+@pytest.mark.parametrize("depth", [60, 1000, 20_000])
+def test_read_yaml__nested_too_deep(tmp_path: Path, depth: int) -> None:
+    path = written(tmp_path, "a: " + "[" * depth + "]" * depth)
+    with pytest.raises(ConfigError, match="more than 50 levels below each other: write it flat"):
+        read_yaml(path)
+    with pytest.raises(ConfigError, match="^--set a.b(:1)?: more than 50 levels"):
+        parse_assignments([f"a.b={'[' * depth}{']' * depth}"])
 
 
 @pytest.mark.parametrize("content", ["", "# nothing\n", "- 1\n", "word\n"])

@@ -22,7 +22,6 @@ DONE_NAME = "done"  # written last
 SCRATCH_NAME = ".tune"  # Ray's own folders; nothing in them is needed again
 
 
-WAY_ON = "bring it back from MLflow (study/study.yaml of the study's run) or from a backup"
 # Types of the values of a record.
 KINDS: dict[str, Any] = {
     "study_id": str,
@@ -88,13 +87,11 @@ def read_record(folder: Path) -> Record:
         )
     values = {name: content[name] for name in names} | {"artifacts": content.get("artifacts")}
     if wrong := [name for name, value in values.items() if not isinstance(value, KINDS[name])]:
-        raise EnvironmentProblem(
-            f"{folder / RECORD_FILE} is damaged (wrong value of {wrong}): {WAY_ON}"
-        )
+        raise _damaged(folder / RECORD_FILE, f"wrong value of {wrong}")
     try:
         validated(TrackingConfig, values["tracking"], "tracking.")
     except ConfigError as error:
-        raise EnvironmentProblem(f"{folder / RECORD_FILE} is damaged ({error}): {WAY_ON}") from None
+        raise _damaged(folder / RECORD_FILE, error) from None
     return Record(folder, **values)
 
 
@@ -102,7 +99,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         return read_yaml(path)
     except ConfigError as error:
-        raise EnvironmentProblem(f"{path} is damaged ({error}): {WAY_ON}") from None
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, reason: object) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"{path} is damaged ({reason}): bring it back from MLflow (study/study.yaml of the study's "
+        "run) or from a backup"
+    )
 
 
 def find_study(name_or_folder: str, storage: str) -> Path:
