@@ -80,6 +80,7 @@ WITHOUT_EXAMPLE = {
     "checkpoint x belongs to another trial or configuration": OWN_FILES,
     "x is not a drtune-ray checkpoint": OWN_FILES,
     "checkpoint x is torn (its checksum differs)": OWN_FILES,
+    "wrong value of x": "of a damaged record, exit code 3: tests/study/test_damaged_files.py",
     "it is another kind of checkpoint": WINNER,
     "they are of another trial or configuration": WINNER,
     "their validation accuracy is x, and x is recorded": WINNER,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from drtune_ray.config.trial import TrialConfig
+from drtune_ray.errors import ConfigError
 from drtune_ray.results.events import MARKS
 from drtune_ray.results.trials import (
     CONFIG,
@@ -35,6 +37,7 @@ class _Told:
     values: dict[int, float] = field(default_factory=dict)
 
     def take(self, event: Event) -> None:
+        """Add an event that follows the ones before."""
         if isinstance(event, RunStarted):
             self.start, self.end = event, None  # it resumed
         elif isinstance(event, RunFinished):
@@ -77,9 +80,9 @@ def _missing(trial: FrozenTrial, told: _Told, num_objectives: int) -> Missing:
 def _attributes(trial: FrozenTrial, told: _Told) -> dict[str, Any]:
     known: dict[str, Any] = {}
     if told.start is not None and told.start.params:
-        config = TrialConfig.from_mapping(nested(told.start.params))
-        known[CONFIG] = json.dumps(config.to_mapping())
-        known |= _marks(told.start.tags)
+        with suppress(ConfigError):  # a damaged event; the trial is then proposed again
+            config = TrialConfig.from_mapping(nested(told.start.params))
+            known = {CONFIG: json.dumps(config.to_mapping())} | _marks(told.start.tags)
     if told.end is not None:
         known[OUTCOME] = told.end.outcome
     return {name: value for name, value in known.items() if name not in trial.user_attrs}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from drtune_ray.config.study import TrackingConfig
-from drtune_ray.errors import ConfigError, EnvironmentProblem
+from drtune_ray.errors import ConfigError, EnvironmentProblem, first_line
 from drtune_ray.server_uri import secrets_hidden, with_secrets
 from drtune_ray.tracking.events import (
     Event,
@@ -46,8 +46,9 @@ VIEW = {
 }
 METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100
 DELETED = "deleted"  # MLflow's word
-# MLflow's codes where a run or an experiment was deleted after it was looked up.
-GONE = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")
+# MLflow's codes for what it does not take, such as events of a run that was deleted meanwhile.
+INVALID = "INVALID_PARAMETER_VALUE"
+GONE = (INVALID, "RESOURCE_DOES_NOT_EXIST")
 MAX_PARAM_LENGTH = 6000
 _QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -111,7 +112,7 @@ class MlflowRecorder:
                 if getattr(error, "error_code", "") not in GONE or self._client is None:
                     raise
                 self._forget()
-                self._record(event)
+                self._record_again(event)
 
     def lacks_study(self) -> bool:
         """Return whether MLflow holds no run of the study."""
@@ -121,6 +122,20 @@ class MlflowRecorder:
         """Return MLflow's id of a run of this study, or None."""
         with secrets_hidden(self._uri):
             return self._find(number)
+
+    def _record_again(self, event: Event) -> None:
+        """Send an event that was refused; one that is refused as it is would be so for ever."""
+        try:
+            self._record(event)
+        except Exception as error:
+            if getattr(error, "error_code", "") != INVALID or isinstance(event, FilesReady):
+                raise
+            logger.warning(
+                "tracking: MLflow refuses %s of run %s, which is left out: %s",
+                event.kind,
+                event.number,
+                first_line(error),
+            )
 
     def _record(self, event: Event) -> None:
         self._connect()

@@ -84,12 +84,10 @@ class Queue:
 
     def damaged(self) -> list[str]:
         """Return file and line of each unsent line that cannot be read."""
-        position = self.position
-        return [
-            f"{self.path}:{number}"
-            for number, (line, end) in enumerate(self._lines(0), 1)
-            if end > position and self._parsed(line) is None
-        ]
+        lines = self._lines(self.position)
+        ends = {end for line, end in lines if self._parsed(line) is None}
+        numbered = enumerate(self._lines(0), 1) if ends else ()
+        return [f"{self.path}:{number}" for number, (_, end) in numbered if end in ends]
 
     def unsent(self) -> bytes:
         """Return the unsent lines."""

@@ -18,11 +18,11 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from drtune_ray.results.events import run_finished, run_started
 from drtune_ray.results.rebuilt import missing_of
 from drtune_ray.results.trials import OUTCOME, summaries, values_by_epoch
-from drtune_ray.storage.journal import WholeJournal
+from drtune_ray.storage.journal import Missing, WholeJournal
 from drtune_ray.storage.optuna_storage import open_storage, open_study
 from drtune_ray.storage.record import JOURNAL_NAME
 from drtune_ray.study.status import read_status
-from drtune_ray.tracking.events import MetricsRecorded
+from drtune_ray.tracking.events import Event, MetricsRecorded, RunFinished, RunStarted
 from drtune_ray.tracking.spool import Spool
 from tests.small_disks import run_on_small_disk, small_files
 from tests.study.test_status import Made, said
@@ -239,3 +239,30 @@ def test_a_trial_whose_values_nothing_knows_is_trained_again(made: Made) -> None
         TrialState.RUNNING
     ]
     assert opened(made)[2].user_attrs[OUTCOME] == "completed"
+
+
+def test_missing_of__several_objectives() -> None:
+    """Optuna keeps no intermediate values then; an end whose values are lost is not guessed."""
+    study = optuna.create_study(directions=["maximize", "minimize"])
+    for objectives in ({}, {"val_accuracy": 0.75, "flops": 3.0}):
+        study.ask().set_user_attr("objectives", objectives)
+    events: list[Event] = []
+    for number in (0, 1):
+        events.append(MetricsRecorded(number, 1, {"best_val_accuracy": 0.75}))
+        events.append(RunFinished(number, "COMPLETE", "completed", {}, {}, 1000))
+    first, second = missing_of(study.trials, events, 2).values()
+    assert first.attributes == {"outcome": "completed", "epoch:1": 0.75}
+    assert (first.values, first.end) == ({}, None)
+    assert second.end is not None
+    assert second.end[:2] == (TrialState.COMPLETE, [0.75, 3.0])
+
+
+def test_missing_of__a_trial_that_resumed_has_not_ended() -> None:
+    study = optuna.create_study(direction="maximize")
+    study.ask()
+    events: list[Event] = [
+        RunFinished(0, "FAIL", "node lost", {}, {}, 1000),
+        RunStarted(0, "trial-0000", {}, {}, 1001),
+        RunFinished(0, "INTERRUPTED", "interrupted", {}, {}, 1002),
+    ]
+    assert missing_of(study.trials, events, 1)[0] == Missing({}, {}, None)

@@ -183,6 +183,30 @@ def test_no_traceback__of_what_sends_events(
 # ---- what is said
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{}", "was not written by drtune-ray (it lacks"),
+        ("a: [", "is damaged ("),
+        ("a: &a {b: *a}", "what begins here contains itself"),
+        ("a: " + "[" * 1000 + "]" * 1000, "more than 50 levels below each other"),
+        ("study_id: 3\nkind: study\nconfig: {}\ndeciding: {}\ntracking: {}", "['study_id']"),
+        (
+            "study_id: a\nkind: study\nconfig: {}\ndeciding: {}\ntracking: {uri: [1]}",
+            "tracking.uri",
+        ),
+    ],
+)
+def test_a_damaged_record_is_named(here: Path, content: str, reason: str) -> None:
+    path = here / "storage" / NAME / "study.yaml"
+    path.write_text(content)
+    for command in (show_status, sync, ui, evaluate, tune):
+        with pytest.raises(DrtuneError) as caught:
+            command(here)
+        assert str(path) in str(caught.value) and reason in str(caught.value)
+        assert caught.value.exit_code == (2 if content == "{}" else 3)
+
+
 def test_a_damaged_line_of_the_spool__the_rest_is_sent_and_the_line_named(here: Path) -> None:
     folder = here / "storage" / NAME
     path = folder / "spool" / "events.jsonl"

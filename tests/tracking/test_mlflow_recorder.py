@@ -432,6 +432,18 @@ def test_a_store_that_lost_the_study_gets_it_whole(
     assert send_unsent(spool, new.recorder()) == 0
 
 
+def test_an_event_that_mlflow_refuses_holds_back_none_behind_it(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spool = Spool(tmp_path / "flowers" / "spool")
+    spool.append(RunStarted(0, "trial 0", {}, {}, 1))
+    spool.append(MetricsRecorded(0, 1, {"no?name": 1.0}, 2))
+    spool.append(MetricsRecorded(0, 2, {"loss": 1.0}, 3))
+    assert send_unsent(spool, store.recorder()) == 3
+    assert store.history(0, "loss") == [(2, 1.0, 3)]
+    assert "MLflow refuses metrics_recorded of run 0, which is left out: " in caplog.text
+
+
 # ---- a storage that was copied or moved
 
 
