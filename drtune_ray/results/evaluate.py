@@ -101,12 +101,12 @@ def evaluate(
     manifest = read_manifest(manifest_path)
     test = _rows(manifest, TEST)
     seal = digest(sorted(row["content_hash"] for row in test))
-    known, damaged = read_openings(storage, artifacts)
-    if damaged and not again:
+    if not again and (damaged := damaged_openings(storage, artifacts)):
         raise EnvironmentProblem(
             f"{', '.join(damaged)} cannot be read, and may be an opening of this test split: "
             "correct or remove the line, or add --again to open the split anyway"
         )
+    known = read_openings(storage, artifacts)
     openings = [entry for entry in known if entry["test_split"] == seal]
     if openings and not again:
         raise ConfigError(
@@ -128,21 +128,28 @@ def evaluate(
     )
 
 
-def read_openings(
-    storage: Path, artifacts: Folder | None = None
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return all recorded openings of test splits, oldest first, and the damaged lines' places."""
+def read_openings(storage: Path, artifacts: Folder | None = None) -> list[dict[str, Any]]:
+    """Return all recorded openings of test splits, oldest first; damaged ones are left out."""
+    found = [entry for entry in _openings(storage, artifacts).values() if entry is not None]
+    return sorted(found, key=lambda entry: entry["time_ms"])
+
+
+def damaged_openings(storage: Path, artifacts: Folder | None = None) -> list[str]:
+    """Return the places of records of openings that cannot be read."""
+    found = _openings(storage, artifacts)
+    return [place for place, entry in found.items() if entry is None]
+
+
+def _openings(storage: Path, artifacts: Folder | None) -> dict[str, dict[str, Any] | None]:
+    """Return each different opening by its place, None where it is damaged."""
     path = storage / OPENINGS_NAME
     content = path.read_bytes() if path.exists() else b""
-    lines = {line: f"{path}:{at}" for at, line in enumerate(content.split(b"\n"), 1)}
+    places = {line: f"{path}:{at}" for at, line in enumerate(content.split(b"\n"), 1)}
     if artifacts is not None:
         folder = artifacts.below(OPENINGS_FOLDER)
         with as_problem(folder.address("")):
-            lines |= {folder.read(name): folder.address(name) for name in folder.names()}
-    found = {place: _opening(line) for line, place in lines.items() if line.strip()}
-    openings = [entry for entry in found.values() if entry is not None]
-    damaged = [place for place, entry in found.items() if entry is None]
-    return sorted(openings, key=lambda entry: entry["time_ms"]), damaged
+            places |= {folder.read(name): folder.address(name) for name in folder.names()}
+    return {place: _opening(line) for line, place in places.items() if line.strip()}
 
 
 def _opening(line: bytes) -> dict[str, Any] | None:
