@@ -95,6 +95,7 @@ class MlflowRecorder:
         self._experiment_id = ""
         self._run_ids: dict[RunKey, str] = {}
         self._deleted: set[RunKey] = set()
+        self._left_out: set[RunKey] = set()  # whose deletion was reported
 
     def record(self, event: Event) -> None:
         """Send one event; errors of the client show no password.
@@ -139,11 +140,12 @@ class MlflowRecorder:
 
     def _record(self, event: Event) -> None:
         self._connect()
-        run_id = self._find(event.number)
-        if run_id and event.number in self._deleted:
-            if not isinstance(event, RunStarted):
+        self._find(event.number)
+        if event.number in self._deleted:
+            if event.number is not None and not isinstance(event, RunStarted):
+                self._leave_out(event.number)
                 return
-            self._restore(event.number, run_id)
+            self._restore(event.number)
         if isinstance(event, RunStarted):
             self._start(event)
         elif isinstance(event, MetricsRecorded):
@@ -172,30 +174,28 @@ class MlflowRecorder:
         run = min(found, key=_is_deleted)  # an active one before a deleted one
         self._run_ids[number] = str(run.info.run_id)
         if _is_deleted(run):
-            self._meet_deleted(number, self._run_ids[number])
+            self._deleted.add(number)
         return self._run_ids[number]
 
-    def _meet_deleted(self, number: RunKey, run_id: str) -> None:
-        if number is None:
-            self._restore(number, run_id)
-            return
-        self._deleted.add(number)
-        logger.warning(
-            "tracking: the run of trial %s was deleted in MLflow and stays deleted; bring it back "
-            "with `mlflow runs restore --run-id %s` (MLFLOW_TRACKING_URI=%s)",
-            number,
-            run_id,
-            self._uri,
-        )
+    def _leave_out(self, number: RunKey) -> None:
+        """Say once that the events of a deleted run are left out."""
+        if number not in self._left_out:
+            self._left_out.add(number)
+            logger.warning(
+                "tracking: the run of trial %s was deleted in MLflow and stays deleted; bring it "
+                "back with `mlflow runs restore --run-id %s` (MLFLOW_TRACKING_URI=%s)",
+                number,
+                self._run_ids[number],
+                self._uri,
+            )
 
-    def _restore(self, number: RunKey, run_id: str) -> None:
-        self._client.restore_run(run_id)
+    def _restore(self, number: RunKey) -> None:
+        self._client.restore_run(self._run_ids[number])
         self._deleted.discard(number)
-        what = "study" if number is None else f"trial {number}"
         logger.warning(
             "tracking: the run of the %s was deleted in MLflow; it is restored, since there is "
             "more to record",
-            what,
+            "study" if number is None else f"trial {number}",
         )
 
     def _forget(self) -> None:
@@ -301,6 +301,8 @@ class MlflowRecorder:
     def _existing(self, number: RunKey) -> str:
         """Return the run's id, creating the run if its start was never recorded or was deleted."""
         if (run_id := self._find(number)) is not None:
+            if number in self._deleted:
+                self._restore(number)
             return run_id
         name = f"trial-{number:04d}" if isinstance(number, int) else number or self._study_id
         return self._create(RunStarted(number, name, {}, {}))

@@ -169,6 +169,7 @@ def test_no_traceback(here: Path, name: str, monkeypatch: pytest.MonkeyPatch) ->
         assert "Traceback" not in message and message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["mlflow.db", f"{NAME}/study.yaml", f"{NAME}/spool/events.jsonl", f"{NAME}/spool/sent"]
 )

@@ -416,6 +416,30 @@ def test_deleted_runs__of_trials_stay_deleted_and_the_study_goes_on(
     assert f"mlflow runs restore --run-id {runs[0]}" in caplog.text
 
 
+def test_deleted_run__of_a_study_with_nothing_to_record_stays_deleted(
+    store: Store, events: list[Event], tmp_path: Path
+) -> None:
+    spool = Spool(tmp_path / "flowers" / "spool")
+    for event in events:
+        spool.append(event)
+    send_unsent(spool, store.recorder())
+    run_id = store.run(None).info.run_id
+    store.client.delete_run(run_id)
+    assert send_unsent(spool, store.recorder()) == 0
+    assert store.client.get_run(run_id).info.lifecycle_stage == "deleted"
+
+
+def test_deleted_run__of_a_study_whose_next_trial_starts_is_restored(
+    store: Store, events: list[Event]
+) -> None:
+    store.record(events)
+    run_id = store.run(None).info.run_id
+    store.client.delete_run(run_id)
+    store.record([RunStarted(9, "trial 9", {}, {}, 1200)])
+    assert store.client.get_run(run_id).info.lifecycle_stage == "active"
+    assert store.run(9).data.tags["mlflow.parentRunId"] == run_id
+
+
 def test_a_store_that_lost_the_study_gets_it_whole(
     store: Store, events: list[Event], tmp_path: Path
 ) -> None:
