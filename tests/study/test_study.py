@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from drtune_ray.study.result import StudyResult
 from drtune_ray.study.run import run_study
 from drtune_ray.study.sync import sync_study, tracking_of
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished
+from drtune_ray.tracking.sqlite_store import make_database
 from drtune_ray.values import nested
 from tests.clusters import address_set
 from tests.small import small_values, write_coloured
@@ -37,8 +40,22 @@ SPACE = {
 }
 
 
+@functools.cache
+def empty_mlflow() -> bytes:
+    """An MLflow database without runs; MLflow takes seconds of CPU to create one."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "mlflow.db"
+        make_database(f"sqlite:///{path}")
+        return path.read_bytes()
+
+
 def study_values(folder: Path, weights_file: Any, **changes: Any) -> dict[str, Any]:
+    """A study of six trials that take a second each; its storage has an empty MLflow database."""
     images = write_coloured(folder / "images")
+    tracking = folder / "studies" / "mlflow.db"
+    if not tracking.exists():
+        tracking.parent.mkdir(exist_ok=True)
+        tracking.write_bytes(empty_mlflow())
     trial = small_values(images, weights_file) | {
         "training.batch_norm": "local",
         "optim.backbone_lr": 0.005,
