@@ -37,6 +37,7 @@ from drtune_ray.cli.options import (
     weights_option,
     workers_option,
 )
+from drtune_ray.cli.standard_streams import tolerate_failing_streams
 from drtune_ray.errors import ConfigError, DrtuneError
 
 if TYPE_CHECKING:
@@ -366,6 +367,7 @@ def _resolved(storage: str) -> Path:
 
 def main() -> None:
     """Run the command line; exit codes are in `drtune_ray.errors`."""
+    tolerate_failing_streams()
     try:
         code = cli(standalone_mode=False)
     except click.ClickException as error:
