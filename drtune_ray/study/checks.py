@@ -54,10 +54,15 @@ def check_study(
         trial = reference_config(config.trial, name)
         size = min(trial.method.bank_size, highest)
         references.append(FixedTrial(name, trial.with_values({"method.bank_size": size})))
-    return checked, space, tuple(references), (
-        checked.summary(),
-        *ignored_variables(config.tracking),
-        *notes,
+    return (
+        checked,
+        space,
+        tuple(references),
+        (
+            checked.summary(),
+            *ignored_variables(config.tracking),
+            *notes,
+        ),
     )
 
 

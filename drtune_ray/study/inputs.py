@@ -18,7 +18,7 @@ from drtune_ray.data.splits import TRAIN, VALIDATION, Splits, make_splits
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.folders import atomic_write
 from drtune_ray.training.backbones import Backbone, KeyReport, load_backbone
-from drtune_ray.training.model import check_trial
+from drtune_ray.training.model import check_last_batch, check_trial
 from drtune_ray.values import digest, full_path
 
 
@@ -106,6 +106,8 @@ def check_inputs(
     if of_environment:
         raise of_environment[0]
     backbone, report = loaded
+    if problems := check_last_batch(config, splits.count(TRAIN), backbone):
+        raise ConfigError(problems)
     return StudyInputs(splits, backbone, report)
 
 

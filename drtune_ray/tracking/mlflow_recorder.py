@@ -76,7 +76,7 @@ def default_tracking_uri(storage: Path) -> str:
         return f"sqlite:///{path}"
     from sqlalchemy import URL
 
-    # With a driver's name: under `sqlite:` MLflow would create the folder that the quoted path names.
+    # With a driver's name: for `sqlite:` MLflow creates the folder that the quoted path names.
     uri = URL.create("sqlite+pysqlite", database=path).render_as_string()
     return uri.replace("$", "%24")  # `with_secrets` would take it for a variable
 
