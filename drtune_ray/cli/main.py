@@ -200,25 +200,14 @@ def train(
 @storage_option
 @click.option("--again", is_flag=True, help="Open the test split although it was opened before.")
 def evaluate(study: str, storage: str, again: bool) -> None:
-    """Test the winner on the sealed test split."""
-    from drtune_ray.display import percent
+    """Test the winner on the sealed test split.
+
+    The result is recorded: a second call shows it again without opening the split.
+    """
+    from drtune_ray.display.result import evaluation_lines
     from drtune_ray.study.evaluation import evaluate_study
 
-    found = evaluate_study(study, storage, again=again)
-    low, high = found.test.interval
-    click.echo(
-        f"Test accuracy {percent(found.test.share)} ({found.test.num_correct} of "
-        f"{found.test.num_images} images; 95 % interval {percent(low)} to {percent(high)})"
-    )
-    if found.validation is None:
-        click.echo("This model was trained on the validation images too.")
-    else:
-        click.echo(
-            f"Validation accuracy measured again: {percent(found.validation.share)}; recorded: "
-            f"{percent(found.recorded_validation)}"
-        )
-    times = "for the first time" if found.num_openings == 1 else f"{found.num_openings} times"
-    click.echo(f"This test split was opened {times}.")
+    echo(evaluation_lines(evaluate_study(study, storage, again=again)))
 
 
 @cli.command()

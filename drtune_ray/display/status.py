@@ -32,6 +32,10 @@ def status_lines(status: Status, program: str, now: float | None = None) -> Iter
     yield f"{status.kind.capitalize()} {status.folder.name!r}: {status.folder}"
     yield _field("state", _state(status, now))
     yield from _trials(status) if status.kind == "study" else _training(status)
+    if status.test is not None:
+        low, high = status.test.test.interval
+        interval = f"95 % interval {percent(low)} to {percent(high)}"
+        yield _field("test accuracy", f"{percent(status.test.test.share)} ({interval})")
     if status.num_unsent:
         sent = f"{status.num_unsent} events not sent yet"
         later = "" if status.state == RUNNING else f"; send them: {program} sync {status.folder}"
@@ -100,7 +104,7 @@ def _now(status: Status) -> str:
 
 
 def _ways_on(status: Status, program: str) -> Iterator[str]:
-    if status.state == DONE:
+    if status.state == DONE and status.test is None:
         yield _field("test the winner", f"{program} evaluate {status.folder}")
     elif status.state == RUNNING:
         yield _field("resume if stopped", _command(status))
