@@ -253,7 +253,7 @@ def sync(study: str, storage: str) -> None:
 
 
 @cli.command()
-@click.argument("study")
+@click.argument("study", required=False)
 @click.option(
     "--storage", metavar="DIR", help=f"Folder of the studies.  [default: {DEFAULT_STORAGE}]"
 )
@@ -261,26 +261,35 @@ def sync(study: str, storage: str) -> None:
 @insecure_http_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object (docs/json.md).")
 def status(
-    study: str, storage: str | None, address: str | None, insecure_http: bool, as_json: bool
+    study: str | None,
+    storage: str | None,
+    address: str | None,
+    insecure_http: bool,
+    as_json: bool,
 ) -> None:
-    """Show the progress of a study or training.
+    """Show the progress of a study or training; without STUDY, of all under the storage.
 
     Works while it runs and afterwards, and changes nothing.
     """
     if address is not None:
+        if study is None:
+            raise click.UsageError("--address needs the name of a study")
         show_jobs(study, storage, address, insecure_http, as_json)
         return
-    from drtune_ray.study.status import facts, read_status
+    from drtune_ray.study.status import facts, read_status, studies
 
-    found = read_status(study, storage or DEFAULT_STORAGE)
+    storage = storage or DEFAULT_STORAGE
+    names = [study] if study is not None else studies(storage)
+    found = [read_status(name, storage) for name in names]
     if as_json:
         from drtune_ray.display.outputs import write_json
 
-        write_json(sys.stdout, "status", facts(found))
+        for each in found:
+            write_json(sys.stdout, "status", facts(each))
         return
-    from drtune_ray.display.status import status_lines
+    from drtune_ray.display.status import overview_lines, status_lines
 
-    echo(status_lines(found, program()))
+    echo(status_lines(found[0], program()) if len(found) == 1 else overview_lines(found))
 
 
 for command in (deploy, doctor, logs, stop, submit):

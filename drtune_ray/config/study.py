@@ -35,6 +35,7 @@ ObjectiveName = Literal[
     "flops",
 ]
 STUDY, TRAINING = "study", "training"
+RECORD_FILE = "study.yaml"
 
 
 def study_name(name: str) -> str:

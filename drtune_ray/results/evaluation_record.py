@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +69,14 @@ def write_result(folder: Path, weights: Path, found: Evaluation) -> None:
         weights: File with the weights that were evaluated.
         found: The evaluation.
     """
-    content = {"weights_sha256": _sha256(weights), **asdict(found), "is_recorded": True}
+    content = {
+        "weights_sha256": _sha256(weights),
+        "test_accuracy": asdict(found.test),
+        "validation_accuracy": asdict(found.validation) if found.validation else None,
+        "recorded_validation": found.recorded_validation,
+        "num_openings": found.num_openings,
+        "time_ms": found.time_ms,
+    }
     LocalFolder(folder).write(RESULT_NAME, json.dumps(content, indent=1).encode())
 
 
@@ -84,19 +90,16 @@ def read_result(folder: Path, weights: Path) -> Evaluation | None:
     try:
         content = json.loads((folder / RESULT_NAME).read_bytes())
         is_of_these = content.pop("weights_sha256") == _sha256(weights)
-        return _evaluation(content) if is_of_these else None
+        return _evaluation(**content) if is_of_these else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
-def _evaluation(content: Mapping[str, Any]) -> Evaluation:
-    values = dict(content)
-    validation = values.pop("validation")
-    return Evaluation(
-        test=Accuracy(**values.pop("test")),
-        validation=Accuracy(**validation) if validation else None,
-        **values,
-    )
+def _evaluation(
+    test_accuracy: dict[str, int], validation_accuracy: dict[str, int] | None, **rest: Any
+) -> Evaluation:
+    validation = Accuracy(**validation_accuracy) if validation_accuracy else None
+    return Evaluation(Accuracy(**test_accuracy), validation, **rest, is_recorded=True)
 
 
 def _sha256(path: Path) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from drtune_ray.config.study import STUDY, StudyConfig
+from drtune_ray.errors import ConfigError
 from drtune_ray.execution.environment import SUBMITTED_WITH, job_config
 from drtune_ray.folders import LocalFolder
 from drtune_ray.results.evaluation_record import WEIGHTS_NAME, Evaluation, read_result
@@ -30,12 +31,13 @@ from drtune_ray.storage.record import (
     Record,
     find_study,
     read_record,
+    study_names,
 )
 from drtune_ray.storage.record import is_done as is_done_with
 from drtune_ray.storage.stored_trials import stored_trials
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished, RunStarted
 from drtune_ray.tracking.spool import EVENTS_NAME, Spool
-from drtune_ray.values import flattened
+from drtune_ray.values import flattened, full_path
 
 COMMAND_NAME = "command.json"
 # Of a study or training; NOT_SEEN: its driver is on another host, or was.
@@ -65,7 +67,7 @@ class Status:
         trials: All trials by number; a training is one.
         sampled: Paths of the settings that were sampled for a trial, by its number.
         num_unsent: Number of events that MLflow has not received.
-        test: Recorded result of the winner on the test split; None if it was not opened.
+        evaluation: Recorded result of the winner on the test split; None if it was not opened.
         num_bytes: Size of the folder in bytes, without the tables that studies share.
         command: Command that resumes it; None if it was not started from a command line.
         notes: Sentences on what could not be read.
@@ -81,7 +83,7 @@ class Status:
     trials: tuple[TrialSummary, ...]
     sampled: Mapping[int, tuple[str, ...]]
     num_unsent: int
-    test: Evaluation | None
+    evaluation: Evaluation | None
     num_bytes: int
     command: str | None
     notes: tuple[str, ...]
@@ -166,11 +168,23 @@ def read_status(name_or_folder: str, storage: str) -> Status:
         trials=trials,
         sampled=sampled,
         num_unsent=Spool(spool).num_unsent() if spool.is_dir() else 0,  # it makes its folder
-        test=read_result(folder, folder / WINNER_NAME / WEIGHTS_NAME),
+        evaluation=read_result(folder, folder / WINNER_NAME / WEIGHTS_NAME),
         num_bytes=sum(_sizes(folder)),
         command=_read_command(folder),
         notes=tuple(notes),
     )
+
+
+def studies(storage: str) -> list[str]:
+    """Return the folders of the studies and trainings under a storage, by name.
+
+    Raises:
+        ConfigError: If there are none.
+    """
+    base = full_path(storage)
+    if names := study_names(storage):
+        return [str(base / name) for name in names]
+    raise ConfigError(f"there is no study under {base}: give its name and --storage, or its folder")
 
 
 def read_trials(folder: Path) -> tuple[TrialSummary, ...]:
@@ -300,7 +314,7 @@ def facts(status: Status, now: float | None = None) -> dict[str, Any]:
         "num_done": status.num_done,
         "outcomes": status.outcomes,
         "best": vars(best) if best else None,
-        "test": asdict(status.test) if status.test else None,
+        "evaluation": asdict(status.evaluation) if status.evaluation else None,
         "settings": best_settings(status),
         "searched": status.searched,
         "references": [vars(trial) for trial in status.references],

@@ -19,7 +19,7 @@ import pytest
 from optuna.trial import TrialState
 
 from drtune_ray.config.study import STUDY, TRAINING, StudyConfig, TrackingConfig
-from drtune_ray.display.status import status_lines
+from drtune_ray.display.status import overview_lines, status_lines
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.folders import LocalFolder
 from drtune_ray.results import trials
@@ -39,6 +39,7 @@ from drtune_ray.study.status import (
     NOT_SEEN,
     RUNNING,
     read_status,
+    studies,
 )
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished, RunStarted, StepsRecorded
 from drtune_ray.tracking.spool import Spool
@@ -261,13 +262,25 @@ def test_status__shows_the_recorded_result_on_the_test_split(made: Made) -> None
     measured = Evaluation(Accuracy(45, 60), Accuracy(50, 60), 50 / 60, 1, 1_700_000_000_000)
     write_result(made.folder, weights, measured)
     found = read_status("flowers", str(made.folder.parent))
-    assert found.test == replace(measured, is_recorded=True)
+    assert found.evaluation == replace(measured, is_recorded=True)
     assert "test accuracy     75.00 % (95 % interval 62.77 % to 84.22 %)\n" in said(found)
     assert "evaluate" not in said(found)
-    assert status.facts(found)["test"]["test"] == {"num_correct": 45, "num_images": 60}
+    assert status.facts(found)["evaluation"]["test"] == {"num_correct": 45, "num_images": 60}
     weights.write_bytes(b"of another winner")
     found = read_status("flowers", str(made.folder.parent))
-    assert found.test is None and "test the winner" in said(found)
+    assert found.evaluation is None and "test the winner" in said(found)
+
+
+def test_overview__a_line_for_each_study(made: Made) -> None:
+    storage = str(made.folder.parent)
+    assert studies(storage) == [str(made.folder)]
+    Made(made.folder.with_name("birds"), trials=3)
+    found = [read_status(folder, storage) for folder in studies(storage)]
+    now = max(each.last_sign for each in found)
+    assert [line.partition("; ")[0] for line in overview_lines(found, now)] == [
+        "birds    study         0 of 3 done  best        -  interrupted",
+        "flowers  study         3 of 4 done  best  86.00 %  interrupted",
+    ]
 
 
 def test_state__failed(tmp_path: Path) -> None:

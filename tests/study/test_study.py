@@ -203,7 +203,7 @@ def test_the_test_split_opens_once_unless_asked_again(finished):
     # A second call shows the recorded result, and so does the status; the split stays closed.
     recorded = replace(found, is_recorded=True)
     assert evaluate_study("small", config.storage) == recorded
-    assert read_status("small", config.storage).test == recorded
+    assert read_status("small", config.storage).evaluation == recorded
     # Another winner of the same images would be measured on a split that is known by now.
     result_file = result.folder / RESULT_NAME
     kept = result_file.read_text()
