@@ -19,16 +19,19 @@ help:
 	@echo "make test-chaos more kills, at random moments: an hour"
 	@echo "make test-gpu   the tests of a CUDA device: without Ray, MLflow or an installation"
 	@echo "make check      ruff, mypy and bandit"
-	@echo "make install    .venv with everything"
+	@echo "make install    .venv with everything that development needs"
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: EXTRAS := demo,dev
+$(VENV)/.installed-demo: EXTRAS := demo
+$(VENV)/.installed $(VENV)/.installed-demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
-demo: install
+# Without the tools of development.
+demo: $(if $(wildcard $(VENV)/.installed),install,$(VENV)/.installed-demo)
 	$(BIN)/drtune-ray demo
 
 # mypy takes one core for a minute, and the tests that come first mostly wait.
