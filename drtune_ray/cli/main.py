@@ -276,10 +276,11 @@ def status(
             raise click.UsageError("--address needs the name of a study")
         show_jobs(study, storage, address, insecure_http, as_json)
         return
-    from drtune_ray.study.status import facts, read_status, studies
+    from drtune_ray.storage.record import find_studies
+    from drtune_ray.study.status import facts, read_status
 
     storage = storage or DEFAULT_STORAGE
-    names = [study] if study is not None else studies(storage)
+    names = [study] if study is not None else map(str, find_studies(storage))
     found = [read_status(name, storage) for name in names]
     if as_json:
         from drtune_ray.display.outputs import write_json

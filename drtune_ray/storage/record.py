@@ -86,7 +86,7 @@ def find_study(name_or_folder: str, storage: str) -> Path:
     for folder in (full_path(name_or_folder), base / name_or_folder):
         if (folder / RECORD_FILE).exists():
             return folder
-    there = study_names(storage)
+    there = [path.name for path in _studies(base)]
     raise ConfigError(
         f"there is no study {name_or_folder!r} under {base}"
         + (f"; there are {there}" if there else "")
@@ -94,9 +94,20 @@ def find_study(name_or_folder: str, storage: str) -> Path:
     )
 
 
-def study_names(storage: str) -> list[str]:
-    """Return the sorted names of the studies and trainings under a storage."""
-    return sorted(path.parent.name for path in full_path(storage).glob(f"*/{RECORD_FILE}"))
+def find_studies(storage: str) -> list[Path]:
+    """Return the folders of the studies and trainings under a storage, by name.
+
+    Raises:
+        ConfigError: If there are none.
+    """
+    base = full_path(storage)
+    if found := _studies(base):
+        return found
+    raise ConfigError(f"{base} holds no study: give the --storage of your studies")
+
+
+def _studies(base: Path) -> list[Path]:
+    return sorted(path.parent for path in base.glob(f"*/{RECORD_FILE}"))
 
 
 def write_done(config: StudyConfig, num_trials: int) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from drtune_ray.config.study import STUDY, StudyConfig
-from drtune_ray.errors import ConfigError
 from drtune_ray.execution.environment import SUBMITTED_WITH, job_config
 from drtune_ray.folders import LocalFolder
 from drtune_ray.results.evaluation_record import WEIGHTS_NAME, Evaluation, read_result
@@ -31,13 +30,12 @@ from drtune_ray.storage.record import (
     Record,
     find_study,
     read_record,
-    study_names,
 )
 from drtune_ray.storage.record import is_done as is_done_with
 from drtune_ray.storage.stored_trials import stored_trials
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished, RunStarted
 from drtune_ray.tracking.spool import EVENTS_NAME, Spool
-from drtune_ray.values import flattened, full_path
+from drtune_ray.values import flattened
 
 COMMAND_NAME = "command.json"
 # Of a study or training; NOT_SEEN: its driver is on another host, or was.
@@ -173,18 +171,6 @@ def read_status(name_or_folder: str, storage: str) -> Status:
         command=_read_command(folder),
         notes=tuple(notes),
     )
-
-
-def studies(storage: str) -> list[str]:
-    """Return the folders of the studies and trainings under a storage, by name.
-
-    Raises:
-        ConfigError: If there are none.
-    """
-    base = full_path(storage)
-    if names := study_names(storage):
-        return [str(base / name) for name in names]
-    raise ConfigError(f"there is no study under {base}: give its name and --storage, or its folder")
 
 
 def read_trials(folder: Path) -> tuple[TrialSummary, ...]:

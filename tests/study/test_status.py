@@ -30,7 +30,7 @@ from drtune_ray.storage.driver_lock import driver_lock
 from drtune_ray.storage.fingerprint import open_record
 from drtune_ray.storage.lease import LEASE_NAME
 from drtune_ray.storage.optuna_storage import open_storage, open_study
-from drtune_ray.storage.record import DONE_NAME, write_done
+from drtune_ray.storage.record import DONE_NAME, find_studies, write_done
 from drtune_ray.study import status
 from drtune_ray.study.status import (
     DONE,
@@ -39,7 +39,6 @@ from drtune_ray.study.status import (
     NOT_SEEN,
     RUNNING,
     read_status,
-    studies,
 )
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished, RunStarted, StepsRecorded
 from drtune_ray.tracking.spool import Spool
@@ -273,9 +272,9 @@ def test_status__shows_the_recorded_result_on_the_test_split(made: Made) -> None
 
 def test_overview__a_line_for_each_study(made: Made) -> None:
     storage = str(made.folder.parent)
-    assert studies(storage) == [str(made.folder)]
+    assert find_studies(storage) == [made.folder]
     Made(made.folder.with_name("birds"), trials=3)
-    found = [read_status(folder, storage) for folder in studies(storage)]
+    found = [read_status(str(folder), storage) for folder in find_studies(storage)]
     now = max(each.last_sign for each in found)
     assert [line.partition("; ")[0] for line in overview_lines(found, now)] == [
         "birds    study         0 of 3 done  best        -  interrupted",
