@@ -37,7 +37,7 @@ from drtune_ray.study.inputs import (
 from drtune_ray.study.opened import opened_study
 from drtune_ray.study.tables import prepare, preparing_device
 from drtune_ray.tracking.events import FilesReady, RunFinished, RunStarted, Sink, fan_out
-from drtune_ray.tracking.mlflow_recorder import build_recorder, check_tracking
+from drtune_ray.tracking.mlflow_recorder import build_recorder, check_tracking, ignored_variables
 from drtune_ray.tracking.spool import BackgroundWriter, Spool
 from drtune_ray.training.reports import COMPLETED, OBJECTIVE, OUTCOME, PATIENCE
 from drtune_ray.values import flattened, full_path
@@ -104,6 +104,8 @@ def run_training(
     deciding = deciding_values(values, checked.splits.content_digest(), checked.weights_digest)
     folder = storage / name
     former_record(folder, TRAINING, deciding)  # refuse a taken name before Ray starts
+    for note in ignored_variables(tracking):
+        on_notice(note)
     joining = ready_cluster({WORKERS: config.training}, resources, with_dashboard=True)
     is_done = (folder / DONE_NAME).exists()
     with opened_study(folder, kept, nullcontext() if is_done else joining, on_notice) as opened:
