@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,20 @@ def deciding_values(
     }
 
 
-def former_record(folder: Path, kind: str, deciding: Mapping[str, Any]) -> Record | None:
+def former_record(
+    folder: Path,
+    kind: str,
+    deciding: Mapping[str, Any],
+    image_changes: Callable[[], Sequence[str]] = tuple,
+) -> Record | None:
     """Return the record in the folder if its deciding values are equal; None if there is none.
+
+    Args:
+        folder: Folder of the study or training.
+        kind: `STUDY` or `TRAINING`.
+        deciding: What decides the results; see `deciding_values`.
+        image_changes: Returns how the images differ from those of the record, in sentences that
+            replace their two hashes; empty if that is not known.
 
     Raises:
         ConfigError: If the name is taken by another configuration, with the differences.
@@ -65,11 +77,17 @@ def former_record(folder: Path, kind: str, deciding: Mapping[str, Any]) -> Recor
     if not (folder / RECORD_FILE).exists():
         return None
     former = read_record(folder)
-    differences = [
-        f"  {key}: {former.deciding.get(key)!r} there, {deciding.get(key)!r} here"
-        + ADVICE.get(key, "")
+    differing = [
+        key
         for key in sorted(former.deciding.keys() | deciding.keys())
         if former.deciding.get(key) != deciding.get(key)
+    ]
+    images = [f"  {change}" for change in image_changes()] if DATA_DIGEST in differing else []
+    differences = images + [
+        f"  {key}: {former.deciding.get(key)!r} there, {deciding.get(key)!r} here"
+        + ADVICE.get(key, "")
+        for key in differing
+        if key != DATA_DIGEST or not images
     ]
     if former.kind != kind:
         differences = [f"  it is a {former.kind}, this is a {kind}"]
