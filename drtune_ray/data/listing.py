@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from drtune_ray.data.pixels import is_recognised, names_an_image
 from drtune_ray.values import printable
@@ -26,6 +28,11 @@ FOREIGN_FOLDERS = frozenset(
         "system volume information",
     }
 )
+# Names of folders that hold a split: that of training, and others.
+OF_TRAINING = r"train(ing)?"
+OF_A_SPLIT = rf"({OF_TRAINING}|e?val(id(ation)?|uation)?|dev|test(ing)?|hold-?out)"
+QUALIFIER = r"([-_ ]?(set|split|data|images|\d+))?"
+NUM_KINDS_SHOWN = 8
 # Why a file is left out.
 HIDDEN = "hidden or in folders of other programs"
 BESIDE = "beside the class folders"
@@ -75,6 +82,14 @@ class Listing:
         """Number of files that may be images."""
         return sum(map(len, self.images.values()))
 
+    @property
+    def split_folders(self) -> list[str]:
+        """Names of folders that hold splits instead of classes, training first; empty for none."""
+        names = [name for name in self.images if _is_named(name, OF_A_SPLIT)]
+        training = [name for name in names if _is_named(name, OF_TRAINING)]
+        are_splits = training and len(names) > 1
+        return training + [name for name in names if name not in training] if are_splits else []
+
     def leave_out(self, path: Path, reason: str, num_files: int = 1) -> None:
         """Record files as not used."""
         if num_files:
@@ -97,6 +112,22 @@ def list_class_folders(root: Path) -> Listing:
     return listing
 
 
+def others_of(name: str, left_out: Iterable[LeftOut]) -> str:
+    """Return what is left out of a class, in brackets after a space; empty for nothing."""
+    found = [item for item in left_out if item.class_name == printable(name)]
+    return f" ({kinds_of(found)} left out)" if found else ""
+
+
+def kinds_of(left_out: Iterable[LeftOut]) -> str:
+    """Return the numbers of files that are left out by their suffix, most frequent first."""
+    kinds = Counter[str]()
+    for item in left_out:
+        suffix = PurePath(item.path).suffix.lower() or "without a suffix"
+        kinds[suffix if item.reason == NO_IMAGE else item.reason] += item.num_files
+    shown = [f"{number} {kind}" for kind, number in kinds.most_common(NUM_KINDS_SHOWN)]
+    return ", ".join(shown) + (", ..." if len(kinds) > len(shown) else "")
+
+
 def is_foreign(name: str) -> bool:
     """Return whether a file or folder of this name is hidden, or another program's."""
     return name.startswith(".") or name.lower() in FOREIGN_FOLDERS
@@ -106,6 +137,10 @@ def folders_in(folder: Path) -> list[Path]:
     """Return the folders directly below a folder that may be class folders; empty on errors."""
     found = _entries(folder, Listing(folder))
     return [Path(e.path) for e in found if _is_folder(e) and not is_foreign(e.name)]
+
+
+def _is_named(name: str, kind: str) -> bool:
+    return re.fullmatch(kind + QUALIFIER, name, re.IGNORECASE) is not None
 
 
 def _list_class(folder: Path, listing: Listing) -> None:

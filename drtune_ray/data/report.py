@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import PurePath
 from typing import Any
 
 import pyarrow as pa
 
-from drtune_ray.data.listing import NO_IMAGE, LeftOut
+from drtune_ray.data.listing import NO_IMAGE, LeftOut, kinds_of
 from drtune_ray.data.sources import FLOAT_PEAK, INTEGER_PEAK
 from drtune_ray.data.splits import Splits
 from drtune_ray.values import printable
@@ -48,9 +47,9 @@ def image_changes(former: pa.Table, present: pa.Table) -> list[str]:
         "new": now.keys() - before.keys(),
         "missing": before.keys() - now.keys(),
         "changed": {path for path in common if before[path][0] != now[path][0]},
-        "in another split": {path for path in common if before[path] != now[path]},
     }
-    kinds["in another split"] -= kinds["changed"]
+    if not any(kinds.values()):
+        kinds["in another split"] = {path for path in common if before[path] != now[path]}
     return [
         f"{_images(len(paths))} {what} ({_examples([printable(path) for path in sorted(paths)])})"
         for what, paths in kinds.items()
@@ -106,11 +105,9 @@ def _number(items: Iterable[LeftOut]) -> int:
 
 
 def _details(reason: str, items: Sequence[LeftOut]) -> str:
-    if reason != NO_IMAGE:
-        return _examples([item.path for item in items])
-    kinds = Counter(PurePath(item.path).suffix.lower() or "without a suffix" for item in items)
-    shown = [f"{number} {kind}" for kind, number in kinds.most_common(NUM_CLASSES_SHOWN)]
-    return ", ".join(shown) + (", ..." if len(kinds) > len(shown) else "")
+    if reason == NO_IMAGE:
+        return kinds_of(items)
+    return _examples([item.path for item in items])
 
 
 def _in_several_classes(rows: Sequence[dict[str, Any]]) -> Iterator[str]:

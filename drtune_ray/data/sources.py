@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import stat
 import sys
 from collections.abc import Iterable, Iterator
@@ -18,12 +17,11 @@ import pyarrow as pa
 
 from drtune_ray.data.listing import (
     DAMAGED,
-    HIDDEN,
-    NO_IMAGE,
     LeftOut,
     Listing,
     folders_in,
     list_class_folders,
+    others_of,
 )
 from drtune_ray.data.pixels import (
     UNCLEAR_PEAK,
@@ -49,12 +47,6 @@ FILE_SCHEMA = pa.schema(
         ("is_uniform", pa.bool_()),
     ]
 )
-SPLIT_FOLDER = re.compile(
-    r"(train(ing)?|e?val(id(ation)?|uation)?|dev|test(ing)?|hold-?out)"
-    r"([-_ ]?(set|split|data|images|\d+))?",
-    re.IGNORECASE,
-)
-OF_TRAINING = re.compile("train", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -143,12 +135,6 @@ def whites_of(files: pa.Table) -> WhiteValues:
     return white_values(*columns)
 
 
-def explained(left_out: Iterable[LeftOut], class_name: str) -> str:
-    """Return how many files of a class are left out, in brackets; empty if none are."""
-    number = sum(item.num_files for item in left_out if item.class_name == printable(class_name))
-    return f" ({number} other files are left out)" if number else ""
-
-
 # ---- folders
 
 
@@ -177,11 +163,10 @@ def _check_root(root: Path) -> None:
 
 def _split_problems(listing: Listing) -> Iterator[str]:
     """Yield a sentence if the folder holds splits, each of which would count as a class."""
-    names = [name for name in listing.images if SPLIT_FOLDER.fullmatch(name)]
-    training = [name for name in names if OF_TRAINING.match(name)]
-    if len(names) < 2 or not training:
+    names = listing.split_folders
+    if not names:
         return
-    folder = listing.root / training[0]
+    folder = listing.root / names[0]
     classes = folders_in(folder)
     fix = f"give --data {folder}, which is split anew, or " if len(classes) > 1 else ""
     yield (
@@ -201,28 +186,15 @@ def _class_problems(listing: Listing) -> Iterator[str]:
         )
     for name, found in listing.images.items():
         if not found:
-            yield _empty_class(listing, name)
+            yield (
+                f"class folder {printable(name)!r} in {root} holds no image that Pillow recognises"
+                f"{others_of(name, listing.left_out)}: add some or remove the folder"
+            )
 
 
 def _nested_classes(root: Path, names: list[str]) -> str:
     below = folders_in(root / names[0]) if names else []
     return f", or give --data {root / names[0]}" if len(below) > 1 else ""
-
-
-def _empty_class(listing: Listing, name: str) -> str:
-    kinds = sorted(
-        {Path(item.path).suffix.lower() for item in _of_class(listing, name, NO_IMAGE)} - {""}
-    )
-    others = f"; it holds {', '.join(kinds)}" if kinds else ""
-    hidden = "; it holds hidden files only" if [*_of_class(listing, name, HIDDEN)] else ""
-    return (
-        f"class folder {printable(name)!r} in {listing.root} holds no image that Pillow recognises"
-        f"{others or hidden}: add some or remove the folder"
-    )
-
-
-def _of_class(listing: Listing, name: str, reason: str) -> Iterator[LeftOut]:
-    return (i for i in listing.left_out if (i.class_name, i.reason) == (printable(name), reason))
 
 
 def _emptied_classes(listing: Listing, files: pa.Table) -> Iterator[str]:
@@ -232,7 +204,7 @@ def _emptied_classes(listing: Listing, files: pa.Table) -> Iterator[str]:
         if label not in there:
             yield (
                 f"class folder {name!r} in {listing.root} holds no sound image"
-                f"{explained(listing.left_out, name)}: add some or remove the folder"
+                f"{others_of(name, listing.left_out)}: add some or remove the folder"
             )
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from drtune_ray.config.trial import DataConfig
-from drtune_ray.data.listing import LeftOut
+from drtune_ray.data.listing import LeftOut, others_of
 from drtune_ray.data.pixels import DEFAULT_WHITES, WhiteValues
-from drtune_ray.data.sources import ImageFolder, explained, whites_of
+from drtune_ray.data.sources import ImageFolder, whites_of
 from drtune_ray.errors import ConfigError
 from drtune_ray.values import digest
 
@@ -79,7 +79,7 @@ def make_splits(folder: ImageFolder, config: DataConfig, former: pa.Table | None
     problems = []
     for label, name in enumerate(folder.classes):
         images = {h for h, own in zip(hashes, labels, strict=True) if own == label}
-        problem = _too_few(name, len(images), config, explained(folder.left_out, name))
+        problem = _too_few(name, len(images), config, others_of(name, folder.left_out))
         if problem is None:
             _fill_quotas(images, _quotas(len(images), config), assigned)
             problem = _empty_split(name, {assigned[image] for image in images})

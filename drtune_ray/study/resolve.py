@@ -76,9 +76,7 @@ def study_request(
         fitting_defaults(this_machine()), trial, data_folder(trial, "trial."), "trial."
     )
     defaults["resources"] = _fitting_resources(defaults, mapping_of(asked, "resources"))
-    storage = asked.get("storage") or StudyConfig.model_fields["storage"].default
-    place = Place(storage, asked["name"], asked.get("artifacts"))
-    recorded = _recorded(place, STUDY, CHOSEN_ONCE, asked)
+    recorded = _recorded(_place_of(asked), STUDY, CHOSEN_ONCE, asked)
     config = StudyConfig.from_mapping(deep_merge(deep_merge(defaults, nested(recorded)), asked))
     return config, _say(defaults, recorded, asked)
 
@@ -127,14 +125,21 @@ def training_name(images: str | Path) -> str:
     return f"{name_of(full_path(images))}-train"
 
 
+def _place_of(asked: Mapping[str, Any]) -> Place:
+    """Return the place that settings give, which nothing has validated yet."""
+    default = StudyConfig.model_fields["storage"].default
+    storage, name, uri = asked.get("storage", default), asked["name"], asked.get("artifacts")
+    return Place(str(storage), str(name), uri if isinstance(uri, str) else None)
+
+
 def _recorded(
     place: Place, kind: str, paths: Iterable[str], asked: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the settings among some paths that a study began with and nobody gives now."""
     config: Mapping[str, Any] = {}
-    # What is wrong with the place or its record is reported when the study is opened.
+    # What is wrong with the place or its record is reported when it is checked or opened.
     with suppress(DrtuneError, ValueError, OSError):
-        folder = full_path(str(place.storage)) / study_name(str(place.name))
+        folder = full_path(place.storage) / study_name(place.name or "")
         config = recorded_config(folder, kind, place.artifacts)
     given = _given(asked)
     there = flattened({key: value for key, value in config.items() if key != SPACE})
