@@ -109,6 +109,8 @@ def list_class_folders(root: Path) -> Listing:
             listing.leave_out(path, HIDDEN if is_foreign(entry.name) else BESIDE)
         elif not is_foreign(entry.name):
             _list_class(path, listing)
+        elif not entry.name.startswith("."):  # a repository beside the classes may be huge
+            listing.leave_out(path, HIDDEN, _num_files(path))
     return listing
 
 

@@ -67,6 +67,10 @@ def _images(number: int) -> str:
     return "1 image is" if number == 1 else f"{number} images are"
 
 
+def _pictures(number: int) -> str:
+    return "1 picture" if number == 1 else f"{number} pictures"
+
+
 def _sizes(sizes: dict[str, int]) -> str:
     shown = [
         f"{printable(name)} {number}" for name, number in list(sizes.items())[:NUM_CLASSES_SHOWN]
@@ -116,18 +120,18 @@ def _in_several_classes(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         copies[row["content_hash"]].setdefault(row["label"], printable(row["path"]))
     several = [" = ".join(paths.values()) for paths in copies.values() if len(paths) > 1]
     if several:
-        what = "1 picture lies" if len(several) == 1 else f"{len(several)} pictures lie"
+        verb = "lies" if len(several) == 1 else "lie"
         yield (
-            f"{what} in several classes ({_examples(several)}): each counts as an image of every "
-            "one of them; remove the wrong copies"
+            f"{_pictures(len(several))} {verb} in several classes ({_examples(several)}): each "
+            "counts as an image of every one of them; remove the wrong copies"
         )
 
 
 def _uniform(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     paths = [printable(row["path"]) for row in rows if row.get("is_uniform")]
     if paths:
-        what = "1 picture has" if len(paths) == 1 else f"{len(paths)} pictures have"
-        yield f"{what} one value in all pixels ({_examples(paths)})"
+        verb = "has" if len(paths) == 1 else "have"
+        yield f"{_pictures(len(paths))} {verb} one value in all pixels ({_examples(paths)})"
 
 
 def _scaling(splits: Splits) -> Iterator[str]:
@@ -139,7 +143,7 @@ def _scaling(splits: Splits) -> Iterator[str]:
     for column, what, white in kinds:
         number = sum(peak is not None for peak in files[column].to_pylist())
         if number:
-            yield f"{number} pictures of {what}: 0 becomes black and {white} becomes white"
+            yield f"{_pictures(number)} of {what}: 0 becomes black and {white} becomes white"
 
 
 def _examples(texts: Sequence[str]) -> str:

@@ -222,7 +222,8 @@ def recorded_config(folder: Path, kind: str, uri: str | None) -> dict[str, Any]:
             record = read_record(copy)
     else:
         return {}
-    return record.config if record.kind == kind else {}
+    is_one = record.kind == kind and isinstance(record.config, dict)
+    return record.config if is_one else {}
 
 
 def place_text(uri: str | None) -> str:
