@@ -35,6 +35,7 @@ DATA_DIGEST = "content of the images and splits"
 WEIGHTS_DIGEST = "content of the pretrained weights"
 NUMERICS = "numeric version of drtune-ray"
 SEVERAL_WORKERS = "several workers a trial"
+ImageChanges = Callable[[], Sequence[str]]
 ADVICE = {
     SEVERAL_WORKERS: " (training.workers may change, but not between 1 and more than 1)",
 }
@@ -60,7 +61,7 @@ def former_record(
     folder: Path,
     kind: str,
     deciding: Mapping[str, Any],
-    image_changes: Callable[[], Sequence[str]] = tuple,
+    image_changes: ImageChanges = tuple,
 ) -> Record | None:
     """Return the record in the folder if its deciding values are equal; None if there is none.
 
@@ -106,13 +107,23 @@ def open_record(
     deciding: dict[str, Any],
     tracking: TrackingConfig,
     artifacts: str | None = None,
+    image_changes: ImageChanges = tuple,
 ) -> Record:
     """Update the record in the folder if its deciding values are equal, or write a new one.
+
+    Args:
+        folder: Folder of the study or training.
+        kind: `STUDY` or `TRAINING`.
+        config: Resolved configuration, as plain values.
+        deciding: What decides the results; see `deciding_values`.
+        tracking: Settings of MLflow.
+        artifacts: URI of the artifacts; None without any.
+        image_changes: See `former_record`.
 
     Raises:
         ConfigError: If the name is taken by another configuration, with the differences.
     """
-    former = former_record(folder, kind, deciding)
+    former = former_record(folder, kind, deciding, image_changes)
     place = tracking.model_dump(mode="json")
     if former is None:
         study_id = f"{folder.name}-{uuid.uuid4().hex[:12]}"

@@ -86,7 +86,7 @@ def run_study(
             former = read_record(config.folder)
             check_storage_of(former, config.optuna_storage, storage, artifacts)
         record = open_record(
-            config.folder, STUDY, values, deciding, config.tracking, config.artifacts
+            config.folder, STUDY, values, deciding, config.tracking, config.artifacts, changes
         )
         write_manifest(checked.splits, config.folder / SPLITS_NAME)
         artifacts.keep(RECORD_FILE, SPLITS_NAME)

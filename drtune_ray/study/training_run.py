@@ -109,11 +109,12 @@ def run_training(
     deciding = deciding_values(values, checked.splits.content_digest(), checked.weights_digest)
     folder = storage / name
     # Refuse a taken name before Ray starts.
-    former_record(folder, TRAINING, deciding, partial(changed_images, folder, checked.splits))
+    changes = partial(changed_images, folder, checked.splits)
+    former_record(folder, TRAINING, deciding, changes)
     joining = ready_cluster({WORKERS: config.training}, resources, with_dashboard=True)
     is_done = (folder / DONE_NAME).exists()
     with opened_study(folder, kept, nullcontext() if is_done else joining, on_notice) as opened:
-        record = open_record(folder, TRAINING, values, deciding, tracking, artifacts)
+        record = open_record(folder, TRAINING, values, deciding, tracking, artifacts, changes)
         spool = Spool(folder / SPOOL_NAME)
         was_done = (folder / DONE_NAME).exists()
         if not was_done and opened.cluster:
