@@ -64,6 +64,9 @@ JOBS = "of the jobs that a job server knows: tests/jobs/test_unknown_jobs.py"
 OWN_FILES = "of a file that only the package writes: tests/training/test_checkpoint.py"
 # Sentences that no command line shows, each with the reason.
 WITHOUT_EXAMPLE = {
+    "the name of x cannot be read in this locale, whose encoding is x: set PYTHONUTF8=1": (
+        "of a process with another locale: tests/data/test_sources.py"
+    ),
     "x is not a study: it holds no x": "commands look for that file first",
     "x says that the study is done, but something is left to run: remove that file": (
         "of a study that was run to its end and then lost trials in its storage"
@@ -86,6 +89,7 @@ GATHERING = {
     "jobs/submission.py:study_submission",
     "config/study.py:from_mapping",
     "folders.py:open_folder",
+    "data/sources.py:_check_root",
     "data/sources.py:scan_class_folders",
     "data/splits.py:make_splits",
     "config/sources.py:mapping_of",

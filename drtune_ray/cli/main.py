@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -161,18 +161,23 @@ def train(
     from drtune_ray.config.study import TrackingConfig
     from drtune_ray.display.outputs import TrainingLines, json_stdout, write_json
     from drtune_ray.display.result import training_facts, training_lines
-    from drtune_ray.study.resolve import default_name, trial_request
+    from drtune_ray.study.resolve import Place, training_name, trial_request
     from drtune_ray.study.status import write_command
     from drtune_ray.study.training_run import run_training
     from drtune_ray.tracking.events import Event, RunStarted
 
     with json_stdout(is_wanted=as_json) as stream:
-        config, resources, notes = trial_request(trial_file, assignments, flags)
+        place = Place(storage, name, artifacts)
+        config, resources, notes = trial_request(trial_file, assignments, flags, place)
         output = _output(stream, quiet, as_json, TrainingLines(config.training.last_epoch))
         for note in notes:
             output.say(note)
-        name = name or f"{default_name(config)}-train"
+        name = name or training_name(config.data.train)
         folder = _resolved(storage) / name
+
+        def announce(plan: Iterable[str]) -> None:
+            for note in plan:
+                output.say(f"  {note}")
 
         def observe(event: Event) -> None:
             if isinstance(event, RunStarted):
@@ -187,6 +192,7 @@ def train(
             tracking=validated(TrackingConfig, {"uri": tracking_uri}, "tracking."),
             artifacts=artifacts,
             observer=observe,
+            on_plan=announce,
             on_notice=output.notice,
         )
         if as_json:

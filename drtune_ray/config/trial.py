@@ -213,6 +213,10 @@ class DataConfig(Section):
     train: str
     """Folder of images with one subfolder per class."""
 
+    skip_bad: bool = False
+    """Leave out images that cannot be read or decoded, and report them, instead of refusing the
+    whole folder."""
+
     train_per_class: PositiveInt | None = None
     """Training images per class; validation and test share the rest in the proportion of their
     fractions. Default: what the fractions leave."""
@@ -337,6 +341,7 @@ TABLES_PATHS = (
 # Settings of a trial that change where and how fast it runs, not what comes out but for rounding.
 TRIAL_NOT_DECIDING = (
     "data.train",
+    "data.skip_bad",  # the digest of the images covers what is left
     "data.loader_workers",
     "data.cache_limit_gib",
     "backbone.weights",

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from drtune_ray.data.sources import decode, read_bytes
+from drtune_ray.data.pixels import WhiteValues, decode
+from drtune_ray.data.sources import read_bytes, whites_of
 from drtune_ray.data.splits import TEST, VALIDATION
 from drtune_ray.data.views import ViewMaker
 from drtune_ray.errors import ConfigError, EnvironmentProblem
@@ -68,12 +69,13 @@ def evaluate(
         )
     recorded = winner.about["val_accuracy"]
     rows = _rows(manifest, VALIDATION)
-    validation = None if recorded is None else measure(winner, root, rows)
+    whites = whites_of(manifest)
+    validation = None if recorded is None else measure(winner, root, rows, whites)
     # Recorded before the result is known: an interrupted evaluation counts as an opening.
     entry: dict[str, Any] = {"test_split": seal, "model": str(winner_folder), "time_ms": now_ms()}
     _record_opening(json.dumps(entry), storage, artifacts)
     return Evaluation(
-        measure(winner, root, test),
+        measure(winner, root, test, whites),
         validation,
         recorded,
         len(openings) + 1,
@@ -108,7 +110,9 @@ def _record_opening(line: str, storage: Path, artifacts: Folder | None) -> None:
 
 
 @torch.inference_mode()
-def measure(winner: Winner, root: Path, rows: Iterable[dict[str, Any]]) -> Accuracy:
+def measure(
+    winner: Winner, root: Path, rows: Iterable[dict[str, Any]], whites: WhiteValues
+) -> Accuracy:
     """Return the accuracy of a model on rows of a manifest."""
     maker = ViewMaker(winner.trial.data, winner.normalization.interpolation)
     model = winner.model.to(memory_format=torch.channels_last)
@@ -117,7 +121,7 @@ def measure(winner: Winner, root: Path, rows: Iterable[dict[str, Any]]) -> Accur
     num_correct = 0
     for at in range(0, len(rows), BATCH_ROWS):
         part = rows[at : at + BATCH_ROWS]
-        views = [maker.evaluation_view(decode(read_bytes(root, row))) for row in part]
+        views = [maker.evaluation_view(decode(read_bytes(root, row), whites)) for row in part]
         pixels = torch.stack([torch.tensor(view) for view in views])
         labels = torch.tensor([row["label"] for row in part])
         logits = model(normalizer(pixels))

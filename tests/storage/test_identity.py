@@ -103,6 +103,7 @@ def test_open_record__two_studies_have_two_identities(tmp_path: Path) -> None:
         ("tracking.uri", "http://mlflow:5000"),
         ("trial.data.train", "/mnt/images"),
         ("trial.data.loader_workers", 2),
+        ("trial.data.skip_bad", True),
         ("trial.data.cache_limit_gib", 1.0),
         ("trial.backbone.weights", "/mnt/weights.pth"),
         ("trial.training.save_every_seconds", 30.0),

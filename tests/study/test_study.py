@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from drtune_ray.config.study import StudyConfig
+from drtune_ray.data.pixels import DEFAULT_WHITES
 from drtune_ray.data.splits import VALIDATION
 from drtune_ray.errors import ConfigError, EnvironmentProblem, NoTrialCompleted
 from drtune_ray.results.evaluate import measure
@@ -160,7 +161,7 @@ def test_the_winner_loads_again_and_gives_the_recorded_accuracy(finished):
     winner = read_winner(result.folder / "winner")
     manifest = pq.read_table(result.folder / "splits.parquet").to_pylist()
     rows = [row for row in manifest if row["split"] == VALIDATION]
-    found = measure(winner, Path(config.trial.data.train), rows)
+    found = measure(winner, Path(config.trial.data.train), rows, DEFAULT_WHITES)
     assert found.share == result.winner.best_val_accuracy == winner.about["val_accuracy"]
 
 
