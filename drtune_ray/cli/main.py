@@ -162,8 +162,6 @@ def train(
     from drtune_ray.display.outputs import TrainingLines, json_stdout, write_json
     from drtune_ray.display.result import training_facts, training_lines
     from drtune_ray.study.resolve import Place, training_name, trial_request
-    from drtune_ray.study.status import write_command
-    from drtune_ray.study.training_run import run_training
     from drtune_ray.tracking.events import Event, RunStarted
 
     with json_stdout(is_wanted=as_json) as stream:
@@ -172,6 +170,9 @@ def train(
         output = _output(stream, quiet, as_json, TrainingLines(config.training.last_epoch))
         for note in notes:
             output.say(note)
+        from drtune_ray.study.status import write_command  # only now: they import torch and Ray
+        from drtune_ray.study.training_run import run_training
+
         name = name or training_name(config.data.train)
         folder = _resolved(storage) / name
 
@@ -330,12 +331,12 @@ def _run_study(
         result_facts,
         result_lines,
     )
-    from drtune_ray.study.run import run_study
-    from drtune_ray.study.status import read_trials, write_command
 
     console = Console(highlight=False)
 
     def announce(plan: StudyPlan) -> None:
+        from drtune_ray.study.status import read_trials, write_command
+
         folder = plan.config.folder
         write_command(folder)
         if not (quiet or as_json):
@@ -352,6 +353,8 @@ def _run_study(
         config, notes = request()
         for note in notes:
             output.say(note)
+        from drtune_ray.study.run import run_study  # only now: it imports torch and Ray
+
         try:
             result = run_study(
                 config, observer=output.take, on_plan=announce, on_notice=output.notice
