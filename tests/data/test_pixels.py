@@ -19,7 +19,14 @@ from drtune_ray.data.pixels import (
     white_values,
 )
 from tests.conftest import noise_image
-from tests.data.pictures import ORIENTATION, UNWRITABLE, encoded, exif, sixteen_bit_colours
+from tests.data.pictures import (
+    ORIENTATION,
+    UNWRITABLE,
+    encoded,
+    exif,
+    sixteen_bit_colours,
+    twelve_bit_tiff,
+)
 
 RAMP = np.linspace(0.0, 1.0, 32 * 32).reshape(32, 32)
 
@@ -117,6 +124,13 @@ def test_examine__a_format_that_pillow_scales_keeps_its_range(content: bytes | s
     dark = Image.fromarray(np.full((32, 32), 100, np.uint16))
     facts = examine(encoded(dark, content) if isinstance(content, str) else content)
     assert facts.integer_peak == 65535
+
+
+def test_examine__twelve_bits_that_the_file_declares() -> None:
+    dark = twelve_bit_tiff(100, 200)
+    assert examine(dark).integer_peak == 4095
+    pixels = np.asarray(decode(dark, white_values([4095], [])))[..., 0]
+    assert pixels.tolist() == [[6, 12]]
 
 
 @pytest.mark.parametrize(
