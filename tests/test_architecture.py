@@ -33,6 +33,7 @@ STOREYS: tuple[set[str], ...] = (
     {"preview", "doctor", "demo"},
     {"display"},
     {"cli"},
+    {"__main__"},
 )
 FLOOR = {"errors", "processes", "values", "server_uri", "folders", "config"}
 # What may be imported of the rooms below; of the others, everything below.

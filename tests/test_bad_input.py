@@ -54,6 +54,7 @@ NOT_OF_INPUT = {
     "space/search_space.py:SearchSpace.clamped",
     "config/section.py:refusal",  # the form of the settings' messages, which have own rules
     "tracking/mlflow_recorder.py:MlflowRecorder._find",  # what MLflow is searched for
+    "tracking/mlflow_recorder.py:ignored_variables",
     "tracking/mlflow_recorder.py:runs_page",
     "training/backbones.py:KeyReport.__str__",
     "training/backbones.py:_check_hub",

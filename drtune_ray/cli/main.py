@@ -37,6 +37,7 @@ from drtune_ray.cli.options import (
     weights_option,
     workers_option,
 )
+from drtune_ray.cli.standard_streams import tolerate_failing_streams
 from drtune_ray.errors import ConfigError, DrtuneError
 
 if TYPE_CHECKING:
@@ -205,25 +206,14 @@ def train(
 @storage_option
 @click.option("--again", is_flag=True, help="Open the test split although it was opened before.")
 def evaluate(study: str, storage: str, again: bool) -> None:
-    """Test the winner on the sealed test split."""
-    from drtune_ray.display import percent
+    """Test the winner on the sealed test split.
+
+    The result is recorded: a second call shows it again without opening the split.
+    """
+    from drtune_ray.display.result import evaluation_lines
     from drtune_ray.study.evaluation import evaluate_study
 
-    found = evaluate_study(study, storage, again=again)
-    low, high = found.test.interval
-    click.echo(
-        f"Test accuracy {percent(found.test.share)} ({found.test.num_correct} of "
-        f"{found.test.num_images} images; 95 % interval {percent(low)} to {percent(high)})"
-    )
-    if found.validation is None:
-        click.echo("This model was trained on the validation images too.")
-    else:
-        click.echo(
-            f"Validation accuracy measured again: {percent(found.validation.share)}; recorded: "
-            f"{percent(found.recorded_validation)}"
-        )
-    times = "for the first time" if found.num_openings == 1 else f"{found.num_openings} times"
-    click.echo(f"This test split was opened {times}.")
+    echo(evaluation_lines(evaluate_study(study, storage, again=again)))
 
 
 @cli.command()
@@ -269,7 +259,7 @@ def sync(study: str, storage: str) -> None:
 
 
 @cli.command()
-@click.argument("study")
+@click.argument("study", required=False)
 @click.option(
     "--storage", metavar="DIR", help=f"Folder of the studies.  [default: {DEFAULT_STORAGE}]"
 )
@@ -277,26 +267,36 @@ def sync(study: str, storage: str) -> None:
 @insecure_http_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object (docs/json.md).")
 def status(
-    study: str, storage: str | None, address: str | None, insecure_http: bool, as_json: bool
+    study: str | None,
+    storage: str | None,
+    address: str | None,
+    insecure_http: bool,
+    as_json: bool,
 ) -> None:
-    """Show the progress of a study or training.
+    """Show the progress of a study or training; without STUDY, of all under the storage.
 
     Works while it runs and afterwards, and changes nothing.
     """
     if address is not None:
+        if study is None:
+            raise click.UsageError("--address needs the name of a study")
         show_jobs(study, storage, address, insecure_http, as_json)
         return
+    from drtune_ray.storage.record import find_studies
     from drtune_ray.study.status import facts, read_status
 
-    found = read_status(study, storage or DEFAULT_STORAGE)
+    storage = storage or DEFAULT_STORAGE
+    names = [study] if study is not None else map(str, find_studies(storage))
+    found = [read_status(name, storage) for name in names]
     if as_json:
         from drtune_ray.display.outputs import write_json
 
-        write_json(sys.stdout, "status", facts(found))
+        for each in found:
+            write_json(sys.stdout, "status", facts(each))
         return
-    from drtune_ray.display.status import status_lines
+    from drtune_ray.display.status import overview_lines, status_lines
 
-    echo(status_lines(found, program()))
+    echo(status_lines(found[0], program()) if len(found) == 1 else overview_lines(found))
 
 
 for command in (deploy, doctor, logs, stop, submit):
@@ -372,6 +372,7 @@ def _resolved(storage: str) -> Path:
 
 def main() -> None:
     """Run the command line; exit codes are in `drtune_ray.errors`."""
+    tolerate_failing_streams()
     try:
         code = cli(standalone_mode=False)
     except click.ClickException as error:

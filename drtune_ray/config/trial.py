@@ -141,7 +141,7 @@ class OptimConfig(Section):
 class TrainingConfig(Section):
     """Training loop of a trial."""
 
-    epochs: PositiveInt = 10
+    epochs: Annotated[PositiveInt, Field(le=100_000)] = 10
     """Epochs of a trial, over which the learning-rate schedule runs. [paper: 100]"""
 
     stop_epoch: PositiveInt | None = None

@@ -94,7 +94,7 @@ class StudyProgress:
         row = self._rows.get(event.number)
         if row is None:
             return None
-        if isinstance(event, MetricsRecorded):
+        if isinstance(event, MetricsRecorded) and event.step >= row.epoch:  # else of an earlier run
             row.epoch = event.step
             row.accuracy = event.metrics.get("val_accuracy")
             row.best = event.metrics.get("best_val_accuracy")
@@ -174,7 +174,8 @@ class StudyProgress:
         best, speed, left = self.best, self.epochs_per_minute, self.seconds_left
         texts = [f"best so far {percent(best.best)}, trial {best.label}" if best else ""]
         texts += [f"{speed:.3g} epochs/min" if speed else ""]
-        texts += ["time left unknown" if left is None else f"about {duration(left)} left"]
+        if self.num_done < self.num_trials:
+            texts += ["time left unknown" if left is None else f"about {duration(left)} left"]
         return [text for text in texts if text]
 
     def _start(self, number: int, event: RunStarted) -> None:

@@ -14,7 +14,7 @@ from drtune_ray.config.study import ResourcesConfig
 from drtune_ray.config.trial import TrainingConfig
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.execution.capacity import Capacity, trial_demand, trials_that_fit
-from drtune_ray.execution.environment import job_config
+from drtune_ray.execution.environment import LOCAL, job_config, ray_address
 from drtune_ray.execution.interrupts import signals_as_interrupt
 
 _ENVIRONMENT = {
@@ -57,14 +57,14 @@ def ray_session(*, with_dashboard: bool = False) -> Iterator[Capacity]:
     from drtune_ray.execution.ray_state import read_capacity, register_job
 
     was_joined = ray.is_initialized()
-    address = os.environ.get("RAY_ADDRESS", "local")
-    is_local = not was_joined and address == "local"
+    address = ray_address()
+    is_local = not was_joined and address == LOCAL
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if is_local:
             num_cpus = len(os.sched_getaffinity(0))
             # Without an address Ray would look for a cluster that runs on this machine.
-            ray.init("local", num_cpus=num_cpus, include_dashboard=with_dashboard, **quiet)
+            ray.init(LOCAL, num_cpus=num_cpus, include_dashboard=with_dashboard, **quiet)
         elif not was_joined:
             check_address(address)
             ray.init(address, runtime_env={"env_vars": worker_environment()}, **quiet)
@@ -151,7 +151,7 @@ def check_address(address: str) -> None:
 
 def _unreachable(address: str, error: Exception) -> str:
     reason = " ".join(str(error).split())
-    if address == "local":
+    if address == LOCAL:
         return f"Ray cannot be started: {reason}"
     if reason.startswith("Failed to connect"):  # though something answered
         reason += " (if it asks for a token: set RAY_AUTH_MODE=token, and copy ~/.ray/auth_token)"

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import drtune_ray
+from drtune_ray.config.study import RECORD_FILE as RECORD_FILE
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.folders import LocalFolder
 from drtune_ray.values import full_path, read_yaml, to_yaml
 
-RECORD_FILE = "study.yaml"
-# What else lies in the folder of a study or training.
+# What lies in the folder of a study or training beside its record.
 JOURNAL_NAME, SPLITS_NAME, TRIALS_NAME = "optuna.journal", "splits.parquet", "trials.parquet"
 WINNER_NAME, SPOOL_NAME, TRIALS_FOLDER = "winner", "spool", "trials"
 DONE_NAME = "done"  # written last
@@ -86,12 +86,28 @@ def find_study(name_or_folder: str, storage: str) -> Path:
     for folder in (full_path(name_or_folder), base / name_or_folder):
         if (folder / RECORD_FILE).exists():
             return folder
-    there = sorted(path.parent.name for path in base.glob(f"*/{RECORD_FILE}"))
+    there = [path.name for path in _studies(base)]
     raise ConfigError(
         f"there is no study {name_or_folder!r} under {base}"
         + (f"; there are {there}" if there else "")
         + ": give its name and --storage, or its folder"
     )
+
+
+def find_studies(storage: str) -> list[Path]:
+    """Return the folders of the studies and trainings under a storage, by name.
+
+    Raises:
+        ConfigError: If there are none.
+    """
+    base = full_path(storage)
+    if found := _studies(base):
+        return found
+    raise ConfigError(f"{base} holds no study: give the --storage of your studies")
+
+
+def _studies(base: Path) -> list[Path]:
+    return sorted(path.parent for path in base.glob(f"*/{RECORD_FILE}"))
 
 
 def write_done(config: StudyConfig, num_trials: int) -> None:

@@ -19,8 +19,9 @@ from drtune_ray.data.splits import TRAIN, VALIDATION, Splits, make_splits, read_
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.folders import atomic_write
 from drtune_ray.storage.record import SPLITS_NAME
+from drtune_ray.study.sizes import check_disk, check_memory
 from drtune_ray.training.backbones import Backbone, KeyReport, load_backbone
-from drtune_ray.training.model import check_trial
+from drtune_ray.training.model import check_last_batch, check_trial
 from drtune_ray.values import digest, full_path
 
 
@@ -106,12 +107,20 @@ def check_inputs(
     if splits is not None:
         gpus = (resources or ResourcesConfig()).worker_gpus(config.training.max_workers)
         problems.extend(check_trial(config, splits.count(TRAIN), on_gpus=gpus > 0))
-    loaded = attempt(lambda: load_backbone(config.backbone, config.data.image_size))
+    too_large = check_memory(config)
+    problems.extend(too_large)
+    if not too_large:  # loading runs the encoder on an image
+        loaded = attempt(lambda: load_backbone(config.backbone, config.data.image_size))
     if problems:
         raise ConfigError([*problems, *map(str, of_environment)])
     if of_environment:
         raise of_environment[0]
     backbone, report = loaded
+    num_train = splits.count(TRAIN)
+    problems = check_disk(config, num_train, backbone.num_features, storage)
+    problems += check_last_batch(config, num_train, backbone)
+    if problems:
+        raise ConfigError(problems)
     return StudyInputs(splits, backbone, report)
 
 

@@ -40,7 +40,7 @@ from drtune_ray.study.inputs import (
 from drtune_ray.study.opened import opened_study
 from drtune_ray.study.tables import prepare, preparing_device
 from drtune_ray.tracking.events import FilesReady, RunFinished, RunStarted, Sink, fan_out
-from drtune_ray.tracking.mlflow_recorder import build_recorder, check_tracking
+from drtune_ray.tracking.mlflow_recorder import build_recorder, check_tracking, ignored_variables
 from drtune_ray.tracking.spool import BackgroundWriter, Spool
 from drtune_ray.training.reports import COMPLETED, OBJECTIVE, OUTCOME, PATIENCE
 from drtune_ray.values import flattened, full_path
@@ -90,7 +90,7 @@ def run_training(
         tracking: Settings of MLflow.
         artifacts: URI for the files that the next driver needs; None keeps them in the storage.
         observer: Takes the events as they happen.
-        on_plan: Called before the first epoch with sentences about images and weights.
+        on_plan: Called before the first epoch with sentences about images, weights and records.
         on_notice: Takes a line for the user while the workers cannot start.
 
     Raises:
@@ -120,7 +120,7 @@ def run_training(
         if not was_done and opened.cluster:
             write_manifest(checked.splits, folder / SPLITS_NAME)
             kept.keep(RECORD_FILE, SPLITS_NAME)
-            on_plan(checked.notes())
+            on_plan((*checked.notes(), *ignored_variables(tracking)))
             recorder = build_recorder(tracking, storage, record.study_id)
             with kept.unsent_kept(spool), BackgroundWriter(spool, recorder) as writer:
                 emit = fan_out(writer.emit, observer)

@@ -111,7 +111,8 @@ class Backbone:
         about = asdict(self) | {"state": None, "normalization": asdict(self.normalization)}
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.contiguous() for name, tensor in self.state.items()}
-        safetensors.torch.save_file(state, path, {"backbone": json.dumps(about)})
+        # `save_file` would let only the owner read it, and a storage may serve a group.
+        path.write_bytes(safetensors.torch.save(state, {"backbone": json.dumps(about)}))
 
 
 def read_backbone(path: Path) -> Backbone:
