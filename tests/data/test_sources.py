@@ -18,6 +18,7 @@ from drtune_ray.data.listing import BESIDE, DAMAGED, HIDDEN, NO_FILE, NO_IMAGE
 from drtune_ray.data.pixels import PixelFacts, WhiteValues
 from drtune_ray.data.sources import (
     INTEGER_PEAK,
+    REMEDY,
     content_hash,
     read_bytes,
     scan_class_folders,
@@ -140,7 +141,7 @@ def test_scan__image_that_cannot_be_decoded(class_folder: Path, content: bytes) 
     broken.write_bytes(content)
     (problem,) = problems_of(class_folder)
     assert problem.startswith(f"{broken} cannot be decoded as an image (")
-    assert problem.endswith("): replace or remove it")
+    assert problem.endswith("): replace or remove it, or set data.skip_bad=true")
 
 
 def test_scan__many_broken_images_are_counted(class_folder: Path) -> None:
@@ -237,7 +238,7 @@ def test_scan__what_is_no_file(class_folder: Path) -> None:
     assert reasons_of(class_folder) == [("dog/gone", NO_FILE, 1), ("dog/pipe", NO_FILE, 1)]
     os.mkfifo(class_folder / "dog" / "pipe.png")
     assert problems_of(class_folder) == (
-        f"{class_folder}/dog/pipe.png cannot be read (not a regular file): replace or remove it",
+        f"{class_folder}/dog/pipe.png cannot be read (not a regular file): {REMEDY}",
     )
 
 
@@ -338,7 +339,7 @@ def forbid(path: Path) -> None:
 def test_scan__image_that_may_not_be_read(unprivileged: Path) -> None:
     forbid(unprivileged / "cat" / "0.png")
     assert problems_of(unprivileged) == (
-        f"{unprivileged}/cat/0.png cannot be read (Permission denied): replace or remove it",
+        f"{unprivileged}/cat/0.png cannot be read (Permission denied): {REMEDY}",
     )
 
 
@@ -471,6 +472,6 @@ def test_scan__a_decompression_bomb_is_refused_by_its_header(class_folder: Path)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert problems_of(class_folder) == (
         f"{bomb} cannot be decoded as an image (Image size (400000000 pixels) exceeds limit of "
-        "178956970 pixels, could be decompression bomb DOS attack.): replace or remove it",
+        f"178956970 pixels, could be decompression bomb DOS attack.): {REMEDY}",
     )
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
