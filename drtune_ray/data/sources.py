@@ -34,7 +34,6 @@ from drtune_ray.errors import ConfigError
 from drtune_ray.values import printable
 
 NUM_PROBLEMS_SHOWN = 5
-REMEDY = "replace or remove it, or set data.skip_bad=true"
 INTEGER_PEAK, FLOAT_PEAK = "integer_peak", "float_peak"
 FILE_SCHEMA = pa.schema(
     [
@@ -264,13 +263,18 @@ def _read(
             return {name: before[name] for name in FILE_SCHEMA.names} | row
         content = path.read_bytes()
     except OSError as error:
-        return _BadFile(path, f"{printable(path)} cannot be read ({error.strerror}): {REMEDY}")
+        return _BadFile(
+            path,
+            f"{printable(path)} cannot be read ({error.strerror}): replace or remove it, or set "
+            "data.skip_bad=true",
+        )
     try:
         facts = examine(content)
     except UndecodableImageError as error:
         return _BadFile(
             path,
-            f"{printable(path)} cannot be decoded as an image ({error}): {REMEDY}",
+            f"{printable(path)} cannot be decoded as an image ({error}): replace or remove it, or "
+            "set data.skip_bad=true",
         )
     return row | vars(facts) | {"content_hash": content_hash(content)}
 

@@ -18,7 +18,6 @@ from drtune_ray.data.listing import BESIDE, DAMAGED, HIDDEN, NO_FILE, NO_IMAGE
 from drtune_ray.data.pixels import PixelFacts, WhiteValues
 from drtune_ray.data.sources import (
     INTEGER_PEAK,
-    REMEDY,
     content_hash,
     read_bytes,
     scan_class_folders,
@@ -27,6 +26,8 @@ from drtune_ray.data.sources import (
 from drtune_ray.errors import ConfigError
 from tests.conftest import WriteImages, noise_image
 from tests.data.pictures import encoded
+
+REMEDY = "replace or remove it, or set data.skip_bad=true"
 
 
 def problems_of(root: Path) -> tuple[str, ...]:
