@@ -45,6 +45,7 @@ FILE_SCHEMA = pa.schema(
         (INTEGER_PEAK, pa.float64()),
         (FLOAT_PEAK, pa.float64()),
         ("is_uniform", pa.bool_()),
+        ("pixel_hash", pa.string()),
     ]
 )
 
