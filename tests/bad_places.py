@@ -14,6 +14,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import timm
@@ -133,10 +135,17 @@ def bad_class(here: Path, patch: Patch) -> None:
 
 
 def damaged_splits(here: Path, patch: Patch) -> None:
-    data = trial_request(None, [], FLAGS)[0].data
-    path = manifest_path(data, here / STORAGE)
+    _manifest(here).write_bytes(b"no table at all")
+
+
+def foreign_splits(here: Path, patch: Patch) -> None:
+    pq.write_table(pa.table({"path": ["blue/00.png"]}), _manifest(here))
+
+
+def _manifest(here: Path) -> Path:
+    path = manifest_path(trial_request(None, [], FLAGS)[0].data, here / STORAGE)
     path.parent.mkdir(parents=True)
-    path.write_bytes(b"no table at all")
+    return path
 
 
 def _save_pixels(path: Path, values: list[float]) -> None:

@@ -61,12 +61,15 @@ NOT_OF_INPUT = {
     "training/checkpoint.py:TrialFolder.save",
 }
 JOBS = "of the jobs that a job server knows: tests/jobs/test_unknown_jobs.py"
+OF_SPLITS = "of a file that only the package writes: tests/data/test_splits.py"
 OWN_FILES = "of a file that only the package writes: tests/training/test_checkpoint.py"
 # Sentences that no command line shows, each with the reason.
 WITHOUT_EXAMPLE = {
     "the name of x cannot be read in this locale, whose encoding is x: set PYTHONUTF8=1": (
         "of a process with another locale: tests/data/test_sources.py"
     ),
+    "values are missing": OF_SPLITS,
+    "a split is unknown": OF_SPLITS,
     "x is not a study: it holds no x": "commands look for that file first",
     "x says that the study is done, but something is left to run: remove that file": (
         "of a study that was run to its end and then lost trials in its storage"

@@ -7,9 +7,10 @@ other.
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import PurePath
 from typing import Any, BinaryIO
@@ -51,11 +52,13 @@ class PixelFacts:
         integer_peak: Largest value of an image of 16 or 32-bit integers; None for others.
         float_peak: Largest value of a floating-point image; None for others.
         is_uniform: Whether all pixels are equal.
+        pixel_hash: Hash of the decoded pixels, the same for a picture that was saved again.
     """
 
     integer_peak: float | None
     float_peak: float | None
     is_uniform: bool
+    pixel_hash: str
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,9 @@ def examine(content: bytes) -> PixelFacts:
     image = _upright(content)
     if image.mode == "F" or image.mode.startswith("I"):
         return _deep_facts(image, content)
-    bands = _extrema(_rgb(image, DEFAULT_WHITES))
-    return PixelFacts(None, None, all(low == high for low, high in bands))
+    image = _rgb(image, DEFAULT_WHITES)
+    is_uniform = all(low == high for low, high in _extrema(image))
+    return PixelFacts(None, None, is_uniform, _pixel_hash(image))
 
 
 def as_eight_bits(content: bytes, whites: WhiteValues) -> bytes:
@@ -213,10 +217,15 @@ def _deep_facts(image: Image.Image, content: bytes) -> PixelFacts:
             f"values from {low:g} to {high:g}, but only values from 0 to {SIXTEEN_BITS} have a "
             "known brightness"
         )
-    is_uniform = low == high
+    facts = PixelFacts(None, None, low == high, _pixel_hash(image))
     if image.mode == "F":
-        return PixelFacts(None, high, is_uniform)
-    return PixelFacts(max(high, _declared_peak(content)), None, is_uniform)
+        return replace(facts, float_peak=high)
+    return replace(facts, integer_peak=max(high, _declared_peak(content)))
+
+
+def _pixel_hash(image: Image.Image) -> str:
+    shape = f"{image.mode} {image.size}".encode()
+    return hashlib.blake2b(shape + image.tobytes(), digest_size=16).hexdigest()
 
 
 def _declared_peak(content: bytes) -> float:

@@ -117,7 +117,9 @@ def _details(reason: str, items: Sequence[LeftOut]) -> str:
 def _in_several_classes(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     copies: dict[str, dict[int, str]] = defaultdict(dict)
     for row in rows:
-        copies[row["content_hash"]].setdefault(row["label"], printable(row["path"]))
+        copies[row["pixel_hash"] or row["content_hash"]].setdefault(
+            row["label"], printable(row["path"])
+        )
     several = [" = ".join(paths.values()) for paths in copies.values() if len(paths) > 1]
     if several:
         verb = "lies" if len(several) == 1 else "lie"

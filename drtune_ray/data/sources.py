@@ -45,6 +45,7 @@ FILE_SCHEMA = pa.schema(
         (INTEGER_PEAK, pa.float64()),
         (FLOAT_PEAK, pa.float64()),
         ("is_uniform", pa.bool_()),
+        ("pixel_hash", pa.string()),
     ]
 )
 
@@ -263,14 +264,18 @@ def _read(
             return {name: before[name] for name in FILE_SCHEMA.names} | row
         content = path.read_bytes()
     except OSError as error:
-        reason = error.strerror
-        return _BadFile(path, f"{printable(path)} cannot be read ({reason}): replace or remove it")
+        return _BadFile(
+            path,
+            f"{printable(path)} cannot be read ({error.strerror}): replace or remove it, or set "
+            "data.skip_bad=true",
+        )
     try:
         facts = examine(content)
     except UndecodableImageError as error:
         return _BadFile(
             path,
-            f"{printable(path)} cannot be decoded as an image ({error}): replace or remove it",
+            f"{printable(path)} cannot be decoded as an image ({error}): replace or remove it, or "
+            "set data.skip_bad=true",
         )
     return row | vars(facts) | {"content_hash": content_hash(content)}
 

@@ -7,17 +7,20 @@ were assigned before keep their split; later ones fill the quotas. Exact copies 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from drtune_ray.config.trial import DataConfig
 from drtune_ray.data.listing import LeftOut, others_of
 from drtune_ray.data.pixels import DEFAULT_WHITES, WhiteValues
 from drtune_ray.data.sources import ImageFolder, whites_of
-from drtune_ray.errors import ConfigError
+from drtune_ray.errors import ConfigError, first_line
 from drtune_ray.values import digest
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
+SPLIT_COLUMN = "split"
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,38 @@ class Splits:
         whites = self.whites
         scaling = [] if whites == DEFAULT_WHITES else [whites.integer, whites.floating]
         return digest(self.classes, sorted(zip(*columns, strict=True)), *scaling)
+
+
+def read_manifest(path: Path) -> pa.Table | None:
+    """Read a table of images and splits; return None if there is none.
+
+    Raises:
+        ConfigError: If it is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        table = pq.read_table(path)
+        table.validate(full=True)
+        _check_manifest(table)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ConfigError(
+            f"{path}, which holds the splits of the images, is damaged ({first_line(error)}): "
+            "restore it, or remove it to split the images anew"
+        ) from None
+    return table
+
+
+def _check_manifest(table: pa.Table) -> None:
+    """Raise ValueError for a table that holds no splits."""
+    names = {"path", "label", "content_hash", SPLIT_COLUMN}
+    if not names <= set(table.schema.names):
+        raise ValueError("columns are missing")
+    columns = (table[name] for name in names)
+    if any(column.null_count for column in columns):
+        raise ValueError("values are missing")
+    if not set(table[SPLIT_COLUMN].to_pylist()) <= {TRAIN, VALIDATION, TEST}:
+        raise ValueError("a split is unknown")
 
 
 def make_splits(folder: ImageFolder, config: DataConfig, former: pa.Table | None = None) -> Splits:

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from drtune_ray.data.pixels import WhiteValues, decode
 from drtune_ray.data.sources import read_bytes, whites_of
-from drtune_ray.data.splits import TEST, VALIDATION
+from drtune_ray.data.splits import TEST, VALIDATION, read_manifest
 from drtune_ray.data.views import ViewMaker
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.folders import Folder, as_problem
@@ -51,12 +50,12 @@ def evaluate(
         EnvironmentProblem: If the opening cannot be recorded.
     """
     winner = read_winner(winner_folder)
-    if not manifest_path.exists():
+    manifest = read_manifest(manifest_path)
+    if manifest is None:
         raise ConfigError(
             f"{manifest_path} is missing, which lists the test images: repeat the command that "
             "trained the model to write it again"
         )
-    manifest = pq.read_table(manifest_path)
     test = _rows(manifest, TEST)
     seal = digest(sorted(row["content_hash"] for row in test))
     known = read_openings(storage, artifacts)

@@ -54,8 +54,8 @@ def check_study(
         trial = reference_config(config.trial, name)
         size = min(trial.method.bank_size, highest)
         references.append(FixedTrial(name, trial.with_values({"method.bank_size": size})))
-    notes = (*checked.notes(), *ignored_variables(config.tracking), *notes)
-    return checked, space, tuple(references), notes
+    said = (*checked.notes(), *ignored_variables(config.tracking), *notes)
+    return checked, space, tuple(references), said
 
 
 def _check_final_fit(config: StudyConfig, num_train: int) -> None:

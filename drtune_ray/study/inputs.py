@@ -9,15 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from drtune_ray.config.study import ResourcesConfig
 from drtune_ray.config.trial import DataConfig, TrialConfig
 from drtune_ray.data.report import image_changes, image_notes
 from drtune_ray.data.sources import scan_class_folders
-from drtune_ray.data.splits import TRAIN, VALIDATION, Splits, make_splits
-from drtune_ray.errors import ConfigError, EnvironmentProblem, first_line
+from drtune_ray.data.splits import TRAIN, VALIDATION, Splits, make_splits, read_manifest
+from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.folders import atomic_write
 from drtune_ray.storage.record import SPLITS_NAME
 from drtune_ray.study.sizes import check_disk, check_memory
@@ -184,7 +183,7 @@ def manifest_path(config: DataConfig, storage: Path) -> Path:
 
 def _splits(config: DataConfig, storage: Path) -> Splits:
     path = manifest_path(config, storage)
-    former = _read_manifest(path)
+    former = read_manifest(path)
     folder = scan_class_folders(data_root(config), former, skip_bad=config.skip_bad)
     return make_splits(folder, config, former)
 
@@ -196,22 +195,5 @@ def changed_images(folder: Path, splits: Splits) -> list[str]:
         folder: Folder of the study or training.
         splits: Splits of the images now.
     """
-    former = _read_manifest(folder / SPLITS_NAME)
+    former = read_manifest(folder / SPLITS_NAME)
     return [] if former is None else image_changes(former, splits.manifest)
-
-
-def _read_manifest(path: Path) -> pa.Table | None:
-    """Read a table of images and splits; return None if there is none.
-
-    Raises:
-        ConfigError: If it is damaged.
-    """
-    if not path.exists():
-        return None
-    try:
-        return pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise ConfigError(
-            f"{path}, which holds the splits of the images, cannot be read "
-            f"({first_line(error)}): restore it, or remove it to split the images anew"
-        ) from None

@@ -201,5 +201,5 @@ def _say(
     fitted = [f"{key}={value}" for key, value in flattened(defaults).items() if key not in known]
     found = [f"{k}={v}" if k != SPACE else k for k, v in recorded.items()]
     machine = f"Defaults for this machine ({this_machine().describe()})"
-    kinds = {"Settings that it began with": found, machine: fitted}
+    kinds = {"Recorded when it began": found, machine: fitted}
     return [f"{what}: {', '.join(texts)}" for what, texts in kinds.items() if texts]

@@ -29,6 +29,15 @@ def exif(*entries: tuple[int, int, int, bytes]) -> bytes:
     return header + directory + bytes(4)
 
 
+def twelve_bit_tiff(first: int, second: int) -> bytes:
+    """A TIFF of two pixels of 12 bits each, which Pillow cannot write."""
+    pixels = bytes([first >> 4, (first & 15) << 4 | second >> 8, second & 255])
+    tags = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 3}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    return b"II*\0" + struct.pack("<I", 12) + pixels + b"\0" + directory
+
+
 def sixteen_bit_colours(values: NDArray[np.uint16]) -> bytes:
     """A PNG of 16 bits a channel of values (H, W, 3), which Pillow cannot write."""
 

@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from drtune_ray.data.pixels import (
-    PixelFacts,
     UndecodableImageError,
     WhiteValues,
     as_eight_bits,
@@ -19,7 +18,14 @@ from drtune_ray.data.pixels import (
     white_values,
 )
 from tests.conftest import noise_image
-from tests.data.pictures import ORIENTATION, UNWRITABLE, encoded, exif, sixteen_bit_colours
+from tests.data.pictures import (
+    ORIENTATION,
+    UNWRITABLE,
+    encoded,
+    exif,
+    sixteen_bit_colours,
+    twelve_bit_tiff,
+)
 
 RAMP = np.linspace(0.0, 1.0, 32 * 32).reshape(32, 32)
 
@@ -119,6 +125,13 @@ def test_examine__a_format_that_pillow_scales_keeps_its_range(content: bytes | s
     assert facts.integer_peak == 65535
 
 
+def test_examine__twelve_bits_that_the_file_declares() -> None:
+    dark = twelve_bit_tiff(100, 200)
+    assert examine(dark).integer_peak == 4095
+    pixels = np.asarray(decode(dark, white_values([4095], [])))[..., 0]
+    assert pixels.tolist() == [[6, 12]]
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -139,7 +152,8 @@ def test_examine__sixteen_bit_colours_of_which_nothing_is_left() -> None:
     with pytest.raises(UndecodableImageError, match="16-bit colours of at most 4095, of which"):
         examine(sixteen_bit_colours(values))
     bright = sixteen_bit_colours(values * 16)
-    assert examine(bright) == PixelFacts(None, None, False)
+    facts = examine(bright)
+    assert (facts.integer_peak, facts.float_peak, facts.is_uniform) == (None, None, False)
     assert np.abs(np.asarray(decode(bright)) - values * 16 / 257.0).max() <= 1.0
 
 
@@ -155,6 +169,15 @@ def test_examine__sixteen_bit_colours_of_which_nothing_is_left() -> None:
 )
 def test_examine__one_value_in_all_pixels(image: Image.Image, is_uniform: bool) -> None:
     assert examine(encoded(image, "PNG")).is_uniform is is_uniform
+
+
+def test_examine__pixels_of_a_picture_that_was_saved_again() -> None:
+    picture = noise_image("a", 8)
+    forms = [encoded(picture, "PNG"), encoded(picture, "BMP"), encoded(picture, "PPM")]
+    assert len({examine(content).pixel_hash for content in forms}) == 1
+    others = [noise_image("b", 8), picture.resize((16, 4)), picture.transpose(Image.Transpose(0))]
+    hashes = {examine(encoded(other, "PNG")).pixel_hash for other in others}
+    assert len(hashes | {examine(forms[0]).pixel_hash}) == 4
 
 
 # ---- EXIF

@@ -60,9 +60,12 @@ def test_image_notes__one_picture_in_several_classes(class_folder: Path) -> None
         source = class_folder / "cat" / f"{number:03d}.png"
         shutil.copy(source, class_folder / "dog" / f"copy{number}.png")
     shutil.copy(class_folder / "cat" / "007.png", class_folder / "cat" / "within.png")
+    # The first was saved again, in another format.
+    (class_folder / "dog" / "copy0.png").unlink()
+    Image.open(class_folder / "cat" / "000.png").save(class_folder / "dog" / "copy0.bmp")
     note = notes_of(class_folder)[1]
     assert note.startswith(
-        "6 pictures lie in several classes (cat/000.png = dog/copy0.png, cat/001.png = "
+        "6 pictures lie in several classes (cat/000.png = dog/copy0.bmp, cat/001.png = "
         "dog/copy1.png, cat/002.png = dog/copy2.png, ...)"
     )
 

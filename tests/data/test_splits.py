@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from drtune_ray.config.trial import DataConfig
 from drtune_ray.data.listing import DAMAGED, NO_IMAGE, LeftOut
 from drtune_ray.data.sources import FILE_SCHEMA, INTEGER_PEAK, ImageFolder
-from drtune_ray.data.splits import TEST, TRAIN, VALIDATION, Splits, make_splits
+from drtune_ray.data.splits import TEST, TRAIN, VALIDATION, Splits, make_splits, read_manifest
 from drtune_ray.errors import ConfigError
 
 SPLITS = (TRAIN, VALIDATION, TEST)
@@ -333,3 +334,63 @@ def test_make_splits__too_small_because_files_are_left_out() -> None:
         "class 'cat' has 2 different images (2 .heic, 1 damaged left out) but the splits need at "
         "least 3 (1 for training, 1 for validation, 1 for test): add images or remove the class"
     )
+
+
+# ---- the table on disk
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    splits = make_splits(folder({"cat": images("cat", 10), "dog": images("dog", 10)}), config())
+    pq.write_table(splits.manifest, tmp_path / "splits.parquet")
+    return tmp_path / "splits.parquet"
+
+
+def test_read_manifest__none(tmp_path: Path) -> None:
+    assert read_manifest(tmp_path / "splits.parquet") is None
+
+
+def test_read_manifest__truncated(manifest: Path) -> None:
+    content = manifest.read_bytes()
+    for length in range(0, len(content), 97):
+        manifest.write_bytes(content[:length])
+        with pytest.raises(ConfigError, match="which holds the splits of the images, is damaged"):
+            read_manifest(manifest)
+
+
+def test_read_manifest__flipped_bits_are_no_traceback(manifest: Path) -> None:
+    """What cannot be seen in the table is seen in its images: their hashes differ."""
+    content = manifest.read_bytes()
+    num_refused = 0
+    for at in range(0, len(content), 5):
+        flipped = bytearray(content)
+        flipped[at] ^= 1 << (at % 8)
+        manifest.write_bytes(bytes(flipped))
+        try:
+            table = read_manifest(manifest)
+        except ConfigError:
+            num_refused += 1
+        else:
+            assert table is not None
+            assert set(table["split"].to_pylist()) <= set(SPLITS)
+    assert num_refused > 100
+
+
+def test_read_manifest__folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is damaged"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [("split", "exam", "a split is unknown"), ("content_hash", None, "values are missing")],
+)
+def test_read_manifest__impossible_values(
+    manifest: Path, column: str, value: str | None, words: str
+) -> None:
+    table = pq.read_table(manifest)
+    at = table.schema.get_field_index(column)
+    changed = pa.array([value, *table[column].to_pylist()[1:]], pa.string())
+    pq.write_table(table.set_column(at, column, changed), manifest)
+    with pytest.raises(ConfigError, match=words):
+        read_manifest(manifest)

@@ -49,7 +49,7 @@ def test_study_request__more_images_are_no_other_batch_size(images: Path) -> Non
     config, notes = study_request(None, [], flags_of(images))
     assert config.trial.training.batch_size == 8
     assert "trial.training.batch_size=8" in notes[0]
-    assert notes[0].startswith("Settings that it began with: ")
+    assert notes[0].startswith("Recorded when it began: ")
 
 
 def test_study_request__the_same_command_on_another_machine(
@@ -119,7 +119,7 @@ def test_trial_request__a_training_that_has_begun(images: Path) -> None:
         noise_image(f"new{number}", 24).save(images / "cat" / f"new{number}.png")
     again, _, notes = trial_request(None, [], flags, place)
     assert (again.training.epochs, again.training.batch_size) == (3, 8)
-    assert notes[0].startswith("Settings that it began with: ")
+    assert notes[0].startswith("Recorded when it began: ")
     other, _, _ = trial_request(None, [], flags, Place(str(storage), "other"))
     assert (other.training.epochs, other.training.batch_size) == (8, 32)
 
