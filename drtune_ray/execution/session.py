@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -152,10 +153,27 @@ def check_address(address: str) -> None:
 def _unreachable(address: str, error: Exception) -> str:
     reason = " ".join(str(error).split())
     if address == LOCAL:
-        return f"Ray cannot be started: {reason}"
+        return f"Ray cannot be started: {_start_failure(error, reason)}"
     if reason.startswith("Failed to connect"):  # though something answered
         reason += " (if it asks for a token: set RAY_AUTH_MODE=token, and copy ~/.ray/auth_token)"
     return f"the Ray cluster of RAY_ADDRESS={address} cannot be joined: {reason}"
+
+
+def _start_failure(error: Exception, reason: str) -> str:
+    """Return why Ray did not start on this machine, and what to set where that is known."""
+    if "AF_UNIX path length" in reason:
+        return (
+            f"its temporary folder {os.environ.get('RAY_TMPDIR') or tempfile.gettempdir()} has too "
+            "long a path for its sockets: set RAY_TMPDIR=/tmp"
+        )
+    if "timed out during startup" in reason:
+        return f"this machine is slow or busy, try again ({reason})"
+    home = Path("~").expanduser()
+    if isinstance(error, OSError) and error.filename:
+        path = Path(error.filename)
+        if home in (path, *path.parents) or path in home.parents:
+            return f"its token lies below HOME={home} ({reason}): set HOME to a writable folder"
+    return reason
 
 
 @contextmanager
