@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import stat
-import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,8 +17,10 @@ from drtune_ray.data.listing import (
     DAMAGED,
     LeftOut,
     Listing,
+    check_root,
     folders_in,
     list_class_folders,
+    name_problems,
     others_of,
 )
 from drtune_ray.data.pixels import (
@@ -81,9 +81,9 @@ def scan_class_folders(
         ConfigError: If the folder is missing or empty, holds splits, has fewer than two classes or
             an empty class, or holds images that cannot be decoded; all problems are named together.
     """
-    _check_root(root)
+    check_root(root)
     listing = list_class_folders(root)
-    names = _name_problems(root / name for name in listing.images)
+    names = name_problems(root / name for name in listing.images)
     if problems := [*listing.problems, *names]:
         raise ConfigError(_first(problems))
     if problems := [*_split_problems(listing), *_class_problems(listing)]:
@@ -139,29 +139,6 @@ def whites_of(files: pa.Table) -> WhiteValues:
 # ---- folders
 
 
-def _check_root(root: Path) -> None:
-    """Check that the root is a folder.
-
-    Raises:
-        ConfigError: If not, or if its name cannot be recorded.
-    """
-    try:
-        is_folder = stat.S_ISDIR(root.stat().st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        is_folder = False
-    except OSError as error:
-        raise ConfigError(
-            f"data.train={str(root)!r} cannot be read ({error.strerror}): give a folder of class "
-            "folders that you may read"
-        ) from None
-    if not is_folder:
-        raise ConfigError(
-            f"data.train={str(root)!r} is not a folder: give a folder of class folders"
-        )
-    if problems := [*_name_problems([root])]:
-        raise ConfigError(problems)
-
-
 def _split_problems(listing: Listing) -> Iterator[str]:
     """Yield a sentence if the folder holds splits, each of which would count as a class."""
     names = listing.split_folders
@@ -209,27 +186,6 @@ def _emptied_classes(listing: Listing, files: pa.Table) -> Iterator[str]:
             )
 
 
-def _name_problems(paths: Iterable[Path]) -> Iterator[str]:
-    """Yield a sentence for each path whose name is not UTF-8, or cannot be in this locale."""
-    for path in paths:
-        try:
-            str(path).encode()
-        except UnicodeEncodeError:
-            yield _name_problem(path)
-
-
-def _name_problem(path: Path) -> str:
-    encoding = sys.getfilesystemencoding()
-    try:
-        os.fsencode(path).decode()
-    except UnicodeError:
-        return f"the name of {printable(path)} is not UTF-8: rename it"
-    return (
-        f"the name of {printable(path)} cannot be read in this locale, whose encoding is "
-        f"{encoding}: set PYTHONUTF8=1"
-    )
-
-
 # ---- files
 
 
@@ -255,7 +211,7 @@ def _read(
     root: Path, earlier: dict[str, dict[str, Any]], item: tuple[Path, int]
 ) -> dict[str, Any] | _BadFile:
     path, label = item
-    for problem in _name_problems([path]):
+    for problem in name_problems([path]):
         return _BadFile(path, problem)
     try:
         row = _row(root, path, label)

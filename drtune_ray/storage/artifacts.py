@@ -6,8 +6,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 from drtune_ray.data.remote_tables import RemoteTables
 from drtune_ray.data.table_store import CACHE_FOLDER
@@ -199,31 +197,6 @@ class StudyArtifacts:
             f"{place_text(former.artifacts)}, and {place_text(self.uri)} does not hold them: give "
             "the former one, or copy the study's folder there first"
         )
-
-
-def recorded_config(folder: Path, kind: str, uri: str | None) -> dict[str, Any]:
-    """Return the configuration in the record of a study or training; empty if there is none.
-
-    Args:
-        folder: Its folder under the storage.
-        kind: `STUDY` or `TRAINING`.
-        uri: URI of the artifacts, which hold the record if this disk does not.
-
-    Raises:
-        ConfigError: If the record is damaged.
-        OSError: If the artifacts hold no record or cannot be reached.
-    """
-    if (folder / RECORD_FILE).exists():
-        record = read_record(folder)
-    elif uri:
-        with TemporaryDirectory() as temporary:
-            copy = Path(temporary)
-            open_folder(uri).below(folder.name).download(RECORD_FILE, copy / RECORD_FILE)
-            record = read_record(copy)
-    else:
-        return {}
-    is_one = record.kind == kind and isinstance(record.config, dict)
-    return record.config if is_one else {}
 
 
 def place_text(uri: str | None) -> str:

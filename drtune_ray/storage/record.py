@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import drtune_ray
 from drtune_ray.config.study import RECORD_FILE as RECORD_FILE
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.errors import ConfigError
-from drtune_ray.folders import LocalFolder
+from drtune_ray.folders import LocalFolder, open_folder
 from drtune_ray.values import full_path, read_yaml, to_yaml
 
 # What lies in the folder of a study or training beside its record.
@@ -74,6 +75,31 @@ def read_record(folder: Path) -> Record:
         )
     values = {name: content[name] for name in names}
     return Record(folder, **values, artifacts=content.get("artifacts"))
+
+
+def recorded_config(folder: Path, kind: str, uri: str | None) -> dict[str, Any]:
+    """Return the configuration in the record of a study or training; empty if there is none.
+
+    Args:
+        folder: Its folder under the storage.
+        kind: `STUDY` or `TRAINING`.
+        uri: URI of the artifacts, which hold the record if this disk does not.
+
+    Raises:
+        ConfigError: If the record is damaged.
+        OSError: If the artifacts hold no record or cannot be reached.
+    """
+    if (folder / RECORD_FILE).exists():
+        record = read_record(folder)
+    elif uri:
+        with TemporaryDirectory() as temporary:
+            copy = Path(temporary)
+            open_folder(uri).below(folder.name).download(RECORD_FILE, copy / RECORD_FILE)
+            record = read_record(copy)
+    else:
+        return {}
+    is_one = record.kind == kind and isinstance(record.config, dict)
+    return record.config if is_one else {}
 
 
 def find_study(name_or_folder: str, storage: str) -> Path:

