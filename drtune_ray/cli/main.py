@@ -111,13 +111,14 @@ def preview(
     """
     from drtune_ray.display.outputs import json_stdout, write_json
     from drtune_ray.display.preview import preview_facts, preview_lines
-    from drtune_ray.preview.estimate import preview_study
     from drtune_ray.study.resolve import study_request
 
     with json_stdout(is_wanted=as_json) as stream:
         config, notes = study_request(study_file, assignments, flags)
         if not as_json:
             echo(notes)
+        from drtune_ray.preview.estimate import preview_study  # only now: it imports torch and Ray
+
         found = preview_study(config)
         if as_json:
             write_json(stream, "preview", preview_facts(found))
@@ -212,9 +213,12 @@ def evaluate(study: str, storage: str, again: bool) -> None:
     The result is recorded: a second call shows it again without opening the split.
     """
     from drtune_ray.display.result import evaluation_lines
-    from drtune_ray.study.evaluation import evaluate_study
+    from drtune_ray.storage.record import find_study
 
-    echo(evaluation_lines(evaluate_study(study, storage, again=again)))
+    folder = find_study(study, storage)
+    from drtune_ray.study.evaluation import evaluate_study  # only now: it imports torch
+
+    echo(evaluation_lines(evaluate_study(str(folder), storage, again=again)))
 
 
 @cli.command()
