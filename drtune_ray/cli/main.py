@@ -186,6 +186,7 @@ def train(
             tracking=validated(TrackingConfig, {"uri": tracking_uri}, "tracking."),
             artifacts=artifacts,
             observer=observe,
+            on_plan=output.say,
             on_notice=output.notice,
         )
         if as_json:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from drtune_ray.errors import ConfigError
 from drtune_ray.training.backbones import read_backbone
 from drtune_ray.training.checkpoint import read_checkpoint
 from drtune_ray.training.model import classifier
+from drtune_ray.training.weights_file import NORMALIZATION
 from drtune_ray.values import read_yaml, to_yaml
 
 WEIGHTS_NAME, ABOUT_NAME = "model.safetensors", "model.yaml"
@@ -66,6 +68,7 @@ def write_winner(
     safetensors.torch.save_file(
         {name: tensor.contiguous() for name, tensor in best["model"].items()},
         temporary / WEIGHTS_NAME,
+        {NORMALIZATION: json.dumps(asdict(normalization))},
     )
     card = {
         "about": about | {"epoch": best["record"]["epoch"]},

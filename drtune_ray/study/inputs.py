@@ -17,8 +17,9 @@ from drtune_ray.data.sources import scan_class_folders
 from drtune_ray.data.splits import TRAIN, VALIDATION, Splits, make_splits
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.folders import atomic_write
-from drtune_ray.training.backbones import Backbone, KeyReport, load_backbone
+from drtune_ray.training.backbones import Backbone, load_backbone, normalization_note
 from drtune_ray.training.model import check_trial
+from drtune_ray.training.weights_loading import KeyReport
 from drtune_ray.values import digest, full_path
 
 
@@ -30,12 +31,14 @@ class StudyInputs:
         splits: Images and their splits.
         backbone: Pretrained encoder of the trial, or of the base of a study.
         key_report: How the weights matched the encoder.
+        normalization_note: Normalization of the images, and who decided it.
         more: Encoders of other trials of the study, by `_encoder_key`.
     """
 
     splits: Splits
     backbone: Backbone
     key_report: KeyReport
+    normalization_note: str
     more: Mapping[str, Backbone] = field(default_factory=dict)
 
     @property
@@ -54,12 +57,12 @@ class StudyInputs:
         return self.splits.count(TRAIN)
 
     def summary(self) -> str:
-        """Return a line about the images and the weights."""
+        """Return a sentence about the images and the weights."""
         counts = f"{self.num_train} to train, {self.splits.count(VALIDATION)} to validate"
         sealed = len(self.splits.manifest) - self.num_train - self.splits.count(VALIDATION)
         return (
             f"{len(self.splits.classes)} classes; {counts}, {sealed} sealed for the test; "
-            f"{self.backbone.name}: {self.key_report}"
+            f"{self.backbone.name}: {self.key_report}; {self.normalization_note}"
         )
 
 
@@ -106,7 +109,7 @@ def check_inputs(
     if of_environment:
         raise of_environment[0]
     backbone, report = loaded
-    return StudyInputs(splits, backbone, report)
+    return StudyInputs(splits, backbone, report, normalization_note(config.backbone, backbone))
 
 
 def check_storage(storage: Path) -> None:

@@ -74,6 +74,7 @@ def run_training(
     tracking: TrackingConfig | None = None,
     artifacts: str | None = None,
     observer: Sink | None = None,
+    on_plan: Notify = logger.info,
     on_notice: Notify = logger.warning,
 ) -> TrainingResult:
     """Train one configuration with ``training.workers`` workers; the same call resumes.
@@ -86,6 +87,7 @@ def run_training(
         tracking: Settings of MLflow.
         artifacts: URI for the files that the next driver needs; None keeps them in the storage.
         observer: Takes the events as they happen.
+        on_plan: Takes a line about the images and the weights, before the training starts.
         on_notice: Takes a line for the user while the workers cannot start.
 
     Raises:
@@ -104,6 +106,7 @@ def run_training(
     deciding = deciding_values(values, checked.splits.content_digest(), checked.weights_digest)
     folder = storage / name
     former_record(folder, TRAINING, deciding)  # refuse a taken name before Ray starts
+    on_plan(checked.summary())
     joining = ready_cluster({WORKERS: config.training}, resources, with_dashboard=True)
     is_done = (folder / DONE_NAME).exists()
     with opened_study(folder, kept, nullcontext() if is_done else joining, on_notice) as opened:
