@@ -54,7 +54,8 @@ def check_study(
         trial = reference_config(config.trial, name)
         size = min(trial.method.bank_size, highest)
         references.append(FixedTrial(name, trial.with_values({"method.bank_size": size})))
-    return checked, space, tuple(references), (checked.summary(), *notes)
+    lines = (checked.summary(), checked.normalization_note)
+    return checked, space, tuple(references), (*lines, *notes)
 
 
 def _check_final_fit(config: StudyConfig, num_train: int) -> None:

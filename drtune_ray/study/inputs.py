@@ -57,12 +57,12 @@ class StudyInputs:
         return self.splits.count(TRAIN)
 
     def summary(self) -> str:
-        """Return a sentence about the images and the weights."""
+        """Return a line about the images and the weights."""
         counts = f"{self.num_train} to train, {self.splits.count(VALIDATION)} to validate"
         sealed = len(self.splits.manifest) - self.num_train - self.splits.count(VALIDATION)
         return (
             f"{len(self.splits.classes)} classes; {counts}, {sealed} sealed for the test; "
-            f"{self.backbone.name}: {self.key_report}; {self.normalization_note}"
+            f"{self.backbone.name}: {self.key_report}"
         )
 
 

@@ -87,7 +87,7 @@ def run_training(
         tracking: Settings of MLflow.
         artifacts: URI for the files that the next driver needs; None keeps them in the storage.
         observer: Takes the events as they happen.
-        on_plan: Takes a line about the images and the weights, before the training starts.
+        on_plan: Takes lines about the images and the weights, before the training starts.
         on_notice: Takes a line for the user while the workers cannot start.
 
     Raises:
@@ -106,7 +106,8 @@ def run_training(
     deciding = deciding_values(values, checked.splits.content_digest(), checked.weights_digest)
     folder = storage / name
     former_record(folder, TRAINING, deciding)  # refuse a taken name before Ray starts
-    on_plan(checked.summary())
+    for line in (checked.summary(), checked.normalization_note):
+        on_plan(line)
     joining = ready_cluster({WORKERS: config.training}, resources, with_dashboard=True)
     is_done = (folder / DONE_NAME).exists()
     with opened_study(folder, kept, nullcontext() if is_done else joining, on_notice) as opened:

@@ -191,7 +191,7 @@ def _converted(target: Target, given: Mapping[str, Tensor]) -> Mapping[str, Tens
 def _fits(tensor: Tensor, wanted: Tensor) -> bool:
     return (
         tensor.shape == wanted.shape
-        and tensor.is_floating_point() == wanted.is_floating_point()
+        and (tensor.is_floating_point() or not wanted.is_floating_point())
         and tensor.layout is torch.strided
         and tensor.device == wanted.device
     )

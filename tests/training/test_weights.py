@@ -307,6 +307,11 @@ def test_missing__the_variant_that_fits_is_named(
     assert re.search(says, problem_of(path, name))
 
 
+def test_missing__counters_that_became_fractions_are_not(tmp_path: Path) -> None:
+    state = {name: tensor.half() for name, tensor in state_of(RESNET).items()}
+    assert load(saved(tmp_path, state))[1].missing == ()
+
+
 def test_missing__integers_are_no_weights(tmp_path: Path) -> None:
     state = state_of(RESNET)
     state["layer1.0.conv1.weight"] = state["layer1.0.conv1.weight"].to(torch.int8)
