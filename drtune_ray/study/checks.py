@@ -54,8 +54,7 @@ def check_study(
         trial = reference_config(config.trial, name)
         size = min(trial.method.bank_size, highest)
         references.append(FixedTrial(name, trial.with_values({"method.bank_size": size})))
-    lines = (checked.summary(), checked.normalization_note)
-    return checked, space, tuple(references), (*lines, *notes)
+    return checked, space, tuple(references), (*checked.summary(), *notes)
 
 
 def _check_final_fit(config: StudyConfig, num_train: int) -> None:

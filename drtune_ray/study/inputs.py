@@ -33,6 +33,7 @@ class StudyInputs:
         key_report: How the weights matched the encoder.
         normalization_note: Normalization of the images, and who decided it.
         more: Encoders of other trials of the study, by `_encoder_key`.
+        more_notes: Lines about the weights of these encoders, where they differ.
     """
 
     splits: Splits
@@ -40,6 +41,7 @@ class StudyInputs:
     key_report: KeyReport
     normalization_note: str
     more: Mapping[str, Backbone] = field(default_factory=dict)
+    more_notes: tuple[str, ...] = ()
 
     @property
     def weights_digest(self) -> str:
@@ -56,13 +58,15 @@ class StudyInputs:
         """Number of training images."""
         return self.splits.count(TRAIN)
 
-    def summary(self) -> str:
-        """Return a line about the images and the weights."""
+    def summary(self) -> tuple[str, ...]:
+        """Return lines about the images, the weights and the normalization of the images."""
         counts = f"{self.num_train} to train, {self.splits.count(VALIDATION)} to validate"
         sealed = len(self.splits.manifest) - self.num_train - self.splits.count(VALIDATION)
         return (
             f"{len(self.splits.classes)} classes; {counts}, {sealed} sealed for the test; "
-            f"{self.backbone.name}: {self.key_report}"
+            f"{self.backbone.name}: {self.key_report}",
+            self.normalization_note,
+            *self.more_notes,
         )
 
 
@@ -136,17 +140,22 @@ def check_encoders(checked: StudyInputs, configs: Iterable[TrialConfig]) -> Stud
         EnvironmentProblem: If weights cannot be fetched.
     """
     more: dict[str, Backbone] = {}
+    lines: list[str] = []
     problems: list[str] = []
     for config in configs:
         key = _encoder_key(config)
         try:
             if key not in more:
-                more[key] = load_backbone(config.backbone, config.data.image_size)[0]
+                more[key], report = load_backbone(config.backbone, config.data.image_size)
+                note = normalization_note(config.backbone, more[key])
+                lines.append(f"{more[key].name}: {report}; {note}")
         except ConfigError as error:
             problems.extend(error.problems)
     if problems:
         raise ConfigError(problems)
-    return replace(checked, more=more)
+    known = f"{checked.backbone.name}: {checked.key_report}; {checked.normalization_note}"
+    others = tuple(line for line in dict.fromkeys(lines) if line != known)  # one an image size
+    return replace(checked, more=more, more_notes=others)
 
 
 def _encoder_key(config: TrialConfig) -> str:

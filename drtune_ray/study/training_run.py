@@ -106,7 +106,7 @@ def run_training(
     deciding = deciding_values(values, checked.splits.content_digest(), checked.weights_digest)
     folder = storage / name
     former_record(folder, TRAINING, deciding)  # refuse a taken name before Ray starts
-    for line in (checked.summary(), checked.normalization_note):
+    for line in checked.summary():
         on_plan(line)
     joining = ready_cluster({WORKERS: config.training}, resources, with_dashboard=True)
     is_done = (folder / DONE_NAME).exists()

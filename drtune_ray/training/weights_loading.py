@@ -126,7 +126,7 @@ def _check_lacking(
     if variant := fitting_variant(config.name, content.parts):
         fix = f"set backbone.name={variant}, which it fits wholly"
     elif not target.first.isdisjoint(lacking) and share >= MIN_SHARE:
-        fix = "its first convolution must take images of three channels, or of one: convert it"
+        fix = "its first convolution must be there, for images of three channels or of one"
     if may_lack:
         fix += ", or set backbone.allow_missing=true to start these at random"
     shapes = _other_shapes(lacking, match, target, content)

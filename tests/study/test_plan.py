@@ -15,6 +15,7 @@ from drtune_ray.study.resolve import study_request, trial_request
 from drtune_ray.study.result import StudyPlan
 from drtune_ray.study.run import run_study
 from drtune_ray.study.training_run import run_training
+from drtune_ray.tracking.events import Event
 
 CLUSTER = Capacity((Node(2, 0),), is_local=True)
 LINES = [
@@ -24,6 +25,23 @@ LINES = [
     "normalization: mean [0.5, 0.5, 0.5], std [0.5, 0.5, 0.5], timm's for test_vit.r160_in1k, "
     "since the file records none: set backbone.mean and backbone.std if it was trained with others",
 ]
+
+
+class Nowhere:
+    """A recorder that forgets, in place of MLflow."""
+
+    def record(self, event: Event) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def no_cluster_and_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("drtune_ray.study.run._cluster", lambda config: nullcontext(CLUSTER))
+    ready = "drtune_ray.study.training_run.ready_cluster"
+    monkeypatch.setattr(ready, lambda *arguments, **options: nullcontext(CLUSTER))
+    for module in ("driver", "training_run"):
+        name = f"drtune_ray.study.{module}.build_recorder"
+        monkeypatch.setattr(name, lambda *arguments: Nowhere())
 
 
 @pytest.fixture
@@ -46,10 +64,7 @@ def flags(
     }
 
 
-def test_study__the_plan_comes_before_the_tables(
-    tmp_path: Path, flags: dict[str, object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("drtune_ray.study.run._cluster", lambda config: nullcontext(CLUSTER))
+def test_study__the_plan_comes_before_the_tables(tmp_path: Path, flags: dict[str, object]) -> None:
     config, _ = study_request(None, [], flags | {"storage": str(tmp_path / "storage")})
     plans: list[StudyPlan] = []
     with pytest.raises(ConfigError, match="features that are not finite"):
@@ -57,11 +72,7 @@ def test_study__the_plan_comes_before_the_tables(
     assert [list(plan.notes[:2]) for plan in plans] == [LINES]
 
 
-def test_training__its_inputs_are_reported_first(
-    tmp_path: Path, flags: dict[str, object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    name = "drtune_ray.study.training_run.ready_cluster"
-    monkeypatch.setattr(name, lambda *arguments, **options: nullcontext(CLUSTER))
+def test_training__its_inputs_are_reported_first(tmp_path: Path, flags: dict[str, object]) -> None:
     config, _, _ = trial_request(None, [], flags)
     lines: list[str] = []
     with pytest.raises(ConfigError, match="features that are not finite"):

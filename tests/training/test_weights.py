@@ -347,8 +347,8 @@ def test_first_convolution__never_random(tmp_path: Path, allow_missing: bool) ->
     path = saved(tmp_path, state)
     assert problem_of(path, allow_missing=allow_missing) == (
         "lacks 1 of the 75 parameters of 'test_resnet' (conv1.0.weight: [16, 4, 3, 3] in the file, "
-        "[16, 3, 3, 3] here): its first convolution must take images of three channels, or of one: "
-        "convert it"
+        "[16, 3, 3, 3] here): its first convolution must be there, for images of three channels or "
+        "of one"
     )
 
 
