@@ -82,6 +82,7 @@ WITHOUT_EXAMPLE = {
     "checkpoint x belongs to another trial or configuration": OWN_FILES,
     "x is not a drtune-ray checkpoint": OWN_FILES,
     "checkpoint x is torn (its checksum differs)": OWN_FILES,
+    "checkpoint x holds more than tensors and plain values": OWN_FILES,
 }
 # Functions that refuse with sentences of others.
 GATHERING = {

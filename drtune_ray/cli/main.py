@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -173,6 +173,10 @@ def train(
         name = name or f"{default_name(config)}-train"
         folder = _resolved(storage) / name
 
+        def announce(plan: Iterable[str]) -> None:
+            for note in plan:
+                output.say(f"  {note}")
+
         def observe(event: Event) -> None:
             if isinstance(event, RunStarted):
                 write_command(folder)
@@ -186,7 +190,7 @@ def train(
             tracking=validated(TrackingConfig, {"uri": tracking_uri}, "tracking."),
             artifacts=artifacts,
             observer=observe,
-            on_plan=output.say,
+            on_plan=announce,
             on_notice=output.notice,
         )
         if as_json:

@@ -54,7 +54,7 @@ def check_study(
         trial = reference_config(config.trial, name)
         size = min(trial.method.bank_size, highest)
         references.append(FixedTrial(name, trial.with_values({"method.bank_size": size})))
-    return checked, space, tuple(references), (*checked.summary(), *notes)
+    return checked, space, tuple(references), (*checked.notes(), *notes)
 
 
 def _check_final_fit(config: StudyConfig, num_train: int) -> None:

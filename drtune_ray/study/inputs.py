@@ -58,15 +58,17 @@ class StudyInputs:
         """Number of training images."""
         return self.splits.count(TRAIN)
 
-    def summary(self) -> tuple[str, ...]:
-        """Return lines about the images, the weights and the normalization of the images."""
+    def notes(self) -> tuple[str, ...]:
+        """Return the lines about images and weights that precede the first trial."""
+        return (self.summary(), self.normalization_note, *self.more_notes)
+
+    def summary(self) -> str:
+        """Return a line about the images and the weights."""
         counts = f"{self.num_train} to train, {self.splits.count(VALIDATION)} to validate"
         sealed = len(self.splits.manifest) - self.num_train - self.splits.count(VALIDATION)
         return (
             f"{len(self.splits.classes)} classes; {counts}, {sealed} sealed for the test; "
-            f"{self.backbone.name}: {self.key_report}",
-            self.normalization_note,
-            *self.more_notes,
+            f"{self.backbone.name}: {self.key_report}"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ def run_training(
     tracking: TrackingConfig | None = None,
     artifacts: str | None = None,
     observer: Sink | None = None,
-    on_plan: Notify = logger.info,
+    on_plan: Callable[[Sequence[str]], None] = lambda notes: None,
     on_notice: Notify = logger.warning,
 ) -> TrainingResult:
     """Train one configuration with ``training.workers`` workers; the same call resumes.
@@ -87,7 +88,7 @@ def run_training(
         tracking: Settings of MLflow.
         artifacts: URI for the files that the next driver needs; None keeps them in the storage.
         observer: Takes the events as they happen.
-        on_plan: Takes lines about the images and the weights, before the training starts.
+        on_plan: Called before the first epoch with lines about images and weights.
         on_notice: Takes a line for the user while the workers cannot start.
 
     Raises:
@@ -106,8 +107,6 @@ def run_training(
     deciding = deciding_values(values, checked.splits.content_digest(), checked.weights_digest)
     folder = storage / name
     former_record(folder, TRAINING, deciding)  # refuse a taken name before Ray starts
-    for line in checked.summary():
-        on_plan(line)
     joining = ready_cluster({WORKERS: config.training}, resources, with_dashboard=True)
     is_done = (folder / DONE_NAME).exists()
     with opened_study(folder, kept, nullcontext() if is_done else joining, on_notice) as opened:
@@ -117,6 +116,7 @@ def run_training(
         if not was_done and opened.cluster:
             write_manifest(checked.splits, folder / SPLITS_NAME)
             kept.keep(RECORD_FILE, SPLITS_NAME)
+            on_plan(checked.notes())
             recorder = build_recorder(tracking, storage, record.study_id)
             with kept.unsent_kept(spool), BackgroundWriter(spool, recorder) as writer:
                 emit = fan_out(writer.emit, observer)

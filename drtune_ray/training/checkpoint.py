@@ -201,5 +201,10 @@ def _decoded(content: bytes, address: str) -> dict[str, Any]:
     payload = memoryview(content)[checksum_end + 1 :]
     if hashlib.sha256(payload).hexdigest().encode() != content[header:checksum_end]:
         raise CheckpointError(f"checkpoint {address} is torn (its checksum differs)")
-    state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except Exception:  # torch raises many kinds for what is not its own or refused
+        state = None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"checkpoint {address} holds more than tensors and plain values")
     return state

@@ -179,7 +179,13 @@ class Attack:
 def test_read_checkpoint__runs_no_code(tmp_path: Path) -> None:
     # A sound checksum says who wrote the bytes down, not who chose them.
     write_checkpoint(tmp_path / "a.ckpt", {"attack": Attack()})
-    with pytest.raises(Exception, match="Weights only load failed"):
+    with pytest.raises(CheckpointError, match="holds more than tensors and plain values"):
+        read_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_read_checkpoint__holds_a_mapping(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "a.ckpt", [1, 2])  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="holds more than tensors and plain values"):
         read_checkpoint(tmp_path / "a.ckpt")
 
 

@@ -1,4 +1,4 @@
-"""What is reported before anything is computed: the plan of a study, the inputs of a training."""
+"""What the plan reports of weights, before anything is computed with them."""
 
 from __future__ import annotations
 
@@ -76,5 +76,5 @@ def test_training__its_inputs_are_reported_first(tmp_path: Path, flags: dict[str
     config, _, _ = trial_request(None, [], flags)
     lines: list[str] = []
     with pytest.raises(ConfigError, match="features that are not finite"):
-        run_training(config, "plants", tmp_path / "storage", on_plan=lines.append)
+        run_training(config, "plants", tmp_path / "storage", on_plan=lines.extend)
     assert lines == LINES
