@@ -10,7 +10,10 @@ import errno
 import os
 import shutil
 import sys
+import zipfile
 from contextlib import nullcontext
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +180,48 @@ def broken_weights(here: Path, patch: Patch) -> None:
     state = timm.create_model("test_vit", num_classes=5).state_dict()
     state["patch_embed.proj.weight"].fill_(torch.nan)
     safetensors.torch.save_file(state, here / "broken.safetensors")
+
+
+def lfs_pointer_for_weights(here: Path, patch: Patch) -> None:
+    (here / "lfs.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+
+
+def cut_off_weights(here: Path, patch: Patch) -> None:
+    content = (here / "weights.safetensors").read_bytes()
+    (here / "cut.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def torn_checkpoint_for_weights(here: Path, patch: Patch) -> None:
+    write_checkpoint(here / "torn.ckpt", {"model": {}})
+    (here / "torn.ckpt").write_bytes((here / "torn.ckpt").read_bytes()[:-1])
+
+
+def whole_model_for_weights(here: Path, patch: Patch) -> None:
+    torch.save(timm.create_model("test_efficientnet"), here / "whole.pth")
+
+
+def fractions_in_weights(here: Path, patch: Patch) -> None:
+    torch.save({"lr": Fraction(1, 3), "momentum": Decimal(1)}, here / "fractions.pth")
+
+
+def torchscript_for_weights(here: Path, patch: Patch) -> None:
+    torch.save({"a": torch.zeros(1)}, here / "script.pt")
+    with zipfile.ZipFile(here / "script.pt", "a") as archive:
+        archive.writestr("script/constants.pkl", b"")
+
+
+def no_tensors_in_weights(here: Path, patch: Patch) -> None:
+    torch.save({"epoch": 3}, here / "empty.pth")
+
+
+def partial_weights(here: Path, patch: Patch) -> None:
+    state = timm.create_model("test_vit").state_dict()
+    del state["norm.weight"]
+    torch.save(state, here / "partial.pth")
+
+
+def weights_for_four_channels(here: Path, patch: Patch) -> None:
+    torch.save(timm.create_model("test_vit", in_chans=4).state_dict(), here / "four.pth")
 
 
 def vit_weights(here: Path, patch: Patch) -> None:

@@ -56,9 +56,10 @@ NOT_OF_INPUT = {
     "tracking/mlflow_recorder.py:MlflowRecorder._find",  # what MLflow is searched for
     "tracking/mlflow_recorder.py:ignored_variables",
     "tracking/mlflow_recorder.py:runs_page",
-    "training/backbones.py:KeyReport.__str__",
     "training/backbones.py:_check_hub",
+    "training/backbones.py:normalization_note",
     "training/checkpoint.py:TrialFolder.save",
+    "training/weights_loading.py:KeyReport.__str__",
 }
 JOBS = "of the jobs that a job server knows: tests/jobs/test_unknown_jobs.py"
 OF_SPLITS = "of a file that only the package writes: tests/data/test_splits.py"
@@ -80,11 +81,15 @@ WITHOUT_EXAMPLE = {
     "; it has x": JOBS,
     "studies named x were submitted with the storages x: choose one with --storage": JOBS,
     "study x has no attempt x: there are x": JOBS,
+    "backbone.weights=x cannot be read (x): give another file or the right to read it": (
+        "root may read every file: tests/training/test_weights.py"
+    ),
     "cannot read checkpoint x: x": OWN_FILES,
     "x: remove it": OWN_FILES,
     "checkpoint x belongs to another trial or configuration": OWN_FILES,
     "x is not a drtune-ray checkpoint": OWN_FILES,
     "checkpoint x is torn (its checksum differs)": OWN_FILES,
+    "checkpoint x holds more than tensors and plain values": OWN_FILES,
 }
 # Functions that refuse with sentences of others.
 GATHERING = {
@@ -101,6 +106,7 @@ GATHERING = {
     "study/inputs.py:check_inputs",
     "study/training_run.py:_check_name",
     "study/checks.py:_check_final_fit",
+    "training/weights_file.py:_torch_file",
     "config/section.py:validated",
     "values.py:_loaded",
     "values.py:parse_assignments",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from drtune_ray.results.evaluation_record import WEIGHTS_NAME
 from drtune_ray.training.backbones import read_backbone
 from drtune_ray.training.checkpoint import read_checkpoint
 from drtune_ray.training.model import classifier
+from drtune_ray.training.weights_file import NORMALIZATION
 from drtune_ray.values import read_yaml, to_yaml
 
 ABOUT_NAME = "model.yaml"
@@ -65,8 +67,9 @@ def write_winner(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     tensors = {name: tensor.contiguous() for name, tensor in best["model"].items()}
+    recorded = {NORMALIZATION: json.dumps(asdict(normalization))}
     # `save_file` would let only the owner read it, whatever the umask.
-    (temporary / WEIGHTS_NAME).write_bytes(safetensors.torch.save(tensors))
+    (temporary / WEIGHTS_NAME).write_bytes(safetensors.torch.save(tensors, recorded))
     card = {
         "about": about | {"epoch": best["record"]["epoch"]},
         "classes": list(classes),

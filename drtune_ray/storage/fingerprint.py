@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from drtune_ray.config.study import TrackingConfig
-from drtune_ray.config.trial import TRIAL_NOT_DECIDING
+from drtune_ray.config.trial import TRIAL_NOT_DECIDING, deciding_settings
 from drtune_ray.errors import ConfigError
 from drtune_ray.storage.record import RECORD_FILE, Record, read_record
-from drtune_ray.values import flattened_without
 
 # Raised when a change of the package changes the numbers that a trial gives.
 NUMERIC_VERSION = 2
@@ -45,7 +44,7 @@ def deciding_values(
     config: Mapping[str, Any], data_digest: str, weights_digest: str
 ) -> dict[str, Any]:
     """Return everything that decides the results of a study or training, as a flat mapping."""
-    kept = flattened_without(config, NOT_DECIDING)
+    kept = deciding_settings(config, NOT_DECIDING)
     if "trial" in config:
         # One worker runs the authors' reference trial with local BatchNorm statistics, as their
         # code does; of several, each would see a part of the batch (`reference_config`).

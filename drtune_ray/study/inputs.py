@@ -20,8 +20,9 @@ from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.folders import atomic_write
 from drtune_ray.storage.record import SPLITS_NAME
 from drtune_ray.study.sizes import check_disk, check_memory
-from drtune_ray.training.backbones import Backbone, KeyReport, load_backbone
+from drtune_ray.training.backbones import Backbone, load_backbone, normalization_note
 from drtune_ray.training.model import check_last_batch, check_trial
+from drtune_ray.training.weights_loading import KeyReport
 from drtune_ray.values import digest, full_path
 
 
@@ -33,13 +34,17 @@ class StudyInputs:
         splits: Images and their splits.
         backbone: Pretrained encoder of the trial, or of the base of a study.
         key_report: How the weights matched the encoder.
+        normalization_note: Normalization of the images, and who decided it.
         more: Encoders of other trials of the study, by `_encoder_key`.
+        more_notes: Lines about the weights of these encoders, where they differ.
     """
 
     splits: Splits
     backbone: Backbone
     key_report: KeyReport
+    normalization_note: str
     more: Mapping[str, Backbone] = field(default_factory=dict)
+    more_notes: tuple[str, ...] = ()
 
     @property
     def weights_digest(self) -> str:
@@ -58,7 +63,8 @@ class StudyInputs:
 
     def notes(self) -> tuple[str, ...]:
         """Return the lines about images and weights that precede the first trial."""
-        return (self.summary(), *image_notes(self.splits))
+        images = image_notes(self.splits)
+        return (self.summary(), *images, self.normalization_note, *self.more_notes)
 
     def summary(self) -> str:
         """Return a line about the images and the weights."""
@@ -121,7 +127,7 @@ def check_inputs(
     problems += check_last_batch(config, num_train, backbone)
     if problems:
         raise ConfigError(problems)
-    return StudyInputs(splits, backbone, report)
+    return StudyInputs(splits, backbone, report, normalization_note(config.backbone, backbone))
 
 
 def check_storage(storage: Path) -> None:
@@ -148,17 +154,22 @@ def check_encoders(checked: StudyInputs, configs: Iterable[TrialConfig]) -> Stud
         EnvironmentProblem: If weights cannot be fetched.
     """
     more: dict[str, Backbone] = {}
+    lines: list[str] = []
     problems: list[str] = []
     for config in configs:
         key = _encoder_key(config)
         try:
             if key not in more:
-                more[key] = load_backbone(config.backbone, config.data.image_size)[0]
+                more[key], report = load_backbone(config.backbone, config.data.image_size)
+                note = normalization_note(config.backbone, more[key])
+                lines.append(f"{more[key].name}: {report}; {note}")
         except ConfigError as error:
             problems.extend(error.problems)
     if problems:
         raise ConfigError(problems)
-    return replace(checked, more=more)
+    known = f"{checked.backbone.name}: {checked.key_report}; {checked.normalization_note}"
+    others = tuple(line for line in dict.fromkeys(lines) if line != known)  # one an image size
+    return replace(checked, more=more, more_notes=others)
 
 
 def _encoder_key(config: TrialConfig) -> str:

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from drtune_ray.config.trial import TRIAL_NOT_DECIDING, TrialConfig
+from drtune_ray.config.trial import TRIAL_NOT_DECIDING, TrialConfig, deciding_settings
 from drtune_ray.errors import CheckpointError
 from drtune_ray.folders import Folder, LocalFolder
 from drtune_ray.training.distributed import ProcessGroup, gather_objects
-from drtune_ray.values import digest, flattened_without
+from drtune_ray.values import digest
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def trial_identity(config: TrialConfig, *of_what: str) -> str:
             they may change between two runs.
         of_what: Names of the trial, its images and its pretrained weights.
     """
-    return digest(of_what, flattened_without(config.to_mapping(), TRIAL_NOT_DECIDING))
+    return digest(of_what, deciding_settings(config.to_mapping(), TRIAL_NOT_DECIDING))
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -201,5 +201,10 @@ def _decoded(content: bytes, address: str) -> dict[str, Any]:
     payload = memoryview(content)[checksum_end + 1 :]
     if hashlib.sha256(payload).hexdigest().encode() != content[header:checksum_end]:
         raise CheckpointError(f"checkpoint {address} is torn (its checksum differs)")
-    state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except Exception:  # torch raises many kinds for what is not its own or refused
+        state = None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"checkpoint {address} holds more than tensors and plain values")
     return state

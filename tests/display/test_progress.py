@@ -48,6 +48,16 @@ def test_seconds_left__by_the_share_of_epochs():
     assert progress.seconds_left == pytest.approx(850)
 
 
+def test_seconds_left__tables_that_are_prepared_first_do_not_count():
+    clock = Clock()
+    progress = progress_of(clock=clock)
+    clock.now += 1000
+    for event in events():
+        progress.take(event)
+    clock.now += 150
+    assert progress.seconds_left == pytest.approx(850)
+
+
 def test_seconds_left__epochs_of_an_earlier_run_are_no_work_of_this_one():
     clock = Clock()
     before = [earlier(2, "RUNNING", 0.8, num_epochs=6), earlier(3, "RUNNING", 0.7, num_epochs=5)]
