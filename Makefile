@@ -9,7 +9,7 @@ PARALLEL := --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install demo test test-all test-fast test-chaos test-gpu check style types security \
+.PHONY: help install demo test test-all test-fast test-chaos test-mutants test-gpu check style types security \
 	format clean
 
 help:
@@ -17,18 +17,22 @@ help:
 	@echo "make test       checks and all tests"
 	@echo "make test-fast  the tests without Ray, several processes or a browser"
 	@echo "make test-chaos more kills, at random moments: an hour"
+	@echo "make test-mutants small wrong changes that the tests must notice"
 	@echo "make test-gpu   the tests of a CUDA device: without Ray, MLflow or an installation"
 	@echo "make check      ruff, mypy and bandit"
-	@echo "make install    .venv with everything"
+	@echo "make install    .venv with everything that development needs"
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: EXTRAS := demo,dev
+$(VENV)/.installed-demo: EXTRAS := demo
+$(VENV)/.installed $(VENV)/.installed-demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	touch $@
 
-demo: install
+# Without the tools of development.
+demo: $(if $(wildcard $(VENV)/.installed),install,$(VENV)/.installed-demo)
 	$(BIN)/drtune-ray demo
 
 # mypy takes one core for a minute, and the tests that come first mostly wait.
@@ -43,6 +47,9 @@ test-fast: install
 
 test-chaos: install
 	$(PYTEST) -m chaos
+
+test-mutants: install
+	$(BIN)/python -m tests.mutants
 
 test-gpu:
 	$(GPU_PYTHON) -m pytest -m gpu -rs $(shell grep -rl '^@pytest.mark.gpu' tests --include='test_*.py')

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import torch
 from report import describe_machine
 
+from drtune_ray.config.demo_weights import DEMO_BACKBONE
 from drtune_ray.config.study import reference_config
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import Tables, TrainingData
@@ -40,7 +41,7 @@ from drtune_ray.data.table_store import TableStore
 from drtune_ray.demo import write_digits
 from drtune_ray.study.inputs import check_inputs
 from drtune_ray.study.tables import prepare
-from drtune_ray.training.backbones import DEMO_BACKBONE, read_backbone
+from drtune_ray.training.backbones import read_backbone
 from drtune_ray.training.loop import train_epochs
 from drtune_ray.training.reports import COMPLETED, EpochReport
 from drtune_ray.values import nested

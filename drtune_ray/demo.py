@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from drtune_ray.config.demo_weights import DEMO_BACKBONE
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.folders import atomic_write
 from drtune_ray.space.search_space import read_space
 from drtune_ray.study.inputs import check_storage
-from drtune_ray.training.backbones import DEMO_BACKBONE
 
 DEMO_NAME = "demo"
 IMAGE_SCALE = 4  # enlarges the 8 x 8 originals so that people can read them

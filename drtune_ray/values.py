@@ -26,7 +26,7 @@ def full_path(path: str | Path) -> Path:
     there = at_home(path)
     try:
         return there.resolve()
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # a null byte; links in a circle
         raise ConfigError(f"{str(path)!r} is not a valid path ({error}): correct it") from None
 
 
@@ -42,6 +42,12 @@ def at_home(path: str | Path) -> Path:
         raise ConfigError(
             f"{str(path)!r} begins with an unknown home directory: write the full path"
         ) from None
+
+
+def printable(path: str | Path) -> str:
+    r"""Return a path for messages: bytes that are no UTF-8, and control characters, as ``\xe9``."""
+    text = str(path).encode(errors="surrogateescape").decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
@@ -256,7 +262,7 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping) and value:
             flat |= flattened(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
+            flat[f"{prefix}{key}"] = value
     return flat
 
 

@@ -18,8 +18,10 @@ import yaml
 TESTS = Path(__file__).parent
 FILES = {"tune": TESTS / "bad_studies", "train": TESTS / "bad_trials"}
 COMMANDS = TESTS / "bad_commands"
-# Words of the catalogue: the folder that a command runs in; timm's version; a hash; any picture.
+# Words of the catalogue: the folder that a command runs in; timm's version; a hash; any picture;
+# sizes of this machine.
 HERE, VERSION, DIGEST, PICTURE = "HERE", "VERSION", "DIGEST", "NN.png"
+SIZE, MOST = "SIZE GiB", "at most N"
 # Flags of a study that is right.
 SMALL = "--data images --backbone test_efficientnet --weights weights.safetensors --image-size 32"
 
@@ -49,7 +51,12 @@ class Example:
     def in_its_words(self, text: str, here: Path) -> str:
         """What was said in a folder, as the catalogue writes it."""
         text = text.replace(str(here), HERE).replace(timm.__version__, VERSION)
-        for word, pattern in ((DIGEST, r"\b[0-9a-f]{16}\b"), (PICTURE, r"\b\d\d\.png")):
+        for word, pattern in (
+            (DIGEST, r"\b[0-9a-f]{16}\b"),
+            (PICTURE, r"\b\d\d\.png"),
+            (SIZE, r"\b\d+\.\d GiB"),
+            (MOST, r"at most \d+"),
+        ):
             if word in self.stderr:
                 text = re.sub(pattern, word, text)
         return text

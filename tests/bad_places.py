@@ -6,21 +6,29 @@ backbone ``test_efficientnet``.
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import sys
+import zipfile
 from contextlib import nullcontext
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
+from PIL import Image
 
 from drtune_ray.data.sources import content_hash
 from drtune_ray.execution.capacity import Capacity
 from drtune_ray.results.evaluate import evaluate
 from drtune_ray.results.winner import write_winner
 from drtune_ray.storage.record import write_done
-from drtune_ray.study.inputs import check_inputs
+from drtune_ray.study.inputs import check_inputs, manifest_path
 from drtune_ray.study.resolve import study_request, trial_request
 from drtune_ray.study.run import run_study
 from drtune_ray.study.training_run import run_training
@@ -61,6 +69,10 @@ def dangling_image(here: Path, patch: Patch) -> None:
     (here / "images" / "red" / "gone.png").symlink_to("nowhere.png")
 
 
+def pipe(here: Path, patch: Patch) -> None:
+    os.mkfifo(here / "images" / "red" / "pipe.png")
+
+
 def copied_class(here: Path, patch: Patch) -> None:
     """The last class has three images, which the first one trains on."""
     _remove(here / "images" / "red")
@@ -68,6 +80,69 @@ def copied_class(here: Path, patch: Patch) -> None:
     blue = sorted((here / "images" / "blue").iterdir(), key=lambda p: content_hash(p.read_bytes()))
     for path in blue[2:5]:
         (here / "images" / "red" / path.name).write_bytes(path.read_bytes())
+
+
+def class_of_other_files(here: Path, patch: Patch) -> None:
+    (here / "images" / "grey" / ".cache").mkdir(parents=True)
+    for name in ("a.heic", "b.heic", "readme", ".cache/a.png"):
+        (here / "images" / "grey" / name).write_text("no image")
+
+
+def splits_for_classes(here: Path, patch: Patch) -> None:
+    (here / "images").rename(here / "train")
+    (here / "images").mkdir()
+    (here / "train").rename(here / "images" / "train")
+    for name in ("val", "test"):
+        shutil.copytree(here / "images" / "train", here / "images" / name)
+
+
+def one_folder(here: Path, patch: Patch) -> None:
+    (here / ".hidden").mkdir()
+
+
+def name_in_an_old_code_page(here: Path, patch: Patch) -> None:
+    red = here / "images" / "red"
+    (red / "00.png").rename(red / os.fsdecode(b"caf\xe9.png"))
+
+
+def unreadable_path(here: Path, patch: Patch) -> None:
+    """Stands for a name that the file system refuses, which is too long to be read here."""
+    read = Path.stat
+
+    def stat(path: Path, **options: bool) -> os.stat_result:
+        if path.name == "long":
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        return read(path, **options)
+
+    patch.setattr(Path, "stat", stat)
+
+
+def unclear_floats(here: Path, patch: Patch) -> None:
+    _save_pixels(here / "images" / "blue" / "half.tif", [0.0, 1.5])
+
+
+def floats_of_two_ranges(here: Path, patch: Patch) -> None:
+    _save_pixels(here / "images" / "blue" / "one.tif", [0.0, 1.0])
+    _save_pixels(here / "images" / "red" / "many.tif", [0.0, 200.0])
+
+
+def values_below_zero(here: Path, patch: Patch) -> None:
+    _save_pixels(here / "images" / "red" / "scan.tif", [-1000.0, 3000.0])
+
+
+def bad_class(here: Path, patch: Patch) -> None:
+    for path in (here / "images" / "red").iterdir():
+        path.write_bytes(b"no image")
+
+
+def _manifest(here: Path) -> Path:
+    path = manifest_path(trial_request(None, [], FLAGS)[0].data, here / STORAGE)
+    path.parent.mkdir(parents=True)
+    return path
+
+
+def _save_pixels(path: Path, values: list[float]) -> None:
+    Image.fromarray(np.array([values], np.float32)).save(path)
 
 
 def _remove(folder: Path) -> None:
@@ -95,6 +170,48 @@ def broken_weights(here: Path, patch: Patch) -> None:
     state = timm.create_model("test_vit", num_classes=5).state_dict()
     state["patch_embed.proj.weight"].fill_(torch.nan)
     safetensors.torch.save_file(state, here / "broken.safetensors")
+
+
+def lfs_pointer_for_weights(here: Path, patch: Patch) -> None:
+    (here / "lfs.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+
+
+def cut_off_weights(here: Path, patch: Patch) -> None:
+    content = (here / "weights.safetensors").read_bytes()
+    (here / "cut.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def torn_checkpoint_for_weights(here: Path, patch: Patch) -> None:
+    write_checkpoint(here / "torn.ckpt", {"model": {}})
+    (here / "torn.ckpt").write_bytes((here / "torn.ckpt").read_bytes()[:-1])
+
+
+def whole_model_for_weights(here: Path, patch: Patch) -> None:
+    torch.save(timm.create_model("test_efficientnet"), here / "whole.pth")
+
+
+def fractions_in_weights(here: Path, patch: Patch) -> None:
+    torch.save({"lr": Fraction(1, 3), "momentum": Decimal(1)}, here / "fractions.pth")
+
+
+def torchscript_for_weights(here: Path, patch: Patch) -> None:
+    torch.save({"a": torch.zeros(1)}, here / "script.pt")
+    with zipfile.ZipFile(here / "script.pt", "a") as archive:
+        archive.writestr("script/constants.pkl", b"")
+
+
+def no_tensors_in_weights(here: Path, patch: Patch) -> None:
+    torch.save({"epoch": 3}, here / "empty.pth")
+
+
+def partial_weights(here: Path, patch: Patch) -> None:
+    state = timm.create_model("test_vit").state_dict()
+    del state["norm.weight"]
+    torch.save(state, here / "partial.pth")
+
+
+def weights_for_four_channels(here: Path, patch: Patch) -> None:
+    torch.save(timm.create_model("test_vit", in_chans=4).state_dict(), here / "four.pth")
 
 
 def vit_weights(here: Path, patch: Patch) -> None:
@@ -211,6 +328,15 @@ def other_weights_in_place(here: Path, patch: Patch) -> None:
 
 def fewer_images(here: Path, patch: Patch) -> None:
     (here / "images" / "red" / "00.png").unlink()
+
+
+def one_more_image(here: Path, patch: Patch) -> None:
+    content = (here / "images" / "red" / "00.png").read_bytes()
+    (here / "images" / "red" / "new.png").write_bytes(content + b"more")
+
+
+def no_splits_of_study(here: Path, patch: Patch) -> None:
+    (here / STORAGE / STUDY / "splits.parquet").unlink()
 
 
 def users_own_study_file(here: Path, patch: Patch) -> None:

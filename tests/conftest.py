@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,9 @@ from drtune_ray.values import nested
 from tests.scheduling import order_groups, use_one_thread
 
 pytest_plugins = ["tests.ray_fixtures"]
+
+# Ray gives its workers the niceness 15: beside the other process of the test run they would starve.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 WriteImages = Callable[..., Path]
 MakeTrial = Callable[..., TrialConfig]

@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None, N
 def ray_cluster() -> Iterator[Any]:
     """A cluster of one node with two CPUs and a dashboard; at the end nothing may hold them."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in os.environ:
+        for name in os.environ.keys() - {"RAY_worker_niceness"}:
             if name.startswith(("RAY_", "SABOTAGE", "AWS_", "MLFLOW_", "OMP_")):
                 patch.delenv(name)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")

@@ -33,6 +33,7 @@ STOREYS: tuple[set[str], ...] = (
     {"preview", "doctor", "demo"},
     {"display"},
     {"cli"},
+    {"__main__"},
 )
 FLOOR = {"errors", "processes", "values", "server_uri", "folders", "config"}
 # What may be imported of the rooms below; of the others, everything below.
@@ -284,6 +285,29 @@ def test_help__is_light(command: list[str]) -> None:
     printed, modules = loaded_by(code)
     assert modules == []
     assert printed.startswith(" ".join(["Usage: drtune-ray", *command, "["]))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["tune", "--data", "nowhere"],
+        ["preview", "--data", "nowhere"],
+        ["train", "--data", "nowhere"],
+        ["tune", "--data", ".", "--trials", "2"],
+        ["tune", "nowhere.yaml"],
+        ["evaluate", "nothing"],
+    ],
+    ids=" ".join,
+)
+def test_refusal__comes_before_anything_heavy_is_imported(command: list[str]) -> None:
+    code = (
+        "from drtune_ray.cli import cli\n"
+        "from drtune_ray.errors import ConfigError\n"
+        f"try:\n    cli({command}, standalone_mode=False)\n"
+        "except ConfigError as error:\n    print(error)"
+    )
+    printed, modules = loaded_by(code)
+    assert printed and not {"torch", "ray", "mlflow", "timm"} & set(modules), modules
 
 
 @pytest.mark.parametrize(

@@ -55,16 +55,25 @@ NOT_OF_INPUT = {
     "space/search_space.py:SearchSpace.clamped",
     "config/section.py:refusal",  # the form of the settings' messages, which have own rules
     "tracking/mlflow_recorder.py:MlflowRecorder._find",  # what MLflow is searched for
+    "tracking/mlflow_recorder.py:ignored_variables",
     "tracking/mlflow_recorder.py:runs_page",
-    "training/backbones.py:KeyReport.__str__",
     "training/backbones.py:_check_hub",
+    "training/backbones.py:normalization_note",
     "training/checkpoint.py:TrialFolder.save",
+    "training/weights_loading.py:KeyReport.__str__",
 }
 JOBS = "of the jobs that a job server knows: tests/jobs/test_unknown_jobs.py"
+OF_SPLITS = "of a file that only the package writes: tests/data/test_splits.py"
 OWN_FILES = "of a file that only the package writes: tests/training/test_checkpoint.py"
 WINNER = "of the weights of a trial that was trained: tests/study/test_damaged_files.py"
 # Sentences that no command line shows, each with the reason.
 WITHOUT_EXAMPLE = {
+    "the name of x cannot be read in this locale, whose encoding is x: set PYTHONUTF8=1": (
+        "of a process with another locale: tests/data/test_sources.py"
+    ),
+    "columns are missing": OF_SPLITS,
+    "values are missing": OF_SPLITS,
+    "a split is unknown": OF_SPLITS,
     "x is not a study: it holds no x": "commands look for that file first",
     "x says that the study is done, but something is left to run: remove that file": (
         "of a study that was run to its end and then lost trials in its storage"
@@ -75,6 +84,9 @@ WITHOUT_EXAMPLE = {
     "; it has x": JOBS,
     "studies named x were submitted with the storages x: choose one with --storage": JOBS,
     "study x has no attempt x: there are x": JOBS,
+    "backbone.weights=x cannot be read (x): give another file or the right to read it": (
+        "root may read every file: tests/training/test_weights.py"
+    ),
     "cannot read checkpoint x: x": OWN_FILES,
     "x: remove it": OWN_FILES,
     "checkpoint x belongs to another trial or configuration": OWN_FILES,
@@ -86,6 +98,7 @@ WITHOUT_EXAMPLE = {
     "their validation accuracy is x, and x is recorded": WINNER,
     "x does not hold the weights of its trial's best epoch: x; bring the right file back from "
     "MLflow (checkpoint/x of the trial's run) or from a backup, and repeat the command": WINNER,
+    "checkpoint x holds more than tensors and plain values": OWN_FILES,
 }
 # Functions that refuse with sentences of others.
 GATHERING = {
@@ -93,6 +106,7 @@ GATHERING = {
     "jobs/submission.py:study_submission",
     "config/study.py:from_mapping",
     "folders.py:open_folder",
+    "data/listing.py:check_root",
     "data/sources.py:scan_class_folders",
     "data/splits.py:make_splits",
     "config/sources.py:mapping_of",
@@ -101,6 +115,7 @@ GATHERING = {
     "study/inputs.py:check_inputs",
     "study/training_run.py:_check_name",
     "study/checks.py:_check_final_fit",
+    "training/weights_file.py:_torch_file",
     "config/section.py:validated",
     "values.py:_loaded",
     "values.py:_num_values",

@@ -71,7 +71,7 @@ def _setup(study_file: Path | None, address: str | None, flags: dict[str, Any]) 
     from drtune_ray.study.resolve import study_request
 
     if study_file is not None or flags["data_folder"]:
-        return study_setup(study_request(study_file, (), flags)[0], address)
+        return study_setup(study_request(study_file, (), flags, needs_images=False)[0], address)
     return named_setup(
         {"storage": DEFAULT_STORAGE} | {k: v for k, v in flags.items() if v}, address
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -37,6 +37,7 @@ from drtune_ray.cli.options import (
     weights_option,
     workers_option,
 )
+from drtune_ray.cli.standard_streams import tolerate_failing_streams
 from drtune_ray.errors import ConfigError, DrtuneError
 
 if TYPE_CHECKING:
@@ -110,13 +111,14 @@ def preview(
     """
     from drtune_ray.display.outputs import json_stdout, write_json
     from drtune_ray.display.preview import preview_facts, preview_lines
-    from drtune_ray.preview.estimate import preview_study
     from drtune_ray.study.resolve import study_request
 
     with json_stdout(is_wanted=as_json) as stream:
         config, notes = study_request(study_file, assignments, flags)
         if not as_json:
             echo(notes)
+        from drtune_ray.preview.estimate import preview_study  # only now: it imports torch and Ray
+
         found = preview_study(config)
         if as_json:
             write_json(stream, "preview", preview_facts(found))
@@ -160,18 +162,24 @@ def train(
     from drtune_ray.config.study import TrackingConfig
     from drtune_ray.display.outputs import TrainingLines, json_stdout, write_json
     from drtune_ray.display.result import training_facts, training_lines
-    from drtune_ray.study.resolve import default_name, trial_request
-    from drtune_ray.study.status import write_command
-    from drtune_ray.study.training_run import run_training
+    from drtune_ray.study.resolve import Place, training_name, trial_request
     from drtune_ray.tracking.events import Event, RunStarted
 
     with json_stdout(is_wanted=as_json) as stream:
-        config, resources, notes = trial_request(trial_file, assignments, flags)
+        place = Place(storage, name, artifacts)
+        config, resources, notes = trial_request(trial_file, assignments, flags, place)
         output = _output(stream, quiet, as_json, TrainingLines(config.training.last_epoch))
         for note in notes:
             output.say(note)
-        name = name or f"{default_name(config)}-train"
+        from drtune_ray.study.status import write_command  # only now: they import torch and Ray
+        from drtune_ray.study.training_run import run_training
+
+        name = name or training_name(config.data.train)
         folder = _resolved(storage) / name
+
+        def announce(plan: Iterable[str]) -> None:
+            for note in plan:
+                output.say(f"  {note}")
 
         def observe(event: Event) -> None:
             if isinstance(event, RunStarted):
@@ -186,6 +194,7 @@ def train(
             tracking=validated(TrackingConfig, {"uri": tracking_uri}, "tracking."),
             artifacts=artifacts,
             observer=observe,
+            on_plan=announce,
             on_notice=output.notice,
         )
         if as_json:
@@ -199,25 +208,17 @@ def train(
 @storage_option
 @click.option("--again", is_flag=True, help="Open the test split although it was opened before.")
 def evaluate(study: str, storage: str, again: bool) -> None:
-    """Test the winner on the sealed test split."""
-    from drtune_ray.display import percent
-    from drtune_ray.study.evaluation import evaluate_study
+    """Test the winner on the sealed test split.
 
-    found = evaluate_study(study, storage, again=again)
-    low, high = found.test.interval
-    click.echo(
-        f"Test accuracy {percent(found.test.share)} ({found.test.num_correct} of "
-        f"{found.test.num_images} images; 95 % interval {percent(low)} to {percent(high)})"
-    )
-    if found.validation is None:
-        click.echo("This model was trained on the validation images too.")
-    else:
-        click.echo(
-            f"Validation accuracy measured again: {percent(found.validation.share)}; recorded: "
-            f"{percent(found.recorded_validation)}"
-        )
-    times = "for the first time" if found.num_openings == 1 else f"{found.num_openings} times"
-    click.echo(f"This test split was opened {times}.")
+    The result is recorded: a second call shows it again without opening the split.
+    """
+    from drtune_ray.display.result import evaluation_lines
+    from drtune_ray.storage.record import find_study
+
+    folder = find_study(study, storage)
+    from drtune_ray.study.evaluation import evaluate_study  # only now: it imports torch
+
+    echo(evaluation_lines(evaluate_study(str(folder), storage, again=again)))
 
 
 @cli.command()
@@ -261,7 +262,7 @@ def sync(study: str, storage: str) -> None:
 
 
 @cli.command()
-@click.argument("study")
+@click.argument("study", required=False)
 @click.option(
     "--storage", metavar="DIR", help=f"Folder of the studies.  [default: {DEFAULT_STORAGE}]"
 )
@@ -269,26 +270,36 @@ def sync(study: str, storage: str) -> None:
 @insecure_http_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object (docs/json.md).")
 def status(
-    study: str, storage: str | None, address: str | None, insecure_http: bool, as_json: bool
+    study: str | None,
+    storage: str | None,
+    address: str | None,
+    insecure_http: bool,
+    as_json: bool,
 ) -> None:
-    """Show the progress of a study or training.
+    """Show the progress of a study or training; without STUDY, of all under the storage.
 
     Works while it runs and afterwards, and changes nothing.
     """
     if address is not None:
+        if study is None:
+            raise click.UsageError("--address needs the name of a study")
         show_jobs(study, storage, address, insecure_http, as_json)
         return
+    from drtune_ray.storage.record import find_studies
     from drtune_ray.study.status import facts, read_status
 
-    found = read_status(study, storage or DEFAULT_STORAGE)
+    storage = storage or DEFAULT_STORAGE
+    names = [study] if study is not None else map(str, find_studies(storage))
+    found = [read_status(name, storage) for name in names]
     if as_json:
         from drtune_ray.display.outputs import write_json
 
-        write_json(sys.stdout, "status", facts(found))
+        for each in found:
+            write_json(sys.stdout, "status", facts(each))
         return
-    from drtune_ray.display.status import status_lines
+    from drtune_ray.display.status import overview_lines, status_lines
 
-    echo(status_lines(found, program()))
+    echo(status_lines(found[0], program()) if len(found) == 1 else overview_lines(found))
 
 
 for command in (deploy, doctor, logs, stop, submit):
@@ -322,12 +333,12 @@ def _run_study(
         result_facts,
         result_lines,
     )
-    from drtune_ray.study.run import run_study
-    from drtune_ray.study.status import read_trials, write_command
 
     console = Console(highlight=False)
 
     def announce(plan: StudyPlan) -> None:
+        from drtune_ray.study.status import read_trials, write_command
+
         folder = plan.config.folder
         write_command(folder)
         if not (quiet or as_json):
@@ -344,6 +355,8 @@ def _run_study(
         config, notes = request()
         for note in notes:
             output.say(note)
+        from drtune_ray.study.run import run_study  # only now: it imports torch and Ray
+
         try:
             result = run_study(
                 config, observer=output.take, on_plan=announce, on_notice=output.notice
@@ -364,6 +377,7 @@ def _resolved(storage: str) -> Path:
 
 def main() -> None:
     """Run the command line; exit codes are in `drtune_ray.errors`."""
+    tolerate_failing_streams()
     try:
         code = cli(standalone_mode=False)
     except click.ClickException as error:

@@ -15,7 +15,12 @@ Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 A_MAPPING = "it must be a mapping of settings"
 UNKNOWN = "extra_forbidden"
 # What pydantic says in the words of Python.
-PLAIN_WORDS = {"model_type": A_MAPPING, "dict_type": A_MAPPING, "tuple_type": "it must be a list"}
+PLAIN_WORDS = {
+    "model_type": A_MAPPING,
+    "dict_type": A_MAPPING,
+    "tuple_type": "it must be a list",
+    "too_long": "it has too many items",
+}
 
 
 def _workers(value: Any) -> int | tuple[int, int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from drtune_ray.config.section import not_a_mapping
-from drtune_ray.config.study import STUDY, TRAINING, StudyConfig
+from drtune_ray.config.study import RECORD_FILE, STUDY, TRAINING, StudyConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.values import deep_merge, full_path, nested, parse_assignments, read_yaml
 
@@ -70,15 +70,21 @@ def trial_values(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_settings(path: Path, kind: str) -> Mapping[str, Any]:
-    """Return the settings of a file, or of the record in a study's or training's folder.
+    """Return the settings of a file, of the record of a study or training, or for a folder.
 
     Args:
-        path: YAML file.
+        path: YAML file; the folder of a study or training, for its record; or a folder of images,
+            for settings that name it.
         kind: `STUDY` or `TRAINING`, whichever the command runs.
 
     Raises:
         ConfigError: If it is not YAML, or the record of the other kind.
     """
+    if path.is_dir():
+        if not (path / RECORD_FILE).exists():
+            of_trial = {"data": {"train": str(path)}}
+            return {"trial": of_trial} if kind == STUDY else of_trial
+        path /= RECORD_FILE
     content = read_yaml(path, with_lines=True)
     if not {"kind", "config"} <= content.keys():
         return content

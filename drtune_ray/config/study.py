@@ -35,6 +35,7 @@ ObjectiveName = Literal[
     "flops",
 ]
 STUDY, TRAINING = "study", "training"
+RECORD_FILE = "study.yaml"
 
 
 def study_name(name: str) -> str:
@@ -136,7 +137,7 @@ class FinalistsConfig(Section):
     num_configurations: PositiveInt = 2
     """Best configurations of the search that enter the finals; CE-tuning enters as well."""
 
-    num_seeds: Annotated[int, Field(ge=0)] = 2
+    num_seeds: Annotated[int, Field(ge=0, le=1000)] = 2
     """New random seeds on which each finalist is trained; 0 holds no finals."""
 
 

@@ -8,7 +8,7 @@ docs/settings.md show it. Brackets at its end hold the source: an equation or se
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
@@ -16,9 +16,12 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from drtune_ray.config.presets import PRESETS, PresetName
 from drtune_ray.config.section import Probability, Section, Workers, unknown_name, validated
 from drtune_ray.errors import ConfigError
-from drtune_ray.values import deep_merge, digest, flattened, nested
+from drtune_ray.values import deep_merge, digest, flattened, flattened_without, nested
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+Channels = tuple[Probability, Probability, Probability]
+StandardDeviation = Annotated[float, Field(gt=0.0, le=1.0)]
+StandardDeviations = tuple[StandardDeviation, StandardDeviation, StandardDeviation]
 
 
 class CalibrationConfig(Section):
@@ -141,7 +144,7 @@ class OptimConfig(Section):
 class TrainingConfig(Section):
     """Training loop of a trial."""
 
-    epochs: PositiveInt = 10
+    epochs: Annotated[PositiveInt, Field(le=100_000)] = 10
     """Epochs of a trial, over which the learning-rate schedule runs. [paper: 100]"""
 
     stop_epoch: PositiveInt | None = None
@@ -213,6 +216,10 @@ class DataConfig(Section):
     train: str
     """Folder of images with one subfolder per class."""
 
+    skip_bad: bool = False
+    """Leave out images that cannot be read or decoded, and report them, instead of refusing the
+    whole folder."""
+
     train_per_class: PositiveInt | None = None
     """Training images per class; validation and test share the rest in the proportion of their
     fractions. Default: what the fractions leave."""
@@ -276,6 +283,28 @@ class BackboneConfig(Section):
     """Pretrained weights: a file, `timm` (timm's hub), or `demo` (EfficientNet-Lite0 from the
     package of the demo extra). [timm]"""
 
+    weights_key: str | None = None
+    """Part of the weights file to take where it holds several, such as `state_dict_ema`. Default:
+    averaged weights (EMA, teacher) where there are any, otherwise the first that fit."""
+
+    allow_missing: bool = False
+    """Start parameters that the weights file lacks at random; `false` refuses such a file."""
+
+    mean: Channels | None = None
+    """Mean of red, green and blue, for pixels in [0, 1], that the weights were trained with.
+    Default: as recorded in the weights file, otherwise timm's for `name`."""
+
+    std: StandardDeviations | None = None
+    """Standard deviation of red, green and blue, set together with `mean`. Default: as `mean`."""
+
+    @model_validator(mode="after")
+    def _mean_and_std_together(self) -> Self:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError(
+                f"mean and std must be set together, but got mean={self.mean} and std={self.std}"
+            )
+        return self
+
 
 class TrialConfig(Section):
     """Configuration of one training."""
@@ -337,12 +366,28 @@ TABLES_PATHS = (
 # Settings of a trial that change where and how fast it runs, not what comes out but for rounding.
 TRIAL_NOT_DECIDING = (
     "data.train",
+    "data.skip_bad",  # the digest of the images covers what is left
     "data.loader_workers",
     "data.cache_limit_gib",
     "backbone.weights",
+    "backbone.weights_key",
+    "backbone.allow_missing",
     "training.workers",
     "training.save_every_seconds",
 )
+# Settings that earlier records and checkpoints lack; without a value they decide nothing.
+TRIAL_ADDED = ("backbone.mean", "backbone.std")
+
+
+def deciding_settings(values: Mapping[str, Any], not_deciding: Iterable[str]) -> dict[str, Any]:
+    """Return the flat settings of a trial or study that decide its results.
+
+    Settings of `TRIAL_ADDED` without a value are left out, so that what was recorded before they
+    existed stays equal.
+    """
+    kept = flattened_without(values, not_deciding)
+    added = {*TRIAL_ADDED, *(f"trial.{path}" for path in TRIAL_ADDED)}
+    return {path: value for path, value in kept.items() if path not in added or value is not None}
 
 
 def on_preset(values: Mapping[str, Any], default: str) -> dict[str, Any]:

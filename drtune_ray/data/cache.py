@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from drtune_ray.data.sources import decode, read_bytes
+from drtune_ray.data.pixels import as_eight_bits, decode
+from drtune_ray.data.sources import FLOAT_PEAK, INTEGER_PEAK, read_bytes
 from drtune_ray.data.splits import TRAIN, VALIDATION, Splits
 from drtune_ray.data.views import Pixels, ViewMaker
 from drtune_ray.values import digest
@@ -63,7 +64,7 @@ class ImageRows:
 
 
 def write_images(splits: Splits, root: Path, path: Path) -> None:
-    """Write the encoded images of training and validation.
+    """Write the encoded images of training and validation, those of more than 8 bits as 8 bits.
 
     Raises:
         ConfigError: If a file is missing or changed since the scan.
@@ -84,11 +85,18 @@ def write_images(splits: Splits, root: Path, path: Path) -> None:
         ]
     )
 
+    whites = splits.whites
+
+    def encoded(row: dict[str, Any]) -> bytes:
+        content = read_bytes(root, row)
+        is_deep = row.get(INTEGER_PEAK) is not None or row.get(FLOAT_PEAK) is not None
+        return as_eight_bits(content, whites) if is_deep else content
+
     def batches() -> Iterable[pa.RecordBatch]:
         for start in range(0, len(rows), ROWS_PER_BATCH):
             part = [
                 {**{name: row[name] for name in schema.names if name != "image"}}
-                | {"image": read_bytes(root, row)}
+                | {"image": encoded(row)}
                 for row in rows[start : start + ROWS_PER_BATCH]
             ]
             yield pa.RecordBatch.from_pylist(part, schema=schema)

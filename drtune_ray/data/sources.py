@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import hashlib
-import io
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from PIL import Image, ImageOps
 
+from drtune_ray.data.listing import (
+    DAMAGED,
+    LeftOut,
+    Listing,
+    check_root,
+    folders_in,
+    list_class_folders,
+    name_problems,
+    others_of,
+)
+from drtune_ray.data.pixels import (
+    UNCLEAR_PEAK,
+    UndecodableImageError,
+    WhiteValues,
+    examine,
+    white_values,
+)
 from drtune_ray.errors import ConfigError
+from drtune_ray.values import printable
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 NUM_PROBLEMS_SHOWN = 5
-
+INTEGER_PEAK, FLOAT_PEAK = "integer_peak", "float_peak"
 FILE_SCHEMA = pa.schema(
     [
         ("path", pa.string()),
@@ -25,6 +42,10 @@ FILE_SCHEMA = pa.schema(
         ("content_hash", pa.string()),
         ("num_bytes", pa.int64()),
         ("modified_ns", pa.int64()),
+        (INTEGER_PEAK, pa.float64()),
+        (FLOAT_PEAK, pa.float64()),
+        ("is_uniform", pa.bool_()),
+        ("pixel_hash", pa.string()),
     ]
 )
 
@@ -37,47 +58,48 @@ class ImageFolder:
         root: The folder.
         classes: Class names in the order of the labels.
         files: Table of `FILE_SCHEMA`, paths relative to the root; sorted by path.
+        left_out: Files that are not used.
     """
 
     root: Path
     classes: tuple[str, ...]
     files: pa.Table
+    left_out: tuple[LeftOut, ...] = ()
 
 
-def scan_class_folders(root: Path, known: pa.Table | None = None) -> ImageFolder:
+def scan_class_folders(
+    root: Path, known: pa.Table | None = None, *, skip_bad: bool = False
+) -> ImageFolder:
     """List, hash and decode every image of a folder of class folders.
 
     Args:
         root: Folder with one folder per class, whose images may be nested.
         known: An earlier scan; files of the same path, size and time are not read again.
+        skip_bad: Leave out images that cannot be read or decoded, instead of refusing them.
 
     Raises:
-        ConfigError: If the folder is missing or empty, has fewer than two classes or an empty
-            class, or holds images that cannot be decoded; all problems are named together.
+        ConfigError: If the folder is missing or empty, holds splits, has fewer than two classes or
+            an empty class, or holds images that cannot be decoded; all problems are named together.
     """
-    if not root.is_dir():
-        raise ConfigError(
-            f"data.train={str(root)!r} is not a folder: give a folder of class folders"
-        )
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
-    paths = {folder.name: sorted(_images(folder)) for folder in folders}
-    problems = [
-        f"class folder {name!r} in {root} holds no image: add some or remove the folder "
-        f"(images end in {', '.join(sorted(IMAGE_SUFFIXES))})"
-        for name, found in paths.items()
-        if not found
-    ]
-    if len(folders) < 2:
-        problems.insert(
-            0,
-            f"at least 2 class folders must be in data.train, but {root} holds {len(folders)}"
-            + (f" ({folders[0].name!r})" if folders else "")
-            + ": put the images of each class into a folder named after the class",
-        )
-    if problems:
+    check_root(root)
+    listing = list_class_folders(root)
+    names = name_problems(root / name for name in listing.images)
+    if problems := [*listing.problems, *names]:
+        raise ConfigError(_first(problems))
+    if problems := [*_split_problems(listing), *_class_problems(listing)]:
         raise ConfigError(problems)
-    work = [(path, label) for label, found in enumerate(paths.values()) for path in found]
-    return ImageFolder(root, tuple(paths), _read_files(root, work, known))
+    work = [(path, label) for label, found in enumerate(listing.images.values()) for path in found]
+    found = list(_read_files(root, work, known))
+    bad = [result for result in found if isinstance(result, _BadFile)]
+    if bad and not skip_bad:
+        raise ConfigError(_first(result.problem for result in bad))
+    for result in bad:
+        listing.leave_out(result.path, DAMAGED)
+    rows = [result for result in found if not isinstance(result, _BadFile)]
+    files = pa.Table.from_pylist(rows, schema=FILE_SCHEMA)
+    if problems := [*_emptied_classes(listing, files), *_unclear_floats(root, files)]:
+        raise ConfigError(problems)
+    return ImageFolder(root, tuple(listing.images), files, tuple(listing.left_out))
 
 
 def read_bytes(root: Path, row: dict[str, object]) -> bytes:
@@ -96,62 +118,163 @@ def read_bytes(root: Path, row: dict[str, object]) -> bytes:
     return content
 
 
-def decode(content: bytes) -> Image.Image:
-    """Decode an RGB image: rotated by its EXIF orientation, transparency on white."""
-    image: Image.Image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
-    if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) >> 8).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
-
-
 def content_hash(content: bytes) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
 
 
-def _images(folder: Path) -> Iterator[Path]:
-    return (
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "." and not path.is_dir()
+def whites_of(files: pa.Table) -> WhiteValues:
+    """Return the values that become white in the images of a scan.
+
+    An earlier release's scan lacks the largest values: its images of more than 8 bits are read as
+    that release read them.
+    """
+    columns = (
+        files[name].to_pylist() if name in files.schema.names else []
+        for name in (INTEGER_PEAK, FLOAT_PEAK)
+    )
+    return white_values(*columns)
+
+
+# ---- folders
+
+
+def _split_problems(listing: Listing) -> Iterator[str]:
+    """Yield a sentence if the folder holds splits, each of which would count as a class."""
+    names = listing.split_folders
+    if not names:
+        return
+    folder = listing.root / names[0]
+    classes = folders_in(folder)
+    fix = f"give --data {folder}, which is split anew, or " if len(classes) > 1 else ""
+    yield (
+        f"data.train={str(listing.root)!r} holds the splits {', '.join(names)} instead of classes: "
+        f"{fix}put the images of each class into one folder"
     )
 
 
-def _read_files(root: Path, work: list[tuple[Path, int]], known: pa.Table | None) -> pa.Table:
-    earlier = {} if known is None else {row["path"]: row for row in known.to_pylist()}
+def _class_problems(listing: Listing) -> Iterator[str]:
+    names, root = list(listing.images), listing.root
+    if len(names) < 2:
+        yield (
+            f"at least 2 class folders must be in data.train, but {root} holds {len(names)}"
+            + (f" ({names[0]!r})" if names else "")
+            + ": put the images of each class into a folder named after the class"
+            + _nested_classes(root, names)
+        )
+    for name, found in listing.images.items():
+        if not found:
+            yield (
+                f"class folder {printable(name)!r} in {root} holds no image that Pillow recognises"
+                f"{others_of(name, listing.left_out)}: add some or remove the folder"
+            )
 
-    def read(item: tuple[Path, int]) -> dict[str, object] | str:
-        path, label = item
-        try:
-            status = path.stat()
-        except OSError as error:
-            return f"{path} cannot be read ({error.strerror}): replace or remove it"
-        row: dict[str, object] = {
-            "path": path.relative_to(root).as_posix(),
-            "label": label,
-            "num_bytes": status.st_size,
-            "modified_ns": status.st_mtime_ns,
-        }
+
+def _nested_classes(root: Path, names: list[str]) -> str:
+    below = folders_in(root / names[0]) if names else []
+    return f", or give --data {root / names[0]}" if len(below) > 1 else ""
+
+
+def _emptied_classes(listing: Listing, files: pa.Table) -> Iterator[str]:
+    """Yield a sentence for each class none of whose images can be decoded."""
+    there = set(files["label"].to_pylist())
+    for label, name in enumerate(listing.images):
+        if label not in there:
+            yield (
+                f"class folder {name!r} in {listing.root} holds no sound image"
+                f"{others_of(name, listing.left_out)}: add some or remove the folder"
+            )
+
+
+# ---- files
+
+
+@dataclass(frozen=True)
+class _BadFile:
+    """An image that cannot be used, and why."""
+
+    path: Path
+    problem: str
+
+
+def _read_files(
+    root: Path, work: list[tuple[Path, int]], known: pa.Table | None
+) -> Iterator[dict[str, Any] | _BadFile]:
+    is_usable = known is not None and set(FILE_SCHEMA.names) <= set(known.schema.names)
+    rows = known.to_pylist() if known is not None and is_usable else []
+    earlier = {row["path"]: row for row in rows}
+    with ThreadPoolExecutor() as pool:
+        yield from pool.map(partial(_read, root, earlier), work)
+
+
+def _read(
+    root: Path, earlier: dict[str, dict[str, Any]], item: tuple[Path, int]
+) -> dict[str, Any] | _BadFile:
+    path, label = item
+    for problem in name_problems([path]):
+        return _BadFile(path, problem)
+    try:
+        row = _row(root, path, label)
         before = earlier.get(row["path"])
         if before and all(before[key] == row[key] for key in ("num_bytes", "modified_ns")):
-            return row | {"content_hash": before["content_hash"]}
+            return {name: before[name] for name in FILE_SCHEMA.names} | row
         content = path.read_bytes()
-        try:
-            decode(content)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return f"{path} cannot be decoded as an image ({error}): replace or remove it"
-        return row | {"content_hash": content_hash(content)}
-
-    with ThreadPoolExecutor() as pool:
-        results = list(pool.map(read, work))
-    problems = [result for result in results if isinstance(result, str)]
-    if problems:
-        more = len(problems) - NUM_PROBLEMS_SHOWN
-        raise ConfigError(
-            problems[:NUM_PROBLEMS_SHOWN] + ([f"and {more} more such files"] if more > 0 else [])
+    except OSError as error:
+        return _BadFile(
+            path,
+            f"{printable(path)} cannot be read ({error.strerror}): replace or remove it, or set "
+            "data.skip_bad=true",
         )
-    return pa.Table.from_pylist(results, schema=FILE_SCHEMA)
+    try:
+        facts = examine(content)
+    except UndecodableImageError as error:
+        return _BadFile(
+            path,
+            f"{printable(path)} cannot be decoded as an image ({error}): replace or remove it, or "
+            "set data.skip_bad=true",
+        )
+    return row | vars(facts) | {"content_hash": content_hash(content)}
+
+
+def _row(root: Path, path: Path, label: int) -> dict[str, Any]:
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for a writer
+        raise OSError(0, "not a regular file")
+    return {
+        "path": path.relative_to(root).as_posix(),
+        "label": label,
+        "num_bytes": status.st_size,
+        "modified_ns": status.st_mtime_ns,
+    }
+
+
+def _unclear_floats(root: Path, files: pa.Table) -> Iterator[str]:
+    """Yield a sentence if the floating-point images have no known range of brightness."""
+    peaks = {
+        path: peak
+        for path, peak in zip(files["path"].to_pylist(), files[FLOAT_PEAK].to_pylist(), strict=True)
+        if peak is not None
+    }
+    if not peaks:
+        return
+    brightest = max(peaks, key=lambda path: peaks[path])
+    small = [path for path, peak in peaks.items() if 0 < peak <= 1]
+    top = peaks[brightest]
+    if 1 < top <= UNCLEAR_PEAK:
+        yield (
+            f"{printable(root / brightest)} holds floating-point values up to {top:g}, which fit "
+            "neither 0 to 1 nor 0 to 255: rescale the floating-point images to 0 to 1"
+        )
+    elif top > UNCLEAR_PEAK and small:
+        yield (
+            f"{printable(root / small[0])} holds floating-point values up to {peaks[small[0]]:g} "
+            f"and {printable(root / brightest)} up to {top:g}: rescale the floating-point images "
+            "to one range"
+        )
+
+
+def _first(problems: Iterable[str]) -> list[str]:
+    """Return the first problems and the number of the others."""
+    problems = list(problems)
+    more = len(problems) - NUM_PROBLEMS_SHOWN
+    return problems[:NUM_PROBLEMS_SHOWN] + ([f"and {more} more such files"] if more > 0 else [])

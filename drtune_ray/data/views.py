@@ -18,6 +18,9 @@ from drtune_ray.config.trial import DataConfig
 from drtune_ray.values import digest
 
 Pixels = NDArray[np.uint8]
+# Long side over short side above which the ends of a picture are cut off before it is resized: a
+# picture of 4 x 30,000 would become one of 256 x 1,920,000. The central crop keeps less than this.
+MAX_ASPECT = 16
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class ViewMaker:
         from timm.data.transforms_factory import create_transform
 
         self._seed = config.view_seed
+        self._is_cropped = config.evaluation_resize == "shorter_side"
         # With `use_prefetcher` timm returns uint8 pixels; the device normalises them.
         common: dict[str, Any] = {
             "input_size": config.image_size,
@@ -85,11 +89,20 @@ class ViewMaker:
 
     def evaluation_view(self, image: Image.Image) -> Pixels:
         """Return the view on which models are compared: resize and centre crop, (3, S, S)."""
-        return _pixels(self._evaluate, image)
+        return _pixels(self._evaluate, _middle(image) if self._is_cropped else image)
 
 
 def _pixels(transform: Callable[[Image.Image], Any], image: Image.Image) -> Pixels:
     return np.asarray(transform(image), dtype=np.uint8)
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """Return the middle of a very thin picture, up to `MAX_ASPECT`; others as they are."""
+    limit = MAX_ASPECT * min(image.size)
+    left, top = (max(0, side - limit) // 2 for side in image.size)
+    if not (left or top):
+        return image
+    return image.crop((left, top, image.width - left, image.height - top))
 
 
 @contextmanager

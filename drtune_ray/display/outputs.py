@@ -18,7 +18,14 @@ from drtune_ray.display.progress import INTERRUPTED, StudyProgress, TrialRow
 from drtune_ray.display.text import percent
 from drtune_ray.errors import DrtuneError
 from drtune_ray.execution.environment import JOB_CONFIG
-from drtune_ray.tracking.events import Event, MetricsRecorded, RunFinished, StepsRecorded, to_plain
+from drtune_ray.tracking.events import (
+    Event,
+    MetricsRecorded,
+    RunFinished,
+    StepsRecorded,
+    now_ms,
+    to_plain,
+)
 
 SUMMARY_SECONDS = 60.0
 NUM_NAMED = 8
@@ -140,13 +147,15 @@ class People(Quiet):
 class TrainingLines(Quiet):
     """Prints a line per epoch of a single training, for people.
 
+    A resumed training sends the epochs of earlier runs again; they are not printed.
+
     Args:
         num_epochs: Number of epochs of the training.
     """
 
     def __init__(self, num_epochs: int) -> None:
         super().__init__()
-        self._num_epochs = num_epochs
+        self._num_epochs, self._started_ms = num_epochs, now_ms()
 
     def say(self, text: str) -> None:
         """Print a sentence."""
@@ -157,7 +166,7 @@ class TrainingLines(Quiet):
     def take(self, event: Event) -> None:
         """Print the metrics at the end of an epoch."""
         super().take(event)
-        if not isinstance(event, MetricsRecorded):
+        if not isinstance(event, MetricsRecorded) or event.time_ms < self._started_ms:
             return
         self.say(f"epoch {event.step}/{self._num_epochs}  {epoch_text(event.metrics)}")
 

@@ -83,18 +83,20 @@ class StudyProgress:
         self._num_trials, self._num_before = num_trials, num_done
         self._rows = {trial.number: _earlier_row(trial) for trial in earlier}
         self._finished: set[int] = set()  # in this run
-        self._clock, self._started = clock, clock()
+        self._clock = clock
+        self._started: float | None = None  # when the first trial started: tables come before
 
     def take(self, event: Event) -> TrialRow | None:
         """Update from an event; return its trial, None for events without one."""
         if not isinstance(event.number, int):
             return None
         if isinstance(event, RunStarted):
+            self._started = self._clock() if self._started is None else self._started
             self._start(event.number, event)
         row = self._rows.get(event.number)
         if row is None:
             return None
-        if isinstance(event, MetricsRecorded):
+        if isinstance(event, MetricsRecorded) and event.step >= row.epoch:  # else of an earlier run
             row.epoch = event.step
             row.accuracy = event.metrics.get("val_accuracy")
             row.best = event.metrics.get("best_val_accuracy")
@@ -140,7 +142,7 @@ class StudyProgress:
         resumed = [r for r in rows if self._is_under_way(r) or r.number in self._finished]
         before = sum(row.num_before for row in resumed) / self.num_epochs
         worked = len(self._finished) + started - before
-        if worked < LEAST_WORK:
+        if worked < LEAST_WORK or self._started is None:
             return None
         left = max(0.0, self.num_trials - self.num_done - started)
         return (self._clock() - self._started) / worked * left
@@ -174,7 +176,8 @@ class StudyProgress:
         best, speed, left = self.best, self.epochs_per_minute, self.seconds_left
         texts = [f"best so far {percent(best.best)}, trial {best.label}" if best else ""]
         texts += [f"{speed:.3g} epochs/min" if speed else ""]
-        texts += ["time left unknown" if left is None else f"about {duration(left)} left"]
+        if self.num_done < self.num_trials:
+            texts += ["time left unknown" if left is None else f"about {duration(left)} left"]
         return [text for text in texts if text]
 
     def _start(self, number: int, event: RunStarted) -> None:

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drtune_ray.display.text import duration, percent
+from drtune_ray.display.text import duration, percent, short
 
 if TYPE_CHECKING:
+    from drtune_ray.results.evaluation_record import Evaluation
     from drtune_ray.study.result import StudyPlan, StudyResult
     from drtune_ray.study.training_run import TrainingResult
 
@@ -57,7 +58,7 @@ def result_lines(result: StudyResult, program: str) -> Iterator[str]:
     winner = result.winner
     yield f"\nBest of {len(result.searched_trials)} trials: trial {winner.label}"
     for path, value in result.settings.items():
-        yield f"  {path} = {value}"
+        yield f"  {path} = {short(value)}"
     yield ""
     yield from _finalists(result) if result.finalists else _maximum(result)
     for trial in result.references:
@@ -145,6 +146,26 @@ def training_lines(result: TrainingResult, program: str) -> Iterator[str]:
     yield "This training is already done." if result.was_done else "Done."
     yield f"Best validation accuracy {percent(result.val_accuracy)} ({result.outcome})"
     yield from _ways_on(result.folder, result.num_unsent, program)
+
+
+def evaluation_lines(found: Evaluation) -> Iterator[str]:
+    """Yield the result on the test split, just measured or as recorded."""
+    low, high = found.test.interval
+    yield (
+        f"Test accuracy {percent(found.test.share)} ({found.test.num_correct} of "
+        f"{found.test.num_images} images; 95 % interval {percent(low)} to {percent(high)})"
+    )
+    if found.validation is None:
+        yield "This model was trained on the validation images too."
+    else:
+        yield (
+            f"Validation accuracy measured again: {percent(found.validation.share)}; recorded: "
+            f"{percent(found.recorded_validation)}"
+        )
+    times = "for the first time" if found.num_openings == 1 else f"{found.num_openings} times"
+    yield f"This test split was opened {times}."
+    if found.is_recorded:
+        yield "This is the recorded result; add --again to open the split once more."
 
 
 def _ways_on(folder: Path, num_unsent: int, program: str) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from drtune_ray.display.text import duration, percent, short, size
 from drtune_ray.results.trials import TrialSummary
@@ -32,6 +32,10 @@ def status_lines(status: Status, program: str, now: float | None = None) -> Iter
     yield f"{status.kind.capitalize()} {status.folder.name!r}: {status.folder}"
     yield _field("state", _state(status, now))
     yield from _trials(status) if status.kind == "study" else _training(status)
+    if status.evaluation is not None:
+        low, high = status.evaluation.test.interval
+        interval = f"95 % interval {percent(low)} to {percent(high)}"
+        yield _field("test accuracy", f"{percent(status.evaluation.test.share)} ({interval})")
     if status.num_unsent:
         sent = f"{status.num_unsent} events not sent yet"
         later = "" if status.state == RUNNING else f"; send them: {program} sync {status.folder}"
@@ -40,6 +44,22 @@ def status_lines(status: Status, program: str, now: float | None = None) -> Iter
     for note in status.notes:
         yield _field("warning", note)
     yield from _ways_on(status, program)
+
+
+def overview_lines(found: Sequence[Status], now: float | None = None) -> Iterator[str]:
+    """Yield a line for each study or training.
+
+    Args:
+        found: Their statuses.
+        now: Seconds since 1970; None means the present time.
+    """
+    now = time.time() if now is None else now
+    width = max(len(status.folder.name) for status in found)
+    for status in found:
+        name = f"{status.folder.name:<{width}}"
+        done = f"{status.num_done} of {status.num_trials} done"
+        best = percent(status.best.best_val_accuracy) if status.best else "-"
+        yield f"{name}  {status.kind:<8}  {done:>15}  best {best:>8}  {_state(status, now)}"
 
 
 def _state(status: Status, now: float) -> str:
@@ -100,7 +120,7 @@ def _now(status: Status) -> str:
 
 
 def _ways_on(status: Status, program: str) -> Iterator[str]:
-    if status.state == DONE:
+    if status.state == DONE and status.evaluation is None:
         yield _field("test the winner", f"{program} evaluate {status.folder}")
     elif status.state == RUNNING:
         yield _field("resume if stopped", _command(status))

@@ -5,7 +5,6 @@ A failed check does not stop the others; a check that depends on it is skipped w
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from drtune_ray.doctor.findings import Examination, Finding
 from drtune_ray.doctor.node_probe import reading_problem
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.execution.capacity import Capacity, trial_demand, trials_that_fit
-from drtune_ray.execution.environment import ADDRESS, environment
+from drtune_ray.execution.environment import ADDRESS, environment, ray_address
 from drtune_ray.execution.session import ray_session, set_environment
 from drtune_ray.server_uri import ServerUri, with_secrets
 from drtune_ray.study.checks import study_trainings
@@ -167,7 +166,7 @@ def _examine_tracking(exam: Examination, setup: Setup) -> None:
 
 
 def _examine_cluster(exam: Examination, setup: Setup) -> None:
-    address = setup.address or os.environ.get(ADDRESS, "local")
+    address = setup.address or ray_address()
     is_named = address not in ("local", "auto")
     if is_named:
         exam.check(REACHABLE, lambda: check_reachable(address))

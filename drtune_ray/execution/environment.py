@@ -9,8 +9,16 @@ from contextlib import contextmanager
 from typing import Any
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # that is its name
-ADDRESS = "RAY_ADDRESS"
+ADDRESS, LOCAL = "RAY_ADDRESS", "local"
 SUBMITTED_WITH = "drtune_arguments"  # in a job's metadata: those of the command, as JSON
+
+
+def ray_address() -> str:
+    """Return the cluster's address, ``local`` where the variable is not set, or set to nothing.
+
+    Whoever can override a variable but not remove it sets it to nothing (Ray does the same).
+    """
+    return os.environ.get(ADDRESS) or LOCAL
 
 
 @contextmanager

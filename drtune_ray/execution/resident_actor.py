@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from ray import tune
 
 from drtune_ray.config.trial import TrialConfig
@@ -19,10 +18,10 @@ from drtune_ray.execution.worker import TrialRunner, WorkerContext, trial_of
 from drtune_ray.training.checkpoint import TrialFolder
 from drtune_ray.training.reports import (
     CONFIG_NUMBER,
-    OUT_OF_MEMORY,
     EpochReport,
     SavePoint,
     failed_by_point,
+    outcome_of_settings,
     trial_result,
 )
 
@@ -62,8 +61,10 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
                         self._last = trial_result(event, self._runner.context.num_threads)
                         return self._last
                     self._guard.leave_if_told()
-        except torch.OutOfMemoryError:
-            return failed_by_point(OUT_OF_MEMORY, self._last)
+        except Exception as error:
+            if (outcome := outcome_of_settings(error)) is None:
+                raise
+            return failed_by_point(outcome, self._last)
         raise RuntimeError("the trial ended without saying how")
 
     def cleanup(self) -> None:

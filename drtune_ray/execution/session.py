@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from drtune_ray.config.study import ResourcesConfig
 from drtune_ray.config.trial import TrainingConfig
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.execution.capacity import Capacity, trial_demand, trials_that_fit
-from drtune_ray.execution.environment import job_config
+from drtune_ray.execution.environment import LOCAL, job_config, ray_address
 from drtune_ray.execution.interrupts import signals_as_interrupt
 
 _ENVIRONMENT = {
@@ -57,14 +58,14 @@ def ray_session(*, with_dashboard: bool = False) -> Iterator[Capacity]:
     from drtune_ray.execution.ray_state import read_capacity, register_job
 
     was_joined = ray.is_initialized()
-    address = os.environ.get("RAY_ADDRESS", "local")
-    is_local = not was_joined and address == "local"
+    address = ray_address()
+    is_local = not was_joined and address == LOCAL
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if is_local:
             num_cpus = len(os.sched_getaffinity(0))
             # Without an address Ray would look for a cluster that runs on this machine.
-            ray.init("local", num_cpus=num_cpus, include_dashboard=with_dashboard, **quiet)
+            ray.init(LOCAL, num_cpus=num_cpus, include_dashboard=with_dashboard, **quiet)
         elif not was_joined:
             check_address(address)
             ray.init(address, runtime_env={"env_vars": worker_environment()}, **quiet)
@@ -151,11 +152,28 @@ def check_address(address: str) -> None:
 
 def _unreachable(address: str, error: Exception) -> str:
     reason = " ".join(str(error).split())
-    if address == "local":
-        return f"Ray cannot be started: {reason}"
+    if address == LOCAL:
+        return f"Ray cannot be started: {_start_failure(error, reason)}"
     if reason.startswith("Failed to connect"):  # though something answered
         reason += " (if it asks for a token: set RAY_AUTH_MODE=token, and copy ~/.ray/auth_token)"
     return f"the Ray cluster of RAY_ADDRESS={address} cannot be joined: {reason}"
+
+
+def _start_failure(error: Exception, reason: str) -> str:
+    """Return why Ray did not start on this machine, and what to set where that is known."""
+    if "AF_UNIX path length" in reason:
+        return (
+            f"its temporary folder {os.environ.get('RAY_TMPDIR') or tempfile.gettempdir()} has too "
+            "long a path for its sockets: set RAY_TMPDIR=/tmp"
+        )
+    if "timed out during startup" in reason:
+        return f"this machine is slow or busy, try again ({reason})"
+    home = Path("~").expanduser()
+    if isinstance(error, OSError) and error.filename:
+        path = Path(error.filename)
+        if home in (path, *path.parents) or path in home.parents:
+            return f"its token lies below HOME={home} ({reason}): set HOME to a writable folder"
+    return reason
 
 
 @contextmanager

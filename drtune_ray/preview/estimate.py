@@ -7,7 +7,6 @@ reference trials on them, and the number of epochs is simulated.
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from drtune_ray.config.study import StudyConfig
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.splits import VALIDATION
 from drtune_ray.execution.capacity import Capacity, Demand, Node, trial_demand, trials_that_fit
+from drtune_ray.execution.environment import LOCAL, ray_address
 from drtune_ray.preview.measure import Measured, Measurement, free_memory, measured
 from drtune_ray.preview.sample import VIEWS, PlannedTable, Sample, planned_tables, prepared_sample
 from drtune_ray.preview.simulate import Pace, Simulated, Spread, simulated_studies, spread
@@ -135,7 +135,7 @@ def preview_study(config: StudyConfig) -> Preview:
         {"method.bank_size": min(config.trial.method.bank_size, checked.num_train)}
     )
     machine, demand = this_machine(), trial_demand(base.training, config.resources)
-    is_local = os.environ.get("RAY_ADDRESS", "local") == "local"
+    is_local = ray_address() == LOCAL
     capacity = Capacity((Node(machine.num_cpus, machine.num_gpus),), is_local=is_local)
     at_a_time, place_notes = _trials_at_a_time(config, demand, capacity)
     device, device_notes = preparing_device(config.resources, capacity)
@@ -184,7 +184,7 @@ def _trials_at_a_time(
     requested = config.resources.trials_at_a_time
     source = "as many trials as fit here" if requested is None else "resources.trials_at_a_time"
     note = (
-        f"the cluster of RAY_ADDRESS={os.environ['RAY_ADDRESS']} is not reached: measured on this "
+        f"the cluster of RAY_ADDRESS={ray_address()} is not reached: measured on this "
         f"machine, and counted with {source}"
     )
     return requested or max(1, capacity.trials_now(demand)), (note,)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
 
-from drtune_ray.data.manifest_file import read_manifest
-from drtune_ray.data.sources import decode, read_bytes
-from drtune_ray.data.splits import TEST, VALIDATION
+from drtune_ray.data.pixels import WhiteValues, decode
+from drtune_ray.data.sources import read_bytes, whites_of
+from drtune_ray.data.splits import TEST, VALIDATION, read_manifest
 from drtune_ray.data.views import ViewMaker
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.folders import Folder, append_line, as_problem
+from drtune_ray.results.evaluation_record import Accuracy, Evaluation
 from drtune_ray.results.winner import Winner, read_winner
 from drtune_ray.tracking.events import now_ms
 from drtune_ray.training.frozen_features import Normalizer
@@ -25,48 +24,6 @@ from drtune_ray.values import digest
 
 BATCH_ROWS = 64
 OPENINGS_NAME, OPENINGS_FOLDER = "test-openings.jsonl", "test-openings"
-TWO_SIDED_95 = 1.959964
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Number of correct predictions among images, with the 95 % Wilson interval."""
-
-    num_correct: int
-    num_images: int
-
-    @property
-    def share(self) -> float:
-        """Accuracy, 0 to 1."""
-        return self.num_correct / self.num_images
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Lower and upper bound: Wilson, "Probable inference", JASA 1927."""
-        n, z = self.num_images, TWO_SIDED_95
-        centre = (self.share + z * z / (2 * n)) / (1 + z * z / n)
-        spread = self.share * (1 - self.share) / n + z * z / (4 * n * n)
-        half = z / (1 + z * z / n) * math.sqrt(spread)
-        return centre - half, centre + half
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Result of an evaluation on the test split.
-
-    Attributes:
-        test: Accuracy on the test images.
-        validation: Accuracy measured again on the validation images, to show that the model is
-            the recorded one; None if it was trained on these images.
-        recorded_validation: Validation accuracy that the study recorded, 0 to 1; None if the
-            model was trained on these images.
-        num_openings: Number of openings of this test split, including this one.
-    """
-
-    test: Accuracy
-    validation: Accuracy | None
-    recorded_validation: float | None
-    num_openings: int
 
 
 def evaluate(
@@ -93,12 +50,12 @@ def evaluate(
         EnvironmentProblem: If the opening cannot be recorded.
     """
     winner = read_winner(winner_folder)
-    if not manifest_path.exists():
+    manifest = read_manifest(manifest_path)
+    if manifest is None:
         raise ConfigError(
             f"{manifest_path} is missing, which lists the test images: repeat the command that "
             "trained the model to write it again"
         )
-    manifest = read_manifest(manifest_path)
     test = _rows(manifest, TEST)
     seal = digest(sorted(row["content_hash"] for row in test))
     if not again and (damaged := damaged_openings(storage, artifacts)):
@@ -116,15 +73,17 @@ def evaluate(
         )
     recorded = winner.about["val_accuracy"]
     rows = _rows(manifest, VALIDATION)
-    validation = None if recorded is None else measure(winner, root, rows)
+    whites = whites_of(manifest)
+    validation = None if recorded is None else measure(winner, root, rows, whites)
     # Recorded before the result is known: an interrupted evaluation counts as an opening.
-    entry = {"test_split": seal, "model": str(winner_folder), "time_ms": now_ms()}
+    entry: dict[str, Any] = {"test_split": seal, "model": str(winner_folder), "time_ms": now_ms()}
     _record_opening(json.dumps(entry), storage, artifacts)
     return Evaluation(
-        measure(winner, root, test),
+        measure(winner, root, test, whites),
         validation,
         recorded,
         len(openings) + 1,
+        entry["time_ms"],
     )
 
 
@@ -180,7 +139,9 @@ def _record_opening(line: str, storage: Path, artifacts: Folder | None) -> None:
 
 
 @torch.inference_mode()
-def measure(winner: Winner, root: Path, rows: Iterable[dict[str, Any]]) -> Accuracy:
+def measure(
+    winner: Winner, root: Path, rows: Iterable[dict[str, Any]], whites: WhiteValues
+) -> Accuracy:
     """Return the accuracy of a model on rows of a manifest."""
     maker = ViewMaker(winner.trial.data, winner.normalization.interpolation)
     model = winner.model.to(memory_format=torch.channels_last)
@@ -189,7 +150,7 @@ def measure(winner: Winner, root: Path, rows: Iterable[dict[str, Any]]) -> Accur
     num_correct = 0
     for at in range(0, len(rows), BATCH_ROWS):
         part = rows[at : at + BATCH_ROWS]
-        views = [maker.evaluation_view(decode(read_bytes(root, row))) for row in part]
+        views = [maker.evaluation_view(decode(read_bytes(root, row), whites)) for row in part]
         pixels = torch.stack([torch.tensor(view) for view in views])
         labels = torch.tensor([row["label"] for row in part])
         logits = model(normalizer(pixels))

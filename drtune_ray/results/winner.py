@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from torch import nn
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.views import Normalization
 from drtune_ray.errors import ConfigError, EnvironmentProblem, first_line
+from drtune_ray.results.evaluation_record import WEIGHTS_NAME
 from drtune_ray.training.backbones import read_backbone
 from drtune_ray.training.checkpoint import check_best, read_checkpoint
 from drtune_ray.training.model import classifier
+from drtune_ray.training.weights_file import NORMALIZATION
 from drtune_ray.values import read_yaml, to_yaml
 
-WEIGHTS_NAME, ABOUT_NAME = "model.safetensors", "model.yaml"
+ABOUT_NAME = "model.yaml"
 CARD = {"about": dict, "classes": list, "normalization": dict, "trial": dict}  # types in the card
 
 
@@ -71,10 +74,10 @@ def write_winner(
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    safetensors.torch.save_file(
-        {name: tensor.contiguous() for name, tensor in best["model"].items()},
-        temporary / WEIGHTS_NAME,
-    )
+    tensors = {name: tensor.contiguous() for name, tensor in best["model"].items()}
+    recorded = {NORMALIZATION: json.dumps(asdict(normalization))}
+    # `save_file` would let only the owner read it, whatever the umask.
+    (temporary / WEIGHTS_NAME).write_bytes(safetensors.torch.save(tensors, recorded))
     card = {
         "about": about | {"epoch": best["record"]["epoch"]},
         "classes": list(classes),

@@ -25,10 +25,9 @@ from drtune_ray.search.budget import REACHED_TARGET, STOPPED_BY_BUDGET, Budget
 from drtune_ray.search.objectives import final_values
 from drtune_ray.training.reports import (
     COMPLETED,
-    DIVERGED,
     NUM_THREADS,
     OBJECTIVE,
-    OUT_OF_MEMORY,
+    OF_SETTINGS,
     OUTCOME,
     PATIENCE,
     result_history,
@@ -75,7 +74,7 @@ class Outcomes:
         self.report(trial, result)
         outcome = result[OUTCOME] or self._why_stopped(result)
         trial.set_user_attr(NUM_THREADS, result[NUM_THREADS])
-        if outcome in (DIVERGED, OUT_OF_MEMORY):
+        if outcome in OF_SETTINGS:
             self._end(trial, TrialState.PRUNED, outcome, violation=1.0)
         elif outcome in (COMPLETED, PATIENCE, REACHED_TARGET) and math.isfinite(result[OBJECTIVE]):
             self._end(trial, TrialState.COMPLETE, outcome, values=self._values(trial, result))

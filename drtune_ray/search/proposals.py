@@ -11,12 +11,12 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from drtune_ray.config.trial import TRIAL_NOT_DECIDING, TrialConfig
+from drtune_ray.config.trial import TRIAL_NOT_DECIDING, TrialConfig, deciding_settings
 from drtune_ray.errors import ConfigError
 from drtune_ray.results import trials
 from drtune_ray.search.budget import Budget
 from drtune_ray.space.search_space import SearchSpace
-from drtune_ray.values import digest, flattened_without
+from drtune_ray.values import digest
 
 # Infeasible or duplicate points that are proposed in a row before the space is taken for empty.
 MAX_UNTRAINED_IN_A_ROW = 100
@@ -287,4 +287,4 @@ class FinalistProposals(Proposals):
 
 def _content(config: Mapping[str, Any]) -> str:
     """Return a digest of what decides a trial's result; two of the same digest are duplicates."""
-    return digest(flattened_without(config, TRIAL_NOT_DECIDING))
+    return digest(deciding_settings(config, TRIAL_NOT_DECIDING))

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import drtune_ray
 from drtune_ray.config.section import validated
+from drtune_ray.config.study import RECORD_FILE as RECORD_FILE
 from drtune_ray.config.study import StudyConfig, TrackingConfig
 from drtune_ray.errors import ConfigError, EnvironmentProblem
-from drtune_ray.folders import LocalFolder
+from drtune_ray.folders import LocalFolder, open_folder
 from drtune_ray.values import full_path, read_yaml, to_yaml
 
-RECORD_FILE = "study.yaml"
-# What else lies in the folder of a study or training.
+# What lies in the folder of a study or training beside its record.
 JOURNAL_NAME, SPLITS_NAME, TRIALS_NAME = "optuna.journal", "splits.parquet", "trials.parquet"
 WINNER_NAME, SPOOL_NAME, TRIALS_FOLDER = "winner", "spool", "trials"
 DONE_NAME = "done"  # written last
@@ -109,6 +110,31 @@ def _damaged(path: Path, reason: object) -> EnvironmentProblem:
     )
 
 
+def recorded_config(folder: Path, kind: str, uri: str | None) -> dict[str, Any]:
+    """Return the configuration in the record of a study or training; empty if there is none.
+
+    Args:
+        folder: Its folder under the storage.
+        kind: `STUDY` or `TRAINING`.
+        uri: URI of the artifacts, which hold the record if this disk does not.
+
+    Raises:
+        ConfigError: If the record is damaged.
+        OSError: If the artifacts hold no record or cannot be reached.
+    """
+    if (folder / RECORD_FILE).exists():
+        record = read_record(folder)
+    elif uri:
+        with TemporaryDirectory() as temporary:
+            copy = Path(temporary)
+            open_folder(uri).below(folder.name).download(RECORD_FILE, copy / RECORD_FILE)
+            record = read_record(copy)
+    else:
+        return {}
+    is_one = record.kind == kind and isinstance(record.config, dict)
+    return record.config if is_one else {}
+
+
 def find_study(name_or_folder: str, storage: str) -> Path:
     """Find the folder of a study, given as a folder or as a name under the storage.
 
@@ -119,12 +145,28 @@ def find_study(name_or_folder: str, storage: str) -> Path:
     for folder in (full_path(name_or_folder), base / name_or_folder):
         if (folder / RECORD_FILE).exists():
             return folder
-    there = sorted(path.parent.name for path in base.glob(f"*/{RECORD_FILE}"))
+    there = [path.name for path in _studies(base)]
     raise ConfigError(
         f"there is no study {name_or_folder!r} under {base}"
         + (f"; there are {there}" if there else "")
         + ": give its name and --storage, or its folder"
     )
+
+
+def find_studies(storage: str) -> list[Path]:
+    """Return the folders of the studies and trainings under a storage, by name.
+
+    Raises:
+        ConfigError: If there are none.
+    """
+    base = full_path(storage)
+    if found := _studies(base):
+        return found
+    raise ConfigError(f"{base} holds no study: give the --storage of your studies")
+
+
+def _studies(base: Path) -> list[Path]:
+    return sorted(path.parent for path in base.glob(f"*/{RECORD_FILE}"))
 
 
 def write_done(config: StudyConfig, num_trials: int) -> None:

@@ -15,7 +15,7 @@ from drtune_ray.storage.optuna_storage import check_database
 from drtune_ray.study.final_fit import with_final_workers
 from drtune_ray.study.inputs import StudyInputs, check_encoders, check_inputs
 from drtune_ray.study.tables import table_variants
-from drtune_ray.tracking.mlflow_recorder import check_tracking
+from drtune_ray.tracking.mlflow_recorder import check_tracking, ignored_variables
 from drtune_ray.training.model import check_trial
 from drtune_ray.values import full_path
 
@@ -54,7 +54,8 @@ def check_study(
         trial = reference_config(config.trial, name)
         size = min(trial.method.bank_size, highest)
         references.append(FixedTrial(name, trial.with_values({"method.bank_size": size})))
-    return checked, space, tuple(references), (checked.summary(), *notes)
+    said = (*checked.notes(), *ignored_variables(config.tracking), *notes)
+    return checked, space, tuple(references), said
 
 
 def _check_final_fit(config: StudyConfig, num_train: int) -> None:

@@ -159,12 +159,13 @@ class StudyDriver:
         budget, proposals = self._search_proposals()
         if not proposals.has_next():
             return
-        variants = table_variants(self.space, self.base)
-        tables = self._prepare([*variants, *(r.config for r in self.references)])
+        device = self._preparing_device()
         known = [t for t in self.study.get_trials(deepcopy=False) if is_searched(t)]
         num_done = sum(trial.state in RESULT_STATES for trial in known)
         tune_run = TuneRun(self.config, self._run_context())
         self._plan(on_plan, SEARCH, self.config.trials, num_done, tune_run)
+        variants = table_variants(self.space, self.base)
+        tables = self._prepare([*variants, *(r.config for r in self.references)], device)
         scheduler = build_scheduler(
             self.config.scheduler, self.base.training.last_epoch, proposals.reference_numbers
         )
@@ -198,10 +199,11 @@ class StudyDriver:
         proposals = FinalistProposals(self.study, wanted)
         if not proposals.has_next():
             return
-        tables = self._prepare([repetition.config for repetition in wanted])
+        device = self._preparing_device()
         tune_run = TuneRun(self.config, self._run_context())
         num_done = sum(len(finalist.runs) for finalist in chosen)
         self._plan(on_plan, FINALISTS, len(wanted), num_done, tune_run)
+        tables = self._prepare([repetition.config for repetition in wanted], device)
         outcomes = Outcomes(self.study, None, self.config.objectives, self._costs(tables))
         tune_run.run(StudySearch(proposals, outcomes), tables)
 
@@ -244,12 +246,16 @@ class StudyDriver:
             on_interrupt=self._tell_interruption,
         )
 
-    def _prepare(self, configs: Iterable[TrialConfig]) -> dict[str, Tables]:
+    def _preparing_device(self) -> str:
+        """Return the device for the frozen features; the plan reports it where it is slow."""
+        if self.cluster is None:
+            return "cpu"
+        device, notes = preparing_device(self.config.resources, self.cluster.capacity)
+        self.notes += tuple(note for note in notes if note not in self.notes)
+        return device
+
+    def _prepare(self, configs: Iterable[TrialConfig], device: str) -> dict[str, Tables]:
         """Prepare the tables that these trials read; return them by `TrialConfig.tables_key`."""
-        device = "cpu"
-        if self.cluster is not None:
-            device, notes = preparing_device(self.config.resources, self.cluster.capacity)
-            self.notes += tuple(note for note in notes if note not in self.notes)
         tables = prepare_all(self.checked, configs, self._store, device)
         self.artifacts.keep_shared(manifest_path(self.config.trial.data, self.storage))
         return tables

@@ -10,12 +10,15 @@ from typing import Any
 
 from drtune_ray.config.study import ResourcesConfig
 from drtune_ray.config.trial import DataConfig, TrialConfig
-from drtune_ray.data.manifest_file import read_manifest
+from drtune_ray.data.report import image_changes, image_notes
 from drtune_ray.data.sources import scan_class_folders
-from drtune_ray.data.splits import TRAIN, VALIDATION, Splits, make_splits
+from drtune_ray.data.splits import TRAIN, VALIDATION, Splits, make_splits, read_manifest
 from drtune_ray.errors import ConfigError, EnvironmentProblem
-from drtune_ray.training.backbones import Backbone, KeyReport, load_backbone
-from drtune_ray.training.model import check_trial
+from drtune_ray.storage.record import SPLITS_NAME
+from drtune_ray.study.sizes import check_disk, check_memory
+from drtune_ray.training.backbones import Backbone, load_backbone, normalization_note
+from drtune_ray.training.model import check_last_batch, check_trial
+from drtune_ray.training.weights_loading import KeyReport
 from drtune_ray.values import digest, full_path
 
 
@@ -27,13 +30,17 @@ class StudyInputs:
         splits: Images and their splits.
         backbone: Pretrained encoder of the trial, or of the base of a study.
         key_report: How the weights matched the encoder.
+        normalization_note: Normalization of the images, and who decided it.
         more: Encoders of other trials of the study, by `_encoder_key`.
+        more_notes: Lines about the weights of these encoders, where they differ.
     """
 
     splits: Splits
     backbone: Backbone
     key_report: KeyReport
+    normalization_note: str
     more: Mapping[str, Backbone] = field(default_factory=dict)
+    more_notes: tuple[str, ...] = ()
 
     @property
     def weights_digest(self) -> str:
@@ -49,6 +56,11 @@ class StudyInputs:
     def num_train(self) -> int:
         """Number of training images."""
         return self.splits.count(TRAIN)
+
+    def notes(self) -> tuple[str, ...]:
+        """Return the lines about images and weights that precede the first trial."""
+        images = image_notes(self.splits)
+        return (self.summary(), *images, self.normalization_note, *self.more_notes)
 
     def summary(self) -> str:
         """Return a line about the images and the weights."""
@@ -97,13 +109,21 @@ def check_inputs(
     if splits is not None:
         gpus = (resources or ResourcesConfig()).worker_gpus(config.training.max_workers)
         problems.extend(check_trial(config, splits.count(TRAIN), on_gpus=gpus > 0))
-    loaded = attempt(lambda: load_backbone(config.backbone, config.data.image_size))
+    too_large = check_memory(config)
+    problems.extend(too_large)
+    if not too_large:  # loading runs the encoder on an image
+        loaded = attempt(lambda: load_backbone(config.backbone, config.data.image_size))
     if problems:
         raise ConfigError([*problems, *map(str, of_environment)])
     if of_environment:
         raise of_environment[0]
     backbone, report = loaded
-    return StudyInputs(splits, backbone, report)
+    num_train = splits.count(TRAIN)
+    problems = check_disk(config, num_train, backbone.num_features, storage)
+    problems += check_last_batch(config, num_train, backbone)
+    if problems:
+        raise ConfigError(problems)
+    return StudyInputs(splits, backbone, report, normalization_note(config.backbone, backbone))
 
 
 def check_storage(storage: Path) -> None:
@@ -130,17 +150,22 @@ def check_encoders(checked: StudyInputs, configs: Iterable[TrialConfig]) -> Stud
         EnvironmentProblem: If weights cannot be fetched.
     """
     more: dict[str, Backbone] = {}
+    lines: list[str] = []
     problems: list[str] = []
     for config in configs:
         key = _encoder_key(config)
         try:
             if key not in more:
-                more[key] = load_backbone(config.backbone, config.data.image_size)[0]
+                more[key], report = load_backbone(config.backbone, config.data.image_size)
+                note = normalization_note(config.backbone, more[key])
+                lines.append(f"{more[key].name}: {report}; {note}")
         except ConfigError as error:
             problems.extend(error.problems)
     if problems:
         raise ConfigError(problems)
-    return replace(checked, more=more)
+    known = f"{checked.backbone.name}: {checked.key_report}; {checked.normalization_note}"
+    others = tuple(line for line in dict.fromkeys(lines) if line != known)  # one an image size
+    return replace(checked, more=more, more_notes=others)
 
 
 def _encoder_key(config: TrialConfig) -> str:
@@ -160,5 +185,17 @@ def manifest_path(config: DataConfig, storage: Path) -> Path:
 
 def _splits(config: DataConfig, storage: Path) -> Splits:
     path = manifest_path(config, storage)
-    former = read_manifest(path) if path.exists() else None
-    return make_splits(scan_class_folders(data_root(config), former), config, former)
+    former = read_manifest(path)
+    folder = scan_class_folders(data_root(config), former, skip_bad=config.skip_bad)
+    return make_splits(folder, config, former)
+
+
+def changed_images(folder: Path, splits: Splits) -> list[str]:
+    """Return how the images differ from those that a study or training began with.
+
+    Args:
+        folder: Folder of the study or training.
+        splits: Splits of the images now.
+    """
+    former = read_manifest(folder / SPLITS_NAME)
+    return [] if former is None else image_changes(former, splits.manifest)

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from drtune_ray.training.backbones import DEMO_BACKBONE, has_demo_weights
+from drtune_ray.config.demo_weights import DEMO_BACKBONE, has_demo_weights
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,11 @@ class Machine:
         """Return the numbers as a phrase."""
         gpus = f" and {self.num_gpus} GPUs" if self.num_gpus else ", no GPU"
         return f"{self.num_cpus} CPUs{gpus}"
+
+
+def without_gpus() -> Machine:
+    """Return this machine as if it had no CUDA devices, whose count needs torch."""
+    return Machine(len(os.sched_getaffinity(0)), 0)
 
 
 def this_machine() -> Machine:

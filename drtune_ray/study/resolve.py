@@ -1,14 +1,17 @@
 """The full configuration from a file, flags, assignments and defaults.
 
-Precedence: ``--set`` > flags > file > defaults that fit the machine.
+Precedence: ``--set`` > flags > file > what the study began with > defaults that fit the machine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from drtune_ray.config.demo_weights import DEMO_BACKBONE
 from drtune_ray.config.section import validated
 from drtune_ray.config.sources import (
     data_folder,
@@ -18,16 +21,48 @@ from drtune_ray.config.sources import (
     read_settings,
     trial_values,
 )
-from drtune_ray.config.study import TRAINING, ResourcesConfig, StudyConfig
+from drtune_ray.config.study import STUDY, TRAINING, ResourcesConfig, StudyConfig, study_name
 from drtune_ray.config.trial import DataConfig, TrialConfig
-from drtune_ray.data.sources import IMAGE_SUFFIXES
-from drtune_ray.study.machine import fitting_defaults, this_machine
-from drtune_ray.training.backbones import DEMO_BACKBONE
+from drtune_ray.data.listing import check_root, list_class_folders
+from drtune_ray.errors import DrtuneError
+from drtune_ray.storage.record import recorded_config
+from drtune_ray.study.machine import Machine, fitting_defaults, this_machine, without_gpus
 from drtune_ray.values import deep_merge, flattened, full_path, nested, parse_assignments
+
+SPACE = "space"
+# Settings whose default is chosen once, when a study begins: a guess on another machine, or with
+# other images in the folder, would make another study of it.
+CHOSEN_ONCE_OF_TRIAL = (
+    "backbone.name",
+    "backbone.weights",
+    "data.image_size",
+    "training.epochs",
+    "training.batch_size",
+)
+CHOSEN_ONCE = ("trials", SPACE, *(f"trial.{path}" for path in CHOSEN_ONCE_OF_TRIAL))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a study or training is recorded.
+
+    Attributes:
+        storage: Folder of all studies and trainings.
+        name: Its name. Default: `training_name`.
+        artifacts: URI of the files that outlive the driver's disk.
+    """
+
+    storage: str
+    name: str | None = None
+    artifacts: str | None = None
 
 
 def study_request(
-    study_file: Path | None, assignments: Iterable[str], flags: Mapping[str, Any]
+    study_file: Path | None,
+    assignments: Iterable[str],
+    flags: Mapping[str, Any],
+    *,
+    needs_images: bool = True,
 ) -> tuple[StudyConfig, list[str]]:
     """Return a study's configuration, and sentences about the chosen defaults.
 
@@ -35,26 +70,48 @@ def study_request(
         study_file: YAML of a `StudyConfig`, or a study's record; None if there are only flags.
         assignments: Strings ``path=value``, with paths of the trial or of the study.
         flags: Flags of the command line; see `merged_study`.
+        needs_images: Whether a folder of images that is missing is refused at once.
 
     Raises:
         ConfigError: Naming every problem.
     """
     asked = merged_study(study_file, assignments, flags)
-    trial = asked["trial"]
-    defaults = _fitted(
-        fitting_defaults(this_machine()), trial, data_folder(trial, "trial."), "trial."
+    folder = data_folder(asked["trial"], "trial.")
+    recorded = _recorded(_place_of(asked), STUDY, CHOSEN_ONCE, asked)
+
+    def resolved(machine: Machine, num_train: int | None) -> tuple[StudyConfig, dict[str, Any]]:
+        defaults = _fitted(fitting_defaults(machine), asked["trial"], num_train, "trial.")
+        defaults["resources"] = _fitting_resources(defaults, mapping_of(asked, "resources"))
+        settings = deep_merge(deep_merge(defaults, nested(recorded)), asked)
+        return StudyConfig.from_mapping(settings), defaults
+
+    resolved(without_gpus(), None)  # refuses at once what is wrong: counting GPUs needs torch
+    if needs_images:
+        check_root(folder)
+    config, defaults = resolved(
+        this_machine(), _num_train_at_least(folder, asked["trial"], "trial.")
     )
-    defaults["resources"] = _fitting_resources(defaults, mapping_of(asked, "resources"))
-    config = StudyConfig.from_mapping(deep_merge(defaults, asked))
-    return config, _say(defaults, asked)
+    return config, _say(defaults, recorded, asked)
 
 
 def trial_request(
-    trial_file: Path | None, assignments: Iterable[str], flags: Mapping[str, Any]
+    trial_file: Path | None,
+    assignments: Iterable[str],
+    flags: Mapping[str, Any],
+    place: Place | None = None,
 ) -> tuple[TrialConfig, ResourcesConfig, list[str]]:
     """Return the configuration of a single training, and the resources of its workers.
 
     The file may hold ``resources`` beside the settings of the trial, as a study's does.
+
+    Args:
+        trial_file: YAML of a `TrialConfig`, or a training's record; None if there are only flags.
+        assignments: Strings ``path=value``.
+        flags: Flags of the command line; see `TRIAL_FLAGS`.
+        place: Where the training is recorded, if it may have begun already.
+
+    Raises:
+        ConfigError: Naming every problem.
     """
     trial = read_settings(trial_file, TRAINING) if trial_file else {}
     trial = deep_merge(trial, nested(trial_values(flags)))
@@ -62,24 +119,60 @@ def trial_request(
     asked = mapping_of(trial, "resources")
     trial.pop("resources", None)
     folder = data_folder(trial)
-    defaults = _fitted(fitting_defaults(this_machine()), trial, folder)
     preset = trial.pop("preset", None)
-    config = TrialConfig.from_mapping(deep_merge(defaults["trial"], trial), preset=preset)
-    fitting = _fitting_resources(defaults, asked)
-    resources = validated(ResourcesConfig, fitting | dict(asked), "resources.")
-    said = _say({"trial": defaults["trial"]}, {"trial": trial})
-    return config, resources, said
+    recorded: dict[str, Any] = {}
+    if place is not None:
+        name = place.name or training_name(folder)
+        place = Place(place.storage, name, place.artifacts)
+        recorded = _recorded(place, TRAINING, CHOSEN_ONCE_OF_TRIAL, trial)
+
+    def resolved(
+        machine: Machine, num_train: int | None
+    ) -> tuple[TrialConfig, ResourcesConfig, dict[str, Any]]:
+        defaults = _fitted(fitting_defaults(machine), trial, num_train)
+        chosen = deep_merge(defaults["trial"], nested(recorded))
+        config = TrialConfig.from_mapping(deep_merge(chosen, trial), preset=preset)
+        fitting = _fitting_resources(defaults, asked)
+        resources = validated(ResourcesConfig, fitting | dict(asked), "resources.")
+        return config, resources, defaults["trial"]
+
+    resolved(without_gpus(), None)  # refuses at once what is wrong: counting GPUs needs torch
+    check_root(folder)
+    config, resources, defaults = resolved(this_machine(), _num_train_at_least(folder, trial))
+    return config, resources, _say(defaults, recorded, trial)
 
 
-def default_name(config: TrialConfig) -> str:
-    """Return the default name, that of the folder of images."""
-    return name_of(full_path(config.data.train))
+def training_name(images: str | Path) -> str:
+    """Return the default name of a training, made from its folder of images."""
+    return f"{name_of(full_path(images))}-train"
+
+
+def _place_of(asked: Mapping[str, Any]) -> Place:
+    """Return the place that settings give, which nothing has validated yet."""
+    default = StudyConfig.model_fields["storage"].default
+    storage, name, uri = asked.get("storage", default), asked["name"], asked.get("artifacts")
+    return Place(str(storage), str(name), uri if isinstance(uri, str) else None)
+
+
+def _recorded(
+    place: Place, kind: str, paths: Iterable[str], asked: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the settings among some paths that a study began with and nobody gives now."""
+    config: Mapping[str, Any] = {}
+    # What is wrong with the place or its record is reported when it is checked or opened.
+    with suppress(DrtuneError, ValueError, OSError):
+        folder = full_path(place.storage) / study_name(place.name or "")
+        config = recorded_config(folder, kind, place.artifacts)
+    given = _given(asked)
+    there = flattened({key: value for key, value in config.items() if key != SPACE})
+    there |= {key: value for key, value in config.items() if key == SPACE}
+    return {path: there[path] for path in paths if path in there and path not in given}
 
 
 def _fitted(
-    defaults: dict[str, Any], trial: Mapping[str, Any], folder: Path, prefix: str = ""
+    defaults: dict[str, Any], trial: Mapping[str, Any], num_train: int | None, prefix: str = ""
 ) -> dict[str, Any]:
-    """Return the defaults, adjusted to the given settings."""
+    """Return the defaults, adjusted to the given settings and the number of training images."""
     backbone = mapping_of(trial, "backbone", prefix)
     name, weights = backbone.get("name"), backbone.get("weights")
     chosen: dict[str, Any] = {}
@@ -88,8 +181,7 @@ def _fitted(
     if weights == "demo" and not name:
         chosen["trial.backbone.name"] = DEMO_BACKBONE
     size = defaults["trial"]["training"]["batch_size"]
-    num_train = _num_train_at_least(folder, mapping_of(trial, "data"))
-    while size > max(num_train, 2):
+    while num_train is not None and size > max(num_train, 2):
         size //= 2
     chosen["trial.training.batch_size"] = size
     return deep_merge(defaults, nested(chosen))
@@ -101,28 +193,35 @@ def _fitting_resources(defaults: Mapping[str, Any], asked: Mapping[str, Any]) ->
     return {key: value for key, value in defaults["resources"].items() if key != replaced}
 
 
-def _num_train_at_least(folder: Path, data: Mapping[str, Any]) -> int:
+def _num_train_at_least(folder: Path, trial: Mapping[str, Any], prefix: str = "") -> int:
     """Return a lower bound of the number of training images, before they are scanned."""
-    if not folder.is_dir():
-        return 0
-    classes = [path for path in folder.iterdir() if path.is_dir()]
-    images = sum(p.suffix.lower() in IMAGE_SUFFIXES for c in classes for p in c.rglob("*"))
+    data = mapping_of(trial, "data", prefix)
+    listing = list_class_folders(folder)
+    images, num_classes = listing.num_images, len(listing.images)
     if isinstance(data.get("train_per_class"), int):
-        return int(data["train_per_class"]) * len(classes)
+        return int(data["train_per_class"]) * num_classes
     fields = DataConfig.model_fields
     shares = [
         data.get(key, fields[key].default) for key in ("validation_fraction", "test_fraction")
     ]
     if not all(isinstance(share, float) and 0.0 < share < 1.0 for share in shares):
         return images  # refused later, with its name
-    return int(images * (1.0 - sum(shares))) - 2 * len(classes)
+    return int(images * (1.0 - sum(shares))) - 2 * num_classes
 
 
-def _say(defaults: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    given = flattened(asked)
-    # A space that is written out stands there as the paths below it.
-    groups = {path.partition(".")[0] for path in given}
-    chosen = [f"{k}={v}" for k, v in flattened(defaults).items() if k not in given.keys() | groups]
-    if not chosen:
-        return []
-    return [f"Defaults for this machine ({this_machine().describe()}): {', '.join(chosen)}"]
+def _given(asked: Mapping[str, Any]) -> set[str]:
+    """Return the paths that settings give; a space that is written out is one of them."""
+    paths = flattened(asked).keys()
+    return {*paths, *(path.partition(".")[0] for path in paths)}
+
+
+def _say(
+    defaults: Mapping[str, Any], recorded: Mapping[str, Any], asked: Mapping[str, Any]
+) -> list[str]:
+    """Return a sentence about the defaults of the record, and one about those of the machine."""
+    known = _given(asked) | recorded.keys()
+    fitted = [f"{key}={value}" for key, value in flattened(defaults).items() if key not in known]
+    found = [f"{k}={v}" if k != SPACE else k for k, v in recorded.items()]
+    machine = f"Defaults for this machine ({this_machine().describe()})"
+    kinds = {"Recorded when it began": found, machine: fitted}
+    return [f"{what}: {', '.join(texts)}" for what, texts in kinds.items() if texts]

@@ -11,7 +11,7 @@ from pathlib import Path
 from optuna.trial import FrozenTrial
 
 from drtune_ray.config.study import STUDY, StudyConfig
-from drtune_ray.data.manifest_file import write_manifest
+from drtune_ray.data.splits import write_manifest
 from drtune_ray.execution.capacity import Capacity
 from drtune_ray.execution.resource_wait import Notify
 from drtune_ray.execution.session import ready_cluster
@@ -39,7 +39,7 @@ from drtune_ray.storage.record import (
 from drtune_ray.storage.stored_trials import stored_trials
 from drtune_ray.study.checks import check_study, space_content, study_trainings
 from drtune_ray.study.driver import StudyDriver
-from drtune_ray.study.inputs import data_root, manifest_path
+from drtune_ray.study.inputs import changed_images, data_root, manifest_path
 from drtune_ray.study.opened import opened_study
 from drtune_ray.study.result import StudyPlan, StudyResult
 from drtune_ray.tracking.events import Sink
@@ -83,7 +83,9 @@ def run_study(
     config = config.model_copy(update={"space": space_content(config), "trial": trial})
     values = config.to_mapping()
     deciding = deciding_values(values, checked.splits.content_digest(), checked.weights_digest)
-    former_record(config.folder, STUDY, deciding)  # refuse a taken name before Ray starts
+    # Refuse a taken name before Ray starts.
+    changes = partial(changed_images, config.folder, checked.splits)
+    former_record(config.folder, STUDY, deciding, changes)
     with (
         opened_study(config.folder, artifacts, _cluster(config), on_notice) as opened,
         database_as_problem(config.optuna_storage),
@@ -96,7 +98,7 @@ def run_study(
             former = read_record(config.folder)
             check_storage_of(former, config.optuna_storage, storage, artifacts)
         record = open_record(
-            config.folder, STUDY, values, deciding, config.tracking, config.artifacts
+            config.folder, STUDY, values, deciding, config.tracking, config.artifacts, changes
         )
         write_manifest(checked.splits.manifest, config.folder / SPLITS_NAME)
         artifacts.keep(RECORD_FILE, SPLITS_NAME)

@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from drtune_ray.config.study import STUDY, StudyConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.execution.environment import SUBMITTED_WITH, job_config
 from drtune_ray.folders import LocalFolder, files_as_problem
+from drtune_ray.results.evaluation_record import WEIGHTS_NAME, Evaluation, read_result
 from drtune_ray.results.trials import TrialSummary, summaries
 from drtune_ray.space.parameters import path_of
 from drtune_ray.storage.driver_lock import HOLDER_NAME, driver_of
@@ -26,6 +27,7 @@ from drtune_ray.storage.record import (
     JOURNAL_NAME,
     SPOOL_NAME,
     TRIALS_FOLDER,
+    WINNER_NAME,
     Record,
     find_study,
     read_record,
@@ -64,6 +66,7 @@ class Status:
         trials: All trials by number; a training is one.
         sampled: Paths of the settings that were sampled for a trial, by its number.
         num_unsent: Number of events that MLflow has not received.
+        evaluation: Recorded result of the winner on the test split; None if it was not opened.
         num_bytes: Size of the folder in bytes, without the tables that studies share.
         command: Command that resumes it; None if it was not started from a command line.
         notes: Sentences on what could not be read.
@@ -79,6 +82,7 @@ class Status:
     trials: tuple[TrialSummary, ...]
     sampled: Mapping[int, tuple[str, ...]]
     num_unsent: int
+    evaluation: Evaluation | None
     num_bytes: int
     command: str | None
     notes: tuple[str, ...]
@@ -164,6 +168,7 @@ def read_status(name_or_folder: str, storage: str) -> Status:
         trials=trials,
         sampled=sampled,
         num_unsent=spool.num_unsent() if spool else 0,
+        evaluation=read_result(folder, folder / WINNER_NAME / WEIGHTS_NAME),
         num_bytes=sum(_sizes(folder)),
         command=_read_command(folder),
         notes=tuple(notes),
@@ -307,6 +312,7 @@ def facts(status: Status, now: float | None = None) -> dict[str, Any]:
         "num_done": status.num_done,
         "outcomes": status.outcomes,
         "best": vars(best) if best else None,
+        "evaluation": asdict(status.evaluation) if status.evaluation else None,
         "settings": best_settings(status),
         "searched": status.searched,
         "references": [vars(trial) for trial in status.references],

@@ -11,8 +11,7 @@ from drtune_ray.config.study import ResourcesConfig
 from drtune_ray.config.trial import TABLES_PATHS, TrialConfig
 from drtune_ray.data.cache import table_name, write_images
 from drtune_ray.data.dataset import Tables
-from drtune_ray.data.manifest_file import write_manifest
-from drtune_ray.data.splits import Splits
+from drtune_ray.data.splits import Splits, write_manifest
 from drtune_ray.data.table_store import TableStore
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.execution.capacity import Capacity

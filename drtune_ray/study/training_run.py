@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from drtune_ray.config.study import TRAINING, ResourcesConfig, TrackingConfig, study_name
 from drtune_ray.config.trial import TrialConfig
-from drtune_ray.data.manifest_file import write_manifest
+from drtune_ray.data.splits import write_manifest
 from drtune_ray.data.table_store import TableStore
 from drtune_ray.errors import ConfigError, DrtuneError, EnvironmentProblem, first_line
 from drtune_ray.execution.capacity import WORKERS, trial_demand
@@ -30,6 +32,7 @@ from drtune_ray.storage.record import (
 )
 from drtune_ray.study.inputs import (
     StudyInputs,
+    changed_images,
     check_inputs,
     data_root,
     manifest_path,
@@ -37,7 +40,7 @@ from drtune_ray.study.inputs import (
 from drtune_ray.study.opened import opened_study
 from drtune_ray.study.tables import prepare, preparing_device
 from drtune_ray.tracking.events import FilesReady, RunFinished, RunStarted, Sink, fan_out
-from drtune_ray.tracking.mlflow_recorder import build_recorder, check_tracking
+from drtune_ray.tracking.mlflow_recorder import build_recorder, check_tracking, ignored_variables
 from drtune_ray.tracking.spool import BackgroundWriter, Spool, send_rest
 from drtune_ray.training.checkpoint import trial_identity
 from drtune_ray.training.reports import COMPLETED, OBJECTIVE, OUTCOME, PATIENCE
@@ -76,6 +79,7 @@ def run_training(
     tracking: TrackingConfig | None = None,
     artifacts: str | None = None,
     observer: Sink | None = None,
+    on_plan: Callable[[Sequence[str]], None] = lambda notes: None,
     on_notice: Notify = logger.warning,
 ) -> TrainingResult:
     """Train one configuration with ``training.workers`` workers; the same call resumes.
@@ -88,6 +92,7 @@ def run_training(
         tracking: Settings of MLflow.
         artifacts: URI for the files that the next driver needs; None keeps them in the storage.
         observer: Takes the events as they happen.
+        on_plan: Called before the first epoch with sentences about images, weights and records.
         on_notice: Takes a line for the user while the workers cannot start.
 
     Raises:
@@ -105,16 +110,19 @@ def run_training(
     values = config.to_mapping()
     deciding = deciding_values(values, checked.splits.content_digest(), checked.weights_digest)
     folder = storage / name
-    former_record(folder, TRAINING, deciding)  # refuse a taken name before Ray starts
+    # Refuse a taken name before Ray starts.
+    changes = partial(changed_images, folder, checked.splits)
+    former_record(folder, TRAINING, deciding, changes)
     joining = ready_cluster({WORKERS: config.training}, resources, with_dashboard=True)
     is_done = (folder / DONE_NAME).exists()
     with opened_study(folder, kept, nullcontext() if is_done else joining, on_notice) as opened:
-        record = open_record(folder, TRAINING, values, deciding, tracking, artifacts)
+        record = open_record(folder, TRAINING, values, deciding, tracking, artifacts, changes)
         spool = Spool(folder / SPOOL_NAME)
         was_done = (folder / DONE_NAME).exists()
         if not was_done and opened.cluster:
             write_manifest(checked.splits.manifest, folder / SPLITS_NAME)
             kept.keep(RECORD_FILE, SPLITS_NAME)
+            on_plan((*checked.notes(), *ignored_variables(tracking)))
             recorder = build_recorder(tracking, storage, record.study_id)
             with kept.unsent_kept(spool), BackgroundWriter(spool, recorder) as writer:
                 emit = fan_out(writer.emit, observer)

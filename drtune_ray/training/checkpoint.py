@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from drtune_ray.config.trial import TRIAL_NOT_DECIDING, TrialConfig
+from drtune_ray.config.trial import TRIAL_NOT_DECIDING, TrialConfig, deciding_settings
 from drtune_ray.errors import CheckpointError
 from drtune_ray.folders import Folder, LocalFolder
 from drtune_ray.training.distributed import ProcessGroup, gather_objects
-from drtune_ray.values import digest, flattened_without
+from drtune_ray.values import digest
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def recorded_identity(values: Mapping[str, Any], *of_what: str) -> str:
         values: Configuration of the trial, as plain values.
         of_what: See :func:`trial_identity`.
     """
-    return digest(of_what, flattened_without(values, TRIAL_NOT_DECIDING))
+    return digest(of_what, deciding_settings(values, TRIAL_NOT_DECIDING))
 
 
 def check_best(
@@ -247,5 +247,10 @@ def _decoded(content: bytes, address: str) -> dict[str, Any]:
     payload = memoryview(content)[checksum_end + 1 :]
     if hashlib.sha256(payload).hexdigest().encode() != content[header:checksum_end]:
         raise CheckpointError(f"checkpoint {address} is torn (its checksum differs)")
-    state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except Exception:  # torch raises many kinds for what is not its own or refused
+        state = None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"checkpoint {address} holds more than tensors and plain values")
     return state

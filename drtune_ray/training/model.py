@@ -13,9 +13,11 @@ from drtune_ray.errors import ConfigError
 from drtune_ray.method import CETuning, DRTune, FeatureBank, SemanticCalibration
 from drtune_ray.training.backbones import Backbone, create_encoder
 from drtune_ray.training.distributed import ProcessGroup
+from drtune_ray.training.reports import outcome_of_settings
 from drtune_ray.values import digest
 
 HEAD_INIT_STD = 0.01
+ANOTHER_BATCH = "set training.drop_last=true or another training.batch_size"
 Method = DRTune | CETuning
 
 
@@ -89,10 +91,42 @@ def _synchronised_problems(training: TrainingConfig, num_train: int, on_gpus: bo
     elif 0 < last < training.max_workers and not training.drop_last:
         problems.append(
             f"training.batch_norm=synchronised needs a row for each of {training.max_workers} "
-            f"workers, but the last batch of {num_train} images has {last}: set "
-            "training.drop_last=true or another training.batch_size"
+            f"workers, but the last batch of {num_train} images has {last}: "
+            f"{ANOTHER_BATCH}"
         )
     return problems
+
+
+def check_last_batch(config: TrialConfig, num_train: int, backbone: Backbone) -> list[str]:
+    """Return a sentence if BatchNorm would have to normalise a single value per channel.
+
+    The encoder runs without data: PyTorch checks the shapes alone.
+
+    Args:
+        config: Configuration of the trial.
+        num_train: N, number of training images.
+        backbone: Pretrained encoder.
+    """
+    training = config.training
+    last = num_train % training.batch_size or training.batch_size
+    is_run = last == training.batch_size or not training.drop_last
+    if training.batch_norm == "frozen" or last != 1 or not is_run:
+        return []
+    with torch.device("meta"):
+        encoder = create_encoder(backbone.name, backbone.image_size).train()
+        images = torch.empty(1, 3, backbone.image_size, backbone.image_size)
+    try:
+        encoder(images)
+    except ValueError as error:
+        if outcome_of_settings(error) is None:
+            raise
+        return [
+            f"training.batch_norm={training.batch_norm} cannot normalise a batch of one image, and "
+            f"the last batch of {num_train} images has one with "
+            f"training.batch_size={training.batch_size}: {ANOTHER_BATCH}, or "
+            "training.batch_norm=frozen"
+        ]
+    return []
 
 
 def build_method(

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from drtune_ray.training.checkpoint import TrialFolder
 
 COMPLETED, PATIENCE, DIVERGED = "completed", "stopped by patience", "diverged"
@@ -19,6 +21,9 @@ OUTCOME = "outcome"
 HISTORY = "history"
 NUM_THREADS = "num_threads"
 OUT_OF_MEMORY = "out of memory"
+ONE_IMAGE = "a batch of one image"
+# Outcomes that the settings cause, wherever the trial runs.
+OF_SETTINGS = (DIVERGED, OUT_OF_MEMORY, ONE_IMAGE)
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,16 @@ def trial_result(report: EpochReport, num_threads: int) -> dict[str, Any]:
         NUM_THREADS: num_threads,
         "done": report.outcome is not None,
     }
+
+
+def outcome_of_settings(error: Exception) -> str | None:
+    """Return the outcome of an error that the settings cause, None for errors of the machine."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return OUT_OF_MEMORY
+    # BatchNorm's check of its batch, which has no class of its own (PyTorch 2.9).
+    if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
+        return ONE_IMAGE
+    return None
 
 
 def failed_by_point(outcome: str, last: dict[str, Any] | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ from drtune_ray.training.reports import (
 )
 from drtune_ray.training.step_signals import StepSignals
 from drtune_ray.training.validation import ValidationTotals
+from drtune_ray.training.weights_file import NORMALIZATION
 
 EVALUATION_ROWS = 64
 FROZEN_PREFIX = "pretrained_encoder."
@@ -82,6 +83,7 @@ class Trial:
     ) -> None:
         self.config, self.data, self.device = config, data, device
         self._on_progress = on_progress
+        self.normalization = backbone.normalization
         self.normalizer = Normalizer(backbone.normalization, device)
         self.group = ProcessGroup()
         # Dropout and the like draw from torch's global generator: one seed for each rank.
@@ -226,8 +228,13 @@ class Trial:
         state = self._state()
         if self.group.rank == 0:
             if self.is_best:
-                best = {"model": classifier_state(self.method), "record": self.progress.history[-1]}
-                folder.save_best(best)
+                folder.save_best(
+                    {
+                        "model": classifier_state(self.method),
+                        "record": self.progress.history[-1],
+                        NORMALIZATION: asdict(self.normalization),
+                    }
+                )
             folder.save(state, self.progress.epochs_done, self.progress.steps_done)
         barrier()
 

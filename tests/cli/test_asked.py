@@ -25,6 +25,19 @@ def test_read_settings__record_of_a_training(tmp_path: Path) -> None:
     assert read_settings(tmp_path / RECORD_FILE, TRAINING) == {"training": {"epochs": 3}}
 
 
+def test_asked_study__a_folder_of_a_study_or_of_images(tmp_path: Path) -> None:
+    images = tmp_path / "flowers"
+    images.mkdir()
+    asked = merged_study(images, [], {"trials": 5})
+    assert (asked["name"], asked["trials"]) == ("flowers", 5)
+    assert asked["trial"]["data"]["train"] == str(images)
+    assert read_settings(images, TRAINING) == {"data": {"train": str(images)}}
+    config = StudyConfig.from_mapping(asked).to_mapping()
+    study = tmp_path / "study"
+    Record(study, "flowers-0", STUDY, config, {}, {}).write()
+    assert merged_study(study, [], {})["trials"] == 5
+
+
 def test_asked_study__key_of_a_record_in_a_study_file(tmp_path: Path) -> None:
     # One of the two keys of a record is not enough to be taken for one.
     file = tmp_path / "study.yaml"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pyarrow as pa
 import pytest
 
@@ -20,7 +21,8 @@ from drtune_ray.data.cache import (
     write_images,
     write_table,
 )
-from drtune_ray.data.sources import scan_class_folders
+from drtune_ray.data.pixels import WhiteValues, decode
+from drtune_ray.data.sources import INTEGER_PEAK, read_bytes, scan_class_folders
 from drtune_ray.data.splits import TEST, TRAIN, VALIDATION, Splits, make_splits
 from drtune_ray.data.views import ViewMaker
 from drtune_ray.errors import ConfigError
@@ -177,3 +179,25 @@ def test_table_name__follows_everything_given_and_the_version(
     monkeypatch.setattr(cache, "TABLE_VERSION", cache.TABLE_VERSION + 1)
     others += [table_name("rows", "a", 1), table_name("rows", "a", 1, suffix=".safetensors")]
     assert len({name, *others}) == 6
+
+
+def test_write_images__values_of_more_than_eight_bits(class_folder: Path, tmp_path: Path) -> None:
+    """Training reads them as it would decode them in the range of all images."""
+    ramp = np.linspace(0, 4095, 24 * 24).reshape(24, 24)
+    for path in class_folder.glob("cat/*.png"):
+        path.unlink()
+    for number in range(10):
+        pixels = (ramp * (number + 1) / 10).astype(np.uint16)
+        PIL.Image.fromarray(pixels).save(class_folder / "cat" / f"{number}.tif")
+    splits = make_splits(scan_class_folders(class_folder), DataConfig(train=str(class_folder)))
+    write_images(splits, class_folder, tmp_path / "images.arrow")
+    table = read_table(tmp_path / "images.arrow").to_pylist()
+    by_hash = {row["content_hash"]: row for row in splits.manifest.to_pylist()}
+    deep = [row for row in table if by_hash[row["content_hash"]][INTEGER_PEAK] is not None]
+    assert len(deep) == 8
+    for row in table:
+        original = read_bytes(class_folder, by_hash[row["content_hash"]])
+        expected = decode(original, WhiteValues(4095, 255))
+        assert np.array_equal(decode(row["image"]), expected)
+        assert (row["image"] == original) == (row not in deep)
+    assert max(np.asarray(decode(row["image"])).max() for row in deep) > 200

@@ -3,18 +3,21 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from drtune_ray.config.trial import DataConfig
-from drtune_ray.data.sources import FILE_SCHEMA, ImageFolder
-from drtune_ray.data.splits import TEST, TRAIN, VALIDATION, Splits, make_splits
-from drtune_ray.errors import ConfigError
+from drtune_ray.data.listing import DAMAGED, NO_IMAGE, LeftOut
+from drtune_ray.data.sources import FILE_SCHEMA, INTEGER_PEAK, ImageFolder
+from drtune_ray.data.splits import TEST, TRAIN, VALIDATION, Splits, make_splits, read_manifest
+from drtune_ray.errors import ConfigError, EnvironmentProblem
 
 SPLITS = (TRAIN, VALIDATION, TEST)
 
@@ -291,3 +294,105 @@ def test_content_digest__of_one_split_ignores_the_others() -> None:
     after = make_splits(folder(large), config(), before.manifest)
     assert after.content_digest(TEST) == before.content_digest(TEST)
     assert after.content_digest() != before.content_digest()
+
+
+# ---- identity
+
+
+def test_content_digest__of_former_releases() -> None:
+    """Studies that began with them resume, and their prepared tables are found."""
+    splits = make_splits(folder({"cat": images("cat", 10), "dog": images("dog", 12)}), config())
+    assert splits.content_digest() == "3e6b6ccc3694e44b"
+    assert splits.content_digest(TRAIN) == "0aee7a2cd9d66f86"
+
+
+def test_content_digest__follows_the_brightness() -> None:
+    source = folder({"cat": images("cat", 10), "dog": images("dog", 10)})
+    splits = make_splits(source, config())
+    at = source.files.schema.get_field_index(INTEGER_PEAK)
+
+    def digest_with(peak: float) -> str:
+        column = pa.array([peak, *[None] * 19], pa.float64())
+        files = source.files.set_column(at, INTEGER_PEAK, column)
+        return make_splits(replace(source, files=files), config()).content_digest()
+
+    assert digest_with(65535.0) == splits.content_digest()
+    assert len({digest_with(peak) for peak in (200.0, 4000.0, 4095.0, 65535.0)}) == 3
+
+
+def test_make_splits__too_small_because_files_are_left_out() -> None:
+    source = folder({"cat": images("cat", 2), "dog": images("dog", 9)})
+    left_out = (
+        LeftOut("cat/a.heic", NO_IMAGE),
+        LeftOut("cat/b.heic", NO_IMAGE),
+        LeftOut("cat/c.png", DAMAGED),
+        LeftOut("dog/notes", NO_IMAGE),
+    )
+    with pytest.raises(ConfigError) as caught:
+        make_splits(replace(source, left_out=left_out), config())
+    assert str(caught.value) == (
+        "class 'cat' has 2 different images (2 .heic, 1 damaged left out) but the splits need at "
+        "least 3 (1 for training, 1 for validation, 1 for test): add images or remove the class"
+    )
+
+
+# ---- the table on disk
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    splits = make_splits(folder({"cat": images("cat", 10), "dog": images("dog", 10)}), config())
+    pq.write_table(splits.manifest, tmp_path / "splits.parquet")
+    return tmp_path / "splits.parquet"
+
+
+def test_read_manifest__none(tmp_path: Path) -> None:
+    assert read_manifest(tmp_path / "splits.parquet") is None
+
+
+def test_read_manifest__truncated(manifest: Path) -> None:
+    content = manifest.read_bytes()
+    for length in range(0, len(content), 97):
+        manifest.write_bytes(content[:length])
+        with pytest.raises(
+            EnvironmentProblem, match="which holds the splits of the images, is damaged"
+        ):
+            read_manifest(manifest)
+
+
+def test_read_manifest__flipped_bits_are_no_traceback(manifest: Path) -> None:
+    """What cannot be seen in the table is seen in its images: their hashes differ."""
+    content = manifest.read_bytes()
+    num_refused = 0
+    for at in range(0, len(content), 5):
+        flipped = bytearray(content)
+        flipped[at] ^= 1 << (at % 8)
+        manifest.write_bytes(bytes(flipped))
+        try:
+            table = read_manifest(manifest)
+        except EnvironmentProblem:
+            num_refused += 1
+        else:
+            assert table is not None
+            assert set(table["split"].to_pylist()) <= set(SPLITS)
+    assert num_refused > 100
+
+
+def test_read_manifest__folder(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentProblem, match="is damaged"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [("split", "exam", "a split is unknown"), ("content_hash", None, "values are missing")],
+)
+def test_read_manifest__impossible_values(
+    manifest: Path, column: str, value: str | None, words: str
+) -> None:
+    table = pq.read_table(manifest)
+    at = table.schema.get_field_index(column)
+    changed = pa.array([value, *table[column].to_pylist()[1:]], pa.string())
+    pq.write_table(table.set_column(at, column, changed), manifest)
+    with pytest.raises(EnvironmentProblem, match=words):
+        read_manifest(manifest)

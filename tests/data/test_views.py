@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import re
+import resource
 from types import ModuleType
 from typing import Any
 
@@ -65,6 +66,39 @@ def test_evaluation_view__resize(resize: str) -> None:
     assert bool(pixels[0, :, 0].mean() > 50) == (resize == "square")
     assert bool(pixels[0, :, -1].mean() < 200) == (resize == "square")
     assert pixels[1, :, :13].max() < 10 < 245 < pixels[1, :, 15:].min()
+
+
+@pytest.mark.parametrize("size", [(4, 30000), (30000, 3)])
+def test_views__very_thin_picture_takes_little_memory(size: tuple[int, int]) -> None:
+    picture = PIL.Image.new("RGB", size, "black")
+    width, height = size
+    middle = (0, 14990, 4, 15010) if height > width else (14990, 0, 15010, 3)
+    picture.paste("white", middle)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    views = maker(image_size=224)
+    pixels = views.evaluation_view(picture)
+    assert pixels.shape == views.training_view(picture, "hash", 0).shape == (3, 224, 224)
+    assert pixels.min() == 255  # the central crop keeps less than its long side of 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
+
+
+@pytest.mark.parametrize("size", [(16, 256), (17, 255), (16, 257), (8, 300)])
+def test_evaluation_view__the_middle_of_a_thin_picture(size: tuple[int, int]) -> None:
+    """Cutting the ends off changes no pixel: to the rounding of the resized length."""
+    whole = noise_image("thin", 300).resize(size)
+    found = maker().evaluation_view(whole).astype(int)
+    transform = maker()._evaluate
+    expected = np.asarray(transform(whole), dtype=np.uint8).astype(int)
+    assert np.abs(found - expected).max() <= (0 if max(size) <= 16 * min(size) else 40)
+    assert np.abs(found - expected).mean() < 2
+
+
+def test_evaluation_view__thin_picture_squashed() -> None:
+    picture = PIL.Image.new("RGB", (4, 400), "black")
+    picture.paste("white", (0, 0, 4, 40))  # an end
+    assert (
+        maker(evaluation_resize="square", crop_fraction=1.0).evaluation_view(picture).max() == 255
+    )
 
 
 def test_views__global_random_states_are_untouched() -> None:

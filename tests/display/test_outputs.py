@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -122,6 +123,7 @@ def test_training_lines__one_an_epoch(capsys):
     event = epoch(3, 4, 0.8532, 0.8632)
     event.metrics["loss"] = 1.25  # type: ignore[union-attr]
     output.take(event)
+    output.take(replace(event, step=3, time_ms=1000))  # of an earlier run
     output.take(ended(3))
     expected = "Defaults\nepoch 4/10  loss 1.2500  validation 85.32 %  6.0 s\n"
     assert capsys.readouterr().out == expected

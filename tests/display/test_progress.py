@@ -48,12 +48,24 @@ def test_seconds_left__by_the_share_of_epochs():
     assert progress.seconds_left == pytest.approx(850)
 
 
+def test_seconds_left__tables_that_are_prepared_first_do_not_count():
+    clock = Clock()
+    progress = progress_of(clock=clock)
+    clock.now += 1000
+    for event in events():
+        progress.take(event)
+    clock.now += 150
+    assert progress.seconds_left == pytest.approx(850)
+
+
 def test_seconds_left__epochs_of_an_earlier_run_are_no_work_of_this_one():
     clock = Clock()
     before = [earlier(2, "RUNNING", 0.8, num_epochs=6), earlier(3, "RUNNING", 0.7, num_epochs=5)]
     progress = progress_of(started(2), clock=clock, earlier=before)
     assert [row.state for row in progress.rows()] == ["RUNNING", "WAITING"]
-    progress.take(epoch(2, 6, 0.8, 0.8))  # told again
+    for step in range(1, 7):
+        progress.take(epoch(2, step, 0.5, 0.5))  # sent again
+        assert progress.rows()[0].epoch == 6
     clock.now += 40
     assert progress.seconds_left is None
     progress.take(epoch(2, 10, 0.8, 0.8))
@@ -62,6 +74,11 @@ def test_seconds_left__epochs_of_an_earlier_run_are_no_work_of_this_one():
     progress.take(epoch(3, 9, 0.8, 0.8))
     # 0.4 and 0.4 in 40 s; 12 - 3 - 0.9 are left.
     assert progress.seconds_left == pytest.approx(40 / 0.8 * 8.1)
+
+
+def test_summary__nothing_is_left_of_a_study_that_ended():
+    progress = progress_of(started(3), ended(3), clock=Clock(), num_trials=3, num_done=2)
+    assert "left" not in "; ".join(progress.summary())
 
 
 def test_shown__the_best_and_the_running_ones_stay():

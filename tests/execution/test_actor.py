@@ -16,7 +16,7 @@ from drtune_ray.config.trial import TrialConfig
 from drtune_ray.execution.resident_actor import TrialActor
 from drtune_ray.execution.worker import WorkerContext
 from drtune_ray.training.checkpoint import TrialFolder
-from drtune_ray.training.reports import COMPLETED, DIVERGED, OUT_OF_MEMORY
+from drtune_ray.training.reports import COMPLETED, DIVERGED, ONE_IMAGE, OUT_OF_MEMORY
 from tests.small import prepared, small_trial, small_values, write_coloured
 
 
@@ -128,6 +128,14 @@ def test_what_the_point_causes_comes_back_as_a_result(context, monkeypatch):
     last = made.step()
     assert (last["outcome"], last["done"]) == (OUT_OF_MEMORY, True)
     assert last["history"] == first["history"]
+
+
+def test_a_batch_of_one_image_is_a_result_of_the_point(context):
+    """A search reaches such batch sizes, of which only the base's is checked before."""
+    place, values = context
+    one = values | {"training.batch_norm": "local", "training.batch_size": 1}
+    (result,) = run_to_end(actor(place, 0, small_trial(one)))
+    assert (result["outcome"], result["epoch"]) == (ONE_IMAGE, 0)
 
 
 def test_a_machine_failure_is_an_exception(context):

@@ -176,7 +176,7 @@ def test_refused_on_a_cluster__three_cpus_on_two_nodes_are_not_three_on_one(
     )
     with pytest.raises(EnvironmentProblem, match=refused):
         run_study(StudyConfig.from_mapping(values))
-    assert not (tmp_path / "studies").exists()  # nothing was written
+    assert not (tmp_path / "studies" / "small").exists()  # nothing was written
 
     # An autoscaler that says its maximum: still too small, then large enough.
     report_groups(two_nodes.address, {"CPU": 1}, 5)
@@ -189,7 +189,7 @@ def test_refused_on_a_cluster__three_cpus_on_two_nodes_are_not_three_on_one(
     assert capacity.trials_now(Demand(1, 3, 0)) == 0
     assert trials_that_fit(Demand(1, 3, 0), ANY, capacity) == 3
     assert not capacity.has_autoscaler  # seen apart from what it says: by the names of the nodes
-    assert not (tmp_path / "studies").exists()
+    assert not (tmp_path / "studies" / "small").exists()
 
 
 def report_groups(address: str, resources: dict[str, int], max_count: int) -> None:

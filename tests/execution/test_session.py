@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -92,15 +94,48 @@ def test_ray_session__a_closed_port(monkeypatch):
             pass
 
 
-def test_ray_session__a_start_that_takes_too_long_is_one_message(monkeypatch):
+FAILED_STARTS = {
+    "slow": (
+        Exception("The current node timed out during startup."),
+        "this machine is slow or busy, try again (The current node timed out during startup.)",
+    ),
+    "temporary folder": (
+        OSError("validate_socket_filename failed: AF_UNIX path length cannot exceed 107 bytes: x"),
+        "its temporary folder /long has too long a path for its sockets: set RAY_TMPDIR=/tmp",
+    ),
+    "home": (
+        PermissionError(errno.EACCES, "Permission denied", "/no/home/.ray"),
+        "its token lies below HOME=/no/home ([Errno 13] Permission denied: '/no/home/.ray'): set "
+        "HOME to a writable folder",
+    ),
+    "no home": (
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "/no"),
+        "its token lies below HOME=/no/home ([Errno 2] No such file or directory: '/no'): set HOME "
+        "to a writable folder",
+    ),
+    "else": (RuntimeError("no space"), "no space"),
+}
+
+
+# An empty address is none: whoever can override a variable but not remove it sets it to nothing.
+@pytest.mark.parametrize("address", [None, ""])
+@pytest.mark.parametrize("name", FAILED_STARTS)
+def test_ray_session__a_start_that_fails_is_one_message(monkeypatch, name, address):
     import ray
 
-    def start(*arguments: Any, **settings: Any) -> None:
-        raise Exception("The current node timed out during startup.")
+    error, reason = FAILED_STARTS[name]
+
+    def start(where: str, **settings: Any) -> None:
+        assert where == "local"
+        raise error
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address is not None:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setenv("RAY_TMPDIR", "/long")
+    monkeypatch.setenv("HOME", "/no/home")
     monkeypatch.setattr(ray, "init", start)
-    message = r"^Ray cannot be started: The current node timed out during startup\.$"
+    message = f"^{re.escape(f'Ray cannot be started: {reason}')}$"
     with pytest.raises(EnvironmentProblem, match=message), ray_session():
         pass
 

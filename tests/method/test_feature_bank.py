@@ -188,3 +188,16 @@ def test_stored_rows_are_the_bank_itself():
             assert sorted(found.flatten().tolist()) == sorted(kept.flatten().tolist())
     assert bank.stored()[0].data_ptr() == bank.pretrained.data_ptr()
     assert bank.rows()[0].data_ptr() != bank.pretrained.data_ptr()
+
+
+@pytest.mark.parametrize("num_before", [0, 2])
+def test_of_a_batch_longer_than_the_bank_the_last_rows_are_kept(num_before):
+    bank = FeatureBank(3, 1)
+    before, batch = torch.arange(num_before), torch.arange(10, 15)
+    for rows in (before, batch):
+        features = rows.float().unsqueeze(1)
+        bank.enqueue(features, -features, rows)
+    pretrained, downstream, labels = bank.rows()
+    assert labels.tolist() == [12, 13, 14]
+    assert pretrained.flatten().tolist() == [12.0, 13.0, 14.0]
+    assert downstream.flatten().tolist() == [-12.0, -13.0, -14.0]

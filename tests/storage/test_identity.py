@@ -103,8 +103,11 @@ def test_open_record__two_studies_have_two_identities(tmp_path: Path) -> None:
         ("tracking.uri", "http://mlflow:5000"),
         ("trial.data.train", "/mnt/images"),
         ("trial.data.loader_workers", 2),
+        ("trial.data.skip_bad", True),
         ("trial.data.cache_limit_gib", 1.0),
         ("trial.backbone.weights", "/mnt/weights.pth"),
+        ("trial.backbone.weights_key", "ema"),
+        ("trial.backbone.allow_missing", True),
         ("trial.training.save_every_seconds", 30.0),
         ("resources.gpus_per_trial", 0.25),
         ("resources.wait_seconds", 60.0),
@@ -155,6 +158,21 @@ def test_open_record__what_decides_the_results_may_not_change(
         f"  {path}: {before!r} there, {after!r} here"
     )
     assert (folder / RECORD_FILE).read_text() == written
+
+
+def test_open_record__normalization_may_not_change(folder: Path) -> None:
+    before = opened(folder).deciding
+    # As in the records of earlier versions, which had no such settings.
+    assert not [
+        path for path in before if path.startswith(("trial.backbone.m", "trial.backbone.s"))
+    ]
+    given = {"trial.backbone.mean": [0.4] * 3, "trial.backbone.std": [0.2] * 3}
+    with pytest.raises(ConfigError) as caught:
+        opened(folder, given)
+    assert str(caught.value).splitlines()[1:] == [
+        "  trial.backbone.mean: None there, [0.4, 0.4, 0.4] here",
+        "  trial.backbone.std: None there, [0.2, 0.2, 0.2] here",
+    ]
 
 
 @pytest.mark.parametrize(("first", "second"), [(2, 4), (3, 2)])

@@ -18,7 +18,7 @@ from drtune_ray.data.splits import TEST
 from drtune_ray.data.table_store import TABLE_SUFFIXES, TableStore
 from drtune_ray.data.views import ViewMaker
 from drtune_ray.errors import ConfigError, EnvironmentProblem
-from drtune_ray.study.inputs import StudyInputs, check_inputs, manifest_path
+from drtune_ray.study.inputs import StudyInputs, check_encoders, check_inputs, manifest_path
 from drtune_ray.study.tables import prepare
 from drtune_ray.training import frozen_features
 from drtune_ray.training.backbones import read_backbone
@@ -81,13 +81,26 @@ def split_of(checked: StudyInputs) -> dict[str, str]:
 def test_check_inputs__what_it_found(trial: TrialConfig, storage: Path) -> None:
     checked = check_inputs(trial, storage)
     assert checked.num_train == 12
-    assert checked.summary().startswith(
-        "2 classes; 12 to train, 4 to validate, 4 sealed for the test; "
-    )
-    assert "all of the encoder's weights loaded, matched by name; 2 tensors" in checked.summary()
+    about, normalization = checked.notes()
+    assert about.startswith("2 classes; 12 to train, 4 to validate, 4 sealed for the test; ")
+    assert "all of the encoder's weights loaded, matched by name; 2 tensors" in about
+    assert normalization.startswith("normalization: mean [0.485, 0.456, 0.406], ")
     assert checked.backbone.name == BACKBONE
     assert checked.key_report.matched_share == 1.0
     assert not storage.exists()  # nothing is written by looking
+
+
+def test_check_encoders__reports_each_once(
+    trial: TrialConfig, storage: Path, weights_file: Callable[[str], Path]
+) -> None:
+    checked = check_inputs(trial, storage)
+    vit = {"backbone.name": "test_vit", "backbone.weights": str(weights_file("test_vit"))}
+    others = [vit, vit | {"data.image_size": 48}, {"data.image_size": 48}]
+    lines = check_encoders(checked, map(trial.with_values, others)).notes()
+    assert lines[:2] == checked.notes()
+    (of_vit,) = lines[2:]
+    assert of_vit.startswith("test_vit: all of the encoder's weights loaded, matched by name; 2 ")
+    assert "; normalization: mean [0.5, 0.5, 0.5], std [0.5, 0.5, 0.5], timm's for " in of_vit
 
 
 def test_check_inputs__every_problem_at_once(trial: TrialConfig, storage: Path) -> None:

@@ -19,17 +19,18 @@ import pytest
 from optuna.trial import TrialState
 
 from drtune_ray.config.study import STUDY, TRAINING, StudyConfig, TrackingConfig
-from drtune_ray.display.status import status_lines
+from drtune_ray.display.status import overview_lines, status_lines
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.folders import LocalFolder
 from drtune_ray.results import trials
+from drtune_ray.results.evaluation_record import WEIGHTS_NAME, Accuracy, Evaluation, write_result
 from drtune_ray.space.search_space import read_space
 from drtune_ray.storage import driver_lock as driver_lock_module
 from drtune_ray.storage.driver_lock import driver_lock
 from drtune_ray.storage.fingerprint import open_record
 from drtune_ray.storage.lease import LEASE_NAME
 from drtune_ray.storage.optuna_storage import open_storage, open_study
-from drtune_ray.storage.record import DONE_NAME, write_done
+from drtune_ray.storage.record import DONE_NAME, find_studies, write_done
 from drtune_ray.study import status
 from drtune_ray.study.status import (
     DONE,
@@ -250,6 +251,35 @@ def test_state__done(made: Made) -> None:
     assert f"test the winner   drtune-ray evaluate {made.folder}" in said(found)
     with driving(made.folder):
         assert read_status("flowers", str(made.folder.parent)).state == RUNNING
+
+
+def test_status__shows_the_recorded_result_on_the_test_split(made: Made) -> None:
+    write_done(made.config, 5)
+    weights = made.folder / "winner" / WEIGHTS_NAME
+    weights.parent.mkdir()
+    weights.write_bytes(b"weights")
+    measured = Evaluation(Accuracy(45, 60), Accuracy(50, 60), 50 / 60, 1, 1_700_000_000_000)
+    write_result(made.folder, weights, measured)
+    found = read_status("flowers", str(made.folder.parent))
+    assert found.evaluation == replace(measured, is_recorded=True)
+    assert "test accuracy     75.00 % (95 % interval 62.77 % to 84.22 %)\n" in said(found)
+    assert "evaluate" not in said(found)
+    assert status.facts(found)["evaluation"]["test"] == {"num_correct": 45, "num_images": 60}
+    weights.write_bytes(b"of another winner")
+    found = read_status("flowers", str(made.folder.parent))
+    assert found.evaluation is None and "test the winner" in said(found)
+
+
+def test_overview__a_line_for_each_study(made: Made) -> None:
+    storage = str(made.folder.parent)
+    assert find_studies(storage) == [made.folder]
+    Made(made.folder.with_name("birds"), trials=3)
+    found = [read_status(str(folder), storage) for folder in find_studies(storage)]
+    now = max(each.last_sign for each in found)
+    assert [line.partition("; ")[0] for line in overview_lines(found, now)] == [
+        "birds    study         0 of 3 done  best        -  interrupted",
+        "flowers  study         3 of 4 done  best  86.00 %  interrupted",
+    ]
 
 
 def test_state__failed(tmp_path: Path) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import re
+import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +14,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from drtune_ray.config.study import StudyConfig
+from drtune_ray.data.pixels import DEFAULT_WHITES
 from drtune_ray.data.splits import VALIDATION
 from drtune_ray.errors import ConfigError, EnvironmentProblem, NoTrialCompleted
 from drtune_ray.results.evaluate import measure
+from drtune_ray.results.evaluation_record import RESULT_NAME
 from drtune_ray.results.winner import read_winner
 from drtune_ray.study.evaluation import evaluate_study
 from drtune_ray.study.result import StudyResult
 from drtune_ray.study.run import run_study
+from drtune_ray.study.status import read_status
 from drtune_ray.study.sync import page_of, sync_study
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished
+from drtune_ray.tracking.sqlite_store import make_database
 from drtune_ray.values import nested
 from tests.clusters import address_set
 from tests.small import small_values, write_coloured
@@ -37,8 +45,22 @@ SPACE = {
 }
 
 
+@functools.cache
+def empty_mlflow() -> bytes:
+    """An MLflow database without runs; MLflow takes seconds of CPU to create one."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "mlflow.db"
+        make_database(f"sqlite:///{path}")
+        return path.read_bytes()
+
+
 def study_values(folder: Path, weights_file: Any, **changes: Any) -> dict[str, Any]:
+    """A study of six trials that take a second each; its storage has an empty MLflow database."""
     images = write_coloured(folder / "images")
+    tracking = folder / "studies" / "mlflow.db"
+    if not tracking.exists():
+        tracking.parent.mkdir(exist_ok=True)
+        tracking.write_bytes(empty_mlflow())
     trial = small_values(images, weights_file) | {
         "training.batch_norm": "local",
         "optim.backbone_lr": 0.005,
@@ -139,7 +161,7 @@ def test_the_winner_loads_again_and_gives_the_recorded_accuracy(finished):
     winner = read_winner(result.folder / "winner")
     manifest = pq.read_table(result.folder / "splits.parquet").to_pylist()
     rows = [row for row in manifest if row["split"] == VALIDATION]
-    found = measure(winner, Path(config.trial.data.train), rows)
+    found = measure(winner, Path(config.trial.data.train), rows, DEFAULT_WHITES)
     assert found.share == result.winner.best_val_accuracy == winner.about["val_accuracy"]
 
 
@@ -179,9 +201,19 @@ def test_the_test_split_opens_once_unless_asked_again(finished):
     found = evaluate_study("small", config.storage)
     assert found.validation.share == found.recorded_validation
     assert found.num_openings == 1
-    with pytest.raises(ConfigError, match=r"was opened 1 time\(s\) before.*add --again"):
-        evaluate_study("small", config.storage)
+    # A second call shows the recorded result, and so does the status; the split stays closed.
+    recorded = replace(found, is_recorded=True)
+    assert evaluate_study("small", config.storage) == recorded
+    assert read_status("small", config.storage).evaluation == recorded
+    # Another winner of the same images would be measured on a split that is known by now.
+    result_file = result.folder / RESULT_NAME
+    kept = result_file.read_text()
+    for other in (re.sub(r'(sha256": ")\w+', r"\g<1>0", kept), "{", "[]", '{"weights_sha256": 1}'):
+        result_file.write_text(other)
+        with pytest.raises(ConfigError, match=r"was opened 1 time\(s\) before.*add --again"):
+            evaluate_study("small", config.storage)
     assert evaluate_study("small", config.storage, again=True).num_openings == 2
+    assert (result.folder / "winner" / "model.safetensors").stat().st_mode & 0o777 == 0o644
     _, (parent,), _ = mlflow_runs(result.folder)
     assert parent.data.metrics["test_accuracy"] == found.test.share
 

@@ -31,6 +31,7 @@ from drtune_ray.tracking.mlflow_recorder import (
     MlflowRecorder,
     build_recorder,
     default_tracking_uri,
+    ignored_variables,
     quiet_mlflow,
     runs_page,
 )
@@ -543,6 +544,31 @@ def test_build_recorder__sqlite_in_the_storage_or_a_named_server(tmp_path: Path)
     )
     assert (server._uri, server._experiment) == ("http://mlflow:5000", "mine")
     assert server._artifacts is None  # the server decides
+
+
+def test_record__in_a_storage_whose_name_means_something_in_a_uri(tmp_path: Path) -> None:
+    storage = tmp_path / "50% of $HOME?"
+    recorder = build_recorder(TrackingConfig(), storage, "study")
+    recorder.record(RunStarted(None, "study", {}, {}))
+    assert (storage / "mlflow.db").stat().st_size > 0
+    assert {path.name for path in tmp_path.iterdir()} == {storage.name}
+
+
+def test_ignored_variables__named_with_what_to_give_instead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@mlflow:5000")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "team")
+    assert ignored_variables(TrackingConfig()) == (
+        "MLFLOW_TRACKING_URI is set but not used: tracking.uri (--tracking-uri) says where the "
+        "runs are recorded",
+        "MLFLOW_EXPERIMENT_NAME is set but not used: tracking.experiment says where the runs are "
+        "recorded",
+    )
+    given = TrackingConfig(uri="http://mlflow:5000", experiment="mine")
+    assert ignored_variables(given) == ()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    assert len(ignored_variables(TrackingConfig())) == 1
 
 
 def test_quiet_mlflow__private_and_impatient(monkeypatch: pytest.MonkeyPatch) -> None:

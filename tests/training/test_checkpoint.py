@@ -182,7 +182,13 @@ class Attack:
 def test_read_checkpoint__runs_no_code(tmp_path: Path) -> None:
     # A sound checksum says who wrote the bytes down, not who chose them.
     write_checkpoint(tmp_path / "a.ckpt", {"attack": Attack()})
-    with pytest.raises(Exception, match="Weights only load failed"):
+    with pytest.raises(CheckpointError, match="holds more than tensors and plain values"):
+        read_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_read_checkpoint__holds_a_mapping(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "a.ckpt", [1, 2])  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="holds more than tensors and plain values"):
         read_checkpoint(tmp_path / "a.ckpt")
 
 
@@ -364,11 +370,17 @@ def identity(values: dict[str, Any], *of_what: str) -> str:
         ("data.train", "/mnt/images"),
         ("data.cache_limit_gib", 1.0),
         ("backbone.weights", "/mnt/weights.pth"),
+        ("backbone.weights_key", "ema"),
+        ("backbone.allow_missing", True),
         ("training.save_every_seconds", 5.0),
     ],
 )
 def test_trial_identity__places_and_workers_may_change(path: str, value: Any) -> None:
     assert identity({path: value}, "00007") == identity({}, "00007")
+
+
+def test_trial_identity__is_that_of_checkpoints_from_before_settings_were_added() -> None:
+    assert identity({}, "00007") == "2242e8fc8c8027b4"  # as the package wrote it before
 
 
 def test_trial_identity__all_that_decides_results_is_in_it() -> None:
@@ -380,6 +392,7 @@ def test_trial_identity__all_that_decides_results_is_in_it() -> None:
         ({"training.batch_size": 16}, "00007"),
         ({"method.calibration.rotation_rank": 5}, "00007"),
         ({"data.views": 3}, "00007"),
+        ({"backbone.mean": [0.4, 0.4, 0.4], "backbone.std": [0.2, 0.2, 0.2]}, "00007"),
     ]
     assert len({identity(*change) for change in changes}) == len(changes)
 

@@ -10,6 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from drtune_ray.config.trial import BackboneConfig
+from drtune_ray.data.views import Normalization
+from drtune_ray.results.winner import write_winner
+from drtune_ray.training.backbones import load_backbone
 from drtune_ray.training.checkpoint import TrialFolder, read_checkpoint
 from drtune_ray.training.loop import train_epochs
 from drtune_ray.training.model import classifier
@@ -317,3 +321,25 @@ def test_batches_lie_in_pinned_memory(values, storage, views):
     data, _, _ = prepared(small_trial(values | {"data.views": views}), storage)
     pixels, labels = next(iter(data.training_batches([[0, 1, 2]], data.view_of_epoch(0))))
     assert pixels.is_pinned() and labels.is_pinned()
+
+
+def test_best_checkpoint__is_a_weights_file(values: Values, storage: Path, tmp_path: Path) -> None:
+    normalization = {"backbone.mean": [0.1, 0.2, 0.3], "backbone.std": [0.4, 0.5, 0.6]}
+    config = small_trial(values | normalization | {"training.epochs": 1})
+    data, backbone, tables = prepared(config, storage)
+    folder = TrialFolder(tmp_path / "trial")
+    for report in train_epochs(config, data, backbone, num_threads=1):
+        report.save(folder)
+    encoder = behind_encoder(read_checkpoint(folder.best)["model"])
+    write_winner(tmp_path / "winner", folder.best, tables.backbone, data.classes, config, {})
+    for path in (folder.best, tmp_path / "winner" / "model.safetensors"):
+        given = BackboneConfig(name=config.backbone.name, weights=str(path))
+        found, report = load_backbone(given, config.data.image_size)
+        assert report.matched_share == 1.0
+        assert report.unused == ("head.bias", "head.weight")
+        assert all(torch.equal(tensor, encoder[name]) for name, tensor in found.state.items())
+        assert found.normalization == Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bicubic")
+
+
+def behind_encoder(model: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {n.removeprefix("encoder."): t for n, t in model.items() if n.startswith("encoder.")}

@@ -10,8 +10,9 @@ import torch
 from drtune_ray.config.study import ResourcesConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.study.inputs import check_inputs
-from drtune_ray.training.model import check_trial, derived_seed
-from tests.small import small_trial, small_values, write_coloured
+from drtune_ray.training.backbones import load_backbone
+from drtune_ray.training.model import check_last_batch, check_trial, derived_seed
+from tests.small import BACKBONE, NORM_FREE, small_trial, small_values, write_coloured
 
 SYNCHRONISED = {"data.train": "unused", "training.batch_norm": "synchronised"}
 NEEDS_GPUS = (
@@ -59,6 +60,29 @@ def test_synchronised_batch_norm_needs_a_row_for_each_worker_in_every_batch():
         "training.batch_norm=synchronised needs a row for each of 4 workers, but the last batch "
         "of 12 images has 2: set training.drop_last=true or another training.batch_size"
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_refused"),
+    [
+        ({}, True),
+        ({"training.batch_size": 1, "training.drop_last": True}, True),
+        ({"training.drop_last": True}, False),
+        ({"training.batch_norm": "frozen"}, False),
+        ({"training.batch_size": 9}, False),
+        ({"data.image_size": 64}, False),  # four values per channel
+        ({"backbone.name": NORM_FREE}, False),
+    ],
+)
+def test_batch_norm_of_one_image_is_refused_where_it_would_see_one_value(
+    tmp_path, weights_file, changes, is_refused
+):
+    name = changes.get("backbone.name", BACKBONE)
+    values = small_values(tmp_path, weights_file, name)
+    values |= {"training.batch_norm": "local", "training.batch_size": 27} | changes
+    config = small_trial(values)
+    backbone, _ = load_backbone(config.backbone, config.data.image_size)
+    assert bool(check_last_batch(config, 28, backbone)) == is_refused
 
 
 def test_every_index_has_a_seed_of_its_own():

@@ -25,7 +25,8 @@ from drtune_ray.execution.run_context import RunContext
 from drtune_ray.execution.session import scratch_folder
 from drtune_ray.tracking.events import MetricsRecorded, RunKey, Sink, StepsRecorded
 from drtune_ray.training.checkpoint import TrialFolder
-from drtune_ray.training.reports import OUT_OF_MEMORY, EpochRecord
+from drtune_ray.training.model import ANOTHER_BATCH
+from drtune_ray.training.reports import ONE_IMAGE, OUT_OF_MEMORY, EpochRecord
 
 # Failures of a single training within one epoch. In a study, Tune counts them.
 MAX_FAILURES = 2
@@ -90,6 +91,11 @@ def advice(outcome: str, config: TrialConfig) -> str:
             f"the GPU's memory does not hold this training: lower "
             f"training.batch_size={config.training.batch_size} or "
             f"data.image_size={config.data.image_size}, or add workers"
+        )
+    if outcome == ONE_IMAGE:
+        return (
+            f"training.batch_norm={config.training.batch_norm} cannot normalise a batch of one "
+            f"image: {ANOTHER_BATCH}"
         )
     return (
         f"training {outcome}: lower optim.backbone_lr={config.optim.backbone_lr} or "

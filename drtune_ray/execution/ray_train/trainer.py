@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
-import torch
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from drtune_ray.config.study import ResourcesConfig
@@ -31,9 +30,9 @@ from drtune_ray.storage.record import SCRATCH_NAME
 from drtune_ray.training.checkpoint import TrialFolder
 from drtune_ray.training.reports import (
     CONFIG_NUMBER,
-    OUT_OF_MEMORY,
     EpochReport,
     failed_by_point,
+    outcome_of_settings,
     trial_result,
 )
 
@@ -94,8 +93,10 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
                     if event.outcome:
                         break
                 guard.leave_if_told()
-        except torch.OutOfMemoryError as error:
-            raise PointFailed(OUT_OF_MEMORY, last) from error
+        except Exception as error:
+            if (outcome := outcome_of_settings(error)) is None:
+                raise
+            raise PointFailed(outcome, last) from error
     return last
 
 
