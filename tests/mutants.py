@@ -188,7 +188,7 @@ MUTANTS = (
         TRIAL,
         "[self.group.rank :: self.group.world_size]\n        batches",
         "\n        batches",
-        PROCESSES,
+        RECIPE,
     ),
 )
 

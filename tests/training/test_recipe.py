@@ -190,6 +190,25 @@ def test_validation_runs_in_eval_mode_and_counts_each_image_once(made):
     assert found["val_accuracy"] == float((logits.argmax(1) == labels).double().mean())
 
 
+def test_the_processes_share_the_validation_images(made, monkeypatch):
+    """Each image is validated once: twice would not change the measures, only their cost."""
+    trial = made().trial
+    batches = trial.data.validation_batches
+    rows: list[int] = []
+
+    def recorded(wanted: list[list[int]]) -> Any:
+        rows.extend(row for batch in wanted for row in batch)
+        return batches(wanted)
+
+    monkeypatch.setattr(trial.data, "validation_batches", recorded)
+    monkeypatch.setattr(trial.group, "sum", lambda tensor: tensor)
+    trial.group.world_size = 2
+    for rank in (0, 1):
+        trial.group.rank = rank
+        trial._validate()
+    assert sorted(rows) == list(range(len(trial.data.validation)))
+
+
 # ---- settings reach the method
 
 OTHER = {
