@@ -106,7 +106,7 @@ GATHERING = {
     "jobs/submission.py:study_submission",
     "config/study.py:from_mapping",
     "folders.py:open_folder",
-    "data/listing.py:check_root",
+    "data/root.py:check_root",
     "data/sources.py:scan_class_folders",
     "data/splits.py:make_splits",
     "config/sources.py:mapping_of",

@@ -17,10 +17,8 @@ from drtune_ray.data.listing import (
     DAMAGED,
     LeftOut,
     Listing,
-    check_root,
     folders_in,
     list_class_folders,
-    name_problems,
     others_of,
 )
 from drtune_ray.data.pixels import (
@@ -30,6 +28,7 @@ from drtune_ray.data.pixels import (
     examine,
     white_values,
 )
+from drtune_ray.data.root import check_root, name_problems
 from drtune_ray.errors import ConfigError
 from drtune_ray.values import printable
 

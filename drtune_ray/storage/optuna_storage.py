@@ -62,8 +62,8 @@ def open_storage(
     if url is None:
         # Of a driver that was killed as it wrote; Optuna would wait for it for half a minute.
         (folder / f"{JOURNAL_NAME}.lock").unlink(missing_ok=True)
-        if (folder / JOURNAL_NAME).exists() and (folder / RECORD_FILE).exists():
-            study_id = read_record(folder).study_id
+        if (folder / JOURNAL_NAME).exists():
+            study_id = read_record(folder).study_id if (folder / RECORD_FILE).exists() else ""
             repair_journal(folder / JOURNAL_NAME, study_id, directions, rebuild)
         return JournalStorage(WholeJournal(str(folder / JOURNAL_NAME)))
     with _as_refusal(url):

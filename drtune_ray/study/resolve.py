@@ -23,7 +23,8 @@ from drtune_ray.config.sources import (
 )
 from drtune_ray.config.study import STUDY, TRAINING, ResourcesConfig, StudyConfig, study_name
 from drtune_ray.config.trial import DataConfig, TrialConfig
-from drtune_ray.data.listing import check_root, list_class_folders
+from drtune_ray.data.listing import list_class_folders
+from drtune_ray.data.root import check_root
 from drtune_ray.errors import DrtuneError
 from drtune_ray.storage.record import recorded_config
 from drtune_ray.study.machine import Machine, fitting_defaults, this_machine, without_gpus

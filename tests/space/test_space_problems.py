@@ -352,6 +352,7 @@ def test_from_mapping__lines_of_a_space_in_a_study_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("images").mkdir()
     Path("study.yaml").write_text(
         "name: mine\n"
         "trial: {data: {train: images}}\n"

@@ -17,6 +17,7 @@ import pytest
 from drtune_ray.display.status import status_lines
 from drtune_ray.errors import CheckpointError, DrtuneError, EnvironmentProblem
 from drtune_ray.results.evaluate import OPENINGS_NAME
+from drtune_ray.results.evaluation_record import RESULT_NAME
 from drtune_ray.study import driver, evaluation
 from drtune_ray.study import run as run_module
 from drtune_ray.study.evaluation import evaluate_study
@@ -226,6 +227,7 @@ def test_a_damaged_line_of_the_spool__the_rest_is_sent_and_the_line_named(here: 
 
 def test_a_damaged_opening__is_named_and_may_be_overruled(here: Path) -> None:
     path = here / "storage" / OPENINGS_NAME
+    (here / "storage" / NAME / RESULT_NAME).unlink()  # otherwise it is shown, and nothing opened
     with path.open("a") as file:
         file.write('{"test_split": "12\n')
     with pytest.raises(EnvironmentProblem) as caught:

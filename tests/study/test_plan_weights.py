@@ -22,6 +22,7 @@ LINES = [
     "2 classes; 12 to train, 4 to validate, 4 sealed for the test; test_vit: all of the encoder's "
     "weights loaded, matched by name; 2 tensors of the file unused (head.bias, head.weight); taken "
     "from ema, not from model (backbone.weights_key=model takes that instead)",
+    "images per class: cat 10, dog 10",
     "normalization: mean [0.5, 0.5, 0.5], std [0.5, 0.5, 0.5], timm's for test_vit.r160_in1k, "
     "since the file records none: set backbone.mean and backbone.std if it was trained with others",
 ]
@@ -32,6 +33,9 @@ class Nowhere:
 
     def record(self, event: Event) -> None:
         pass
+
+    def lacks_study(self) -> bool:
+        return False
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +73,7 @@ def test_study__the_plan_comes_before_the_tables(tmp_path: Path, flags: dict[str
     plans: list[StudyPlan] = []
     with pytest.raises(ConfigError, match="features that are not finite"):
         run_study(config, on_plan=plans.append)
-    assert [list(plan.notes[:2]) for plan in plans] == [LINES]
+    assert [list(plan.notes[:3]) for plan in plans] == [LINES]
 
 
 def test_training__its_inputs_are_reported_first(tmp_path: Path, flags: dict[str, object]) -> None:

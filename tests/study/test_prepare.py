@@ -81,7 +81,8 @@ def split_of(checked: StudyInputs) -> dict[str, str]:
 def test_check_inputs__what_it_found(trial: TrialConfig, storage: Path) -> None:
     checked = check_inputs(trial, storage)
     assert checked.num_train == 12
-    about, normalization = checked.notes()
+    about, classes, normalization = checked.notes()
+    assert classes == "images per class: cat 10, dog 10"
     assert about.startswith("2 classes; 12 to train, 4 to validate, 4 sealed for the test; ")
     assert "all of the encoder's weights loaded, matched by name; 2 tensors" in about
     assert normalization.startswith("normalization: mean [0.485, 0.456, 0.406], ")
@@ -97,8 +98,8 @@ def test_check_encoders__reports_each_once(
     vit = {"backbone.name": "test_vit", "backbone.weights": str(weights_file("test_vit"))}
     others = [vit, vit | {"data.image_size": 48}, {"data.image_size": 48}]
     lines = check_encoders(checked, map(trial.with_values, others)).notes()
-    assert lines[:2] == checked.notes()
-    (of_vit,) = lines[2:]
+    assert lines[:3] == checked.notes()
+    (of_vit,) = lines[3:]
     assert of_vit.startswith("test_vit: all of the encoder's weights loaded, matched by name; 2 ")
     assert "; normalization: mean [0.5, 0.5, 0.5], std [0.5, 0.5, 0.5], timm's for " in of_vit
 

@@ -328,10 +328,21 @@ def test_best_checkpoint__is_a_weights_file(values: Values, storage: Path, tmp_p
     config = small_trial(values | normalization | {"training.epochs": 1})
     data, backbone, tables = prepared(config, storage)
     folder = TrialFolder(tmp_path / "trial")
+    folder.begin("a trial")
     for report in train_epochs(config, data, backbone, num_threads=1):
         report.save(folder)
     encoder = behind_encoder(read_checkpoint(folder.best)["model"])
-    write_winner(tmp_path / "winner", folder.best, tables.backbone, data.classes, config, {})
+    best = read_checkpoint(folder.best)
+    about = {"val_accuracy": best["record"]["metrics"]["best_val_accuracy"]}
+    write_winner(
+        tmp_path / "winner",
+        folder.best,
+        tables.backbone,
+        data.classes,
+        config,
+        about,
+        "a trial",
+    )
     for path in (folder.best, tmp_path / "winner" / "model.safetensors"):
         given = BackboneConfig(name=config.backbone.name, weights=str(path))
         found, report = load_backbone(given, config.data.image_size)
