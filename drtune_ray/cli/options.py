@@ -104,9 +104,11 @@ def of_study(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def echo(lines: Iterable[str], *, err: bool = False) -> None:
-    """Print lines, to stdout or to stderr."""
+    """Print lines, to stdout or to stderr, wrapped to the width of a terminal."""
+    from drtune_ray.display.text import wrapped
+
     for line in lines:
-        click.echo(line, err=err)
+        click.echo(wrapped(line, sys.stderr if err else sys.stdout), err=err)
 
 
 def program() -> str:

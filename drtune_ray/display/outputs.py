@@ -15,7 +15,7 @@ from rich.console import Console
 
 from drtune_ray.display.live_table import LiveTable
 from drtune_ray.display.progress import INTERRUPTED, StudyProgress, TrialRow
-from drtune_ray.display.text import percent
+from drtune_ray.display.text import percent, wrapped
 from drtune_ray.errors import DrtuneError
 from drtune_ray.execution.environment import JOB_CONFIG
 from drtune_ray.tracking.events import (
@@ -93,6 +93,7 @@ class People(Quiet):
 
     def say(self, text: str) -> None:
         """Print a sentence."""
+        text = wrapped(text, self._console.file)
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     notice = say

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drtune_ray.display.text import duration, percent, short
+from drtune_ray.display.text import Command, duration, percent, short
 
 if TYPE_CHECKING:
     from drtune_ray.results.evaluation_record import Evaluation
@@ -170,13 +170,11 @@ def evaluation_lines(found: Evaluation) -> Iterator[str]:
 
 def _ways_on(folder: Path, num_unsent: int, program: str) -> Iterator[str]:
     if num_unsent:
-        yield (
-            f"{num_unsent} events have not reached MLflow; send them with\n"
-            f"  {program} sync {folder}"
-        )
-    yield f"Output folder:            {folder}"
-    yield f"Open the MLflow UI:       {program} ui {folder}"
-    yield f"Test the winner:          {program} evaluate {folder}"
+        yield f"{num_unsent} events have not reached MLflow; send them with"
+        yield Command(f"  {program} sync {folder}")
+    yield Command(f"Output folder:            {folder}")
+    yield Command(f"Open the MLflow UI:       {program} ui {folder}")
+    yield Command(f"Test the winner:          {program} evaluate {folder}")
 
 
 def plan_facts(plan: StudyPlan) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-from drtune_ray.display.text import duration, percent, short, size
+from drtune_ray.display.text import Command, duration, percent, short, size
 from drtune_ray.results.trials import TrialSummary
 from drtune_ray.study.status import (
     DONE,
@@ -39,7 +39,7 @@ def status_lines(status: Status, program: str, now: float | None = None) -> Iter
     if status.num_unsent:
         sent = f"{status.num_unsent} events not sent yet"
         later = "" if status.state == RUNNING else f"; send them: {program} sync {status.folder}"
-        yield _field("MLflow", sent + later)
+        yield Command(_field("MLflow", sent + later))
     yield _field("disk", size(status.num_bytes))
     for note in status.notes:
         yield _field("warning", note)
@@ -121,11 +121,11 @@ def _now(status: Status) -> str:
 
 def _ways_on(status: Status, program: str) -> Iterator[str]:
     if status.state == DONE and status.evaluation is None:
-        yield _field("test the winner", f"{program} evaluate {status.folder}")
+        yield Command(_field("test the winner", f"{program} evaluate {status.folder}"))
     elif status.state == RUNNING:
-        yield _field("resume if stopped", _command(status))
+        yield Command(_field("resume if stopped", _command(status)))
     elif status.state in (INTERRUPTED, NOT_SEEN):
-        yield _field("resume with", _command(status))
+        yield Command(_field("resume with", _command(status)))
 
 
 def _command(status: Status) -> str:

@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+class Command(str):
+    """A line with a command, which is never wrapped, so that it can be copied."""
+
+
+def wrapped(line: str, stream: TextIO) -> str:
+    """Break a line between words if it is too long for the terminal that it is printed to."""
+    if isinstance(line, Command) or not stream.isatty():
+        return line
+    width = shutil.get_terminal_size().columns
+    return "\n".join(_broken(part, width) for part in line.split("\n"))
+
+
+def _broken(line: str, width: int) -> str:
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    return textwrap.fill(
+        line,
+        width,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def percent(share: float | None) -> str:

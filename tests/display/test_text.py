@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import io
+
 import pytest
 
 from drtune_ray.display import duration, percent
-from drtune_ray.display.text import folded, packed, short, short_names, size
+from drtune_ray.display.text import Command, folded, packed, short, short_names, size, wrapped
 
 
 @pytest.mark.parametrize(
@@ -19,6 +21,25 @@ from drtune_ray.display.text import folded, packed, short, short_names, size
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_wrapped__between_words_and_no_command(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    line = "  12 trials (3 reference trials first), /a/path/that/is/longer/than/the/line at a time"
+    assert wrapped(line, Terminal()).splitlines() == [
+        "  12 trials (3 reference",
+        "    trials first),",
+        "    /a/path/that/is/longer/than/the/line",
+        "    at a time",
+    ]
+    assert wrapped("short\n\nand short", Terminal()) == "short\n\nand short"
+    assert wrapped(Command(line), Terminal()) == line
+    assert wrapped(line, io.StringIO()) == line
 
 
 def test_percent():
