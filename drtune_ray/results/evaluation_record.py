@@ -70,7 +70,7 @@ def write_result(folder: Path, weights: Path, found: Evaluation) -> None:
         found: The evaluation.
     """
     content = {
-        "weights_sha256": _sha256(weights),
+        "weights_sha256": sha256_of(weights),
         "test_accuracy": asdict(found.test),
         "validation_accuracy": asdict(found.validation) if found.validation else None,
         "recorded_validation": found.recorded_validation,
@@ -89,7 +89,7 @@ def read_result(folder: Path, weights: Path) -> Evaluation | None:
     """
     try:
         content = json.loads((folder / RESULT_NAME).read_bytes())
-        is_of_these = content.pop("weights_sha256") == _sha256(weights)
+        is_of_these = content.pop("weights_sha256") == sha256_of(weights)
         return _evaluation(**content) if is_of_these else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
@@ -102,6 +102,7 @@ def _evaluation(
     return Evaluation(Accuracy(**test_accuracy), validation, **rest, is_recorded=True)
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from torch import nn
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.views import Normalization
 from drtune_ray.errors import ConfigError, EnvironmentProblem, first_line
-from drtune_ray.results.evaluation_record import WEIGHTS_NAME
+from drtune_ray.results.evaluation_record import WEIGHTS_NAME, sha256_of
 from drtune_ray.training.backbones import read_backbone
 from drtune_ray.training.checkpoint import check_best, read_checkpoint
 from drtune_ray.training.model import classifier
@@ -23,6 +24,7 @@ from drtune_ray.training.weights_file import NORMALIZATION
 from drtune_ray.values import read_yaml, to_yaml
 
 ABOUT_NAME = "model.yaml"
+SEAL = "# SHA-256 of the lines above: "
 CARD = {"about": dict, "classes": list, "normalization": dict, "trial": dict}  # types in the card
 
 
@@ -88,7 +90,8 @@ def write_winner(
         },
         "trial": trial.to_mapping(),
     }
-    (temporary / ABOUT_NAME).write_text(to_yaml(card))
+    card["weights_sha256"] = sha256_of(temporary / WEIGHTS_NAME)
+    (temporary / ABOUT_NAME).write_text(_sealed(to_yaml(card)))
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
 
@@ -99,7 +102,14 @@ def read_about(folder: Path) -> dict[str, Any]:
     return dict(_read_card(path)["about"]) if path.exists() else {}
 
 
+def _sealed(text: str) -> str:
+    return f"{text}{SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n"
+
+
 def _read_card(path: Path) -> dict[str, Any]:
+    text, seal, _ = path.read_bytes().decode(errors="replace").partition(SEAL)
+    if seal and path.read_bytes() != _sealed(text).encode():  # models of 0.1.0 have none
+        raise _damaged(path, "its checksum differs")
     card = read_yaml(path)
     for name, kind in CARD.items():
         if not isinstance(card.get(name), kind):
@@ -120,15 +130,18 @@ def read_winner(folder: Path) -> Winner:
 
     Raises:
         ConfigError: If it holds no model.
+        EnvironmentProblem: If it is damaged.
     """
     if not (folder / ABOUT_NAME).exists():
         raise ConfigError(
             f"{folder} holds no model yet: repeat the study's command until a trial completes"
         )
     card = _read_card(folder / ABOUT_NAME)
-    trial = TrialConfig.from_mapping(card["trial"])
+    trial, weights_file = TrialConfig.from_mapping(card["trial"]), folder / WEIGHTS_NAME
     try:
-        weights = safetensors.torch.load_file(folder / WEIGHTS_NAME)
+        if card.get("weights_sha256") not in (None, sha256_of(weights_file)):
+            raise _damaged(weights_file, "its checksum differs")
+        weights = safetensors.torch.load_file(weights_file)
         normalization = _normalization(card["normalization"])
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(folder, first_line(error)) from None

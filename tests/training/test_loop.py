@@ -12,7 +12,8 @@ import torch
 
 from drtune_ray.config.trial import BackboneConfig
 from drtune_ray.data.views import Normalization
-from drtune_ray.results.winner import write_winner
+from drtune_ray.errors import EnvironmentProblem
+from drtune_ray.results.winner import read_winner, write_winner
 from drtune_ray.training.backbones import load_backbone
 from drtune_ray.training.checkpoint import TrialFolder, read_checkpoint
 from drtune_ray.training.loop import train_epochs
@@ -350,6 +351,29 @@ def test_best_checkpoint__is_a_weights_file(values: Values, storage: Path, tmp_p
         assert report.unused == ("head.bias", "head.weight")
         assert all(torch.equal(tensor, encoder[name]) for name, tensor in found.state.items())
         assert found.normalization == Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bicubic")
+
+
+def test_winner__a_changed_bit_is_seen_before_it_is_used(values, storage, tmp_path):
+    config = small_trial(values | {"training.epochs": 1})
+    data, backbone, tables = prepared(config, storage)
+    folder = TrialFolder(tmp_path / "trial")
+    folder.begin("a trial")
+    for report in train_epochs(config, data, backbone, num_threads=1):
+        report.save(folder)
+    best = read_checkpoint(folder.best)
+    about = {"val_accuracy": best["record"]["metrics"]["best_val_accuracy"]}
+    winner = tmp_path / "winner"
+    write_winner(winner, folder.best, tables.backbone, data.classes, config, about, "a trial")
+    assert read_winner(winner).classes == data.classes
+    for name in ("model.safetensors", "model.yaml"):
+        content = (winner / name).read_bytes()
+        at = content.rindex(b"blue") if name == "model.yaml" else len(content) - 2
+        changed = bytearray(content)
+        changed[at] ^= 1
+        (winner / name).write_bytes(changed)
+        with pytest.raises(EnvironmentProblem, match=f"{name} is damaged .its checksum differs"):
+            read_winner(winner)
+        (winner / name).write_bytes(content)
 
 
 def behind_encoder(model: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
