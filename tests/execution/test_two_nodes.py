@@ -156,7 +156,8 @@ def test_a_node_is_lost_and_others_are_drained(nodes, killed):
     study.check(num_lost=1)
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.chaos) for n in (1, 2))])
+@pytest.mark.chaos
+@pytest.mark.parametrize("seed", range(3))
 def test_a_trial_of_several_workers_loses_a_drained_node_another_and_its_driver(
     nodes, killed, seed
 ):
@@ -238,6 +239,7 @@ class Elastic:
             time.sleep(0.1)
 
 
+@pytest.mark.chaos
 def test_a_training_grows_when_a_node_joins_and_shrinks_when_it_dies(
     nodes, tmp_path, weights_file, monkeypatch
 ):

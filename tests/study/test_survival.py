@@ -213,6 +213,7 @@ def test_processes_that_are_terminated_or_hang_are_replaced_or_fail_by_name(kill
     study.check(num_lost=4, states=states | {2: "COMPLETE"})
 
 
+@pytest.mark.chaos
 @pytest.mark.xdist_group("survival-hits")
 def test_an_actor_that_takes_the_hosts_memory_is_killed_and_its_trial_goes_on(killed):
     import psutil
