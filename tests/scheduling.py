@@ -10,7 +10,7 @@ import pytest
 LONGEST_FIRST = ("ray", "browser", "ddp", "slow")
 
 # After so many seconds a test with Ray hangs: a story of kills takes minutes on a busy machine.
-RAY_TIMEOUT_SECONDS = 1200
+RAY_TIMEOUT_SECONDS = 1800
 
 
 def order_groups(items: list[pytest.Item]) -> None:

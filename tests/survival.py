@@ -25,7 +25,7 @@ from tests.study.test_study import mlflow_runs, study_values
 COMMAND = str(Path(sys.executable).with_name("drtune-ray"))
 SABOTAGE = Path(__file__).with_name("sabotage")
 # How long a test polls for what a busy machine may delay: imports of torch alone, many times over.
-LIMIT_SECONDS = 240.0
+LIMIT_SECONDS = 480.0
 END_SECONDS = 2 * LIMIT_SECONDS
 ACTOR_TITLE = b"ray::ResourceTrainable"
 # Processes of a trial of several workers.

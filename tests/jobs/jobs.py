@@ -91,6 +91,17 @@ class JobCluster:
         for number in range(len(self._nodes)):
             (self.orders(number) / "hurry").touch()
 
+    def hold(self, epoch: int) -> None:
+        """Have processes wait before this epoch, from 0, or a later one, until `release`."""
+        for number in range(len(self._nodes)):
+            (self.orders(number) / f"hold@{epoch}").touch()
+
+    def release(self) -> None:
+        """Have held processes continue."""
+        for number in range(len(self._nodes)):
+            for order in self.orders(number).glob("hold@*"):
+                order.unlink()
+
     def user(self, **variables: str) -> dict[str, str]:
         """The environment of a user of the cluster; what belongs to Ray is not set."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}

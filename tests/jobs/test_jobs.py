@@ -78,6 +78,8 @@ def test_the_demo__followed_left_stopped_killed_and_gone_on_with(cluster, tracki
     file = demo_file(tmp_path, tracking)
     study = tmp_path / "studies" / "demo"
 
+    # No trial ends before it is stopped, however long the commands take.
+    cluster.hold(NUM_EPOCHS - 1)
     # Followed, and left by Ctrl-C.
     first = submitted(cluster, file)
     cluster.wait_for(lambda: cluster.num_trained() > 0, "training")
@@ -114,6 +116,7 @@ def test_the_demo__followed_left_stopped_killed_and_gone_on_with(cluster, tracki
     assert "Stopping: running trials write a checkpoint" in said
     assert told.splitlines()[-1] == f"Job {job} was stopped: repeat the command to resume"
     before = cluster.trained()
+    cluster.release()
 
     # The next attempt goes on from there, and is killed.
     killed = submitted(cluster, file)
