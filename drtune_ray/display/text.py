@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import Any, TextIO
+from typing import IO, Any
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -14,7 +14,7 @@ class Command(str):
     """A line with a command, which is never wrapped, so that it can be copied."""
 
 
-def wrapped(line: str, stream: TextIO) -> str:
+def wrapped(line: str, stream: IO[str]) -> str:
     """Break a line between words if it is too long for the terminal that it is printed to."""
     if isinstance(line, Command) or not stream.isatty():
         return line
