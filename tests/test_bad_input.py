@@ -93,6 +93,8 @@ WITHOUT_EXAMPLE = {
     "x is not a drtune-ray checkpoint": OWN_FILES,
     "checkpoint x is torn (its checksum differs)": OWN_FILES,
     "wrong value of x": "of a damaged record, exit code 3: tests/study/test_damaged_files.py",
+    "# SHA-256 of the lines above: ": WINNER,
+    "the checksum is another": WINNER,
     "it is another kind of checkpoint": WINNER,
     "they are of another trial or configuration": WINNER,
     "their validation accuracy is x, and x is recorded": WINNER,

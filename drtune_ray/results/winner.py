@@ -109,7 +109,7 @@ def _sealed(text: str) -> str:
 def _read_card(path: Path) -> dict[str, Any]:
     text, seal, _ = path.read_bytes().decode(errors="replace").partition(SEAL)
     if seal and path.read_bytes() != _sealed(text).encode():  # models of 0.1.0 have none
-        raise _damaged(path, "its checksum differs")
+        raise _damaged(path, "the checksum is another")
     card = read_yaml(path)
     for name, kind in CARD.items():
         if not isinstance(card.get(name), kind):
@@ -140,7 +140,7 @@ def read_winner(folder: Path) -> Winner:
     trial, weights_file = TrialConfig.from_mapping(card["trial"]), folder / WEIGHTS_NAME
     try:
         if card.get("weights_sha256") not in (None, sha256_of(weights_file)):
-            raise _damaged(weights_file, "its checksum differs")
+            raise _damaged(weights_file, "the checksum is another")
         weights = safetensors.torch.load_file(weights_file)
         normalization = _normalization(card["normalization"])
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:

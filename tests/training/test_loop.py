@@ -371,7 +371,7 @@ def test_winner__a_changed_bit_is_seen_before_it_is_used(values, storage, tmp_pa
         changed = bytearray(content)
         changed[at] ^= 1
         (winner / name).write_bytes(changed)
-        with pytest.raises(EnvironmentProblem, match=f"{name} is damaged .its checksum differs"):
+        with pytest.raises(EnvironmentProblem, match=f"{name} is damaged .the checksum is another"):
             read_winner(winner)
         (winner / name).write_bytes(content)
 
