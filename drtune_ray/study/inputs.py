@@ -15,7 +15,7 @@ from drtune_ray.data.sources import scan_class_folders
 from drtune_ray.data.splits import TRAIN, VALIDATION, Splits, make_splits, read_manifest
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.storage.record import SPLITS_NAME
-from drtune_ray.study.sizes import check_disk, check_memory
+from drtune_ray.study.sizes import check_batch, check_feature_table
 from drtune_ray.training.backbones import Backbone, load_backbone, normalization_note
 from drtune_ray.training.model import check_last_batch, check_trial
 from drtune_ray.training.weights_loading import KeyReport
@@ -109,7 +109,7 @@ def check_inputs(
     if splits is not None:
         gpus = (resources or ResourcesConfig()).worker_gpus(config.training.max_workers)
         problems.extend(check_trial(config, splits.count(TRAIN), on_gpus=gpus > 0))
-    too_large = check_memory(config)
+    too_large = check_batch(config)
     problems.extend(too_large)
     if not too_large:  # loading runs the encoder on an image
         loaded = attempt(lambda: load_backbone(config.backbone, config.data.image_size))
@@ -119,7 +119,7 @@ def check_inputs(
         raise of_environment[0]
     backbone, report = loaded
     num_train = splits.count(TRAIN)
-    problems = check_disk(config, num_train, backbone.num_features, storage)
+    problems = check_feature_table(config, num_train, backbone.num_features, storage)
     problems += check_last_batch(config, num_train, backbone)
     if problems:
         raise ConfigError(problems)

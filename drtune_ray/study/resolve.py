@@ -45,7 +45,7 @@ CHOSEN_ONCE = ("trials", SPACE, *(f"trial.{path}" for path in CHOSEN_ONCE_OF_TRI
 
 @dataclass(frozen=True)
 class Place:
-    """Where a study or training is recorded.
+    """Location of the record of a study or training.
 
     Attributes:
         storage: Folder of all studies and trainings.

@@ -7,12 +7,15 @@ import shutil
 from pathlib import Path
 
 from drtune_ray.config.trial import TrialConfig
+from drtune_ray.training.frozen_features import features_size
 
-BYTES_PER_VALUE = 4  # float32
+BYTES_PER_VALUE = 4  # float32, in which images are normalised
 GIB = 2**30
 
 
-def check_disk(config: TrialConfig, num_train: int, num_features: int, storage: Path) -> list[str]:
+def check_feature_table(
+    config: TrialConfig, num_train: int, num_features: int, storage: Path
+) -> list[str]:
     """Return a sentence if the disk cannot hold the frozen features of all views.
 
     Args:
@@ -21,7 +24,7 @@ def check_disk(config: TrialConfig, num_train: int, num_features: int, storage: 
         num_features: D, width of the encoder's features.
         storage: Folder that receives the tables.
     """
-    per_view = num_train * num_features * BYTES_PER_VALUE
+    per_view = features_size(num_train, num_features)
     there = next(path for path in (storage, *storage.parents) if path.exists())
     free = shutil.disk_usage(there).free
     views = config.data.views
@@ -34,7 +37,7 @@ def check_disk(config: TrialConfig, num_train: int, num_features: int, storage: 
     ]
 
 
-def check_memory(config: TrialConfig) -> list[str]:
+def check_batch(config: TrialConfig) -> list[str]:
     """Return a sentence if the memory cannot hold a batch of images."""
     size, batch = config.data.image_size, config.training.batch_size
     needed = batch * 3 * size * size * BYTES_PER_VALUE

@@ -110,12 +110,16 @@ def table_sizes(
 ) -> dict[str, int]:
     """Return the size of each table by name, in bytes, without the few that Arrow adds."""
     picture, num_views = 3 * config.image_size**2, num_train * config.views
-    features = num_views * num_features * np.dtype(FEATURES_DTYPE).itemsize
     return {
         names.views: num_views * picture,
         names.evaluation: num_validation * picture,
-        names.features: features,
+        names.features: config.views * features_size(num_train, num_features),
     }
+
+
+def features_size(num_rows: int, num_features: int) -> int:
+    """Return the size of the frozen features of so many rows, in bytes."""
+    return num_rows * num_features * np.dtype(FEATURES_DTYPE).itemsize
 
 
 def _with_pixels(

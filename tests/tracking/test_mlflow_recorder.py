@@ -344,10 +344,7 @@ def test_record__unreachable_server_is_told_soon_and_tried_again(store: Store) -
 @pytest.fixture
 def deleted(store: Store, events: list[Event], tmp_path: Path) -> tuple[Store, Spool, str]:
     """A study that was recorded, and then its experiment was deleted in MLflow's UI."""
-    spool = Spool(tmp_path / "flowers" / "spool")
-    for event in events:
-        spool.append(event)
-    send_unsent(spool, store.recorder())
+    spool = sent(store, events, tmp_path)
     number = store.client.get_experiment_by_name(store.experiment).experiment_id
     store.client.delete_experiment(number)
     spool.append(MetricsRecorded(0, 3, {"val_accuracy": 0.75}, 1101))
@@ -417,13 +414,19 @@ def test_deleted_runs__of_trials_stay_deleted_and_the_study_goes_on(
     assert f"mlflow runs restore --run-id {runs[0]}" in caplog.text
 
 
-def test_deleted_run__of_a_study_with_nothing_to_record_stays_deleted(
-    store: Store, events: list[Event], tmp_path: Path
-) -> None:
-    spool = Spool(tmp_path / "flowers" / "spool")
+def sent(store: Store, events: list[Event], folder: Path) -> Spool:
+    """Return a spool whose events were all sent."""
+    spool = Spool(folder / "flowers" / "spool")
     for event in events:
         spool.append(event)
     send_unsent(spool, store.recorder())
+    return spool
+
+
+def test_deleted_run__of_a_study_with_nothing_to_record_stays_deleted(
+    store: Store, events: list[Event], tmp_path: Path
+) -> None:
+    spool = sent(store, events, tmp_path)
     run_id = store.run(None).info.run_id
     store.client.delete_run(run_id)
     assert send_unsent(spool, store.recorder()) == 0
@@ -444,10 +447,7 @@ def test_deleted_run__of_a_study_whose_next_trial_starts_is_restored(
 def test_a_store_that_lost_the_study_gets_it_whole(
     store: Store, events: list[Event], tmp_path: Path
 ) -> None:
-    spool = Spool(tmp_path / "flowers" / "spool")
-    for event in events:
-        spool.append(event)
-    send_unsent(spool, store.recorder())
+    spool = sent(store, events, tmp_path)
     new = Store(tmp_path / "new", store.experiment, store.study_id)
     new.folder.mkdir()
     shutil.copy(store.folder / "empty.db", new.folder / "mlflow.db")

@@ -71,8 +71,7 @@ def fit(
     def on_turn() -> None:
         run.artifacts.check_lease()
         wait.check()
-        if (error := run.full_disk()) is not None:
-            raise error
+        run.check_disk()
 
     with (
         _listening(run.emit, key) as (queue, epochs),
