@@ -22,21 +22,41 @@ from drtune_ray.method.rotation import Rotation
 
 
 @dataclass(frozen=True)
+class MicroBatch:
+    """A part of a batch whose gradients are accumulated: it alone is in memory.
+
+    Attributes:
+        num_rows: N, number of rows of the whole batch in all processes.
+        is_last: Whether the batch is complete with this part.
+    """
+
+    num_rows: int
+    is_last: bool
+
+
+@dataclass(frozen=True)
 class Shard:
     """The part that one process has of N rows.
 
     Attributes:
         own: Slice of the rows at hand that are the work of this process.
         shares: Number of rows of each process, in the order of the ranks.
+        micro: Place of these rows in their batch, if they are a part of it.
     """
 
     own: slice
     shares: Sequence[int]
+    micro: MicroBatch | None = None
 
     @property
     def num_rows(self) -> int:
-        """N, the number of rows of all processes."""
-        return sum(self.shares)
+        """N, the number of rows of all processes and all parts of the batch."""
+        return sum(self.shares) if self.micro is None else self.micro.num_rows
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the batch is complete with these rows."""
+        return self.micro is None or self.micro.is_last
 
     @property
     def divisor(self) -> float:
@@ -83,13 +103,19 @@ class Collective:
 
     # ---- what the method calls
 
-    def batch(self, num_rows: int, shares: Sequence[int] | None = None) -> Shard:
+    def batch(
+        self,
+        num_rows: int,
+        shares: Sequence[int] | None = None,
+        micro: MicroBatch | None = None,
+    ) -> Shard:
         """The part of the global batch whose rows this process was given.
 
         Args:
             num_rows: Number of rows at hand. There are more than this process's share only where
                 a process without rows of its own runs a spare row to keep its graph.
             shares: Number of rows of each process; may be left out by a process alone.
+            micro: Place of the rows of all processes in their batch, if they are a part of it.
 
         Raises:
             ValueError: If several processes train and no shares are given, or they cannot be.
@@ -105,7 +131,7 @@ class Collective:
                 f"shares must hold one number of rows for each of {self.world_size} processes, "
                 f"here at most {num_rows}, but got shares={shares} in process {self.rank}"
             )
-        return Shard(slice(shares[self.rank]), shares)
+        return Shard(slice(shares[self.rank]), shares, micro)
 
     def block(self, num_rows: int) -> Shard:
         """The block of the bank's rows that is this process's work.

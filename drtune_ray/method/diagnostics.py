@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from drtune_ray.method.class_rows import ClassRows
+from drtune_ray.method.precision import joint_norm
 
 
 def centre_distance(first: Tensor, second: Tensor, classes: ClassRows) -> Tensor:
@@ -42,7 +43,7 @@ def turning_angle(rows: Tensor, turned: Tensor) -> Tensor:
         rows: Centred rows, shape (K, D).
         turned: R times each row, shape (K, D).
     """
-    lengths = torch.linalg.vector_norm(rows) * torch.linalg.vector_norm(turned)
+    lengths = joint_norm(rows) * joint_norm(turned)
     cosine = (rows * turned).sum() / lengths.clamp(min=torch.finfo(rows.dtype).tiny)
     return torch.acos(cosine.clamp(-1.0, 1.0)) * (180.0 / math.pi)
 

@@ -214,6 +214,8 @@ def distribution_regularization(
     prototypes: Tensor,
     bias: Tensor | None = None,
     num_rows: float | None = None,
+    *,
+    class_weights: Tensor | None = None,
 ) -> Tensor:
     """DR, the mean cross-entropy of the head on the calibrated bank (eq. 5, 13).
 
@@ -223,23 +225,45 @@ def distribution_regularization(
         prototypes: phi, shape (C, D).
         bias: Bias of the head, shape (C,).
         num_rows: See :func:`cross_entropy`.
+        class_weights: See :func:`cross_entropy`.
 
     Returns:
         Scalar with a gradient for the head alone.
     """
-    return cross_entropy(F.linear(calibrated, prototypes, bias), labels, num_rows)
+    logits = F.linear(calibrated, prototypes, bias)
+    return cross_entropy(logits, labels, num_rows, class_weights=class_weights)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, num_rows: float | None = None) -> Tensor:
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    num_rows: float | None = None,
+    *,
+    class_weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """CE, the mean cross-entropy of the rows, in float32 at least.
+
+    With targets t, weights w and smoothing eps it is the mean over the rows of
+    ``-sum_c w_c ((1 - eps) t_c + eps / C) log p_c``. The divisor is the number of rows, not the sum
+    of their weights, so that several processes can each take their own rows.
 
     Args:
         logits: Shape (B, C).
-        labels: Shape (B,).
+        targets: Labels, shape (B,), or probabilities of the classes, shape (B, C).
         num_rows: Divisor of the sum over the rows; B by default.
+        class_weights: w, shape (C,); 1 by default.
+        label_smoothing: eps, in [0, 1]. [Szegedy et al. 2016, sec. 7]
     """
-    total = F.cross_entropy(at_least_float32(logits), labels, reduction="sum")
-    return total / (len(labels) if num_rows is None else num_rows)
+    logits = at_least_float32(logits)
+    total = F.cross_entropy(
+        logits,
+        targets.to(logits) if targets.is_floating_point() else targets,
+        None if class_weights is None else class_weights.to(logits),
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
+    return total / (len(targets) if num_rows is None else num_rows)
 
 
 def objective(

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from drtune_ray.method.precision import at_least_float32
+from drtune_ray.method.precision import at_least_float32, joint_norm
 
 Solver = Literal["randomized", "svd"]
 SOLVERS = get_args(Solver)
@@ -168,7 +168,7 @@ def subspace_rotation(
     coordinates = source @ right
     source.addmm_(coordinates, unit_right.T, alpha=-1.0)
     target.addmm_(coordinates, left.T, alpha=-1.0)
-    size = torch.linalg.vector_norm(source)
+    size = joint_norm(source)
     ratio = torch.dot(source.flatten(), target.flatten()) / size.square().clamp(min=_tiny(size))
     rounding = columns.shape[1] * floor * total
     rest = torch.where(size > rounding, ratio.clamp(0.0, 1.0), 1.0)

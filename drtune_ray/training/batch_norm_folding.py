@@ -20,8 +20,8 @@ def folded(encoder: nn.Module, image_size: int) -> nn.Module:
     """Return a frozen encoder in eval mode that computes the same features with fewer layers.
 
     Args:
-        encoder: Module from images (B, 3, S, S) to features (B, D); frozen by this call, and
-            otherwise unchanged.
+        encoder: Module from images (B, 3, S, S) to features (B, D), in the precision that it is
+            used in; frozen by this call, and otherwise unchanged.
         image_size: S, side of the images in pixels.
 
     Returns:
@@ -32,6 +32,7 @@ def folded(encoder: nn.Module, image_size: int) -> nn.Module:
     encoder.requires_grad_(False).eval()
     fewer = copy.deepcopy(encoder)
     image = torch.rand(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    image = image.to(next(encoder.parameters()).dtype)
     with torch.no_grad():
         pairs = _pairs(fewer, image)
         if not pairs:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from drtune_ray.config.metric import Metric
 from drtune_ray.config.trial import TRIAL_NOT_DECIDING, TrialConfig, deciding_settings
 from drtune_ray.errors import CheckpointError
 from drtune_ray.folders import Folder, LocalFolder
@@ -29,6 +30,9 @@ MAGIC = b"drtune-ray checkpoint 1\n"
 NUM_KEPT = 2
 BEST_NAME = "best.ckpt"
 IDENTITY = "trial"  # key of the trial's identity in a checkpoint
+# Key, beside the weights of the best epoch, of class and predicted class of each validation image:
+# (N, 2), or None without such images. Version 0.1.0 did not write it.
+ANSWERS = "answers"
 
 
 def trial_identity(config: TrialConfig, *of_what: str) -> str:
@@ -55,7 +59,11 @@ def recorded_identity(values: Mapping[str, Any], *of_what: str) -> str:
 
 
 def check_best(
-    best: dict[str, Any], path: Path, identity: str | None, val_accuracy: float | None
+    best: dict[str, Any],
+    path: Path,
+    identity: str | None,
+    metric: Metric,
+    value: float | None,
 ) -> None:
     """Check that weights are those of a trial's best epoch, before they are handed over.
 
@@ -63,8 +71,8 @@ def check_best(
         best: Content of the file.
         path: The file.
         identity: Identity of the trial; None leaves it unchecked.
-        val_accuracy: Best validation accuracy of the trial, 0 to 1; None if it had no images for
-            validation.
+        metric: Metric that chose the epoch.
+        value: Best value of the trial; None if it had no images for validation.
 
     Raises:
         CheckpointError: If they are not.
@@ -74,10 +82,10 @@ def check_best(
         reason = "it is another kind of checkpoint"
     elif identity not in (None, best.get(IDENTITY)):
         reason = "they are of another trial or configuration"
-    elif val_accuracy is not None:
-        found = best["record"]["metrics"].get("best_val_accuracy", math.nan)
-        if not math.isclose(found, val_accuracy, rel_tol=1e-9):
-            reason = f"their validation accuracy is {found}, and {val_accuracy} is recorded"
+    elif value is not None:
+        found = best["record"]["metrics"].get(metric.best, math.nan)
+        if not math.isclose(found, value, rel_tol=1e-9):
+            reason = f"their {metric.label} is {found}, and {value} is recorded"
     if reason is not None:
         raise CheckpointError(
             f"{path} does not hold the weights of its trial's best epoch: {reason}; bring the "
@@ -89,6 +97,20 @@ def check_best(
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write tensors and plain values atomically, checksum first."""
     LocalFolder(path.parent).write(path.name, *_encoded(state))
+
+
+def copied(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state whose tensors are copies on the CPU, which a later step does not change.
+
+    It takes as much memory of the host as the state has, until it is written.
+    """
+
+    def copy(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.detach().to("cpu", copy=True)
+        return {key: copy(of) for key, of in value.items()} if isinstance(value, dict) else value
+
+    return {key: copy(value) for key, value in state.items()}
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from drtune_ray.config.trial import DataConfig
+from drtune_ray.config.inputs import DataConfig
 from drtune_ray.data.cache import read_images, table_name, write_array
 from drtune_ray.data.dataset import Tables, TrainingData
 from drtune_ray.data.table_store import TableStore
@@ -67,15 +67,23 @@ class Normalizer:
         normalization: Mean and standard deviation.
         device: Device of the pixels. The numbers are copied there once, since a device waits for
             such a copy.
+        dtype: Precision of the normalised images.
     """
 
-    def __init__(self, normalization: Normalization, device: torch.device) -> None:
-        self._mean = torch.tensor(normalization.mean, device=device).view(1, 3, 1, 1)
-        self._std = torch.tensor(normalization.std, device=device).view(1, 3, 1, 1)
+    def __init__(
+        self,
+        normalization: Normalization,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._dtype = dtype
+        mean, std = normalization.mean, normalization.std
+        self._mean = torch.tensor(mean, device=device, dtype=dtype).view(1, 3, 1, 1)
+        self._std = torch.tensor(std, device=device, dtype=dtype).view(1, 3, 1, 1)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Normalise uint8 (B, 3, S, S) to float32, channels last."""
-        images = pixels.to(memory_format=torch.channels_last).float().div_(255.0)
+        """Normalise uint8 (B, 3, S, S), channels last."""
+        images = pixels.to(memory_format=torch.channels_last).to(self._dtype).div_(255.0)
         return images.sub_(self._mean).div_(self._std)
 
 

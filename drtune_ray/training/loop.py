@@ -59,10 +59,14 @@ def train_epochs(
         trial.warm_up_bank()
     else:
         trial.load_state(resume)
-    while trial.progress.outcome is None:
-        yield from _train_one_epoch(trial, save_requested)
-        yield trial.report()
-        trial.is_best = False
+    try:
+        while trial.progress.outcome is None:
+            yield from _train_one_epoch(trial, save_requested)
+            yield trial.report()
+            trial.is_best = False
+            trial.writer.write_in_background()
+    finally:
+        trial.writer.wait()
     if resume is not None and not trial.has_trained:
         yield trial.report()  # it had already ended: report the outcome again
 
@@ -82,6 +86,8 @@ def _train_one_epoch(trial: Trial, save_requested: Callable[[], bool]) -> Iterat
         if trial.signals.take_save() and not trial.signals.has_diverged():
             progress.epoch_seconds += time.monotonic() - started
             started = last_save = time.monotonic()
-            yield SavePoint(progress.epochs_done, progress.steps_done, trial.save)
+            yield SavePoint(
+                progress.epochs_done, progress.steps_done, trial.writer.save, trial.writer.settle
+            )
     progress.epoch_seconds += time.monotonic() - started
     trial.finish_epoch()

@@ -2,50 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import timm
 import torch
 from torch import nn
 
-from drtune_ray.config.trial import TrainingConfig, TrialConfig
+from drtune_ray.config.training import TrainingConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import ConfigError
-from drtune_ray.method import CETuning, DRTune, FeatureBank, SemanticCalibration
+from drtune_ray.method import Method
 from drtune_ray.training.backbones import Backbone, create_encoder
 from drtune_ray.training.distributed import ProcessGroup
+from drtune_ray.training.layers import freeze
+from drtune_ray.training.methods import (
+    PretrainedEncoder,
+    check_encoder,
+    check_method,
+    method_of,
+    trial_dtype,
+)
 from drtune_ray.training.reports import outcome_of_settings
+from drtune_ray.training.validation import most_scores
 from drtune_ray.values import digest
 
 HEAD_INIT_STD = 0.01
 ANOTHER_BATCH = "set training.drop_last=true or another training.batch_size"
-Method = DRTune | CETuning
-
-
-@dataclass(frozen=True)
-class MethodScale:
-    """Settings that depend on the number of training images, fixed for the whole trial.
-
-    Attributes:
-        bank_size: K = min(bank_size, number of training images).
-        regularization_weight: lambda of eq. 14.
-        head_lr_multiplier: Learning rate of the head divided by that of the backbone.
-    """
-
-    bank_size: int
-    regularization_weight: float
-    head_lr_multiplier: float
-
-
-def method_scale(config: TrialConfig, num_train: int) -> MethodScale:
-    """Resolve K, ``bank_over_batch`` and ``one_plus_bank_over_batch``."""
-    bank_size = min(config.method.bank_size, num_train)
-    ratio = bank_size / config.training.batch_size
-    weight, multiplier = config.method.regularization_weight, config.method.head_lr_multiplier
-    return MethodScale(
-        bank_size,
-        ratio if weight == "bank_over_batch" else float(weight),
-        1.0 + ratio if multiplier == "one_plus_bank_over_batch" else float(multiplier),
-    )
 
 
 def check_trial(config: TrialConfig, num_train: int, *, on_gpus: bool = False) -> list[str]:
@@ -64,6 +46,7 @@ def check_trial(config: TrialConfig, num_train: int, *, on_gpus: bool = False) -
             f"batch_size={training.batch_size} with {num_train} images; set training.batch_size "
             f"to at most {num_train}"
         )
+    problems += check_method(config)
     if training.max_workers > 1 and training.batch_norm == "local":
         problems.append(
             "training.batch_norm=local normalises over a part of the batch with "
@@ -72,6 +55,53 @@ def check_trial(config: TrialConfig, num_train: int, *, on_gpus: bool = False) -
     if training.max_workers > 1 and training.batch_norm == "synchronised":
         problems += _synchronised_problems(training, num_train, on_gpus)
     return problems
+
+
+def check_metrics(
+    config: TrialConfig, validation_sizes: Sequence[int], objectives: Sequence[str] = ()
+) -> list[str]:
+    """Return a sentence if the metric that chooses, or one among the objectives, is not measured.
+
+    Args:
+        config: Configuration of the trial.
+        validation_sizes: Number of validation images of each class.
+        objectives: Objectives of the study.
+    """
+    num_images, num_classes = sum(validation_sizes), len(validation_sizes)
+    metric = config.training.metric
+    if "auroc" not in (metric, *objectives) or not num_images:
+        return []
+    what = "training.metric=auroc" if metric == "auroc" else f"the objective auroc after {metric}"
+    if max(validation_sizes) == num_images:
+        return [
+            f"{what} needs validation images of two classes, but all {num_images} are of one: "
+            "raise data.validation_fraction or take another metric"
+        ]
+    if num_images * num_classes > (most := most_scores(metric)):
+        return [
+            f"{what} compares at most {most} scores, but got {num_images} validation images of "
+            f"{num_classes} classes: lower data.validation_fraction or take another "
+            "metric"
+        ]
+    return []
+
+
+def check_layers(config: TrialConfig, backbone: Backbone) -> list[str]:
+    """Return a sentence if the frozen parameters or the method do not fit the backbone.
+
+    Args:
+        config: Configuration of the trial.
+        backbone: Pretrained encoder.
+    """
+    if not config.backbone.frozen_patterns and config.method.name not in ("ldifs", "bitfit"):
+        return []
+    with torch.device("meta"):
+        encoder = create_encoder(backbone.name, backbone.image_size)
+    try:
+        freeze(encoder, config.backbone)
+    except ConfigError as error:
+        return list(error.problems)
+    return check_encoder(config, encoder, backbone.image_size)
 
 
 def _synchronised_problems(training: TrainingConfig, num_train: int, on_gpus: bool) -> list[str]:
@@ -130,9 +160,16 @@ def check_last_batch(config: TrialConfig, num_train: int, backbone: Backbone) ->
 
 
 def build_method(
-    config: TrialConfig, backbone: Backbone, num_classes: int, num_train: int, live_features: bool
+    config: TrialConfig,
+    backbone: Backbone,
+    num_classes: int,
+    num_train: int,
+    live_features: bool,
+    class_weights: torch.Tensor | None = None,
 ) -> Method:
     """Build the modules of a trial on the CPU, with weights that depend on the seed alone.
+
+    All are in float32 but a frozen encoder, which is in the precision of the trial.
 
     Args:
         config: Configuration of the trial.
@@ -140,55 +177,17 @@ def build_method(
         num_classes: C, number of classes.
         num_train: N, number of training images.
         live_features: Whether the frozen encoder runs at every step.
+        class_weights: Weights of the classes in the loss, (C,); 1 by default.
     """
-    encoder = backbone.build()
+    encoder = backbone.build(config.backbone)
+    freeze(encoder, config.backbone)
     head = nn.Linear(backbone.num_features, num_classes)
     nn.init.normal_(head.weight, std=HEAD_INIT_STD, generator=generator(config.seed, "head"))
     nn.init.zeros_(head.bias)
-    method: Method
-    if config.method.name == "ce_tuning":
-        method = CETuning(encoder, head)
-    else:
-        frozen = backbone.build_frozen() if live_features else None
-        method = _dr_tune(config, encoder, head, frozen, num_train)
+    pretrained = PretrainedEncoder(backbone, trial_dtype(config), live_features)
+    method = method_of(config, encoder, head, pretrained, num_train, class_weights)
     method.collective = ProcessGroup()
     return method
-
-
-def _dr_tune(
-    config: TrialConfig,
-    encoder: nn.Module,
-    head: nn.Linear,
-    frozen: nn.Module | None,
-    num_train: int,
-) -> DRTune:
-    scale, num_features = method_scale(config, num_train), head.in_features
-    calibration = config.method.calibration
-    return DRTune(
-        encoder,
-        head,
-        FeatureBank(scale.bank_size, num_features),
-        SemanticCalibration(
-            num_features,
-            rotation=calibration.rotation,
-            rotation_interval=calibration.rotation_interval,
-            rotation_solver=calibration.rotation_solver,
-            rotation_rank=calibration.rotation_rank,
-            rotation_shrinkage=calibration.rotation_shrinkage,
-            rotation_kept=calibration.rotation_kept,
-            restart_each_epoch=calibration.rotation_restarts_each_epoch,
-            proper_rotation=calibration.proper_rotation,
-            recenter=calibration.recenter,
-            normalize=calibration.normalize,
-            translation=calibration.translation,
-            confidence_weighting=calibration.confidence_weighting,
-            confidence_temperature=calibration.confidence_temperature,
-            similarity=calibration.similarity,
-        ),
-        frozen,
-        regularization_weight=scale.regularization_weight,
-        reduction=config.method.reduction,
-    )
 
 
 def classifier(backbone_name: str, image_size: int, state: dict[str, torch.Tensor]) -> nn.Module:
@@ -223,9 +222,9 @@ def classifier(backbone_name: str, image_size: int, state: dict[str, torch.Tenso
     return model.eval()
 
 
-def classifier_state(method: Method) -> dict[str, torch.Tensor]:
+def classifier_state(encoder: nn.Module, head: nn.Module) -> dict[str, torch.Tensor]:
     """Return the tensors for :func:`classifier`, copied to the CPU."""
-    parts = (("encoder", method.downstream_encoder), ("head", method.head))
+    parts = (("encoder", encoder), ("head", head))
     return {
         f"{prefix}.{name}": tensor.detach().cpu().clone()
         for prefix, module in parts
@@ -234,8 +233,16 @@ def classifier_state(method: Method) -> dict[str, torch.Tensor]:
 
 
 def set_training_mode(method: Method, batch_norm: str) -> None:
-    """Set train mode; with ``frozen``, BatchNorm layers keep their pretrained statistics."""
+    """Set train mode; with ``frozen``, BatchNorm layers keep their pretrained statistics.
+
+    Modules without a trained parameter stay in eval mode: a frozen layer computes what the
+    pretrained one does.
+    """
     method.train()
+    for module in method.downstream_encoder.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
     if batch_norm == "frozen":
         for module in method.downstream_encoder.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -15,7 +15,7 @@ from drtune_ray.training.checkpoint import TrialFolder
 COMPLETED, PATIENCE, DIVERGED = "completed", "stopped by patience", "diverged"
 CONFIG_NUMBER = "number"
 CONFIG_TRIAL = "trial"
-OBJECTIVE = "best_val_accuracy"
+OBJECTIVE = "best_value"  # of a result, whatever the metric
 EPOCH = "epoch"
 OUTCOME = "outcome"
 HISTORY = "history"
@@ -50,24 +50,34 @@ class EpochReport:
     Attributes:
         record: The epoch; None if the trial diverged before its first epoch ended.
         history: All epochs so far, this one included.
+        best_value: Best value so far of `training.metric`; None without validation images.
         outcome: `COMPLETED`, `PATIENCE` or `DIVERGED` at the end of the trial; None before.
-        save: Function that writes the checkpoint and, after a best epoch, its weights; all
-            processes call it.
+        save: Function that writes the weights after a best epoch, and the checkpoint: at the end
+            of the trial at once, otherwise while the next epoch trains, so that a trial that is
+            stopped here never writes it. All processes call it.
+        settle: Function that writes the checkpoint that `save` left for later and waits until it
+            is on disk; all processes call it.
     """
 
     record: EpochRecord | None
     history: tuple[EpochRecord, ...]
+    best_value: float | None
     outcome: str | None
     save: Callable[[TrialFolder], None]
+    settle: Callable[[], None]
 
 
 @dataclass(frozen=True)
 class SavePoint:
-    """A step within an epoch at which a checkpoint is due; all processes call `save`."""
+    """A step within an epoch at which a checkpoint is due.
+
+    All processes call `save`, which returns when it is on disk, so that `settle` has nothing to do.
+    """
 
     epoch: int
     step: int
     save: Callable[[TrialFolder], None]
+    settle: Callable[[], None]
 
 
 def trial_result(report: EpochReport, num_threads: int) -> dict[str, Any]:
@@ -77,8 +87,7 @@ def trial_result(report: EpochReport, num_threads: int) -> dict[str, Any]:
     """
     record = report.record
     return {
-        # Without validation images there is no objective.
-        OBJECTIVE: record.metrics.get(OBJECTIVE, math.nan) if record else math.nan,
+        OBJECTIVE: math.nan if report.best_value is None else report.best_value,
         EPOCH: record.epoch if record else 0,
         OUTCOME: report.outcome or "",
         HISTORY: json.dumps([_without_steps(entry) for entry in report.history]),

@@ -5,35 +5,32 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from timm.layers import convert_sync_batchnorm  # type: ignore[attr-defined]
-from torch import Tensor
+from torch import Tensor, nn
 
+from drtune_ray.config.metric import METRICS
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import TrainingData
-from drtune_ray.method import DRTune
+from drtune_ray.method import MethodOutput, MixedBatch
+from drtune_ray.method.collective import MicroBatch
+from drtune_ray.training.accumulation import StepTotals, micro_batches, synchronisation
 from drtune_ray.training.backbones import Backbone
-from drtune_ray.training.checkpoint import TrialFolder
-from drtune_ray.training.distributed import (
-    ProcessGroup,
-    barrier,
-    data_parallel,
-    gather_objects,
-    is_distributed,
-)
+from drtune_ray.training.batches import Inputs, TrainingBatches
+from drtune_ray.training.class_balance import loss_weights
+from drtune_ray.training.compilation import compile_encoders
+from drtune_ray.training.distributed import ProcessGroup, data_parallel, is_distributed
 from drtune_ray.training.frozen_features import Normalizer
+from drtune_ray.training.methods import method_scale, trial_dtype
+from drtune_ray.training.mixing import mixing, own_rows, part_of
 from drtune_ray.training.model import (
     build_method,
-    classifier_state,
     derived_seed,
-    generator,
-    method_scale,
     set_training_mode,
 )
-from drtune_ray.training.optim import build_optimizer, build_schedule, learning_rates
+from drtune_ray.training.optim import build_optimizer
 from drtune_ray.training.reports import (
     COMPLETED,
     DIVERGED,
@@ -41,25 +38,14 @@ from drtune_ray.training.reports import (
     EpochRecord,
     EpochReport,
 )
+from drtune_ray.training.saving import CheckpointWriter, Progress, load_state
+from drtune_ray.training.schedules import build_schedule
 from drtune_ray.training.step_signals import StepSignals
+from drtune_ray.training.update import Updater
 from drtune_ray.training.validation import ValidationTotals
-from drtune_ray.training.weights_file import NORMALIZATION
+from drtune_ray.training.weight_average import WeightAverage
 
 EVALUATION_ROWS = 64
-FROZEN_PREFIX = "pretrained_encoder."
-
-
-@dataclass
-class _Progress:
-    epochs_done: int = 0
-    steps_done: int = 0
-    epoch_seconds: float = 0.0
-    best_val_accuracy: float = -1.0
-    best_epoch: int = 0
-    outcome: str | None = None
-    last_rates: dict[str, float] = field(default_factory=dict)
-    step_values: list[list[float]] = field(default_factory=list)
-    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Trial:
@@ -84,55 +70,67 @@ class Trial:
         self.config, self.data, self.device = config, data, device
         self._on_progress = on_progress
         self.normalization = backbone.normalization
-        self.normalizer = Normalizer(backbone.normalization, device)
+        self.dtype = trial_dtype(config)
+        self.normalizer = Normalizer(backbone.normalization, device, self.dtype)
         self.group = ProcessGroup()
+        self.batches = TrainingBatches(config, data, self.normalizer, self.group, device)
         # Dropout and the like draw from torch's global generator: one seed for each rank.
         torch.manual_seed(derived_seed(config.seed, "training", self.group.rank) % 2**32)
+        num_classes, labels = len(data.classes), data.train.labels
         method = build_method(
-            config, backbone, len(data.classes), len(data.train), not data.has_features
+            config,
+            backbone,
+            num_classes,
+            len(labels),
+            not data.has_features,
+            loss_weights(config, labels, num_classes),
         )
+        self.mixing = mixing(config, num_classes)
         if config.training.batch_norm == "synchronised" and is_distributed():
             # timm's function keeps the activation within a BatchNormAct2d; torch's drops it.
             convert = convert_sync_batchnorm
             method.downstream_encoder = convert(method.downstream_encoder)  # type: ignore[no-untyped-call]
-        self.dtype = torch.float64 if config.training.precision == "float64" else torch.float32
         method = method.to(device=device, dtype=self.dtype)
         self.method = method.to(memory_format=torch.channels_last)
         self.module = data_parallel(self.method, device)
-        self.optimizer = build_optimizer(
-            self.method.downstream_encoder,
-            self.method.head,
-            config.optim,
-            method_scale(config, len(data.train)).head_lr_multiplier,
-        )
-        self.steps_per_epoch = len(self._global_batches(0))
+        encoder, head = self.method.downstream_encoder, self.method.head
+        multiplier = method_scale(config, len(data.train)).head_lr_multiplier
+        self.optimizer = build_optimizer(encoder, head, config.optim, multiplier)
+        self.steps_per_epoch = len(self.batches.rows(0))
         self.schedule = build_schedule(
             self.optimizer, config.optim, config.training.epochs, self.steps_per_epoch
         )
         self.amp_dtype = _amp_dtype(config.training.precision, device)
-        self.scaler = torch.amp.GradScaler(
+        scaler = torch.amp.GradScaler(
             device.type, enabled=self.amp_dtype == torch.float16 and device.type == "cuda"
         )
-        self.progress = _Progress()
+        decay = config.training.ema_decay
+        self.average = None if decay is None else WeightAverage(encoder, head, decay)
+        self.updater = Updater(
+            method, self.optimizer, self.schedule, scaler, config.optim.clip_norm, self.average
+        )
+        if config.training.compile:
+            compile_encoders(self.method, device)
+        self.progress = Progress()
         self.signals = StepSignals(self.group)
         self.pending: list[Tensor] = []
-        self.part_names: list[str] = ["cross_entropy"]
-        if isinstance(method, DRTune):
-            self.part_names.append("distribution_regularization")
+        method.enqueues = not scaler.is_enabled()  # otherwise a step may be skipped
         self.is_best = False
+        self.answers: Tensor | None = None
         self.has_trained = False
+        self.writer = CheckpointWriter(self)
 
     def warm_up_bank(self) -> None:
-        """Fill the bank with the first K images of a pass over the training data."""
-        if not isinstance(self.method, DRTune):
+        """Give the method the first images of a pass over the training data, if it wants any."""
+        if self.method.num_warm_up_rows == 0:
             return
-        order = self._global_batches(-1, drop_last=False)
-        rows = [row for batch in order for row in batch][: self.method.bank.bank_size]
+        order = self.batches.rows(-1, drop_last=False)
+        rows = [row for batch in order for row in batch][: self.method.num_warm_up_rows]
         size = self.config.training.batch_size
         batches = [rows[at : at + size] for at in range(0, len(rows), size)]
-        for batch in self._batches(batches, epoch=-1):
+        for batch in self._inputs(batches, epoch=-1):
             with self._autocast():
-                self.method.warm_up_bank(*batch)
+                self.method.warm_up(*batch)
 
     def steps(self, wants_save: Callable[[], bool] = lambda: False) -> Iterator[bool]:
         """Train the rest of the present epoch; yield after each step whether all was finite so far.
@@ -143,23 +141,47 @@ class Trial:
             wants_save: Function called at each step; see `StepSignals.take_save`.
         """
         progress = self.progress
-        set_training_mode(self.method, self.config.training.batch_norm)
         if progress.steps_done == 0:
             self.method.begin_epoch()
-        batches = self._global_batches(progress.epochs_done)[progress.steps_done :]
-        for images, labels, features, shares in self._batches(batches, progress.epochs_done):
-            with self._autocast():
-                output = self.module(images, labels, features, shares)
-            self.signals.add(output.is_finite, wants_save())
+        set_training_mode(self.method, self.config.training.batch_norm)
+        batches = self.batches.rows(progress.epochs_done)[progress.steps_done :]
+        training, step = self.config.training, StepTotals()
+        parts, places = micro_batches(batches, training.batch_size, training.accumulation_steps)
+        for place, inputs in zip(places, self._inputs(parts, progress.epochs_done), strict=True):
+            with synchronisation(self.module, place):
+                step.add(*self._forward(inputs, place))
+                if not place.is_last:
+                    self.updater.backward(step.loss)
+                    continue
+            self.signals.add(step.is_finite, wants_save())
             if self.signals.has_diverged():
                 yield False
                 return
-            self._update(output.loss)
-            correct = (output.logits.argmax(1) == labels[: shares[self.group.rank]]).sum()
-            values = [output.loss.detach(), *output.parts.values(), correct]
-            self.pending.append(torch.stack([value.double() for value in values]))
+            self._update(step.loss)
+            self.pending.append(step.take())
             progress.steps_done += 1
             yield True
+
+    def _forward(self, inputs: Inputs, place: MicroBatch) -> tuple[MethodOutput, Tensor]:
+        """Return what the method gives for a part of a batch, and the number of correct rows."""
+        images, labels, features, shares = inputs
+        images, labels, mixed = self._mixed(images, labels, shares)
+        with self._autocast():
+            output = self.module(images, labels, features, shares, place, mixed)
+        wanted = labels if mixed is None else mixed.targets.argmax(1)
+        own = wanted[: shares[self.group.rank]]
+        return output, (output.logits.argmax(1) == own).sum()
+
+    def _mixed(
+        self, images: Tensor, labels: Tensor, shares: Sequence[int]
+    ) -> tuple[Tensor, Tensor, MixedBatch | None]:
+        """Return this process's own images and labels, and the same mixed if they are to be."""
+        if self.mixing is None:
+            return images, labels, None
+        part = part_of(sum(shares), *own_rows(shares, self.group.rank))
+        at = (self.progress.epochs_done, self.progress.steps_done)
+        mixed = self.mixing(images, labels, part, *at)
+        return images[: part.num_own], labels[: part.num_own], mixed
 
     def finish_epoch(self) -> None:
         """Validate, record the epoch and decide whether the trial has ended."""
@@ -168,7 +190,7 @@ class Trial:
         if self.signals.has_diverged(wait=True):
             progress.outcome = DIVERGED
             return
-        self._collect_steps()
+        self.collect_steps()
         validation = self._validate() if len(self.data.validation) else {}
         if not self._is_sound(validation):
             # The last update broke the weights: the epoch is not a result and cannot be the best.
@@ -181,15 +203,7 @@ class Trial:
         metrics |= {name: float(value) for name, value in self.method.diagnostics().items()}
         metrics["best_epoch"] = float(progress.best_epoch)
         metrics["seconds"] = progress.epoch_seconds + time.monotonic() - started
-        progress.history.append(
-            {
-                "epoch": progress.epochs_done,
-                "time_ms": int(time.time() * 1000),
-                "metrics": metrics,
-                "steps": self._named_steps(),
-            }
-        )
-        progress.step_values, progress.epoch_seconds = [], 0.0
+        progress.add_epoch(metrics, self._named_steps())
         patience = self.config.training.patience_epochs
         if progress.epochs_done >= self.config.training.last_epoch:
             progress.outcome = COMPLETED
@@ -209,131 +223,57 @@ class Trial:
         if not validation:  # without validation images the last epoch counts
             progress.best_epoch, self.is_best = progress.epochs_done, True
             return {}
-        if validation["val_accuracy"] > progress.best_val_accuracy:
-            progress.best_val_accuracy = validation["val_accuracy"]
+        metric, best = METRICS[self.config.training.metric], progress.best_value
+        value = validation[metric.measure]
+        if best is None or metric.score(value) > metric.score(best):
+            progress.best_value = best = value
             progress.best_epoch, self.is_best = progress.epochs_done, True
         # The objective comes first: MLflow's comparisons open on the metric logged first.
-        return {"best_val_accuracy": progress.best_val_accuracy} | validation
+        return {metric.best: best} | validation
 
     def report(self) -> EpochReport:
         """Return the present state as a report."""
         history = tuple(EpochRecord(**record) for record in self.progress.history)
+        last, outcome = history[-1] if history else None, self.progress.outcome
+        save = self.writer.save_later if outcome is None else self.writer.save
         return EpochReport(
-            history[-1] if history else None, history, self.progress.outcome, self.save
+            last, history, self.progress.best_value, outcome, save, self.writer.settle
         )
 
-    def save(self, folder: TrialFolder) -> None:
-        """Write the checkpoint; after a best epoch, write its weights first."""
-        self._collect_steps()
-        state = self._state()
-        if self.group.rank == 0:
-            if self.is_best:
-                folder.save_best(
-                    {
-                        "model": classifier_state(self.method),
-                        "record": self.progress.history[-1],
-                        NORMALIZATION: asdict(self.normalization),
-                    }
-                )
-            folder.save(state, self.progress.epochs_done, self.progress.steps_done)
-        barrier()
-
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         """Resume from a checkpoint."""
-        own = {k for k in self.method.state_dict() if k.startswith(FROZEN_PREFIX)}
-        missing, unexpected = self.method.load_state_dict(state["method"], strict=False)
-        assert set(missing) <= own and not unexpected, (missing, unexpected)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        if state["scaler"]:  # empty after training with another precision or device
-            self.scaler.load_state_dict(state["scaler"])
-        self.progress = _Progress(**state["progress"])
-        self._load_random_states(state["random"])
+        load_state(self, state)
 
-    def _load_random_states(self, states: Sequence[Mapping[str, Tensor]]) -> None:
-        """Restore the random states of this rank; seed those that the checkpoint does not hold.
-
-        These are all states of a rank that is new, and a CUDA device's after training on CPUs.
-        """
-        rank, progress = self.group.rank, self.progress
-        at = (rank, progress.epochs_done, progress.steps_done)
-        torch.manual_seed(derived_seed(self.config.seed, "training", *at) % 2**32)
-        known = states[rank] if rank < len(states) else {}
-        if "cpu" in known:
-            torch.set_rng_state(known["cpu"])
-        if "cuda" in known and self.device.type == "cuda":
-            torch.cuda.set_rng_state(known["cuda"], self.device)
-
-    def _state(self) -> dict[str, Any]:
-        random_state = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random_state["cuda"] = torch.cuda.get_rng_state(self.device)
-        method = self.method.state_dict()
-        return {
-            "method": {k: v for k, v in method.items() if not k.startswith(FROZEN_PREFIX)},
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "progress": dict(vars(self.progress)),
-            "random": gather_objects(random_state),
-        }
-
-    def _global_batches(self, epoch: int, drop_last: bool | None = None) -> list[list[int]]:
-        """Rows of each step of an epoch, for all processes together."""
-        training = self.config.training
-        drop_last = training.drop_last if drop_last is None else drop_last
-        order = generator(self.config.seed, "order", epoch)
-        rows = torch.randperm(len(self.data.train), generator=order).tolist()
-        size = training.batch_size
-        batches = [rows[at : at + size] for at in range(0, len(rows), size)]
-        return batches[:-1] if drop_last and len(batches[-1]) < size else batches
-
-    def _batches(
-        self, global_batches: Sequence[Sequence[int]], epoch: int
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None, list[int]]]:
-        """Yield this process's part of each batch: images, labels, z^p, and the rows of each."""
-        view = self.data.view_of_epoch(epoch)
-        shares = [_shares(len(batch), self.group.world_size) for batch in global_batches]
-        loaded = []
-        for batch, counts in zip(global_batches, shares, strict=True):
-            # Consecutive rows, so that gathering in the order of the ranks restores the batch.
-            start = sum(counts[: self.group.rank])
-            own = list(batch[start : start + counts[self.group.rank]])
-            # A process without rows of its own runs one spare row: its graph stays whole.
-            loaded.append(own or list(batch[:1]))
-        pictures = self.data.training_batches(loaded, view)
-        for counts, rows, (pixels, labels) in zip(shares, loaded, pictures, strict=True):
+    def _inputs(self, batches: Sequence[Sequence[int]], epoch: int) -> Iterator[Inputs]:
+        are_mixed = self.mixing is not None and epoch >= 0
+        for inputs in self.batches.inputs(batches, epoch, are_mixed=are_mixed):
             self._on_progress()
-            features = self.data.pretrained_features(rows, view)
-            if features is not None:
-                if self.device.type == "cuda":  # a copy from pageable memory would be waited for
-                    features = features.pin_memory()
-                features = features.to(self.device, non_blocking=True)
-            yield (
-                self._images(pixels),
-                labels.to(self.device, non_blocking=True),
-                features,
-                counts,
-            )
-
-    def _images(self, pixels: Tensor) -> Tensor:
-        pixels = pixels.to(self.device, non_blocking=True)
-        return self.normalizer(pixels).to(self.dtype)
+            yield inputs
 
     def _update(self, loss: Tensor) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.progress.last_rates = learning_rates(self.optimizer)
-        self.schedule.step()
+        """Take a step; one that is skipped leaves the method and the schedule as they are."""
+        self.updater.backward(loss)
+        if self.updater.apply():
+            self.progress.last_rates = self.updater.rates
+
+    @property
+    def evaluated(self) -> tuple[nn.Module, nn.Module]:
+        """Encoder and head that are kept: those of the method's chosen candidate."""
+        return self.method.candidate(self.method.chosen, *self._trained)
+
+    @property
+    def _trained(self) -> tuple[nn.Module, nn.Module]:
+        """Encoder and head that are trained, or their averages, if there are any."""
+        if self.average is not None:
+            return self.average.encoder, self.average.head
+        return self.method.downstream_encoder, self.method.head
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(
             self.device.type, self.amp_dtype or torch.bfloat16, enabled=self.amp_dtype is not None
         )
 
-    def _collect_steps(self) -> None:
+    def collect_steps(self) -> None:
         """Sum the pending steps over the processes and record them."""
         if not self.pending:
             return
@@ -344,40 +284,48 @@ class Trial:
         self.pending = []
 
     def _named_steps(self) -> list[dict[str, float]]:
-        names = ["loss", *self.part_names]
+        names = ["loss", *self.method.part_names]
         return [dict(zip(names, row[:-1], strict=True)) for row in self.progress.step_values]
 
     def _step_means(self) -> dict[str, float]:
         steps = self._named_steps()
         metrics = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
-        num_rows = sum(len(batch) for batch in self._global_batches(self.progress.epochs_done))
+        num_rows = sum(len(batch) for batch in self.batches.rows(self.progress.epochs_done))
         metrics["train_accuracy"] = sum(row[-1] for row in self.progress.step_values) / num_rows
         for name, rate in self.progress.last_rates.items():
             metrics[f"lr_{name}"] = rate
-        if isinstance(self.method, DRTune):
-            metrics["bank_rows"] = float(len(self.method.bank))
         return metrics
 
-    @torch.inference_mode()
     def _validate(self) -> dict[str, float]:
-        """Compute the validation metrics; each image counts once."""
+        """Compute the validation metrics of the method's best candidate."""
+        metric, found = METRICS[self.config.training.metric], dict[str, float]()
+        for index in range(self.method.num_candidates):
+            measures, answers = self._measured(*self.method.candidate(index, *self._trained))
+            if not found or metric.score(measures[metric.measure]) > metric.score(
+                found[metric.measure]
+            ):
+                self.method.chosen, found, self.answers = index, measures, answers
+        return found
+
+    @torch.inference_mode()
+    def _measured(self, encoder: nn.Module, head: nn.Module) -> tuple[dict[str, float], Tensor]:
+        """Compute the validation metrics and the answers; each image counts once."""
         self.method.eval()
-        rows = list(range(len(self.data.validation)))[self.group.rank :: self.group.world_size]
+        num_images, world_size = len(self.data.validation), self.group.world_size
+        parts = [range(num_images)[rank::world_size] for rank in range(world_size)]
+        rows = list(parts[self.group.rank])
         batches = [rows[at : at + EVALUATION_ROWS] for at in range(0, len(rows), EVALUATION_ROWS)]
-        totals = ValidationTotals(len(self.data.classes), self.device)
+        metric = self.config.training.metric
+        totals = ValidationTotals(len(self.data.classes), num_images, self.device, metric)
         for pixels, labels in self.data.validation_batches(batches):
             self._on_progress()
-            images = self._images(pixels)
+            images = self.batches.images(pixels)
             with self._autocast():
-                logits = self.method.head(self.method.downstream_encoder(images))
+                logits = head(encoder(images))
             totals.add(logits, labels.to(self.device))
-        return totals.measures(self.group.sum(totals.sums))
-
-
-def _shares(num_rows: int, world_size: int) -> list[int]:
-    """Number of rows of a global batch for each process; the first ones get one more."""
-    short, num_longer = divmod(num_rows, world_size)
-    return [short + (rank < num_longer) for rank in range(world_size)]
+        measures = totals.measures(self.group, [len(part) for part in parts])
+        order = torch.tensor([row for part in parts for row in part]).argsort()
+        return measures, totals.answers.cpu()[order]
 
 
 def _amp_dtype(precision: str, device: torch.device) -> torch.dtype | None:

@@ -11,13 +11,15 @@ import json
 import math
 import re
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from drtune_ray.training.checkpoint import MAGIC, read_checkpoint
 TOP_LEVEL = "top-level"  # key of what lies in no mapping of the file
 MAX_DEPTH = 5  # of mappings in mappings
 NORMALIZATION = "normalization"  # key of the mean and standard deviation, if a file records them
+ARCHIVE = b"PK\x03\x04"  # first bytes of a zip archive
 LFS_POINTER = b"version https://git-lfs"
 ADVICE = "save model.state_dict() there"
 Channels = tuple[float, float, float]
@@ -82,10 +85,16 @@ class WeightsContent:
         parts: Tensors by name, for each mapping of the file that holds some; its key is the dotted
             path to it, empty at the top.
         normalization: Mean and standard deviation that the file records, if it does.
+        shapes: Shapes of all tensors of the file by their dotted path, whatever part is taken.
+        entries: Keys at the top of the file.
+        archive: The file, if it is an archive of NumPy arrays, which timm reads by itself.
     """
 
     parts: Mapping[str, Mapping[str, Tensor]]
     normalization: tuple[Channels, Channels] | None = None
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    entries: tuple[str, ...] = ()
+    archive: Path | None = None
 
     def below(self, key: str) -> WeightsContent:
         """Return the content whose full names begin with a dotted key, or that has none."""
@@ -104,7 +113,7 @@ def joined(part: str, name: str) -> str:
 
 
 def read_weights(path: Path, key: str | None = None) -> WeightsContent:
-    """Read a weights file: safetensors, PyTorch, or a checkpoint of this package.
+    """Read a weights file: safetensors, PyTorch, NumPy, or a checkpoint of this package.
 
     Args:
         path: The file.
@@ -116,7 +125,14 @@ def read_weights(path: Path, key: str | None = None) -> WeightsContent:
     content = _content(path)
     if not isinstance(content, Mapping):
         raise ConfigError(f"backbone.weights={str(path)!r} holds no state dict: {ADVICE}")
-    whole = WeightsContent(dict(_parts(content)), _recorded_normalization(content))
+    parts = dict(_parts(content))
+    whole = WeightsContent(
+        parts,
+        _recorded_normalization(content),
+        {joined(part, n): tuple(t.shape) for part, ts in parts.items() for n, t in ts.items()},
+        tuple(map(str, content)),
+        path if is_numpy_archive(path) else None,
+    )
     if not whole.parts:
         raise ConfigError(
             f"backbone.weights={str(path)!r} holds no tensors, only the keys "
@@ -153,7 +169,32 @@ def _content(path: Path) -> Any:
         )
     if head.startswith(MAGIC):
         return _own_checkpoint(path)
+    if is_numpy_archive(path):
+        return _numpy_archive(path)
     return _safetensors_file(path) if head[8:9] == b"{" else _torch_file(path)
+
+
+def is_numpy_archive(path: Path) -> bool:
+    """Whether a file is a zip archive of NumPy arrays, as ``numpy.savez`` writes them."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError):
+        return False
+    return bool(names) and all(name.endswith(".npy") for name in names)
+
+
+def _numpy_archive(path: Path) -> Any:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    except (ValueError, TypeError, OSError, zipfile.BadZipFile) as error:
+        raise ConfigError(
+            f"backbone.weights={str(path)!r} is an archive of NumPy arrays that cannot be read "
+            f"({first_line(error)}): only arrays of numbers are, since objects could run code; "
+            "copy it again or save the numbers alone"
+        ) from None
 
 
 def _own_checkpoint(path: Path) -> Any:
@@ -208,15 +249,23 @@ def _why_not(path: Path, error: Exception) -> str:
         return _why_refused(found[1], _refused_globals(path))
     if "TorchScript" in str(error):
         return f"is a TorchScript archive, not a state dict: {ADVICE}"
+    if _begins_archive(path) and not zipfile.is_zipfile(path):
+        return "is a PyTorch file that is cut off or damaged: download or copy it again"
     return (
         f"is neither a safetensors nor a PyTorch weights file ({type(error).__name__}): convert it "
         "to one of them, or download it again if it should be one"
     )
 
 
+def _begins_archive(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(ARCHIVE)) == ARCHIVE
+
+
 def _why_refused(first: str, refused: list[str]) -> str:
     if any(name.startswith(MODELS) for name in (first, *refused)):
         return f"holds a whole model ({first}), not its state_dict: {ADVICE}"
+    first = next((name for name in refused if name.endswith(f".{first}")), first)
     others = [name for name in refused if name != first]
     more = f" and {len(others)} more ({', '.join(others[:3])})" if others else ""
     return (

@@ -11,8 +11,10 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from io import StringIO
 from itertools import islice
 from typing import Any
 
@@ -20,11 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from drtune_ray.training.weights_file import joined
+from drtune_ray.training.weights_layouts import PLAIN, Layout
 
 # State that the weights were trained with; other buffers follow from the architecture.
 STATISTICS = ("running_mean", "running_var")
 COUNTER = "num_batches_tracked"  # old files lack it, and nothing depends on it
 AVERAGES = ("teacher", "target_encoder")
+SIZED = ("pos_embed", "relative_position_bias_table", "patch_embed.proj.weight")
+MAX_KNOWN = 0.1  # share of the encoder's names in a file that is still matched by position
 
 
 class Target:
@@ -90,6 +95,7 @@ class Match:
         unused: Names in that mapping that were not used.
         is_by_order: Whether they were matched by position instead of by name.
         spread: Names of first convolutions whose one channel was spread over three.
+        resized: Names of position embeddings and patch embeddings that were resized.
     """
 
     key: str
@@ -98,6 +104,7 @@ class Match:
     unused: tuple[str, ...]
     is_by_order: bool
     spread: tuple[str, ...]
+    resized: tuple[str, ...] = ()
 
     @property
     def is_average(self) -> bool:
@@ -111,17 +118,29 @@ def last_word(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def matches(target: Target, parts: Mapping[str, Mapping[str, Tensor]]) -> list[Match]:
+def matches(
+    target: Target, parts: Mapping[str, Mapping[str, Tensor]], layout: Layout = PLAIN
+) -> list[Match]:
     """Return the parts of a file that fit the whole encoder, the one to take first.
 
-    If none does, the one that fits most; it is empty if no name fits.
+    If none does, the one that fits most; it is empty if no name fits. The layout's order of
+    preference goes before averages, and averages go first.
     """
-    by_name = [match for part, found in parts.items() for match in _by_name(target, part, found)]
+    by_name = [
+        match
+        for part, found in parts.items()
+        for find in (_by_name, partial(_by_conversion, layout))
+        for match in find(target, part, found)
+    ]
+
+    def order(match: Match) -> tuple[int, bool]:
+        return layout.rank(match.key), not match.is_average
+
     whole = [match for match in by_name if not target.lacking(match.state)]
-    if not whole:
+    if not whole and (layout is PLAIN or layout.in_order):
         whole = [m for part, found in parts.items() for m in _by_order(target, part, found)]
     if whole:  # sorting keeps the file's order among equals
-        return sorted(whole, key=lambda match: not match.is_average)
+        return sorted(whole, key=order)
     return sorted(by_name, key=lambda match: -target.share(match.state))[:1]
 
 
@@ -154,14 +173,38 @@ def _by_name(target: Target, part: str, given: Mapping[str, Tensor]) -> Iterator
         state = _fitting(target, below)
         used = {prefix + name for name in below if name in state}
         unused = tuple(sorted(given.keys() - used))
-        key = joined(part, prefix)
-        yield Match(key, part, state, unused, False, _spread(target, below, state))
+        key, spread = joined(part, prefix), _spread(target, below, state)
+        yield Match(key, part, state, unused, False, spread, resized(below, state))
 
 
-def _fitting(target: Target, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _by_conversion(
+    layout: Layout, target: Target, part: str, given: Mapping[str, Tensor]
+) -> Iterator[Match]:
+    """Yield the tensors of each place that holds a layout's anchor, under timm's names."""
+    ends = (name for name in given if layout.anchor and f".{name}".endswith(f".{layout.anchor}"))
+    for prefix in (name.removesuffix(layout.anchor) for name in ends):
+        below = {n.removeprefix(prefix): t for n, t in given.items() if n.startswith(prefix)}
+        converted = layout.convert(below) if layout.convert else below
+        state = _fitting(target, converted, always=True)
+        used = {_storage(tensor) for tensor in state.values()}
+        unused = tuple(
+            sorted(n for n, t in given.items() if not (_storage(t) in used or "pos" in n))
+        )
+        key, spread = joined(part, prefix), _spread(target, converted, state)
+        yield Match(key, part, state, unused, False, spread, resized(below, state))
+
+
+def _storage(tensor: Tensor) -> int:
+    """Return where a tensor's numbers are; a conversion renames and turns, it seldom copies."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def _fitting(
+    target: Target, given: Mapping[str, Tensor], *, always: bool = False
+) -> dict[str, Tensor]:
     """Return the tensors that fit under the encoder's names, converted to its image size."""
     given = {n: _three_channels(t) if target.is_gray(n, t) else t for n, t in given.items()}
-    state = _converted(target, given)
+    state = _converted(target, given, always=always)
     return {n: t for n, t in state.items() if n in target.wanted and _fits(t, target.wanted[n])}
 
 
@@ -171,18 +214,30 @@ def _spread(
     return tuple(n for n, t in given.items() if n in state and target.is_gray(n, t))
 
 
+def resized(given: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Return the names of tensors that depend on the image size and whose size no one has."""
+    sizes = {tensor.numel() for tensor in given.values()}
+    sized = ((n, t) for n, t in state.items() if any(word in n for word in SIZED))
+    # timm's DINOv2 with registers has one position less: that of the class token.
+    return tuple(n for n, t in sized if sizes.isdisjoint((t.numel(), t.numel() + t.shape[-1])))
+
+
 def _three_channels(tensor: Tensor) -> Tensor:
     """Spread a kernel for one channel over three, so that gray images give the same response."""
     return tensor.expand(-1, 3, -1, -1) / 3
 
 
-def _converted(target: Target, given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def _converted(
+    target: Target, given: Mapping[str, Tensor], *, always: bool
+) -> Mapping[str, Tensor]:
     """Apply timm's own conversion, which also resizes position embeddings to the image size."""
     convert = getattr(sys.modules[type(target.encoder).__module__], "checkpoint_filter_fn", None)
-    if convert is None or 2 * len(target.wanted.keys() & given.keys()) <= len(target.wanted):
+    is_known = 2 * len(target.wanted.keys() & given.keys()) > len(target.wanted)
+    if convert is None or not (always or is_known):
         return given
     try:
-        converted: Mapping[str, Tensor] = convert(dict(given), target.encoder)
+        with redirect_stdout(StringIO()):  # that of EVA prints
+            converted: Mapping[str, Tensor] = convert(dict(given), target.encoder)
     except Exception:  # of tensors that do not fit, which is reported by their names
         return given
     return converted
@@ -212,7 +267,8 @@ def _by_order(target: Target, part: str, given: Mapping[str, Tensor]) -> Iterato
 def _paired(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, str]:
     """Return the file's name for each name of the encoder; empty if the order cannot be trusted."""
     ours, theirs = _modules(wanted), _modules(given)
-    knows_names = 2 * num_known(wanted, given) > len(wanted)  # which say what belongs to what
+    # Names that are known say what belongs to what.
+    knows_names = num_known(wanted, given) > MAX_KNOWN * len(wanted)
     if len(theirs) < len(ours) or not _counts_up(given) or knows_names:
         return {}
     pairs: dict[str, str] = {}

@@ -29,13 +29,13 @@ def golden_losses(preset):
         {"data": {"train": "unused"}, "training": {"batch_size": BATCH_SIZE}}
     )
     config = reference_config(base, preset)
-    backbone = SimpleNamespace(num_features=D, build=lambda: make_encoder(0))
-    backbone.build_frozen = backbone.build
+    backbone = SimpleNamespace(num_features=D, build=lambda *_: make_encoder(0))
+    backbone.build_frozen = lambda _: make_encoder(0)
     method = build_method(config, backbone, C, NUM_TRAIN, live_features=True).double()
     randomise(method.head, 1, 0.5)
     if preset != "ce_tuning":
         for images, labels in batches_of(NUM_TRAIN, BATCH_SIZE, seed=9):
-            method.warm_up_bank(images, labels)
+            method.warm_up(images, labels)
     losses = []
     for epoch in range(EPOCHS):
         method.begin_epoch()

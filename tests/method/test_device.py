@@ -48,8 +48,8 @@ def one_step(options, device, *, name="dr_tune"):
         torch.zeros(5, device=device).long(),
     )
     if name == "dr_tune":
-        method.warm_up_bank(images, labels)
-        method.warm_up_bank(images, labels)
+        method.warm_up(images, labels)
+        method.warm_up(images, labels)
 
     def step():
         output = method(images, labels)

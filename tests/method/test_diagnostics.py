@@ -48,6 +48,15 @@ def test_angle_of_a_rotation_of_the_plane(solver, degrees):
     assert turning_angle(rows, rows @ rotation.T).item() == pytest.approx(degrees, abs=0.05)
 
 
+def test_a_small_angle_of_many_float32_rows_is_not_lost_to_rounding():
+    """Norms of 2e6 numbers at once are short by 2e-5 or more: half a degree would read as none."""
+    rows = torch.randn(1024, 2048, generator=torch.Generator().manual_seed(0))
+    across = torch.stack([-rows[:, 1::2], rows[:, ::2]], 2).flatten(1)  # at right angles
+    angle = math.radians(0.5)
+    turned = math.cos(angle) * rows + math.sin(angle) * across
+    assert turning_angle(rows, turned).item() == pytest.approx(0.5, abs=0.02)
+
+
 def test_sparse_classes_are_those_with_fewer_than_two_rows():
     assert sparse_class_share(
         ClassRows(torch.tensor([0, 0, 1, 3, 3, 3]), 5)
@@ -102,6 +111,6 @@ def test_diagnostics_change_nothing():
 
 def test_without_bank_or_calibration_there_is_less_to_say():
     assert CETuning(make_encoder(0), make_head()).diagnostics() == {}
-    assert make_method().diagnostics() == {}
+    assert make_method().diagnostics() == {"bank_rows": 0.0}
     found = warmed_up(8, bank_size=8, options=None).diagnostics()
-    assert sorted(found) == ["head_agreement", "sparse_class_share"]
+    assert sorted(found) == ["bank_rows", "head_agreement", "sparse_class_share"]

@@ -10,7 +10,8 @@ from drtune_ray.config.presets import PRESETS
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.method import CETuning, DRTune, FeatureBank
 from drtune_ray.method.equations import objective
-from drtune_ray.training.model import build_method, method_scale
+from drtune_ray.training.methods import method_scale
+from drtune_ray.training.model import build_method
 from tests.method.reference import AUTHORS, PAPER
 from tests.method.tiny import (
     DROPPED,
@@ -87,7 +88,7 @@ def test_equals_the_reference_over_three_epochs(
     slow = make_reference(bank_size, options, weight, reduction)
     if is_warmed_up:
         for images, labels in batches_of(num_images, batch_size, seed=9):
-            method.warm_up_bank(images, labels)
+            method.warm_up(images, labels)
             pretrained = method.pretrained_encoder(images)
             slow.enqueue(pretrained, pretrained, labels)
         assert_same_bank(method.bank, slow.bank)
@@ -96,10 +97,10 @@ def test_equals_the_reference_over_three_epochs(
 
 
 def stub_backbone():
-    def build():
-        return make_encoder(0)
+    def build(dtype=torch.float64):
+        return make_encoder(0).to(dtype)
 
-    return SimpleNamespace(num_features=D, build=build, build_frozen=build)
+    return SimpleNamespace(num_features=D, build=lambda *_: build(), build_frozen=build)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -124,7 +125,7 @@ def test_each_preset_equals_the_reference(preset):
     randomise(method.head, 1, 0.5)
     slow = make_reference(num_train, options, weight, reduction)
     for images, labels in batches_of(num_train, batch_size, seed=9):
-        method.warm_up_bank(images, labels)
+        method.warm_up(images, labels)
         pretrained = method.pretrained_encoder(images)
         slow.enqueue(pretrained, pretrained, labels)
     drop_last = config.training.drop_last
@@ -184,9 +185,9 @@ def test_warm_up_writes_the_pretrained_features_into_both_banks():
     method = make_method(bank_size=6)
     randomise(method.downstream_encoder, 5, 1.0)
     images, labels = make_data(4)
-    method.warm_up_bank(images, labels)
+    method.warm_up(images, labels)
     known = torch.full((1, D), 3.0, dtype=torch.float64)
-    method.warm_up_bank(images[:1], labels[:1], known)
+    method.warm_up(images[:1], labels[:1], known)
     pretrained, downstream, kept_labels = method.bank.rows()
     assert torch.equal(pretrained, torch.cat([method.pretrained_encoder(images), known]))
     assert torch.equal(downstream, pretrained)
@@ -197,8 +198,8 @@ def test_known_features_replace_the_frozen_encoder():
     images, labels = make_data(11)
     live, table = make_method(bank_size=4), make_method(bank_size=4, pretrained_encoder=None)
     features = make_encoder(0)(images).detach()
-    table.warm_up_bank(images[:4], labels[:4], features[:4])
-    live.warm_up_bank(images[:4], labels[:4])
+    table.warm_up(images[:4], labels[:4], features[:4])
+    live.warm_up(images[:4], labels[:4])
     for start in (0, 4, 8):
         rows = slice(start, start + 4)
         expected = run_step(live, images[rows], labels[rows])
@@ -293,7 +294,7 @@ def test_losses_are_float32_where_the_logits_are_bfloat16(dtype):
     rounded = make_method(bank_size=8, options=AUTHORS).to(dtype)
     warm_images, warm_labels = make_data(8, seed=9)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.float32):
-        rounded.warm_up_bank(warm_images.to(dtype), warm_labels)
+        rounded.warm_up(warm_images.to(dtype), warm_labels)
         output = rounded(images.to(dtype), labels)
     assert output.logits.dtype == torch.bfloat16
     assert output.loss.dtype == torch.float32

@@ -108,7 +108,7 @@ def run_together(shares, bank_size, num_warm, **arguments):
         parts = blocks(num_warm, num_ranks)
         mine = parts[collective.rank]
         counts = [part.stop - part.start for part in parts]
-        method.warm_up_bank(warm_images[mine], warm_labels[mine], None, counts)
+        method.warm_up(warm_images[mine], warm_labels[mine], None, counts)
         return _steps(method, shares, images, labels, collective.rank), bank_of(method)
 
     return run_ranks(num_ranks, run)

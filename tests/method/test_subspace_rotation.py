@@ -167,6 +167,19 @@ def test_float32_is_close_to_float64(num_rows):
     assert_close(rounded.double(), exact, atol=2e-3)
 
 
+def test_what_the_others_keep_is_exact_in_float32_for_a_large_bank():
+    """A norm of 2e6 numbers at once is short by 2e-5 or more: it was, and so was its square."""
+    generator = torch.Generator().manual_seed(0)
+    pretrained = torch.randn(1024, 2048, generator=generator)
+    downstream = pretrained + torch.randn(1024, 2048, generator=generator)
+    rest, exact = (
+        solve(*(rows.to(dtype) for rows in (pretrained, downstream)), num_iterations=1).rest
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert 0.9 < exact < 1.0
+    assert_close(rest.double(), exact, atol=1e-5)
+
+
 def test_rounding_in_directions_without_evidence_does_not_steer_the_next_start():
     """With fewer rows than the rank: what QR completes differs by rounding, R may not."""
     options = PAPER | {"rotation_solver": "randomized", "rotation_rank": 8, "translation": False}

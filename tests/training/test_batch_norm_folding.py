@@ -47,6 +47,17 @@ def test_gives_the_same_features_without_batch_norm(name: str, dtype: torch.dtyp
     assert not frozen.training
 
 
+@pytest.mark.parametrize("name", FOLDABLE)
+def test_folded_in_float64_it_is_equal_to_the_rounding_of_float64(name: str) -> None:
+    model = with_statistics(name).double()
+    frozen = folded(model, 32)
+    assert num_batch_norms(model) > num_batch_norms(frozen)
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        expected, found = model(images), frozen(images)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("name", ["test_vit", "test_nfnet"])
 def test_without_batch_norm_nothing_changes(name: str) -> None:
     model = timm.create_model(name, num_classes=0).eval()

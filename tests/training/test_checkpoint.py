@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from drtune_ray.config.metric import METRICS
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import CheckpointError
 from drtune_ray.training.checkpoint import (
@@ -400,16 +401,21 @@ def test_trial_identity__all_that_decides_results_is_in_it() -> None:
 # ---- the weights that are handed over
 
 
+ACCURACY, F1 = METRICS["val_accuracy"], METRICS["macro_f1"]
+
+
 def best_of(identity: str, accuracy: float) -> dict[str, Any]:
     record = {"epoch": 2, "metrics": {"best_val_accuracy": accuracy}}
     return {"model": {}, "record": record, IDENTITY: identity}
 
 
 def test_check_best__the_right_ones(tmp_path: Path) -> None:
-    check_best(best_of("mine", 0.75), tmp_path, "mine", 0.75)
-    check_best(best_of("mine", 0.75), tmp_path, None, 0.75)
+    check_best(best_of("mine", 0.75), tmp_path, "mine", ACCURACY, 0.75)
+    check_best(best_of("mine", 0.75), tmp_path, None, ACCURACY, 0.75)
     without_validation = best_of("mine", 0.75) | {"record": {"epoch": 2, "metrics": {}}}
-    check_best(without_validation, tmp_path, "mine", None)
+    check_best(without_validation, tmp_path, "mine", ACCURACY, None)
+    by_f1 = {"record": {"epoch": 2, "metrics": {"best_val_macro_f1": 0.5}}}
+    check_best(best_of("mine", 0.75) | by_f1, tmp_path, "mine", F1, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -424,7 +430,7 @@ def test_check_best__the_right_ones(tmp_path: Path) -> None:
 def test_check_best__others_are_refused(tmp_path: Path, best: dict[str, Any], reason: str) -> None:
     path = tmp_path / "best.ckpt"
     with pytest.raises(CheckpointError) as caught:
-        check_best(best, path, "mine", 0.75)
+        check_best(best, path, "mine", ACCURACY, 0.75)
     assert str(caught.value).startswith(
         f"{path} does not hold the weights of its trial's best epoch: {reason}"
     )

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from drtune_ray.config.trial import BackboneConfig
+from drtune_ray.config.inputs import BackboneConfig
+from drtune_ray.config.metric import METRICS
+from drtune_ray.data.pixels import DEFAULT_WHITES
 from drtune_ray.data.views import Normalization
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.results.winner import read_winner, write_winner
@@ -25,6 +27,7 @@ from drtune_ray.training.reports import (
     EpochReport,
     SavePoint,
 )
+from drtune_ray.training.saving import Progress
 from drtune_ray.training.trial import Trial
 from tests.small import prepared, small_trial, small_values, write_coloured
 
@@ -219,6 +222,43 @@ def test_weights_that_the_last_update_broke_cannot_be_the_best(values, storage, 
     assert found[-1].record.metrics["best_val_accuracy"] < 1.0
 
 
+@pytest.mark.parametrize(("name", "best"), [("val_accuracy", 3), ("log_loss", 2), ("macro_f1", 4)])
+def test_the_metric_chooses_epoch_weights_and_end(
+    values, storage, tmp_path, monkeypatch, name: str, best: int
+) -> None:
+    measures = ("val_accuracy", "val_loss", "val_macro_f1")
+    epochs = [
+        (0.5, 0.9, 0.1),
+        (0.6, 0.3, 0.1),
+        (0.7, 0.8, 0.1),
+        (0.7, 0.3, 0.2),
+        (0.1, 0.9, 0.2),
+        (0.2, 0.4, 0.2),
+    ]
+
+    def validated(trial: Trial) -> dict[str, float]:
+        return dict(zip(measures, epochs[trial.progress.epochs_done], strict=True))
+
+    monkeypatch.setattr(Trial, "_validate", validated)
+    settings = {"training.epochs": 6, "training.patience_epochs": 3, "training.metric": name}
+    folder = TrialFolder(tmp_path)
+    folder.begin("a trial")
+    for report in events(values | settings, storage):
+        report.save(folder)
+    assert isinstance(report, EpochReport) and report.record is not None
+    metric = METRICS[name]
+    value = epochs[best - 1][measures.index(metric.measure)]
+    assert report.best_value == report.record.metrics[metric.best] == value
+    assert report.record.metrics["best_epoch"] == best
+    assert read_checkpoint(folder.best)["record"]["epoch"] == best
+    assert report.record.epoch == min(best + 3, 6)
+    (state,) = [folder.newest()]
+    assert state is not None and state["progress"]["best_value"] == value
+    former = {k: v for k, v in state["progress"].items() if k != "best_value"}
+    assert Progress.of(former | {"best_val_accuracy": 0.7}).best_value == 0.7  # of 0.1.0
+    assert Progress.of(former | {"best_val_accuracy": -1.0}).best_value is None
+
+
 def test_patience_ends_the_trial_with_its_best(values, storage):
     settings = {
         "training.epochs": 30,
@@ -343,12 +383,14 @@ def test_best_checkpoint__is_a_weights_file(values: Values, storage: Path, tmp_p
         config,
         about,
         "a trial",
+        DEFAULT_WHITES,
     )
     for path in (folder.best, tmp_path / "winner" / "model.safetensors"):
         given = BackboneConfig(name=config.backbone.name, weights=str(path))
         found, report = load_backbone(given, config.data.image_size)
         assert report.matched_share == 1.0
-        assert report.unused == ("head.bias", "head.weight")
+        last = "head" if path == folder.best else "classifier"
+        assert report.unused == (f"{last}.bias", f"{last}.weight")
         assert all(torch.equal(tensor, encoder[name]) for name, tensor in found.state.items())
         assert found.normalization == Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bicubic")
 
@@ -363,7 +405,8 @@ def test_winner__a_changed_bit_is_seen_before_it_is_used(values, storage, tmp_pa
     best = read_checkpoint(folder.best)
     about = {"val_accuracy": best["record"]["metrics"]["best_val_accuracy"]}
     winner = tmp_path / "winner"
-    write_winner(winner, folder.best, tables.backbone, data.classes, config, about, "a trial")
+    known = (tables.backbone, data.classes, config, about, "a trial", DEFAULT_WHITES)
+    write_winner(winner, folder.best, *known)
     assert read_winner(winner).classes == data.classes
     for name in ("model.safetensors", "model.yaml"):
         content = (winner / name).read_bytes()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from drtune_ray.config.trial import CalibrationConfig
+from drtune_ray.config.method import CalibrationConfig
 from drtune_ray.method.collective import Collective
 from tests.method.tiny import D, make_data, make_method
 
@@ -63,7 +63,7 @@ def test_a_step_sends_as_many_floats_as_the_formula_says(monkeypatch, changes, b
     method = make_method(bank_size, options, collective=collective)
     images, labels = make_data(BATCH)
     own = slice(0, SHARES[0])
-    method.warm_up_bank(images[own], labels[own], None, SHARES)
+    method.warm_up(images[own], labels[own], None, SHARES)
     collective.num_floats = 0
     for _ in range(2 * INTERVAL):
         method(images[own], labels[own], None, SHARES)

@@ -4,12 +4,14 @@ import math
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from drtune_ray.config.trial import OptimConfig
-from drtune_ray.training.optim import build_optimizer, build_schedule, learning_rates
+from drtune_ray.config.training import OptimConfig
+from drtune_ray.training.optim import build_optimizer, learning_rates
+from drtune_ray.training.schedules import build_schedule
 
 NUM_EPOCHS, STEPS = 4, 5
 
@@ -83,6 +85,42 @@ def test_build_optimizer__adamw_spares_biases_and_normalisation() -> None:
             is_matrix = name in ("0.weight", "3.weight", "weight")
             assert decays[id(parameter)] == (0.3 if is_matrix else 0.0), name
     assert sorted(decays.values()) == [0.0] * 5 + [0.3] * 3
+
+
+class Patterned(nn.Module):
+    """Names what does not decay by a pattern, as XCiT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pos_embed, self.pos_embedder = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed.*", "absent"}
+
+
+TABLES = "layers.{}.blocks.{}.attn.relative_position_bias_table"
+SPARED = {
+    "test_vit": {"pos_embed", "cls_token"},
+    "swin_tiny_patch4_window7_224": {
+        TABLES.format(stage, block)
+        for stage, depth in enumerate((2, 2, 6, 2))
+        for block in range(depth)
+    },
+    "patterned": {"pos_embed.weight"},
+    "test_efficientnet": set(),
+}
+
+
+@pytest.mark.parametrize("name", SPARED)
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_build_optimizer__adamw_spares_what_the_encoder_names(name: str, optimizer: Any) -> None:
+    with torch.device("meta"):
+        body = Patterned() if name == "patterned" else timm.create_model(name, num_classes=0)
+    config = OptimConfig(name=optimizer, weight_decay=0.3)
+    built = build_optimizer(body, nn.Linear(4, 2), config, 1.0)
+    decays = {id(p): g["weight_decay"] for g in built.param_groups for p in g["params"]}
+    spared = {key for key, p in body.named_parameters() if p.ndim > 1 and decays[id(p)] == 0.0}
+    assert spared == (SPARED[name] if optimizer == "adamw" else set())
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from drtune_ray.config.trial import TrialConfig
-from drtune_ray.training.model import method_scale
-from drtune_ray.training.optim import build_optimizer, build_schedule
+from drtune_ray.training.methods import method_scale
+from drtune_ray.training.optim import build_optimizer
+from drtune_ray.training.schedules import build_schedule
 from drtune_ray.training.trial import Trial
 from drtune_ray.values import flattened
 from tests.small import prepared, small_trial, small_values, write_coloured
@@ -90,7 +91,7 @@ def test_row_r__lambda_is_the_same_while_the_bank_fills_and_on_a_short_batch(
     trial = trial_of({"method.regularization_weight": "bank_over_batch", "training.epochs": 1})
     for _ in trial.steps():  # without the warm-up: the first bank is empty
         pass
-    trial._collect_steps()
+    trial.collect_steps()
     rows = trial._named_steps()
     assert len(rows) == 4
     assert rows[0]["distribution_regularization"] == 0.0 < rows[1]["distribution_regularization"]
@@ -113,7 +114,9 @@ def test_row_k__training_accuracy_counts_each_image_once_and_no_bank_row(
     rows = list(range(len(trial.data.train)))
     with torch.no_grad():
         for pixels, labels in trial.data.training_batches([rows], view):
-            logits = trial.method.head(trial.method.downstream_encoder(trial._images(pixels)))
+            logits = trial.method.head(
+                trial.method.downstream_encoder(trial.batches.images(pixels))
+            )
             correct += int((logits.argmax(1) == labels).sum())
     assert metrics["train_accuracy"] == pytest.approx(correct / len(rows))
 

@@ -13,12 +13,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from drtune_ray.config.trial import CalibrationConfig
 from drtune_ray.data.views import Normalization
 from drtune_ray.training.checkpoint import TrialFolder
 from drtune_ray.training.frozen_features import Normalizer
 from drtune_ray.training.loop import train_epochs
-from drtune_ray.training.model import build_method, generator
+from drtune_ray.training.model import generator
 from drtune_ray.training.trial import Trial
 from tests.small import prepared, small_trial, small_values, write_coloured
 
@@ -70,7 +69,7 @@ def test_pixels_are_scaled_to_one_before_they_are_normalised():
 
 def test_each_epoch_has_an_order_of_its_own_that_holds_every_image_once(made):
     trial = made().trial
-    orders = [sum(trial._global_batches(epoch), []) for epoch in (-1, 0, 1, 2)]
+    orders = [sum(trial.batches.rows(epoch), []) for epoch in (-1, 0, 1, 2)]
     assert all(sorted(order) == list(range(len(trial.data.train))) for order in orders)
     assert len({tuple(order) for order in orders}) == len(orders)
 
@@ -92,7 +91,9 @@ def test_a_resumed_trial_has_its_bank_from_the_checkpoint(made, tmp_path, monkey
     trained = made()
     folder = TrialFolder(tmp_path)
     events = train_epochs(trained.config, trained.data, trained.backbone)
-    next(events).save(folder)
+    report = next(events)
+    report.save(folder)
+    report.settle()
     resume = folder.newest()
     monkeypatch.setattr(Trial, "warm_up_bank", lambda trial: pytest.fail("warmed up again"))
     first = next(train_epochs(trained.config, trained.data, trained.backbone, resume=resume))
@@ -123,6 +124,9 @@ class Recorded:
     def __init__(self, calls: list[str]) -> None:
         self._calls = calls
 
+    def unscale_(self, optimizer: Any) -> None:
+        self._calls.append("unscale")
+
     def scale(self, loss: torch.Tensor) -> Any:
         self._calls.append("scale")
         backward = loss.backward
@@ -141,17 +145,23 @@ class Recorded:
     def update(self) -> None:
         self._calls.append("update")
 
+    def is_enabled(self) -> bool:
+        return True
+
+    def get_scale(self) -> float:
+        return 1.0
+
 
 def test_an_update_clears_the_gradients_scales_the_loss_steps_and_adapts_the_scale(made):
     trial = made().trial
     calls: list[str] = []
-    trial.scaler = Recorded(calls)
+    trial.updater.scaler = Recorded(calls)
     clear, follow = trial.optimizer.zero_grad, trial.schedule.step
     trial.optimizer.zero_grad = lambda **options: (calls.append("clear"), clear(**options))[1]
     trial.schedule.step = lambda: (calls.append("schedule"), follow())[1]
     loss = sum(p.sum() for p in trial.method.downstream_encoder.parameters())
     trial._update(loss + sum(p.sum() for p in trial.method.head.parameters()))
-    assert calls == ["clear", "scale", "backward", "step", "update", "schedule"]
+    assert calls == ["clear", "scale", "backward", "unscale", "step", "update", "schedule"]
 
 
 # ---- precision and modes
@@ -202,59 +212,10 @@ def test_the_processes_share_the_validation_images(made, monkeypatch):
 
     monkeypatch.setattr(trial.data, "validation_batches", recorded)
     monkeypatch.setattr(trial.group, "sum", lambda tensor: tensor)
+    gathered = lambda rows, shares: torch.cat([rows] * 3)[: sum(shares)]  # noqa: E731
+    monkeypatch.setattr(trial.group, "gather_rows", gathered)
     trial.group.world_size = 2
     for rank in (0, 1):
         trial.group.rank = rank
         trial._validate()
     assert sorted(rows) == list(range(len(trial.data.validation)))
-
-
-# ---- settings reach the method
-
-OTHER = {
-    "rotation": False,
-    "rotation_interval": 7,
-    "rotation_solver": "svd",
-    "rotation_rank": 5,
-    "rotation_shrinkage": 0.3,
-    "rotation_kept": False,
-    "rotation_restarts_each_epoch": True,
-    "proper_rotation": True,
-    "recenter": False,
-    "normalize": False,
-    "translation": False,
-    "confidence_weighting": False,
-    "confidence_temperature": 0.7,
-    "similarity": "dot",
-}
-NAMES = {"rotation_restarts_each_epoch": "restart_each_epoch"}
-
-
-def test_there_is_another_value_for_each_setting_of_the_calibration():
-    defaults = CalibrationConfig().model_dump()
-    assert OTHER.keys() == defaults.keys()
-    assert all(OTHER[name] != value for name, value in defaults.items())
-
-
-@pytest.mark.parametrize("name", OTHER)
-def test_each_setting_of_the_calibration_reaches_the_method(made, name):
-    trained = made(**{f"method.calibration.{name}": OTHER[name]})
-    calibration = build_method(trained.config, trained.backbone, 3, 28, False).calibration
-    if name == "rotation_rank":
-        assert min(calibration.rotation_left.shape) == OTHER[name]
-    else:
-        assert getattr(calibration, NAMES.get(name, name)) == OTHER[name]
-
-
-def test_weight_reduction_and_sizes_reach_the_method(made):
-    trained = made(
-        **{
-            "method.reduction": "mean",
-            "method.regularization_weight": 0.25,
-            "method.bank_size": 17,
-        }
-    )
-    method = build_method(trained.config, trained.backbone, 3, 28, False)
-    assert (method.reduction, method.regularization_weight) == ("mean", 0.25)
-    assert (method.bank.bank_size, method.head.out_features) == (17, 3)
-    assert build_method(trained.config, trained.backbone, 3, 11, False).bank.bank_size == 11

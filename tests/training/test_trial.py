@@ -10,6 +10,7 @@ import torch
 
 from drtune_ray.training import trial as trial_module
 from drtune_ray.training.model import derived_seed
+from drtune_ray.training.saving import trial_state
 from drtune_ray.training.trial import Trial, _amp_dtype
 from tests.small import prepared, small_trial, small_values, write_coloured
 
@@ -49,7 +50,7 @@ def test_synchronised_batch_norm_keeps_what_a_layer_computes(make_trial, backbon
 
 def state_of(trial: Trial) -> dict[str, Any]:
     trial.warm_up_bank()
-    return trial._state()
+    return trial_state(trial)
 
 
 def test_a_checkpoint_of_a_cpu_is_resumed_on_a_cuda_device(make_trial):
@@ -57,7 +58,7 @@ def test_a_checkpoint_of_a_cpu_is_resumed_on_a_cuda_device(make_trial):
     state = state_of(trial)
     assert "cuda" not in state["random"][0] and state["scaler"] == {}
     trial.device = torch.device("cuda")  # its tensors stay: only what is restored matters here
-    trial.scaler = torch.amp.GradScaler("cpu", enabled=True)
+    trial.updater.scaler = torch.amp.GradScaler("cpu", enabled=True)
     torch.manual_seed(7)
     with (
         mock.patch("torch.cuda.set_rng_state") as restored,
@@ -79,10 +80,10 @@ def test_a_cuda_devices_random_state_and_scale_are_restored_on_one(make_trial):
         trial.load_state(state)  # on a CPU: what it has not it does not need
         restored.assert_not_called()
         trial.device = torch.device("cuda")
-        trial.scaler = torch.amp.GradScaler("cpu", enabled=True)
+        trial.updater.scaler = torch.amp.GradScaler("cpu", enabled=True)
         trial.load_state(state)
     restored.assert_called_once_with(on_device, torch.device("cuda"))
-    assert trial.scaler.get_scale() == 8.0
+    assert trial.updater.scaler.get_scale() == 8.0
 
 
 def test_a_rank_that_the_checkpoint_does_not_know_draws_numbers_of_its_own(make_trial):

@@ -19,7 +19,7 @@ import timm
 import torch
 from torch import Tensor
 
-from drtune_ray.config.trial import BackboneConfig
+from drtune_ray.config.inputs import BackboneConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.training import weights_loading
 from drtune_ray.training.backbones import (
@@ -492,7 +492,7 @@ def torn_checkpoint(path: Path) -> None:
     [
         (lfs_pointer, "is a Git LFS pointer, not the file itself: run git lfs pull in its "),
         (cut_off, "is a damaged safetensors file ("),
-        (cut_off_torch, "is neither a safetensors nor a PyTorch weights file (RuntimeError): "),
+        (cut_off_torch, "is a PyTorch file that is cut off or damaged: download or copy it again"),
         (torn_checkpoint, "is a damaged checkpoint of drtune-ray: copy it again or give another "),
         (Path.touch, "is neither a safetensors nor a PyTorch weights file ("),
         (Path.mkdir, "is not a file: "),
@@ -536,7 +536,7 @@ def test_own_checkpoint__is_taken_with_its_normalization(tmp_path: Path) -> None
 
 def noted(path: Path, **settings: Any) -> str:
     config = BackboneConfig(name=VIT, weights=str(path), **settings)
-    return normalization_note(config, load_backbone(config, SIDE)[0])
+    return normalization_note(config, *load_backbone(config, SIDE))
 
 
 def test_normalization__of_timm_with_a_notice(tmp_path: Path) -> None:
@@ -548,6 +548,15 @@ def test_normalization__of_timm_with_a_notice(tmp_path: Path) -> None:
         "normalization: mean [0.5, 0.5, 0.5], std [0.5, 0.5, 0.5], timm's for test_vit.r160_in1k, "
         "since the file records none: set backbone.mean and backbone.std if it was trained with "
         "others"
+    )
+
+
+def test_normalization__recorded_as_timm_has_it(tmp_path: Path) -> None:
+    """It was said that the file records none."""
+    half = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    path = saved(tmp_path, {"model": state_of(VIT), "normalization": half})
+    assert noted(path) == (
+        "normalization: mean [0.5, 0.5, 0.5], std [0.5, 0.5, 0.5], as recorded in the file"
     )
 
 
