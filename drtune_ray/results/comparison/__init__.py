@@ -1,0 +1,1 @@
+"""The comparison of methods: its statistics, its verdicts in words, its picture."""

@@ -1,0 +1,88 @@
+"""The verdicts of a comparison in words."""
+
+from __future__ import annotations
+
+from drtune_ray.results.comparison.compared import (
+    BETTER,
+    SAME,
+    TOO_FEW_SEEDS,
+    WORSE,
+    Compared,
+    Difference,
+)
+from drtune_ray.results.comparison.power import POINT
+from drtune_ray.results.words import title
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def points(share: float, *, is_signed: bool = False) -> str:
+    """Return a share in percentage points, with one digit."""
+    value = round(100 * share, 1) + 0.0  # no -0.0
+    return f"{value:+.1f}" if is_signed else f"{value:.1f}"
+
+
+def span(difference: Difference) -> str:
+    """Return a difference with its interval, in points."""
+    low, high = points(difference.interval.low), points(difference.interval.high)
+    return f"{points(difference.mean, is_signed=True)} points ({low} to {high})"
+
+
+def sentence(name: str, compared: Compared) -> str:
+    """Return the verdict on a method."""
+    found, one, other = compared.differences[name], title(name), title(compared.baseline)
+    if found.verdict == SAME:
+        return f"{one} and {other}: no difference, the same answers on every image"
+    if found.verdict == TOO_FEW_SEEDS:
+        return (
+            f"{one} against {other}: {span(found)}; cannot be decided with "
+            f"{counted(found.num_seeds, 'seed')}; {found.seeds_to_decide} needed"
+        )
+    if found.verdict == BETTER:
+        return f"{one} is better than {other} by {_by(found, 1)}"
+    if found.verdict == WORSE:
+        return f"{one} is worse than {other} by {_by(found, -1)}"
+    return f"{one} and {other} cannot be told apart: {span(found)}; {_way_on(found, compared)}"
+
+
+def _by(found: Difference, sign: int) -> str:
+    ends = sorted((sign * found.interval.low, sign * found.interval.high))
+    low, high = map(points, ends)
+    return f"{points(sign * found.mean)} points ({low} to {high})"
+
+
+def _way_on(found: Difference, compared: Compared) -> str:
+    """Return how many further seeds would show a difference of one point."""
+    if found.more_seeds is None:
+        return (
+            f"no number of seeds would show a difference of 1 point on {compared.num_images} test "
+            f"images: about {found.images_to_show} are needed"
+        )
+    if found.more_seeds == 0:
+        return f"{found.num_seeds} seeds are enough to show a difference of 1 point"
+    more = counted(found.more_seeds, "more seed")
+    return f"{more} would show a difference of 1 point"
+
+
+def conclusion(compared: Compared) -> str:
+    """Return the answer to whether another method is better than the baseline."""
+    found = compared.differences
+    better = [name for name in found if found[name].verdict == BETTER]
+    if better:
+        best_first = sorted(better, key=lambda name: -found[name].mean)
+        return "; ".join(sentence(name, compared) for name in best_first)
+    if all(each.interval.high < POINT for each in found.values()):
+        return f"{title(compared.baseline)} is enough: no other method is better by 1 point or more"
+    if len(found) == 1:
+        return sentence(next(iter(found)), compared)
+    other = title(compared.baseline)
+    few = [each for each in found.values() if each.verdict == TOO_FEW_SEEDS]
+    if few:
+        return (
+            f"Cannot be decided with {counted(compared.num_seeds, 'seed')}; "
+            f"{few[0].seeds_to_decide} needed"
+        )
+    return f"No method can be told to be better than {other}; each one's line says what is missing"
