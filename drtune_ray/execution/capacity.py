@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from drtune_ray.config.study import ResourcesConfig
-from drtune_ray.config.trial import TrainingConfig
+from drtune_ray.config.training import TrainingConfig
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 
 # A cluster may declare this resource, to say on which nodes the process may live that waits for a

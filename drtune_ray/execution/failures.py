@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.execution.guard import STACKS
+from drtune_ray.folders import FULL_DISK
 
 HOST_OUT_OF_MEMORY = "out of memory on the host"
 DISK_FULL = "disk full"
@@ -23,7 +24,9 @@ HUNG_STACKS = "hung.txt"
 UNFIT_NODE = "a node that is not fit"
 MACHINE_FAILURE = "machine failure"
 PROBLEM = re.compile(rf"{EnvironmentProblem.__name__}: (.+)")
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+IN_CREATION = "because of an error raised in its creation task"
+RAISED = re.compile(r"^[\w.]+: .+", re.MULTILINE)  # the last line of a traceback
+NOT_IMPORTED = re.compile(r"^(?:ModuleNotFound|Import)Error: .+", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def outcome_of(error: BaseException) -> str:
         if isinstance(cause, NodeDiedError) or "node has died" in text:
             return NODE_LOST
         if isinstance(cause, RayActorError) and not isinstance(cause, RayTaskError):
-            return PROCESS_KILLED
+            return MACHINE_FAILURE if IN_CREATION in text else PROCESS_KILLED
     return MACHINE_FAILURE
 
 
@@ -78,10 +81,21 @@ def _node_problem(error: BaseException) -> EnvironmentProblem | None:
     for cause in causes(error):
         if isinstance(cause, EnvironmentProblem):
             return EnvironmentProblem(str(cause))
+        if isinstance(cause, ImportError):
+            return _unimportable(f"{type(cause).__name__}: {cause}")
         # Of an actor that could not be made Ray hands on the text alone.
         if isinstance(cause, RayActorError) and (found := PROBLEM.search(str(cause))):
             return EnvironmentProblem(found[1])
+        if isinstance(cause, RayActorError) and (lines := NOT_IMPORTED.findall(str(cause))):
+            return _unimportable(lines[-1])
     return None
+
+
+def _unimportable(reason: str) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"a process of a trial cannot import what it needs ({reason}): install drtune-ray of the "
+        "same version, with its dependencies, on every node, and repeat the command"
+    )
 
 
 def described(error: BaseException) -> str:
@@ -89,18 +103,22 @@ def described(error: BaseException) -> str:
     *_, root = causes(error)
     lines = [line.strip() for line in str(root).splitlines() if line.strip()]
     if isinstance(root, RayError):
+        if IN_CREATION in str(root) and (raised := RAISED.findall(str(root))):
+            return str(raised[-1])
         # Of an actor Ray tells first that it died, then who it was, then why.
         return next((line for line in reversed(lines) if line.startswith("The actor ")), lines[0])
     return f"{type(root).__name__}: {lines[0] if lines else 'no message'}"
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and its causes: Ray and Ray Train wrap what a worker raised."""
-    yield error
-    inner = getattr(error, "cause", None) or _of_ray_train(error)
-    inner = inner or error.__cause__ or error.__context__
-    if isinstance(inner, BaseException):
-        yield from causes(inner)
+    """Yield an error and its causes, each once: Ray and Ray Train wrap what a worker raised."""
+    known: list[BaseException] = []
+    cause: Any = error
+    while isinstance(cause, BaseException) and not any(cause is each for each in known):
+        known.append(cause)
+        yield cause
+        inner = getattr(cause, "cause", None) or _of_ray_train(cause)
+        cause = inner or cause.__cause__ or cause.__context__
 
 
 def _of_ray_train(error: BaseException) -> BaseException | None:

@@ -9,7 +9,7 @@ itself when it is stuck. A resident actor and a Ray Train worker use it alike::
             ..., save_requested=guard.save_requested, on_progress=guard.progressed
         ):
             event.save(folder)
-            guard.leave_if_told()
+            guard.leave_if_told(event.settle)
 
 Three things request a save: SIGTERM, the drain of the process's own node, and the driver when it is
 interrupted (`ask_to_save`). After the first two the process must leave: `leave_if_told` raises what
@@ -32,7 +32,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -126,19 +126,27 @@ class WorkerGuard:
             return True
         return False
 
-    def leave_if_told(self) -> None:
+    def leave_if_told(self, settle: Callable[[], None]) -> None:
         """Confirm a requested save, and leave if this process must; call it after a save.
 
         All processes of a trial call it at the same time and leave together: the others would wait
         for one that left alone.
 
+        Args:
+            settle: Function that writes what the last save left for later; called before a save is
+                confirmed and before the process leaves.
+
         Raises:
             Preempted: If a process must leave, after SIGTERM or because its node is drained.
         """
+        flags = gather_objects((_told_to_leave.is_set(), self._is_awaited))
+        is_told, is_awaited = (any(of_all) for of_all in zip(*flags, strict=True))
+        if is_told or is_awaited:
+            settle()
         if self._is_awaited:
             self._is_awaited = False
             write_value(self._key(SAVED), self._answered or "")
-        if any(gather_objects(_told_to_leave.is_set())):
+        if is_told:
             raise Preempted
 
     def _key(self, what: str) -> str:

@@ -8,10 +8,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from drtune_ray.execution.cluster_watch import told_of_end
+from drtune_ray.execution.environment import job_config
 from drtune_ray.execution.heartbeat import ask_to_save, forget
 
 # A job that Ray stops is killed three seconds after SIGTERM.
-SAVE_SECONDS = 1.5
+JOB_SAVE_SECONDS = 1.5
+SAVE_SECONDS = 5.0
+
+
+def save_seconds() -> float:
+    """Return how long an interrupted driver waits at most for its trials to save."""
+    return JOB_SAVE_SECONDS if job_config().get("metadata") else SAVE_SECONDS
 
 
 @contextmanager
@@ -55,18 +63,20 @@ def saving_when_interrupted(
         tell: Called meanwhile, to inform the observers.
     """
     forget(study_id)  # requests of a killed driver
+    seconds = save_seconds()
 
     def save() -> None:
-        ask_to_save(study_id, running(), SAVE_SECONDS)
+        ask_to_save(study_id, running(), seconds)
         forget(study_id)
 
     try:
-        yield
+        with told_of_end(tell):
+            yield
     except KeyboardInterrupt:
         # In a thread: a cluster whose head is gone must not delay the end.
         saving = threading.Thread(target=save, daemon=True)
         saving.start()
         tell()
-        saving.join(SAVE_SECONDS)
+        saving.join(seconds)
         raise
     forget(study_id)

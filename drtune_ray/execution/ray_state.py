@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,16 @@ import grpc
 import ray
 import ray.train
 from ray import ActorID
-from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader
+from ray._private.authentication.authentication_token_setup import (
+    AUTH_MODE_ENV_VAR,
+    AuthenticationTokenLoader,
+)
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray._private.state import state
 from ray.core.generated import gcs_pb2, gcs_service_pb2, gcs_service_pb2_grpc
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.experimental import internal_kv
+from ray.job_config import JobConfig
 from ray.train.v2._internal import constants
 from ray.util import placement_group_table
 
@@ -40,6 +45,7 @@ from drtune_ray.execution.environment import ADDRESS, environment
 NAMESPACE = "drtune-ray"
 WORKER_CLASS = "RayTrainWorker"
 BY_DRIVER = (b"", ActorID.nil().binary())  # the creator of what a driver itself asked for
+DEFAULT_TOKEN_FILE = "~/.ray/auth_token"  # nosec B105 # the name of a file
 CONTROLLER_CLASS = "TrainController"
 
 
@@ -100,6 +106,27 @@ def _job_key(job: str) -> bytes:
     return f"jobs/{job}".encode()
 
 
+# ---- what workers import
+
+
+class _FixedPaths(list[str]):
+    """A list to which Ray cannot add the current directory and the script's, as it does (2.60)."""
+
+    def extend(self, paths: Iterable[str]) -> None:
+        """Add nothing."""
+
+
+def paths_of_workers(paths: Sequence[str]) -> JobConfig:
+    """Return a job's configuration whose workers search these paths, in this order, and no more.
+
+    ``PYTHONPATH`` would not do: joined with one that is not set on a node, it ends with an empty
+    entry, the directory in which Ray was started there.
+    """
+    config = JobConfig()
+    config._py_driver_sys_path = _FixedPaths(reversed(paths))  # each is put before the others
+    return config
+
+
 # ---- nodes
 
 
@@ -149,6 +176,12 @@ def free_text() -> str:
 def session_folder() -> Path:
     """Return the folder that Ray writes logs and spilled objects to on this node."""
     return Path(ray._private.worker.global_worker.node.get_session_dir_path())
+
+
+def kill_started() -> None:
+    """Kill the processes of Ray that this process has started; the workers end with them."""
+    node = ray._private.worker.global_worker.node
+    node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 
 def _has_autoscaler() -> bool:
@@ -283,6 +316,30 @@ def token_of_this_machine() -> str | None:
     if not loader.has_token(ignore_auth_mode=True):
         return None
     return str(loader.get_raw_token(ignore_auth_mode=True))
+
+
+def keep_token_private() -> None:
+    """Make the file of the token that Ray has written, or is about to, readable by its user alone.
+
+    Ray writes it as the umask says, which mostly lets every user of the machine read it (2.60).
+
+    Raises:
+        OSError: If the file cannot be made.
+    """
+    mode = os.environ.get(AUTH_MODE_ENV_VAR)  # unset: a Ray that is started here uses the token
+    path = Path(DEFAULT_TOKEN_FILE).expanduser()
+    if mode is not None and mode.lower() != "token":
+        return
+    if token_of_this_machine() is None:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.touch(mode=0o600)  # Ray fills it
+    if path.exists() and path.stat().st_uid == os.geteuid():
+        path.chmod(0o600)
+
+
+def token_file() -> Path:
+    """Return the file in which Ray looks for the token."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or DEFAULT_TOKEN_FILE).expanduser()
 
 
 def head_refuses(address: str, token: str | None, seconds: float) -> bool:

@@ -7,14 +7,15 @@ process bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ray import tune
 
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.execution.guard import WorkerGuard
-from drtune_ray.execution.worker import TrialRunner, WorkerContext, trial_of
+from drtune_ray.execution.worker import TrialRunner
+from drtune_ray.execution.worker_context import WorkerContext, trial_of
 from drtune_ray.training.checkpoint import TrialFolder
 from drtune_ray.training.reports import (
     CONFIG_NUMBER,
@@ -33,6 +34,7 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
         """Open what the trials share, and start the first one."""
         self._epochs: Iterator[EpochReport | SavePoint] = iter(())
         self._last: dict[str, Any] | None = None
+        self._settle: Callable[[], None] = _nothing_is_due
         self._guard = WorkerGuard(context.study_id, context.hang_seconds)
         with self._guard.guarding(context.folder(config[CONFIG_NUMBER]).path):
             self._runner = TrialRunner(context)
@@ -52,15 +54,16 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
         Raises:
             Preempted: If the process must leave; everything is saved.
         """
-        self._guard.leave_if_told()  # between two epochs everything is saved
+        self._guard.leave_if_told(self._settle)
         try:
             with self._guard.guarding(self._folder.path):
                 for event in self._epochs:
                     event.save(self._folder)
+                    self._settle = event.settle
                     if isinstance(event, EpochReport):
                         self._last = trial_result(event, self._runner.context.num_threads)
                         return self._last
-                    self._guard.leave_if_told()
+                    self._guard.leave_if_told(self._settle)
         except Exception as error:
             if (outcome := outcome_of_settings(error)) is None:
                 raise
@@ -69,12 +72,13 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
 
     def cleanup(self) -> None:
         """Drop the trial."""
-        self._epochs = iter(())
+        self._epochs, self._settle = iter(()), _nothing_is_due
 
     def _begin(self, config: dict[str, Any]) -> None:
         trial = trial_of(config)
         self._folder = self._runner.context.folder(config[CONFIG_NUMBER])
         self._last = None
+        self._settle = _nothing_is_due
         self._epochs = self._first_step_begins(trial, self._folder)
 
     def _first_step_begins(
@@ -83,3 +87,7 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
         # If an actor takes long to start, Tune may give its trial to another one that became free.
         # Only the actor that steps may touch the trial's folder.
         yield from self._runner.epochs(trial, folder, self._guard)
+
+
+def _nothing_is_due() -> None:
+    """Settle a trial that has saved nothing yet."""

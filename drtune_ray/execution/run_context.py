@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from drtune_ray.config.study import ResourcesConfig
-from drtune_ray.config.trial import TrainingConfig
+from drtune_ray.config.training import TrainingConfig
 from drtune_ray.data.dataset import Tables
 from drtune_ray.execution.capacity import Cluster, trial_demand
-from drtune_ray.execution.failures import FULL_DISK
 from drtune_ray.execution.resource_wait import ResourceWait
-from drtune_ray.execution.worker import WorkerContext
+from drtune_ray.execution.worker_context import WorkerContext
+from drtune_ray.folders import FULL_DISK
 from drtune_ray.storage.artifacts import StudyArtifacts
 from drtune_ray.storage.record import SCRATCH_NAME, TRIALS_FOLDER
 from drtune_ray.tracking.events import Sink

@@ -5,18 +5,25 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from drtune_ray.config.study import ResourcesConfig
-from drtune_ray.config.trial import TrainingConfig
+from drtune_ray.config.training import TrainingConfig
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.execution.capacity import Capacity, trial_demand, trials_that_fit
-from drtune_ray.execution.environment import LOCAL, job_config, ray_address
+from drtune_ray.execution.cluster_watch import (
+    HEAD_SECONDS,
+    LOCAL_SECONDS,
+    Service,
+    watched,
+)
+from drtune_ray.execution.environment import LOCAL, environment, job_config, ray_address
 from drtune_ray.execution.interrupts import signals_as_interrupt
+from drtune_ray.import_path import own_paths
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -29,6 +36,8 @@ _ENVIRONMENT = {
     # Train's controller looks at its workers every two seconds unless told otherwise.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
 }
+# For Ray's own processes: those of its dashboard would import from the current directory.
+_SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 # Of the user's, what training on another node needs as well.
 PASSED_ON = ("OMP_NUM_THREADS", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 CONNECT_SECONDS = 10.0
@@ -38,8 +47,6 @@ def set_environment() -> None:
     """Set the variables that Ray reads when it is imported; the user's own values stay."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # Workers may import the package from a checkout that is not installed.
-    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
 
 
 @contextmanager
@@ -55,20 +62,30 @@ def ray_session(*, with_dashboard: bool = False) -> Iterator[Capacity]:
     set_environment()
     import ray
 
-    from drtune_ray.execution.ray_state import read_capacity, register_job
+    from drtune_ray.execution.ray_state import (
+        keep_token_private,
+        kill_started,
+        paths_of_workers,
+        read_capacity,
+        register_job,
+    )
 
     was_joined = ray.is_initialized()
     address = ray_address()
     is_local = not was_joined and address == LOCAL
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    # Workers may import the package from a checkout that is not installed.
+    settings["job_config"] = paths_of_workers(own_paths())
     try:
         if is_local:
+            keep_token_private()
             num_cpus = len(os.sched_getaffinity(0))
             # Without an address Ray would look for a cluster that runs on this machine.
-            ray.init(LOCAL, num_cpus=num_cpus, include_dashboard=with_dashboard, **quiet)
+            with environment(_SAFE_PATH):
+                ray.init(LOCAL, num_cpus=num_cpus, include_dashboard=with_dashboard, **settings)
         elif not was_joined:
             check_address(address)
-            ray.init(address, runtime_env={"env_vars": worker_environment()}, **quiet)
+            ray.init(address, runtime_env={"env_vars": worker_environment()}, **settings)
     except Exception as error:  # a node that starts too slowly raises just that (Ray 2.60)
         ray.shutdown()  # of what it had begun
         raise EnvironmentProblem(_unreachable(address, error)) from None
@@ -79,11 +96,34 @@ def ray_session(*, with_dashboard: bool = False) -> Iterator[Capacity]:
             remove_leftovers()
             register_job()
         # Ray takes SIGTERM for itself when it starts.
-        with signals_as_interrupt():
+        kill = kill_started if is_local else lambda: None
+        with signals_as_interrupt(), watched(_services(is_local=is_local), kill):
             yield read_capacity(is_local=is_local)
     finally:
         if not was_joined:
             ray.shutdown()
+
+
+def _services(*, is_local: bool) -> tuple[Service, ...]:
+    """Return what this process needs of Ray: the cluster's head, and this node's process."""
+    import ray
+
+    context = ray.get_runtime_context()
+    host, _, port = context.gcs_address.rpartition(":")
+    seconds = LOCAL_SECONDS if is_local else HEAD_SECONDS
+    own = [node for node in ray.nodes() if node["NodeID"] == context.get_node_id()]
+    return (
+        Service("the head of the Ray cluster", host, int(port), seconds),
+        *(
+            Service(
+                "Ray's process on this node",
+                node["NodeManagerAddress"],
+                node["NodeManagerPort"],
+                LOCAL_SECONDS,
+            )
+            for node in own
+        ),
+    )
 
 
 @contextmanager
@@ -120,10 +160,6 @@ def worker_environment() -> dict[str, str]:
     """
     wanted = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     wanted |= {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    installed = (sys.prefix, sys.base_prefix, sys.exec_prefix)
-    # A checkout that is not installed may lie at the same path there; what is set there stays.
-    paths = [path for path in sys.path if path and not path.startswith(installed)]
-    wanted["PYTHONPATH"] = os.pathsep.join([*paths, "${PYTHONPATH}"])
     set_by_job = (job_config().get("runtime_env") or {}).get("env_vars") or {}
     return {name: value for name, value in wanted.items() if name not in set_by_job}
 

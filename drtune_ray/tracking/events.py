@@ -20,7 +20,20 @@ RunKey = int | str | None
 
 @dataclass(frozen=True)
 class RunStarted:
-    """A run starts, or resumes after an interruption; `time_ms` counts from 1970."""
+    """A run starts, or resumes after an interruption.
+
+    Attributes:
+        number: The run.
+        name: Its name for people.
+        params: Settings that it uses, by dotted path; they never change.
+        tags: Further facts, which may change.
+        time_ms: Time in milliseconds since 1970.
+        dataset: The study's images: `name`, `digest`, `source` and `profile`; empty for a trial,
+            which has those of its study.
+        searched: Paths of the settings that a study searches; empty for a trial.
+        unused: Paths of the params that the run ignores, and that are not recorded in MLflow.
+        resolved: Numbers that named values of params stand for, by path.
+    """
 
     kind: ClassVar[str] = "run_started"
     number: RunKey
@@ -28,6 +41,10 @@ class RunStarted:
     params: Plain
     tags: dict[str, str]
     time_ms: int = field(default_factory=lambda: now_ms())
+    dataset: dict[str, str] = field(default_factory=dict)
+    searched: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    resolved: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,13 +90,36 @@ class FilesReady:
     number: RunKey
     path: str
     artifact_path: str
+    time_ms: int = field(default_factory=lambda: now_ms(), compare=False)
 
 
-Event = RunStarted | MetricsRecorded | StepsRecorded | RunFinished | FilesReady
+@dataclass(frozen=True)
+class ModelReady:
+    """A model of a run that is ready to be logged and registered.
+
+    Attributes:
+        number: The run.
+        path: Folder of the model.
+        name: Name to register it under.
+        tags: Digest of its weights, and what decides whether it is the champion.
+        time_ms: Time in milliseconds since 1970.
+    """
+
+    kind: ClassVar[str] = "model_ready"
+    number: RunKey
+    path: str
+    name: str
+    tags: dict[str, str]
+    time_ms: int = field(default_factory=lambda: now_ms(), compare=False)
+
+
+Metrics = MetricsRecorded | StepsRecorded
+WithFiles = FilesReady | ModelReady
+Event = RunStarted | MetricsRecorded | StepsRecorded | RunFinished | WithFiles
 Sink = Callable[[Event], None]
 _KINDS: dict[str, Any] = {
     event.kind: event
-    for event in (RunStarted, MetricsRecorded, StepsRecorded, RunFinished, FilesReady)
+    for event in (RunStarted, MetricsRecorded, StepsRecorded, RunFinished, FilesReady, ModelReady)
 }
 
 
@@ -104,8 +144,9 @@ def to_plain(event: Event) -> Plain:
 
 
 def from_plain(values: Plain) -> Event:
-    """Convert the values of :func:`to_plain` back to an event."""
+    """Convert the values of :func:`to_plain` back to an event; the id of a line is left out."""
     rest = dict(values)
+    rest.pop("id", None)
     event: Event = _KINDS[rest.pop("kind")](**rest)
     return event
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,71 +20,47 @@ from drtune_ray.server_uri import secrets_hidden, with_secrets
 from drtune_ray.tracking.events import (
     Event,
     FilesReady,
+    Metrics,
     MetricsRecorded,
+    ModelReady,
     RunFinished,
     RunKey,
     RunStarted,
-    StepsRecorded,
 )
-from drtune_ray.tracking.sqlite_store import ARTIFACTS_NAME, make_database
+from drtune_ray.tracking.mlflow_client import (
+    artifacts_folder,
+    default_tracking_uri,
+    quiet_mlflow,
+)
+from drtune_ray.tracking.model_registry import Promotion, promote, register
+from drtune_ray.tracking.sqlite_store import make_database
+from drtune_ray.tracking.views import VIEW_KEY, VIEW_TAG, columns_view, make_study_view
 
 logger = logging.getLogger(__name__)
 STUDY_TAG, TRIAL_TAG = "drtune.study_id", "drtune.trial"
 STATE_TAG, OUTCOME_TAG = "drtune.state", "drtune.outcome"
 STUDY_ITSELF = "study"
-# MLflow status by Optuna state. A pruned trial was stopped on purpose, so it is not FAILED.
-STATUS = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED", "INTERRUPTED": "KILLED"}
-# A view of the runs table with the columns that matter, which MLflow hides by default.
-VIEW_KEY = "drtune"
-VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
-VIEW = {
-    "selectedColumns": [
-        "metrics.`best_val_accuracy`",
-        "params.`method.name`",
-        "params.`method.regularization_weight`",
-        "params.`optim.backbone_lr`",
-        "tags.`drtune.outcome`",
-    ]
-}
+# MLflow status by Optuna state. MLflow's UI shows KILLED like FAILED, with a red cross; a pruned
+# trial was stopped on purpose and is FINISHED, with a mark in its name.
+STATUS = {"COMPLETE": "FINISHED", "PRUNED": "FINISHED", "FAIL": "FAILED", "INTERRUPTED": "KILLED"}
+MARKED = {"PRUNED": "pruned", "FAIL": "failed", "INTERRUPTED": "interrupted"}
+STOPPED_EARLY = "stopped"  # first word of the outcomes of a pruned trial that trained well
+# Tags of a study that its trials have too.
+INHERITED = (
+    "drtune.data_digest",
+    "drtune.version",
+    "drtune.numeric_version",
+    "mlflow.source.git.commit",
+    "mlflow.source.name",
+    "mlflow.user",
+)
 METRICS_PER_CALL, PARAMS_PER_CALL = 1000, 100
 DELETED = "deleted"  # MLflow's word
 # MLflow's codes for what it does not take, such as events of a run that was deleted meanwhile.
 INVALID = "INVALID_PARAMETER_VALUE"
 GONE = (INVALID, "RESOURCE_DOES_NOT_EXIST")
-MAX_PARAM_LENGTH = 6000
-_QUIET = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-    # Keeps MLflow from printing the server's address, with its password, at the end of each run.
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    # An outage must not block the writer for minutes; the writer retries by itself.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-}
-
-MEANS_SOMETHING_IN_A_URI = frozenset("?%$")
-
-
-def quiet_mlflow() -> None:
-    """Disable telemetry and shorten retries; call it before importing mlflow."""
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
-    # A run id in the environment would replace the parent of every run.
-    os.environ.pop("MLFLOW_RUN_ID", None)
-
-
-def default_tracking_uri(storage: Path) -> str:
-    """Return the URI of the SQLite database in the storage."""
-    path = str(storage / "mlflow.db")
-    if not MEANS_SOMETHING_IN_A_URI & set(path):
-        return f"sqlite:///{path}"
-    from sqlalchemy import URL
-
-    # With a driver's name: for `sqlite:` MLflow creates the folder that the quoted path names.
-    uri = URL.create("sqlite+pysqlite", database=path).render_as_string()
-    return uri.replace("$", "%24")  # `with_secrets` would take it for a variable
+MAX_PARAM_LENGTH, MAX_DIGEST_LENGTH = 6000, 36
+_Row = tuple[str, float, int, int]  # a metric: name, value, time in milliseconds, step
 
 
 class MlflowRecorder:
@@ -93,16 +71,25 @@ class MlflowRecorder:
         experiment: Name of the experiment.
         study_id: Id of the study, a tag of its runs.
         artifacts: Artifact folder of a newly created experiment; None leaves it to the server.
+        restores: Whether a deleted experiment and deleted runs of trials are restored.
     """
 
     def __init__(
-        self, uri: str, experiment: str, study_id: str, artifacts: Path | None = None
+        self,
+        uri: str,
+        experiment: str,
+        study_id: str,
+        artifacts: Path | None = None,
+        *,
+        restores: bool = False,
     ) -> None:
         self._uri, self._experiment, self._study_id = uri, experiment, study_id
-        self._artifacts = artifacts
+        self._artifacts, self._restores = artifacts, restores
         self._client: Any = None
         self._experiment_id = ""
         self._run_ids: dict[RunKey, str] = {}
+        self._names: dict[RunKey, str] = {}
+        self._of_study: Any = None  # the study's run, as trials inherit from it
         self._deleted: set[RunKey] = set()
         self._left_out: set[RunKey] = set()  # whose deletion was reported
 
@@ -124,6 +111,29 @@ class MlflowRecorder:
                 self._forget()
                 self._record_again(event)
 
+    def record_metrics(self, events: Sequence[Metrics]) -> None:
+        """Send metrics of any runs, those of a run together; see :meth:`record`."""
+        by_run: dict[RunKey, list[Metrics]] = {}
+        for event in events:
+            by_run.setdefault(event.number, []).append(event)
+        for number, of_run in by_run.items():
+            if len(of_run) == 1 or not self._takes(number, of_run):
+                for event in of_run:
+                    self.record(event)
+
+    def _takes(self, number: RunKey, events: Sequence[Metrics]) -> bool:
+        """Send metrics of a run together; return False if they must be sent one by one."""
+        with secrets_hidden(self._uri):
+            if self._find(number) is None or number in self._deleted:
+                return False
+            try:
+                self._log_batch(number, [row for event in events for row in _rows(event)])
+            except Exception as error:
+                if getattr(error, "error_code", "") not in GONE:
+                    raise
+                return False
+            return True
+
     def lacks_study(self) -> bool:
         """Return whether MLflow holds no run of the study."""
         return self.run_id(None) is None
@@ -132,6 +142,16 @@ class MlflowRecorder:
         """Return MLflow's id of a run of this study, or None."""
         with secrets_hidden(self._uri):
             return self._find(number)
+
+    def promote(self, event: ModelReady) -> Promotion:
+        """Make a model of this study the champion of its name if it beats the present one.
+
+        Raises:
+            EnvironmentProblem: If it is not registered.
+        """
+        with secrets_hidden(self._uri):
+            self._connect()
+            return promote(self._client, event.name, event.tags)
 
     def _record_again(self, event: Event) -> None:
         """Send an event that was refused; one that is refused as it is would be so for ever."""
@@ -151,40 +171,60 @@ class MlflowRecorder:
         self._connect()
         self._find(event.number)
         if event.number in self._deleted:
-            if event.number is not None and not isinstance(event, RunStarted):
+            is_of_trial = event.number is not None and not isinstance(event, RunStarted)
+            if is_of_trial and not self._restores:
                 self._leave_out(event.number)
                 return
             self._restore(event.number)
         if isinstance(event, RunStarted):
             self._start(event)
-        elif isinstance(event, MetricsRecorded):
-            self._log_metrics(event.number, event.metrics, event.step, event.time_ms)
-        elif isinstance(event, StepsRecorded):
-            self._log_steps(event)
+        elif isinstance(event, Metrics):
+            self._log_batch(event.number, _rows(event))
         elif isinstance(event, RunFinished):
             self._finish(event)
         elif isinstance(event, FilesReady):
             self._copy(event)
+        elif isinstance(event, ModelReady):
+            register(self._client, self._experiment_id, self._existing(event.number), event)
 
     def _find(self, number: RunKey) -> str | None:
         self._connect()
         if number in self._run_ids:
             return self._run_ids[number]
+        found = self._search(number)
+        if not found:
+            return None
+        # An active one before a deleted one; of two, every process takes the same.
+        run = min(found, key=lambda run: (_is_deleted(run), run.info.start_time, run.info.run_id))
+        self._run_ids[number] = str(run.info.run_id)
+        self._names[number] = str(run.info.run_name)
+        if _is_deleted(run):
+            self._deleted.add(number)
+        return self._run_ids[number]
+
+    def _search(self, number: RunKey) -> list[Any]:
+        """Return the runs that bear the tags of a run, deleted ones included."""
         from mlflow.entities import ViewType
 
         name = STUDY_ITSELF if number is None else str(number)
-        found = self._client.search_runs(
+        found: list[Any] = self._client.search_runs(
             [self._experiment_id],
             f"tags.`{STUDY_TAG}` = '{self._study_id}' and tags.`{TRIAL_TAG}` = '{name}'",
             run_view_type=ViewType.ALL,
         )
-        if not found:
-            return None
-        run = min(found, key=_is_deleted)  # an active one before a deleted one
-        self._run_ids[number] = str(run.info.run_id)
-        if _is_deleted(run):
-            self._deleted.add(number)
-        return self._run_ids[number]
+        return found
+
+    def _remove_duplicates(self, number: RunKey) -> None:
+        """Delete the second run that a server makes whose answer to the first was lost."""
+        for run in self._search(number):
+            if run.info.run_id != self._run_ids[number] and not _is_deleted(run):
+                self._client.delete_run(run.info.run_id)
+                logger.warning(
+                    "tracking: run %s is a second one of %s, made by a lost answer of the server; "
+                    "it is deleted",
+                    run.info.run_id,
+                    self._names[number],
+                )
 
     def _leave_out(self, number: RunKey) -> None:
         """Say once that the events of a deleted run are left out."""
@@ -209,7 +249,7 @@ class MlflowRecorder:
 
     def _forget(self) -> None:
         """Look everything up again: runs and experiments may be deleted while a study runs."""
-        self._client, self._run_ids, self._deleted = None, {}, set()
+        self._client, self._run_ids, self._deleted, self._of_study = None, {}, set(), None
 
     def _connect(self) -> None:
         if self._client is not None:
@@ -224,7 +264,12 @@ class MlflowRecorder:
         if experiment is None:
             location = self._artifacts.as_uri() if self._artifacts else None
             self._experiment_id = client.create_experiment(self._experiment, location)
-            client.set_experiment_tag(self._experiment_id, VIEW_TAG, json.dumps(VIEW))
+            client.set_experiment_tag(
+                self._experiment_id, VIEW_TAG + VIEW_KEY, json.dumps(columns_view())
+            )
+        elif experiment.lifecycle_stage == DELETED and self._restores:
+            client.restore_experiment(experiment.experiment_id)
+            self._experiment_id = experiment.experiment_id
         elif experiment.lifecycle_stage == DELETED:
             raise EnvironmentProblem(
                 f"the experiment {self._experiment!r} was deleted in MLflow: bring it back with "
@@ -242,16 +287,53 @@ class MlflowRecorder:
         run_id = self._find(event.number) or self._create(event)
         # The run may have been created by `_existing`, without params.
         self._client.update_run(run_id, status="RUNNING", name=event.name)
-        self._set_tags(run_id, event.tags)
+        self._names[event.number] = event.name
+        if event.number is None:
+            self._of_study = None
+            make_study_view(self._client, self._experiment_id, self._study_id, event, STUDY_TAG)
+        inherited = self._inherited() if event.number is not None else {}
+        self._set_tags(run_id, inherited | event.tags)
+        self._log_dataset(run_id, event)
         # MLflow's params are immutable: a study resumed with more trials keeps the first ones.
         recorded = self._client.get_run(run_id).data.params
         params = [
             Param(key, str(value)[:MAX_PARAM_LENGTH])
-            for key, value in event.params.items()
-            if key not in recorded
+            for key, value in (event.params | event.resolved).items()
+            if key not in recorded and key not in event.unused
         ]
         for at in range(0, len(params), PARAMS_PER_CALL):
             self._client.log_batch(run_id, params=params[at : at + PARAMS_PER_CALL])
+
+    def _inherited(self) -> dict[str, str]:
+        """Return the tags of the study that its trials have too."""
+        tags = self._study_run().data.tags
+        return {key: tags[key] for key in INHERITED if key in tags}
+
+    def _study_run(self) -> Any:
+        if self._of_study is None:
+            self._of_study = self._client.get_run(self._existing(None))
+        return self._of_study
+
+    def _log_dataset(self, run_id: str, event: RunStarted) -> None:
+        """Record the images that a run reads; a trial reads those of its study."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        if event.number is not None:
+            datasets = self._study_run().inputs.dataset_inputs
+        elif event.dataset:
+            about = event.dataset
+            dataset = Dataset(
+                about["name"],
+                about["digest"][:MAX_DIGEST_LENGTH],
+                "local",
+                json.dumps({"uri": about["source"]}),
+                profile=about["profile"],
+            )
+            datasets = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
+        else:
+            return
+        if datasets:
+            self._client.log_inputs(run_id, datasets=datasets)
 
     def _create(self, event: RunStarted) -> str:
         from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
@@ -264,13 +346,21 @@ class MlflowRecorder:
             self._experiment_id, start_time=event.time_ms, tags=tags, run_name=event.name
         )
         self._run_ids[event.number] = str(run.info.run_id)
+        self._names[event.number] = event.name
         return self._run_ids[event.number]
 
     def _finish(self, event: RunFinished) -> None:
         run_id = self._existing(event.number)
-        self._log_metrics(event.number, event.metrics, 0, event.time_ms)
+        self._log_batch(
+            event.number, _rows(MetricsRecorded(event.number, 0, event.metrics, event.time_ms))
+        )
         self._set_tags(run_id, event.tags | {STATE_TAG: event.state, OUTCOME_TAG: event.outcome})
         self._client.set_terminated(run_id, STATUS[event.state], event.time_ms)
+        name = self._names[event.number]
+        if event.number is not None and (marked := marked_name(name, event)) != name:
+            self._client.update_run(run_id, name=marked)
+            self._names[event.number] = marked
+        self._remove_duplicates(event.number)
 
     def _set_tags(self, run_id: str, tags: dict[str, str]) -> None:
         """Set all tags in one call."""
@@ -278,20 +368,7 @@ class MlflowRecorder:
 
         self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
 
-    def _log_metrics(
-        self, number: RunKey, metrics: dict[str, float], step: int, time_ms: int
-    ) -> None:
-        self._log_batch(number, [(key, value, time_ms, step) for key, value in metrics.items()])
-
-    def _log_steps(self, event: StepsRecorded) -> None:
-        rows = [
-            (f"step_{key}", value, event.time_ms, event.first_step + at)
-            for at, step in enumerate(event.steps)
-            for key, value in step.items()
-        ]
-        self._log_batch(event.number, rows)
-
-    def _log_batch(self, number: RunKey, rows: list[tuple[str, float, int, int]]) -> None:
+    def _log_batch(self, number: RunKey, rows: Sequence[_Row]) -> None:
         from mlflow.entities import Metric
 
         for at in range(0, len(rows), METRICS_PER_CALL):
@@ -317,43 +394,38 @@ class MlflowRecorder:
         return self._create(RunStarted(number, name, {}, {}))
 
 
+def _rows(event: Metrics) -> list[_Row]:
+    """Return the rows of an event's metrics."""
+    if isinstance(event, MetricsRecorded):
+        return [(key, value, event.time_ms, event.step) for key, value in event.metrics.items()]
+    return [
+        (f"step_{key}", value, event.time_ms, event.first_step + at)
+        for at, step in enumerate(event.steps)
+        for key, value in step.items()
+    ]
+
+
 def _is_deleted(run: Any) -> bool:
     return bool(run.info.lifecycle_stage == DELETED)
 
 
-def runs_page(uri: str, experiment: str, artifacts: Path | None = None) -> str:
-    """Return the path of the MLflow UI's page that lists the runs of an experiment.
-
-    Args:
-        uri: Tracking URI.
-        experiment: Name of the experiment.
-        artifacts: See `make_database`.
-    """
-    quiet_mlflow()
-    import mlflow
-
-    with secrets_hidden(uri):
-        address = with_secrets(uri)
-        make_database(address, artifacts)
-        found = mlflow.MlflowClient(address).get_experiment_by_name(experiment)
-    if found is None:
-        return "/"
-    view = f"workflowType=machine_learning&viewStateShareKey={VIEW_KEY}"
-    return f"/#/experiments/{found.experiment_id}/runs?{view}"
+def marked_name(name: str, event: RunFinished) -> str:
+    """Return the name of a run with how it ended after the first word, if it did not complete."""
+    first, _, rest = re.sub(r" \[[^]]*\]", "", name, count=1).partition(" ")
+    mark = MARKED.get(event.state, "")
+    if event.state == "PRUNED" and not event.outcome.startswith(STOPPED_EARLY):
+        mark = event.outcome or mark  # such as "diverged"
+    return " ".join(part for part in (first, f"[{mark}]" if mark else "", rest) if part)
 
 
-def artifacts_folder(storage: Path) -> Path:
-    """Return the folder of the artifacts of the storage's own database."""
-    return storage / ARTIFACTS_NAME
-
-
-def build_recorder(tracking: TrackingConfig, storage: Path, study_id: str) -> MlflowRecorder:
+def build_recorder(
+    tracking: TrackingConfig, storage: Path, study_id: str, *, restores: bool = False
+) -> MlflowRecorder:
     """Return the recorder of a study: the configured server, else SQLite in the storage."""
-    if tracking.uri:
-        return MlflowRecorder(tracking.uri, tracking.experiment, study_id)
-    return MlflowRecorder(
-        default_tracking_uri(storage), tracking.experiment, study_id, artifacts_folder(storage)
-    )
+    uri, artifacts = tracking.uri, None
+    if not uri:
+        uri, artifacts = default_tracking_uri(storage), artifacts_folder(storage)
+    return MlflowRecorder(uri, tracking.experiment, study_id, artifacts, restores=restores)
 
 
 def ignored_variables(tracking: TrackingConfig) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from drtune_ray.errors import EnvironmentProblem, first_line
 from drtune_ray.server_uri import secrets_hidden, with_secrets
-from drtune_ray.tracking.mlflow_recorder import quiet_mlflow
+from drtune_ray.tracking.mlflow_client import quiet_mlflow
 
 EXPERIMENT = "drtune-ray-doctor"
 ARTIFACT = "probe.txt"

@@ -24,12 +24,18 @@ ARTIFACTS_NAME = "mlartifacts"
 LOCK_SECONDS = 5.0  # a process that writes to the database may hold it
 # Where the storage's own artifacts are; MLflow gives its default experiment a folder below.
 OWN_ARTIFACTS = re.compile(rf"(file://.*/{ARTIFACTS_NAME})(/0)?$")
-RELOCATIONS = (
-    "UPDATE experiments SET artifact_location = :present || "
-    "substr(artifact_location, length(:former) + 1) "
-    "WHERE substr(artifact_location || '/', 1, length(:former) + 1) = :former || '/'",
-    "UPDATE runs SET artifact_uri = :present || substr(artifact_uri, length(:former) + 1) "
-    "WHERE substr(artifact_uri, 1, length(:former) + 1) = :former || '/'",
+# What names a place in the artifacts, by table.
+LOCATIONS = {
+    "experiments": ("artifact_location",),
+    "runs": ("artifact_uri",),
+    "logged_models": ("artifact_location",),
+    "model_versions": ("source", "storage_location"),
+}
+RELOCATIONS = tuple(
+    f"UPDATE {table} SET {column} = :present || substr({column}, length(:former) + 1) "  # nosec B608
+    f"WHERE substr({column} || '/', 1, length(:former) + 1) = :former || '/'"
+    for table, columns in LOCATIONS.items()
+    for column in columns
 )
 
 
@@ -44,7 +50,7 @@ def make_database(uri: str, artifacts: Path | None = None) -> None:
     Raises:
         EnvironmentProblem: If the file is damaged.
     """
-    path = _sqlite_file(uri)
+    path = sqlite_file(uri)
     if path is None:
         return
     if path.is_file() and path.stat().st_size > 0:
@@ -123,7 +129,7 @@ def _discard_empty(path: Path) -> None:
         ) from None
 
 
-def _sqlite_file(uri: str) -> Path | None:
+def sqlite_file(uri: str) -> Path | None:
     """Return the file of a plain SQLite URI, None for any other URI."""
     from sqlalchemy import make_url
 

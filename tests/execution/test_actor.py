@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 from drtune_ray.config.trial import TrialConfig
+from drtune_ray.execution import guard as guard_module
 from drtune_ray.execution.resident_actor import TrialActor
-from drtune_ray.execution.worker import WorkerContext
+from drtune_ray.execution.worker_context import WorkerContext
 from drtune_ray.training.checkpoint import TrialFolder
 from drtune_ray.training.reports import COMPLETED, DIVERGED, ONE_IMAGE, OUT_OF_MEMORY
 from tests.small import prepared, small_trial, small_values, write_coloured
@@ -154,7 +156,37 @@ def test_a_machine_failure_is_an_exception(context):
 def test_a_killed_trial_goes_on_and_tells_the_epochs_nobody_heard_of(context):
     place, values = context
     config = small_trial(values)
-    actor(place, 4, config).step()  # its result is never read: the process dies
+    first = actor(place, 4, config)
+    first.step()  # its result is never read
+    first._settle()  # the next epoch writes it; then the process dies
     result = actor(place, 4, config).step()
     assert result["epoch"] == 2
     assert [record["epoch"] for record in json.loads(result["history"])] == [1, 2]
+
+
+def test_a_process_that_must_leave_between_two_epochs_writes_the_checkpoint_first(
+    context, monkeypatch
+):
+    place, values = context
+    made = actor(place, 6, small_trial(values))
+    made.step()
+    assert TrialFolder(place.trials_folder / "00006").newest() is None
+    told = threading.Event()
+    told.set()
+    monkeypatch.setattr(guard_module, "_told_to_leave", told)
+    with pytest.raises(guard_module.Preempted):
+        made.step()
+    state = TrialFolder(place.trials_folder / "00006").newest()
+    assert state is not None and state["progress"]["epochs_done"] == 1
+
+
+def test_killed_between_two_epochs_a_trial_repeats_the_one_that_was_not_written(context):
+    place, values = context
+    config = small_trial(values)
+    first, again = (actor(place, 5, config).step() for _ in range(2))
+    assert (first["epoch"], again["epoch"]) == (1, 1)
+    of_first, of_again = (json.loads(result["history"])[0]["metrics"] for result in (first, again))
+    drop = {"seconds"}
+    assert {k: v for k, v in of_first.items() if k not in drop} == {
+        k: v for k, v in of_again.items() if k not in drop
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import pickle
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +36,11 @@ DIED = (
     "The actor is dead because its worker process has died."
 )
 FULL = OSError(errno.ENOSPC, "No space left on device", "epoch.ckpt")
+PROBLEM = "drtune_ray.errors.EnvironmentProblem"
+NOT_SHARED = "the storage /data is not shared with node 10.0.0.7: put --storage on a file system"
+IN_CREATION = f"""The actor died because of an error raised in its creation task, ray::TrialActor
+  File "/x/actor.py", line 1, in setup
+{PROBLEM}: {NOT_SHARED}"""
 FAILURES = {
     "disk": (FULL, "disk full", "OSError: [Errno 28] No space left on device: 'epoch.ckpt'"),
     "quota": (OSError(errno.EDQUOT, "Disk quota exceeded"), "disk full", None),
@@ -61,6 +67,11 @@ FAILURES = {
         "process killed",
         "The actor is dead because its worker process has died.",
     ),
+    "as an actor was made": (
+        RayActorError(error_msg=IN_CREATION.replace(f"{PROBLEM}: {NOT_SHARED}", "KeyError: 'x'")),
+        "machine failure",
+        "KeyError: 'x'",
+    ),
     "a bug": (KeyError("x"), "machine failure", "KeyError: 'x'"),
 }
 
@@ -73,12 +84,6 @@ def test_failures_have_names(error, outcome, line, is_raised_in_a_task):
         error = pickle.loads(pickle.dumps(error)).as_instanceof_cause()
     assert outcome_of(error) == outcome
     assert line is None or described(error) == line
-
-
-NOT_SHARED = "the storage /data is not shared with node 10.0.0.7: put --storage on a file system"
-IN_CREATION = f"""The actor died because of an error raised in its creation task, ray::TrialActor
-  File "/x/actor.py", line 1, in setup
-drtune_ray.errors.EnvironmentProblem: {NOT_SHARED}"""
 
 
 @pytest.mark.parametrize(
@@ -95,6 +100,34 @@ def test_what_is_wrong_with_a_node_is_the_users_to_mend(tmp_path, error):
     assert failure.outcome == UNFIT_NODE
     assert failure.error == str(failure.problem) == NOT_SHARED
     assert isinstance(failure.problem, EnvironmentProblem)
+
+
+NOT_INSTALLED = "ModuleNotFoundError: No module named 'timm'"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModuleNotFoundError("No module named 'timm'"),
+        RayActorError(
+            error_msg=IN_CREATION.replace(
+                f"{PROBLEM}: {NOT_SHARED}",
+                "RuntimeError: The actor with name TrialActor failed to import on the worker:\n\n"
+                f"  File resident_actor.py\n{NOT_INSTALLED}",
+            )
+        ),
+        WorkerGroupError("failed", {0: RuntimeError("lost"), 1: ImportError("No module named x")}),
+    ],
+    ids=["raised", "as an actor was made", "in one of several workers"],
+)
+def test_what_a_node_cannot_import_is_named(tmp_path, error):
+    """It was "process killed", and the error a line without the module."""
+    failure = failure_from(error, tmp_path)
+    assert failure.outcome == UNFIT_NODE
+    assert failure.error == str(failure.problem)
+    assert re.search(
+        r"\((ModuleNotFoundError: .* .timm.|ImportError: .* x)\): install", failure.error
+    )
 
 
 def test_other_failures_are_nobodys_to_mend(tmp_path):
@@ -245,3 +278,11 @@ def test_tune_unpickles_nothing_that_others_may_have_written(shared_ray, tmp_pat
     assert not is_run
     assert [failure.error for failure in planting.found] == ["KeyError: 'x'"] * 2
     assert "KeyError" in str(grid[0].error)
+
+
+def test_an_error_that_leads_back_to_itself_ends() -> None:
+    """It ended in a RecursionError, in place of the message."""
+    first, second = ValueError("first"), EnvironmentProblem("Ray cannot be started")
+    first.__context__, second.__context__ = second, first
+    assert outcome_of(second) == "machine failure"
+    assert described(second) == "ValueError: first"

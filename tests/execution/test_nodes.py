@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from drtune_ray.config.study import ResourcesConfig, StudyConfig
-from drtune_ray.config.trial import TrainingConfig
+from drtune_ray.config.training import TrainingConfig
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.execution.capacity import (
     Capacity,

@@ -19,11 +19,12 @@ from typing import Any
 import pytest
 import ray
 from ray import PlacementGroupID
+from ray._private.node import Node as RayNode
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from drtune_ray.config.study import ResourcesConfig
-from drtune_ray.config.trial import TrainingConfig
+from drtune_ray.config.training import TrainingConfig
 from drtune_ray.execution import ray_state
 from drtune_ray.execution.capacity import Demand, Node
 from drtune_ray.execution.ray_train import worker_group
@@ -91,6 +92,31 @@ def test_every_public_function_is_called_here() -> None:
     }
     called = set(re.findall(r"\b(\w+)\(", Path(__file__).read_text()))
     assert public - called == set()
+
+
+def test_what_workers_import() -> None:
+    with broken_by_upgrade(ray_state.paths_of_workers):
+        config = ray_state.paths_of_workers(["/first", "/second"])
+        config._py_driver_sys_path.extend(["/current"])  # as ray.init does
+        assert list(config._get_proto_job_config().py_driver_sys_path) == ["/second", "/first"]
+
+
+def test_what_was_started_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own end of its processes; that they end is seen in `make test-chaos`."""
+    asked = []
+    with broken_by_upgrade(ray_state.kill_started):
+        bind = inspect.signature(RayNode.kill_all_processes).bind
+        node = SimpleNamespace(kill_all_processes=lambda **how: asked.append(bind(None, **how)))
+        monkeypatch.setattr(ray._private.worker.global_worker, "node", node, raising=False)
+        ray_state.kill_started()
+    assert len(asked) == 1
+
+
+def test_the_file_of_the_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    assert ray_state.token_file() == Path("~/.ray/auth_token").expanduser()
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    assert ray_state.token_file() == tmp_path / "token"
 
 
 def test_key_value_store(cluster: Any) -> None:
@@ -214,6 +240,35 @@ def printed_with_token(**variables: str) -> list[str]:
     command = [sys.executable, "-c", TOKEN]
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     return done.stdout.split()
+
+
+def test_keep_token_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray writes it for every user of the machine to read."""
+    from ray._private.authentication.authentication_token_setup import generate_and_save_token
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setattr(ray_state, "token_of_this_machine", lambda: None)
+    token = tmp_path / ".ray" / "auth_token"
+    with broken_by_upgrade(ray_state.keep_token_private):
+        ray_state.keep_token_private()
+        generate_and_save_token()
+        assert len(token.read_text()) == 64
+        assert oct(token.stat().st_mode)[-3:] == "600"
+        assert oct(token.parent.stat().st_mode)[-3:] == "700"
+    token.chmod(0o644)  # by an earlier version
+    monkeypatch.setattr(ray_state, "token_of_this_machine", token.read_text)
+    ray_state.keep_token_private()
+    assert oct(token.stat().st_mode)[-3:] == "600"
+
+
+def test_keep_token_private__without_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    ray_state.keep_token_private()
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- what is changed from outside

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
-import optuna
 import pytest
+from optuna.trial import FrozenTrial, TrialState
 
 from drtune_ray.config.study import SchedulerConfig
 from drtune_ray.execution.ray_tune.schedulers import StudyScheduler, build_scheduler
-from drtune_ray.training.reports import OBJECTIVE
+from drtune_ray.training.reports import HISTORY, OBJECTIVE
 
+BEST = "best_val_accuracy"
 CONFIG = SchedulerConfig(min_epochs=1, reduction_factor=2)
 CURVES = {
     0: [0.9, 0.9, 0.9, 0.9],
@@ -53,11 +55,13 @@ def rungs(asha: StudyScheduler) -> list[Any]:
     return [bracket._rungs for bracket in asha.rule._brackets]
 
 
-def recorded(numbers: list[int], given: dict[int, int]) -> list[optuna.trial.FrozenTrial]:
+def recorded(
+    numbers: list[int], given: dict[int, int], state: TrialState = TrialState.PRUNED
+) -> list[FrozenTrial]:
     return [
-        optuna.trial.FrozenTrial(
+        FrozenTrial(
             number=number,
-            state=optuna.trial.TrialState.RUNNING,
+            state=state,
             value=None,
             datetime_start=None,
             datetime_complete=None,
@@ -93,13 +97,68 @@ def test_rungs_after_a_crash_are_what_they_were(num_before):
     assert run(resumed, after) == run(unbroken, after)
 
 
+def report(scheduler: StudyScheduler, number: int, *epochs: int) -> str:
+    """Report the last of some epochs of a trial; the result holds the others."""
+    curve = CURVES[number]
+    history = [
+        {"epoch": e, "time_ms": 0, "metrics": {BEST: curve[e - 1]}, "steps": []} for e in epochs
+    ]
+    result = {"epoch": epochs[-1], OBJECTIVE: curve[epochs[-1] - 1], HISTORY: json.dumps(history)}
+    return scheduler.on_trial_result(None, tune_trial(number), result)
+
+
+def entered(asha: StudyScheduler, number: int) -> dict[int, float]:
+    """The values of a trial at the rungs."""
+    name = str(number)
+    return {epoch: values[name] for epoch, values in rungs(asha)[0] if name in values}
+
+
 def test_a_resumed_trial_is_not_entered_twice():
     asha = scheduler(set())
-    asha.refill(recorded([1], {1: 2}))
-    before = [dict(values) for _, values in rungs(asha)[0]]
+    asha.refill(recorded([1], {1: 3}, TrialState.RUNNING))
     asha.on_trial_add(None, tune_trial(1))
-    asha.on_trial_result(None, tune_trial(1), {"epoch": 3, OBJECTIVE: 0.7})
-    assert [dict(values) for _, values in rungs(asha)[0]] == before
+    assert entered(asha, 1) == {1: 0.5, 2: 0.6}
+    for epoch in (2, 3):  # as from a checkpoint of the first epoch
+        assert report(asha, 1, *range(1, epoch + 1)) == "CONTINUE"
+        assert entered(asha, 1) == {1: 0.5, 2: 0.6}
+
+
+@pytest.mark.parametrize("name", ["asha", "median"])
+def test_an_epoch_is_decided_when_the_driver_died_before_it_was(name):
+    config = SchedulerConfig(name=name, min_epochs=1, min_trials=1, reduction_factor=2)
+    resumed = scheduler(set(), config)
+    resumed.refill(recorded([1, 3], {1: 4, 3: 4}) + recorded([2], {2: 1}, TrialState.RUNNING))
+    resumed.on_trial_add(None, tune_trial(2))
+    assert report(resumed, 2, 1) == "STOP"
+
+
+def test_an_epoch_that_a_trial_is_beyond_had_been_let_pass():
+    """Other trials have reported since then; what they did decides nothing in hindsight."""
+    asha = scheduler(set())
+    asha.refill(recorded([1, 3], {1: 4, 3: 4}) + recorded([2], {2: 1}, TrialState.RUNNING))
+    asha.on_trial_add(None, tune_trial(2))
+    asha.rule._brackets[0]._rungs[-2][1].clear()  # nobody else was at the second rung
+    assert report(asha, 2, 1, 2) == "CONTINUE"
+    assert entered(asha, 2) == {1: 0.4, 2: 0.5}
+
+
+def test_an_epoch_that_no_driver_saw_is_decided():
+    """A rung was skipped when a trial came with two new epochs at once."""
+    asha = scheduler(set())
+    asha.refill(recorded([1, 3], {1: 1, 3: 1}) + recorded([2], {2: 0}, TrialState.RUNNING))
+    asha.on_trial_add(None, tune_trial(2))
+    assert report(asha, 2, 1, 2) == "STOP"
+    assert entered(asha, 2) == {1: 0.4, 2: 0.5}
+
+
+def test_the_median_rule_counts_an_epoch_once():
+    config = SchedulerConfig(name="median", min_epochs=1, min_trials=1)
+    median = scheduler(set(), config)
+    median.on_trial_add(None, tune_trial(1))
+    for epochs in ([1], [1, 2], [1], [1, 2], [1, 2, 3]):
+        report(median, 1, *epochs)
+    (results,) = median.rule._results.values()
+    assert [result["epoch"] for result in results] == [1, 2, 3]
 
 
 def test_a_trial_without_an_epoch_leaves_no_value():

@@ -22,7 +22,6 @@ from drtune_ray.training.reports import (
     COMPLETED,
     DIVERGED,
     HISTORY,
-    OBJECTIVE,
     OUT_OF_MEMORY,
     PATIENCE,
     failed_by_point,
@@ -67,7 +66,8 @@ def test_outcomes_are_told_as_what_they_are(make_search, tmp_path, told, state, 
     assert (trial.state, trial.value) == (state, value)
     assert list(trial.constraints.values()) == [violation]
     assert trial.intermediate_values == {
-        record["epoch"]: record["metrics"][OBJECTIVE] for record in json.loads(told[HISTORY])
+        record["epoch"]: record["metrics"]["best_val_accuracy"]
+        for record in json.loads(told[HISTORY])
     }
 
 

@@ -145,12 +145,10 @@ def test_worker_environment__what_training_needs_and_nothing_secret(monkeypatch)
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    monkeypatch.setattr(sys, "path", ["/shared/checkout", f"{sys.prefix}/lib/site-packages"])
     found = worker_environment()
     assert "secret" not in repr(found)
     assert found["OMP_NUM_THREADS"] == "3"
     assert found["RAY_CHDIR_TO_TRIAL_DIR"] == "0"
-    assert found["PYTHONPATH"] == "/shared/checkout:${PYTHONPATH}"
 
 
 def test_worker_environment__what_the_job_sets_is_not_set_again(monkeypatch):
@@ -164,28 +162,34 @@ def test_worker_environment__what_the_job_sets_is_not_set_again(monkeypatch):
 # ---- real clusters
 
 
-def seen_by_worker() -> dict[str, str]:
-    return dict(os.environ)
+def seen_by_worker() -> tuple[dict[str, str], list[str]]:
+    return dict(os.environ), sys.path
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_ray_session__workers_of_a_joined_cluster_get_the_variables(shared_ray, monkeypatch):
-    """The nodes were started elsewhere, without them."""
+def test_ray_session__workers_of_a_joined_cluster_get_the_variables(
+    shared_ray, monkeypatch, tmp_path
+):
+    """The nodes were started elsewhere, without them; of the paths, Ray adds the current one."""
     import ray
 
     for name in ("RAY_CHDIR_TO_TRIAL_DIR", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, "/shared/checkout"])
     with ray_session() as capacity:
         assert [node.num_cpus for node in capacity.nodes] == [NUM_CPUS]
         assert not capacity.is_local
-        found: dict[str, str] = ray.get(ray.remote(seen_by_worker).remote())
+        found, paths = ray.get(ray.remote(seen_by_worker).remote())
     assert found["OMP_NUM_THREADS"] == "7"
     assert found["RAY_CHDIR_TO_TRIAL_DIR"] == "0"
     assert found["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "0.25"
-    assert found["PYTHONPATH"].endswith(f":{NODE_PATH}")
+    assert found["PYTHONPATH"] == NODE_PATH
+    assert "/shared/checkout" in paths
+    assert str(tmp_path) not in paths and "" not in paths
     assert "AWS_SECRET_ACCESS_KEY" not in found
 
 

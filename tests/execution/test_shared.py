@@ -25,7 +25,8 @@ from drtune_ray.execution.shared_storage import (
     check_token,
     shared_folder,
 )
-from drtune_ray.execution.worker import TrialRunner, WorkerContext
+from drtune_ray.execution.worker import TrialRunner
+from drtune_ray.execution.worker_context import WorkerContext
 from drtune_ray.folders import LocalFolder, open_folder
 from drtune_ray.study.run import run_study
 from tests.clusters import joined, ray_node, wait_for_nodes

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from drtune_ray.tracking.spool import Recorder, Spool, send_events, send_files
+from drtune_ray.tracking.spool import Spool
+from drtune_ray.tracking.writer import Recorder, send_events, send_files
 
 
 def send_unsent(spool: Spool, recorder: Recorder) -> int:

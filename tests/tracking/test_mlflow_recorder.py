@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import shutil
@@ -20,22 +21,24 @@ from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.tracking.events import (
     Event,
     FilesReady,
+    Metrics,
     MetricsRecorded,
     RunFinished,
     RunStarted,
     StepsRecorded,
 )
+from drtune_ray.tracking.mlflow_client import default_tracking_uri, quiet_mlflow
 from drtune_ray.tracking.mlflow_recorder import (
     MAX_PARAM_LENGTH,
     METRICS_PER_CALL,
     MlflowRecorder,
     build_recorder,
-    default_tracking_uri,
     ignored_variables,
-    quiet_mlflow,
-    runs_page,
+    marked_name,
 )
-from drtune_ray.tracking.spool import BackgroundWriter, Spool
+from drtune_ray.tracking.spool import Spool
+from drtune_ray.tracking.views import runs_page
+from drtune_ray.tracking.writer import BackgroundWriter
 from tests.tracking.sending import send_unsent
 
 COUNTER = itertools.count()
@@ -174,7 +177,9 @@ def test_record__terminal_statuses_and_times(store: Store, events: list[Event]) 
     assert [store.run(number).info.status for number in (None, 0, 1, 2)] == ["RUNNING"] * 4
     store.record([event for event in events if isinstance(event, RunFinished)])
     found = [store.run(number).info for number in (None, 0, 1, 2)]
-    assert [info.status for info in found] == ["FINISHED", "FINISHED", "KILLED", "FAILED"]
+    assert [info.status for info in found] == ["FINISHED", "FINISHED", "FINISHED", "FAILED"]
+    names = [info.run_name for info in found]
+    assert names == ["flowers", "trial 0", "trial [diverged] 1", "trial [failed] 2"]
     assert [info.start_time for info in found] == [1000, 1001, 1002, 1008]
     assert [info.end_time for info in found] == [1010, 1006, 1007, 1009]
 
@@ -257,7 +262,7 @@ def test_record__through_the_spool(store: Store, events: list[Event], tmp_path: 
         spool.append(event)
     assert send_unsent(spool, store.recorder()) == len(events)
     before = store.snapshot()
-    assert [run[0][1] for run in before.values()].count("FINISHED") == 2
+    assert [run[0][1] for run in before.values()].count("FINISHED") == 3
     spool.rewind()
     assert send_unsent(spool, store.recorder()) == len(events)
     assert store.snapshot() == before
@@ -312,6 +317,33 @@ def test_record__resumed_with_more_trials(store: Store, events: list[Event]) -> 
     )
     assert store.history(0, "val_accuracy") == [(3, 0.75, 1201)]
     assert store.run(None).info.status == "RUNNING"
+
+
+def test_record_metrics__is_as_one_by_one(store: Store, tmp_path: Path) -> None:
+    """Of several runs, with a run that does not exist yet, and with one that MLflow refuses."""
+    metrics: list[Metrics] = [
+        MetricsRecorded(0, 1, {"val_accuracy": 0.5, "loss": 1.0}, 1001),
+        MetricsRecorded(1, 1, {"val_accuracy": 0.25}, 1002),
+        StepsRecorded(0, 1, [{"loss": 2.0}, {"loss": 1.0}], 1003),
+        MetricsRecorded(0, 2, {"val_accuracy": 0.75}, 1004),
+        MetricsRecorded(0, 3, {"not/../allowed": 0.5}, 1005),
+        MetricsRecorded(1, 2, {"val_accuracy": 0.5}, 1006),
+        MetricsRecorded(7, 1, {"loss": 1.0}, 1007),
+    ]
+    single = Store(store.folder, store.experiment + " single", store.study_id)
+    starts: list[Event] = [
+        RunStarted(number, f"trial {number}", {}, {}, 1000) for number in (None, 0, 1)
+    ]
+    single.record([*starts, *metrics])
+    store.record(starts)
+    for _ in range(2):
+        store.recorder().record_metrics(metrics)
+
+    def histories(of: Store) -> list[Any]:
+        return sorted((run[0][0], sorted(run[3].items())) for run in of.snapshot().values())
+
+    assert histories(store) == histories(single)
+    assert store.history(0, "val_accuracy") == [(1, 0.5, 1001), (2, 0.75, 1004)]
 
 
 # ---- failures that the spool waits out
@@ -457,6 +489,72 @@ def test_a_store_that_lost_the_study_gets_it_whole(
     assert send_unsent(spool, new.recorder()) == 0
 
 
+def test_sync_all__restores_what_was_deleted_and_rebuilds_what_is_gone(
+    store: Store, events: list[Event], tmp_path: Path
+) -> None:
+    spool = sent(store, events, tmp_path)
+    before = store.snapshot()
+    number = store.client.get_experiment_by_name(store.experiment).experiment_id
+    store.client.delete_run(store.run(0).info.run_id)
+    gone = store.run(1).info.run_id
+    store.client.set_tag(gone, "drtune.trial", "gone")  # as `mlflow gc` leaves no trace of it
+    store.client.delete_run(gone)
+    store.client.delete_experiment(number)
+    recorder = store.recorder()
+    recorder._restores = True
+    spool.rewind()
+    assert send_unsent(spool, recorder) == len(events)
+    # MLflow restores an experiment with all its runs.
+    after = {k: run for k, run in store.snapshot().items() if run[2]["drtune.trial"] != "gone"}
+    assert len(after) == len(before) == 4
+    named = {run[0][0]: (run[1], run[3], run[4]) for run in before.values()}
+    assert {run[0][0]: (run[1], run[3], run[4]) for run in after.values()} == named
+
+
+def test_record__used_settings_alone_with_their_numbers(store: Store) -> None:
+    dataset = {"name": "flowers", "digest": "d" * 64, "source": "/images", "profile": "{}"}
+    params = {"method.name": "dr_tune", "method.regularization_weight": "bank_over_batch", "x": 1}
+    resolved = {"method.regularization_weight": 16.0}
+    replayed = [
+        RunStarted(None, "flowers", {}, {"drtune.version": "1"}, 1, dataset, ["a.b"]),
+        RunStarted(0, "t000", params, {}, 2, unused=["x"], resolved=resolved),
+    ]
+    for _ in range(3):
+        store.record(replayed)
+    run = store.run(0)
+    assert run.data.params == {"method.name": "dr_tune", "method.regularization_weight": "16.0"}
+    assert run.data.tags["drtune.version"] == "1"
+    for number in (None, 0):
+        (found,) = store.run(number).inputs.dataset_inputs
+        assert (found.dataset.name, found.dataset.digest) == ("flowers", "d" * 36)
+    tags = store.client.get_experiment_by_name(store.experiment).tags
+    view = json.loads(tags[f"mlflow.sharedViewState.drtune-{store.study_id}"])
+    assert view["searchFilter"] == f"tags.`drtune.study_id` = '{store.study_id}'"
+    assert "params.`a.b`" in view["selectedColumns"]
+    assert (view["orderByKey"], view["orderByAsc"]) == ("metrics.`best_val_accuracy`", False)
+    store.record([RunStarted(None, "flowers", {"objectives": ["log_loss"]}, {}, 1)])
+    tags = store.client.get_experiment_by_name(store.experiment).tags
+    view = json.loads(tags[f"mlflow.sharedViewState.drtune-{store.study_id}"])
+    assert (view["orderByKey"], view["orderByAsc"]) == ("metrics.`best_val_loss`", True)
+    assert view["selectedColumns"][0] == "metrics.`best_val_loss`"
+    page = runs_page(default_tracking_uri(store.folder), store.experiment, store.study_id)
+    assert page.endswith(f"viewStateShareKey=drtune-{store.study_id}")
+
+
+def test_marked_name__shows_how_a_run_ended() -> None:
+    ends = {
+        ("COMPLETE", "completed"): "t007 lambda=0.8 rot",
+        ("PRUNED", "stopped by the scheduler"): "t007 [pruned] lambda=0.8 rot",
+        ("PRUNED", "out of memory"): "t007 [out of memory] lambda=0.8 rot",
+        ("FAIL", "process killed"): "t007 [failed] lambda=0.8 rot",
+        ("INTERRUPTED", "interrupted"): "t007 [interrupted] lambda=0.8 rot",
+    }
+    name = "t007 lambda=0.8 rot"
+    for (state, outcome), expected in ends.items():
+        name = marked_name(name, RunFinished(7, state, outcome, {}, {}))
+        assert name == expected
+
+
 def test_an_event_that_mlflow_refuses_holds_back_none_behind_it(
     store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -527,7 +625,7 @@ def test_runs_page__of_a_moved_storage_shows_its_artifacts(recorded: Store, tmp_
     recorded.folder.rename(tmp_path / "there")
     forget_artifact_stores()
     uri, artifacts = default_tracking_uri(tmp_path / "there"), tmp_path / "there" / "mlartifacts"
-    assert "/runs?" in runs_page(uri, recorded.experiment, artifacts)
+    assert "/runs?" in runs_page(uri, recorded.experiment, recorded.study_id, artifacts)
     there = Store(tmp_path / "there", recorded.experiment, recorded.study_id)
     assert there.client.list_artifacts(there.run(0).info.run_id)
 
@@ -609,7 +707,7 @@ def test_recorder__a_server_that_is_away_does_not_show_the_password(
         assert writer.close(timeout_seconds=1.0) == 1
     assert "API request to http://user:$PW@127.0.0.1:9/" in caplog.text
     recorder = MlflowRecorder(uri, "e", "s")
-    for act in (lambda: send_unsent(spool, recorder), lambda: runs_page(uri, "e")):
+    for act in (lambda: send_unsent(spool, recorder), lambda: runs_page(uri, "e", "s")):
         with pytest.raises(Exception, match=r"API request to http://user:\$PW@") as caught:
             act()
         shown = "".join(traceback.format_exception(caught.value))

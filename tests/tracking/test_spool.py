@@ -5,7 +5,8 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,18 @@ from drtune_ray.tracking import events, spool
 from drtune_ray.tracking.events import (
     Event,
     FilesReady,
+    Metrics,
     MetricsRecorded,
+    ModelReady,
     RunFinished,
     RunStarted,
     StepsRecorded,
+    WithFiles,
     from_plain,
     to_plain,
 )
-from drtune_ray.tracking.spool import BackgroundWriter, Spool
+from drtune_ray.tracking.spool import Spool
+from drtune_ray.tracking.writer import BackgroundWriter
 from tests.small_disks import small_files
 from tests.tracking.sending import send_unsent
 
@@ -33,7 +38,12 @@ EVERY_KIND: list[Event] = [
     StepsRecorded(3, 1, [{"loss": 2.0}, {"loss": 1.0}], 4),
     RunFinished(3, "COMPLETE", "completed", {"best_val_accuracy": 0.5}, {"tag": "value"}, 5),
     FilesReady(3, "/elsewhere/best.ckpt", "checkpoint"),
+    ModelReady(None, "/elsewhere/winner", "flowers", {"tag": "value"}),
 ]
+
+
+def started(number: int) -> RunStarted:
+    return RunStarted(number, f"trial {number}", {}, {}, 1000 + number)
 
 
 def metric(step: int) -> MetricsRecorded:
@@ -53,6 +63,10 @@ class Shelf:
             raise ConnectionError("no answer")
         self.taken.append(event)
 
+    def record_metrics(self, events: Sequence[Metrics]) -> None:
+        for event in events:
+            self.record(event)
+
     def lacks_study(self) -> bool:
         return False
 
@@ -67,6 +81,10 @@ class Wall:
         self.is_reached.set()
         self.release.wait(30)
 
+    def record_metrics(self, events: Sequence[Metrics]) -> None:
+        for event in events:
+            self.record(event)
+
     def lacks_study(self) -> bool:
         return False
 
@@ -80,7 +98,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 @pytest.fixture
 def short_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spool, "RETRY_SECONDS", (0.01, 0.02))
+    monkeypatch.setattr("drtune_ray.tracking.writer.RETRY_SECONDS", (0.01, 0.02))
 
 
 # ---- events
@@ -110,7 +128,7 @@ def test_spool__oldest_first_until_marked(tmp_path: Path) -> None:
     for event in EVERY_KIND:
         mine.append(event)
     assert mine.num_unsent() == len(EVERY_KIND)
-    queues = [*[mine.events] * (len(EVERY_KIND) - 1), mine.files]
+    queues = [mine.files if isinstance(e, WithFiles) else mine.events for e in EVERY_KIND]
     for index, (queue, event) in enumerate(zip(queues, EVERY_KIND, strict=True)):
         assert mine.num_unsent() == len(EVERY_KIND) - index
         assert queue.next_unsent() == queue.next_unsent()  # looking is not sending
@@ -180,7 +198,30 @@ def test_spool__an_append_that_fails_leaves_nothing_behind(
         mine.append(event)
     assert (tmp_path / name).read_bytes() == before
     mine.append(event)
-    assert (tmp_path / name).read_bytes() == 2 * before
+    assert mine.num_unsent() == 2
+
+
+def test_metrics_that_wait_are_sent_together_up_to_the_next_other_event(tmp_path: Path) -> None:
+    class Counting(Shelf):
+        def record_metrics(self, events: Sequence[Metrics]) -> None:
+            sizes.append(len(events))
+            super().record_metrics(events)
+
+    sizes: list[int] = []
+    shelf, mine = Counting(num_failures=3), Spool(tmp_path)
+    waiting = [metric(step) for step in range(70)]
+    waiting[5:5] = [RunStarted(3, "trial 3", {}, {}, 2)]
+    waiting += [StepsRecorded(3, 1, [{"loss": 1.0}] * 40_000, 4), metric(99)]
+    for event in waiting:
+        mine.append(event)
+    with pytest.raises(ConnectionError):
+        send_unsent(mine, shelf)
+    assert mine.num_unsent() == len(waiting)  # none of those that went together counts as sent
+    shelf.num_failures = 0
+    shelf.taken = []
+    assert send_unsent(mine, shelf) == len(waiting)
+    assert shelf.taken == waiting
+    assert sizes == [5, 5, 50, 15, 1, 1]
 
 
 # ---- files have their own queue
@@ -312,7 +353,10 @@ def test_spool__only_a_torn_line(tmp_path: Path) -> None:
     mine = Spool(tmp_path)
     assert mine.events.next_unsent() is None
     mine.append(metric(1))
-    assert (tmp_path / spool.EVENTS_NAME).read_text() == json.dumps(to_plain(metric(1))) + "\n"
+    (line,) = (tmp_path / spool.EVENTS_NAME).read_text().splitlines()
+    values = json.loads(line)
+    assert len(values.pop("id")) == 32  # an id of its own
+    assert values == to_plain(metric(1))
 
 
 def test_spool__a_line_that_is_being_written_is_not_read(tmp_path: Path) -> None:
@@ -365,19 +409,19 @@ def test_spool__many_threads_write_whole_lines(tmp_path: Path) -> None:
 def test_send_unsent__stops_at_the_event_that_fails(tmp_path: Path) -> None:
     mine = Spool(tmp_path)
     for step in range(3):
-        mine.append(metric(step))
+        mine.append(started(step))
     shelf = Shelf()
-    shelf.taken.append(metric(-1))
+    shelf.taken.append(started(-1))
 
     def record(event: Event) -> None:
-        if event == metric(1):
+        if event == started(1):
             raise ConnectionError("no answer")
         shelf.taken.append(event)
 
     shelf.record = record  # type: ignore[method-assign]
     with pytest.raises(ConnectionError, match="^no answer$"):
         send_unsent(mine, shelf)
-    assert shelf.taken == [metric(-1), metric(0)]
+    assert shelf.taken == [started(-1), started(0)]
     assert mine.num_unsent() == 2
 
 
@@ -392,6 +436,21 @@ def test_background_writer__sends_everything_in_order(tmp_path: Path) -> None:
     assert writer.close() == 0
     assert shelf.taken == EVERY_KIND
     assert writer.close() == 0  # a second time is harmless
+
+
+def test_background_writer__an_epoch_that_is_trained_again_is_recorded_once(
+    tmp_path: Path,
+) -> None:
+    """MLflow had two points of one epoch, with two times, after a driver was killed."""
+    steps = StepsRecorded(0, 1, [{"loss": 2.0}], 1001)
+    for later in (0, 60_000):  # of another driver, with the time of its own training
+        shelf = Shelf()
+        writer = BackgroundWriter(Spool(tmp_path), shelf)
+        for event in (started(0), metric(1), metric(1), metric(2), steps):
+            writer.emit(replace(event, time_ms=event.time_ms + later))
+        writer.close()
+        others = [] if later else [metric(1), metric(2), steps]
+        assert shelf.taken == [replace(started(0), time_ms=1000 + later), *others]
 
 
 def test_background_writer__sends_while_the_study_runs(tmp_path: Path) -> None:
@@ -411,10 +470,10 @@ def test_background_writer__close_waits_while_events_are_taken(tmp_path: Path) -
 
     shelf = Slow()
     writer = BackgroundWriter(Spool(tmp_path), shelf)
-    for step in range(30):
-        writer.emit(metric(step))
-    assert writer.close(timeout_seconds=1.0) == 0  # all of them take 3 s
-    assert len(shelf.taken) == 30
+    for step in range(40):
+        writer.emit(started(step))
+    assert writer.close(timeout_seconds=3.0) == 0  # all of them take 4 s
+    assert len(shelf.taken) == 40
 
 
 def test_background_writer__interrupted_it_does_not_wait_longer(

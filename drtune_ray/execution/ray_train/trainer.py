@@ -25,7 +25,7 @@ from drtune_ray.execution.ray_train.worker_group import (
     start_seconds,
     train_environment,
 )
-from drtune_ray.execution.worker import TrialRunner, WorkerContext, trial_of
+from drtune_ray.execution.worker_context import WorkerContext, trial_of
 from drtune_ray.storage.record import SCRATCH_NAME
 from drtune_ray.training.checkpoint import TrialFolder
 from drtune_ray.training.reports import (
@@ -92,7 +92,7 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
                     ray.train.report(last)
                     if event.outcome:
                         break
-                guard.leave_if_told()
+                guard.leave_if_told(event.settle)
         except Exception as error:
             if (outcome := outcome_of_settings(error)) is None:
                 raise
@@ -101,6 +101,9 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def _epochs(payload: dict[str, Any], guard: WorkerGuard) -> Any:
+    # The trial's driver and controller import this module too, and do not train.
+    from drtune_ray.execution.worker import TrialRunner
+
     runner = TrialRunner(payload["context"], get_device())
     return runner.epochs(payload["trial"], payload["folder"], guard)
 

@@ -9,7 +9,7 @@ from typing import Any
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from drtune_ray.config.study import ResourcesConfig
-from drtune_ray.config.trial import TrainingConfig
+from drtune_ray.config.training import TrainingConfig
 from drtune_ray.execution.environment import environment
 from drtune_ray.execution.guard import listen_for_sigterm
 from drtune_ray.execution.heartbeat import ask_to_save

@@ -126,7 +126,8 @@ class StudyCallback(Callback):  # type: ignore[misc]
     def _finish(self, number: int, tags: dict[str, str] | None = None) -> None:
         frozen = self._frozen(number)
         if frozen.state != TrialState.RUNNING:
-            self._context.emit(replace(run_finished(frozen), tags=tags or {}))
+            event = run_finished(frozen)
+            self._context.emit(replace(event, tags=event.tags | (tags or {})))
 
     def _frozen(self, number: int) -> FrozenTrial:
         return self._search.study.get_trials(deepcopy=False)[number]

@@ -29,7 +29,7 @@ from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.execution.resident_actor import TrialActor
 from drtune_ray.execution.run_context import RunContext
 from drtune_ray.execution.session import scratch_folder
-from drtune_ray.execution.worker import WorkerContext
+from drtune_ray.execution.worker_context import WorkerContext
 from drtune_ray.search.budget import Budget
 
 MAX_MACHINE_FAILURES = 2

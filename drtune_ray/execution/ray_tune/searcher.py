@@ -28,6 +28,7 @@ class StudySearch(Searcher):  # type: ignore[misc]
     """
 
     def __init__(self, proposals: Proposals, outcomes: Outcomes) -> None:
+        # Tune shows and sorts nothing by it, and the scheduler has its own mode.
         super().__init__(metric=OBJECTIVE, mode="max")
         self.study, self.proposals, self._outcomes = proposals.study, proposals, outcomes
         self._end: Exception | None = None
