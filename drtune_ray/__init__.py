@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from drtune_ray.config import StudyConfig, TrialConfig
+    from drtune_ray.display.script import run_study
     from drtune_ray.method import DRTune
-    from drtune_ray.study import run_study
+    from drtune_ray.results.predict import load
 
-__all__ = ["DRTune", "StudyConfig", "TrialConfig", "run_study"]
+__all__ = ["DRTune", "StudyConfig", "TrialConfig", "load", "run_study"]
 __version__ = "0.1.0"
 
 # Imported when first asked for: `import drtune_ray` must load neither torch nor ray.
@@ -18,7 +19,8 @@ _HOMES = {
     "DRTune": "drtune_ray.method",
     "StudyConfig": "drtune_ray.config",
     "TrialConfig": "drtune_ray.config",
-    "run_study": "drtune_ray.study",
+    "load": "drtune_ray.results.predict",
+    "run_study": "drtune_ray.display.script",
 }
 
 

@@ -6,6 +6,7 @@ only when it is complete; on a file system a temporary file is renamed.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import uuid
@@ -17,10 +18,12 @@ from urllib.parse import unquote, urlsplit
 
 from drtune_ray.errors import ConfigError, EnvironmentProblem, first_line
 from drtune_ray.server_uri import secrets_hidden, with_secrets, without_password
+from drtune_ray.values import full_path
 
 Content = bytes | memoryview
 OBJECT_STORES = ("s3", "gs", "gcs", "abfs", "abfss")
 LEFTOVERS = ".*.tmp"
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Folder(Protocol):
@@ -237,6 +240,20 @@ def open_folder(uri: str) -> Folder:
     )
 
 
+def is_object_uri(text: str) -> bool:
+    """Return whether a text is the URI of a place in an object store."""
+    return text.partition("://")[0] in OBJECT_STORES and "://" in text
+
+
+def source_location(text: str) -> str:
+    """Return a source of images as the full path of a file or folder, or as a URI.
+
+    Raises:
+        ConfigError: If it is not a valid path.
+    """
+    return text.rstrip("/") if is_object_uri(text) else str(full_path(text))
+
+
 def check_folder(folder: Folder) -> None:
     """Check that a file can be written, read and removed.
 
@@ -295,6 +312,10 @@ def files_as_problem() -> Iterator[None]:
     except OSError as error:
         if error.filename is None:
             raise
+        if error.errno in FULL_DISK:
+            raise EnvironmentProblem(
+                f"{error.filename} cannot be written, since its disk is full: free space there"
+            ) from error
         raise EnvironmentProblem(
             f"{error.filename} cannot be used ({error.strerror}): make it accessible, move it "
             "away if it is in the place of another file, or bring it back from a backup"
@@ -309,25 +330,36 @@ def atomic_write(path: Path, fill: Callable[[Path], object], *, is_durable: bool
         fill: Writes the content to the temporary path that it is given.
         is_durable: Whether the file must survive a power cut once this returns: file and folder
             are flushed to disk.
+
+    Raises:
+        OSError: If the file cannot be written; it names the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         fill(temporary)
         if is_durable:
-            _flush(temporary)
+            flush(temporary)
         temporary.replace(path)
-    except BaseException:  # such as a full disk, which the partial file would keep full
+    except BaseException as error:  # such as a full disk, which the partial file would keep full
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     if is_durable:
-        _flush(path.parent)
+        flush(path.parent)
 
 
-def append_line(path: Path, line: bytes) -> None:
+def append_line(path: Path, line: bytes, *, is_durable: bool = True) -> None:
     """Append a line that is on disk once this returns; a failure leaves the lines before it alone.
 
     An incomplete last line, left by a crash, is removed first.
+
+    Args:
+        path: The file.
+        line: The line.
+        is_durable: False leaves it to the operating system when to write to the disk: the line
+            outlives this process, but not a power cut.
     """
     with path.open("a+b", buffering=0) as file:
         drop_torn_end(file)
@@ -335,7 +367,8 @@ def append_line(path: Path, line: bytes) -> None:
             left = memoryview(line.rstrip(b"\n") + b"\n")
             while left:
                 left = left[file.write(left) :]
-            os.fsync(file.fileno())
+            if is_durable:
+                os.fsync(file.fileno())
 
 
 @contextmanager
@@ -361,7 +394,7 @@ def drop_torn_end(file: IO[bytes]) -> None:
         file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -28,6 +28,10 @@ def without_password(uri: str) -> str:
         ) from None
     secrets = {"the password": parts.password or ""}
     secrets |= {f"the value of {k!r}": v for k, v in parse_qsl(parts.query) if _is_secret(k)}
+    if parts.scheme in TOKEN_AS_USER and not parts.password:
+        secrets["the user, who may be a token,"] = parts.username or ""
+    if parts.scheme.partition("+")[0] not in OF_FILES:
+        secrets["the part behind #, which may be a token,"] = parts.fragment
     for what, secret in secrets.items():
         if secret and not _REFERENCE.fullmatch(secret):
             raise ValueError(
@@ -38,13 +42,19 @@ def without_password(uri: str) -> str:
 
 
 _REFERENCE = re.compile(r"\$(\w+)|\$\{(\w+)\}")
-_SECRET_OPTION = re.compile("secret|token|key|sig|credential|pass|pwd", re.IGNORECASE)
-# Options of libpq, PyMySQL and curl that hold paths, not secrets.
-_FILE_OPTIONS = ("sslkey", "ssl_key", "passfile", "sslkeylogfile")
+_SECRET_OPTION = re.compile(
+    r"secret|token|key|sig|credential|pass|pwd|auth|bearer|jwt|(?<![a-z])code(?![a-z])",
+    re.IGNORECASE,
+)
+# Options of libpq, PyMySQL and curl that hold paths or methods, not secrets.
+_PLAIN_OPTIONS = ("sslkey", "ssl_key", "passfile", "sslkeylogfile", "require_auth", "auth_plugin")
+# Servers to which a user without a password is a token or a key; a database has users.
+TOKEN_AS_USER = ("http", "https", "s3", "gs", "gcs")
+OF_FILES = ("sqlite", "file")  # a path may hold #
 
 
 def _is_secret(option: str) -> bool:
-    return bool(_SECRET_OPTION.search(option)) and option.lower() not in _FILE_OPTIONS
+    return bool(_SECRET_OPTION.search(option)) and option.lower() not in _PLAIN_OPTIONS
 
 
 ServerUri = Annotated[str, AfterValidator(without_password)]

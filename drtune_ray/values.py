@@ -15,6 +15,9 @@ from drtune_ray.errors import ConfigError
 # Errors of PyYAML: syntax; binary content or an impossible date; !!timestamp on another value.
 NOT_YAML = (yaml.YAMLError, ValueError, AttributeError)
 MAX_DEPTH, MAX_VALUES = 50, 100_000
+# Python takes long for numbers of 100,000 digits, and cannot print those of more than 4,300.
+MAX_NUMBER_LENGTH = 100
+NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 def full_path(path: str | Path) -> Path:
@@ -171,9 +174,14 @@ def _num_values(node: yaml.Node, source: str, known: dict[int, int | None], dept
     """Return the number of values below a node with aliases written out.
 
     Raises:
-        ConfigError: If the node contains itself, or is nested too deep.
+        ConfigError: If the node contains itself, is nested too deep, or is too long a number.
     """
     line = node.start_mark.line + 1
+    if node.tag in NUMBERS and len(node.value) > MAX_NUMBER_LENGTH:
+        raise ConfigError(
+            f"{source}:{line}: a number of {len(node.value)} characters: write it with at most "
+            f"{MAX_NUMBER_LENGTH}"
+        )
     if depth > MAX_DEPTH:
         raise ConfigError(_too_deep(f"{source}:{line}"))
     if id(node) not in known:
@@ -248,10 +256,13 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for path, value in values.items():
         *groups, leaf = path.split(".")
-        inner = value
-        for key in reversed([*groups, leaf]):
-            inner = {key: inner}
-        result = deep_merge(result, inner)
+        inner = result
+        for key in groups:
+            below = inner.get(key)
+            # A copy: it may be a mapping that was given as a value.
+            inner[key] = inner = dict(below) if isinstance(below, Mapping) else {}
+        is_merged = isinstance(value, Mapping) and isinstance(inner.get(leaf), Mapping)
+        inner[leaf] = deep_merge(inner[leaf], value) if is_merged else value
     return result
 
 

@@ -7,9 +7,13 @@ backbone ``test_efficientnet``.
 from __future__ import annotations
 
 import errno
+import io
+import json
 import os
+import re
 import shutil
 import sys
+import tarfile
 import zipfile
 from contextlib import nullcontext
 from decimal import Decimal
@@ -17,6 +21,8 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import timm
@@ -32,6 +38,8 @@ from drtune_ray.study.inputs import check_inputs, manifest_path
 from drtune_ray.study.resolve import study_request, trial_request
 from drtune_ray.study.run import run_study
 from drtune_ray.study.training_run import run_training
+from drtune_ray.tracking.mlflow_client import artifacts_folder, default_tracking_uri
+from drtune_ray.tracking.sqlite_store import make_database
 from drtune_ray.training.checkpoint import write_checkpoint
 from drtune_ray.training.model import build_method, classifier_state
 from drtune_ray.values import read_yaml, to_yaml
@@ -60,6 +68,11 @@ def few_images(here: Path, patch: Patch) -> None:
         path.unlink()
 
 
+def space_of_weights(here: Path, patch: Patch) -> None:
+    space = "parameters: {backbone.weights: {choice: [one.safetensors, other.safetensors]}}"
+    (here / "weights.yaml").write_text(space)
+
+
 def cut_off_images(here: Path, patch: Patch) -> None:
     for path in (here / "images" / "red").iterdir():
         path.write_bytes(path.read_bytes()[:60])
@@ -86,14 +99,6 @@ def class_of_other_files(here: Path, patch: Patch) -> None:
     (here / "images" / "grey" / ".cache").mkdir(parents=True)
     for name in ("a.heic", "b.heic", "readme", ".cache/a.png"):
         (here / "images" / "grey" / name).write_text("no image")
-
-
-def splits_for_classes(here: Path, patch: Patch) -> None:
-    (here / "images").rename(here / "train")
-    (here / "images").mkdir()
-    (here / "train").rename(here / "images" / "train")
-    for name in ("val", "test"):
-        shutil.copytree(here / "images" / "train", here / "images" / name)
 
 
 def one_folder(here: Path, patch: Patch) -> None:
@@ -133,6 +138,165 @@ def values_below_zero(here: Path, patch: Patch) -> None:
 def bad_class(here: Path, patch: Patch) -> None:
     for path in (here / "images" / "red").iterdir():
         path.write_bytes(b"no image")
+
+
+# ---- lists and shards
+
+
+def archive(here: Path, patch: Patch) -> None:
+    (here / "list.zip").write_bytes(b"PK")
+
+
+def image_list(here: Path, patch: Patch) -> None:
+    _write_list(here, "path,label", "{path},{label}")
+
+
+def list_without_labels(here: Path, patch: Patch) -> None:
+    _write_list(here, "path,colour,weight", "{path},{label},1.5")
+
+
+def list_of_several_labels(here: Path, patch: Patch) -> None:
+    row = {"image": "images/red/00.png", "labels": ["red", "blue"]}
+    (here / "list.jsonl").write_text(json.dumps(row))
+
+
+def list_of_one_class(here: Path, patch: Patch) -> None:
+    _write_list(here, "path,label", "{path},red")
+
+
+def list_with_gaps(here: Path, patch: Patch) -> None:
+    rows = ["images/blue/00.png,blue", "images/red/00.png,red", ",red", "images/red/01.png,"]
+    _write_lines(here, "path,label", *rows, "images/red/00.png,blue")
+
+
+def list_of_many_gaps(here: Path, patch: Patch) -> None:
+    _write_lines(here, "path,label", *[",red"] * 6, "images/red/00.png,red")
+
+
+def empty_list(here: Path, patch: Patch) -> None:
+    _write_lines(here, "path,label")
+
+
+def list_in_an_old_code_page(here: Path, patch: Patch) -> None:
+    (here / "list.csv").write_bytes(b"path,label\ncaf\xe9.png,red\n")
+
+
+def list_with_an_open_quote(here: Path, patch: Patch) -> None:
+    (here / "list.csv").write_text('path,label\n"images/red/00.png,red')
+
+
+def list_with_long_rows(here: Path, patch: Patch) -> None:
+    _write_lines(here, "path,label", "a.png,red,green")
+
+
+def list_of_no_json(here: Path, patch: Patch) -> None:
+    (here / "list.jsonl").write_text('{"image": "a.png", "label": "red"}\nred\n')
+
+
+def list_of_arrays(here: Path, patch: Patch) -> None:
+    (here / "list.jsonl").write_text('"red"\n')
+
+
+def list_of_unknown_splits(here: Path, patch: Patch) -> None:
+    _write_list(here, "path,label,split", "{path},{label},extra")
+
+
+def list_without_training(here: Path, patch: Patch) -> None:
+    _write_list(here, "path,label,split", "{path},{label},val")
+
+
+def list_with_splits(here: Path, patch: Patch) -> None:
+    _write_list(here, "path,label,split", "{path},{label},{split}")
+
+
+def list_with_an_untrained_class(here: Path, patch: Patch) -> None:
+    list_with_splits(here, patch)
+    text = (here / "list.csv").read_text()
+    (here / "list.csv").write_text(text.replace("red,train", "red,val"))
+
+
+def list_validated_on_one_class(here: Path, patch: Patch) -> None:
+    list_with_splits(here, patch)
+    text = (here / "list.csv").read_text()
+    (here / "list.csv").write_text(re.sub("(blue|green),val", r"\1,train", text))
+
+
+def few_scores(here: Path, patch: Patch) -> None:
+    for name in ("MAX_SCORES", "CHEAP_SCORES"):
+        patch.setattr(f"drtune_ray.training.validation.{name}", 2)
+
+
+def list_with_parted_groups(here: Path, patch: Patch) -> None:
+    _write_list(here, "path,label,split,patient", "{path},{label},{split},p0")
+    text = (here / "list.csv").read_text()
+    (here / "list.csv").write_text(text.replace("val,p0", "val,p1"))
+
+
+def list_with_few_groups(here: Path, patch: Patch) -> None:
+    _write_list(here, "path,label,patient", "{path},{label},{half}")
+
+
+def splits_of_one_class(here: Path, patch: Patch) -> None:
+    for name in ("train", "val"):
+        shutil.copytree(here / "images" / "red", here / "parts" / name / "red")
+
+
+def shards_of_two_kinds(here: Path, patch: Patch) -> None:
+    (here / "shards").mkdir()
+    for name in ("a.parquet", "b.tar"):
+        (here / "shards" / name).write_bytes(b"")
+
+
+def shards_of_other_columns(here: Path, patch: Patch) -> None:
+    (here / "shards").mkdir()
+    for name, column in (("a", "label"), ("b", "class")):
+        table = pa.table({"image": [b""], column: ["red"]})
+        pq.write_table(table, here / "shards" / f"{name}.parquet")
+
+
+def cut_off_shard(here: Path, patch: Patch) -> None:
+    (here / "shards").mkdir()
+    (here / "shards" / "a.arrow").write_bytes(b"ARROW1\0\0 and no more of it")
+
+
+def damaged_saved_dataset(here: Path, patch: Patch) -> None:
+    (here / "saved").mkdir()
+    (here / "saved" / "state.json").write_text("{}")
+
+
+def no_tar(here: Path, patch: Patch) -> None:
+    (here / "a.tar").write_bytes(b"no archive" * 100)
+
+
+def tar_of_pairs(here: Path, patch: Patch) -> None:
+    _write_tar(here, {"0.jpg": b"", "0.png": b"", "0.cls": b"red"})
+
+
+def tar_of_no_json(here: Path, patch: Patch) -> None:
+    _write_tar(here, {"0.png": b"", "0.json": b"red"})
+
+
+def _write_list(here: Path, header: str, row: str) -> None:
+    """Write a list of all images, six a class: four to train, one to validate, one to test."""
+    rows = []
+    for path in sorted((here / "images").glob("*/*.png")):
+        split = {4: "val", 5: "test"}.get(int(path.stem), "train")
+        where = path.relative_to(here).as_posix()
+        half = int(path.stem) // 3
+        rows.append(row.format(path=where, label=path.parent.name, split=split, half=half))
+    _write_lines(here, header, *rows)
+
+
+def _write_lines(here: Path, *lines: str) -> None:
+    (here / "list.csv").write_text("\n".join(lines) + "\n")
+
+
+def _write_tar(here: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(here / "a.tar", "w") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
 
 
 def _manifest(here: Path) -> Path:
@@ -219,6 +383,32 @@ def vit_weights(here: Path, patch: Patch) -> None:
     safetensors.torch.save_file(model.state_dict(), here / "vit.safetensors")
 
 
+class Attack:
+    """Runs code where it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, ("raise SystemExit('the code of a weights file ran')",)
+
+
+def attack_in_weights(here: Path, patch: Patch) -> None:
+    torch.save({"model": {"a": torch.zeros(3)}, "args": Attack()}, here / "attack.pth")
+
+
+def half_of_weights(here: Path, patch: Patch) -> None:
+    torch.save(timm.create_model("test_efficientnet").state_dict(), here / "cut.pth")
+    content = (here / "cut.pth").read_bytes()
+    (here / "cut.pth").write_bytes(content[: len(content) // 2])
+
+
+def google_weights(here: Path, patch: Patch) -> None:
+    kernel = np.zeros((16, 16, 3, 8), np.float32)
+    np.savez(here / "google.npz", **{"embedding/kernel": kernel, "cls": np.zeros(3, np.float32)})
+
+
+def objects_in_weights(here: Path, patch: Patch) -> None:
+    np.savez(here / "objects.npz", a=np.array([Attack()], dtype=object))
+
+
 # ---- packages that are not installed
 
 
@@ -255,6 +445,13 @@ def study_for_pods(here: Path, patch: Patch) -> None:
 
 def nameless_study(here: Path, patch: Patch) -> None:
     (here / "study.yaml").write_text("trial: {data: {train: /data/images}}\n")
+
+
+def study_like_the_base(here: Path, patch: Patch) -> None:
+    (here / "study.yaml").write_text(
+        "name: study\n"
+        "trial: {data: {train: /storage/images}, backbone: {weights: /storage/a.pth}}\n"
+    )
 
 
 def unfit_study_for_pods(here: Path, patch: Patch) -> None:
@@ -297,12 +494,21 @@ def begun_study(here: Path, patch: Patch, **flags: str) -> None:
 
 def done_study(here: Path, patch: Patch) -> None:
     begun_study(here, patch)
+    _finish(here)
+
+
+def _finish(here: Path) -> None:
     write_done(study_request(None, [], FLAGS)[0], 0)
+    model = here / STORAGE / STUDY / "winner"
+    model.mkdir()
+    card: dict[str, object] = {"about": {}, "classes": [], "normalization": {}, "trial": {}}
+    (model / "model.yaml").write_text(to_yaml(card))
+    (model / "model.safetensors").touch()
 
 
 def done_study_in_a_database(here: Path, patch: Patch) -> None:
     begun_study(here, patch, optuna_storage="sqlite:///search.db")
-    write_done(study_request(None, [], FLAGS)[0], 0)
+    _finish(here)
 
 
 def lost_database(here: Path, patch: Patch) -> None:
@@ -361,8 +567,12 @@ def trained(here: Path, patch: Patch) -> None:
     checked = check_inputs(config, here / STORAGE)
     checked.backbone.write(here / "backbone.safetensors")
     method = build_method(config, checked.backbone, 3, checked.num_train, False)
-    record = {"epoch": 1, "metrics": {"best_val_accuracy": 0.5}}
-    state = {"model": classifier_state(method), "record": record, "trial": "identity"}
+    record = {"epoch": 1, "metrics": {"best_val_accuracy": 0.5, "val_accuracy": 0.5}}
+    state = {
+        "model": classifier_state(method.downstream_encoder, method.head),
+        "record": record,
+        "trial": "identity",
+    }
     write_checkpoint(here / "best.ckpt", state)
     write_winner(
         here / STORAGE / TRAINING / "winner",
@@ -372,7 +582,34 @@ def trained(here: Path, patch: Patch) -> None:
         config,
         {"val_accuracy": 0.5, "outcome": "completed"},
         "identity",
+        checked.splits.whites,
     )
+
+
+def copied_model(here: Path, patch: Patch) -> None:
+    trained(here, patch)
+    shutil.copytree(here / STORAGE / TRAINING / "winner", here / "copy")
+
+
+def a_registry(here: Path, patch: Patch) -> None:
+    """An MLflow store without models."""
+    make_database(default_tracking_uri(here / STORAGE), artifacts_folder(here / STORAGE))
+
+
+def a_foreign_model(here: Path, patch: Patch) -> None:
+    """A registered model that is no image classifier."""
+    import mlflow
+
+    a_registry(here, patch)
+    (here / "elsewhere").mkdir()
+    (here / "elsewhere" / "MLmodel").write_text("flavors: {}")
+    client = mlflow.MlflowClient(default_tracking_uri(here / STORAGE))
+    client.create_registered_model("other")
+    client.create_model_version("other", str(here / "elsewhere"))
+
+
+def a_text(here: Path, patch: Patch) -> None:
+    (here / "text.png").write_text("no image")
 
 
 def no_splits(here: Path, patch: Patch) -> None:
@@ -398,7 +635,8 @@ def model_of_another_backbone(here: Path, patch: Patch) -> None:
     path = here / STORAGE / TRAINING / "winner" / "model.yaml"
     card = read_yaml(path)
     card["trial"]["backbone"]["name"] = "test_vit"
-    path.write_text(to_yaml(card))
+    path.write_text(to_yaml(card))  # as 0.1.0 did, without checksums
+    path.with_name("SHA256SUMS").unlink()
 
 
 def _interrupted(*arguments: object, **options: object) -> None:

@@ -23,6 +23,7 @@ pytest_plugins = ["tests.ray_fixtures"]
 # Ray gives its workers the niceness 15: beside the other process of the test run they would starve.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
+HERE = Path.cwd()
 WriteImages = Callable[..., Path]
 MakeTrial = Callable[..., TrialConfig]
 
@@ -41,6 +42,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Set torch up where a test module has imported it."""
     use_one_thread()
+
+
+@pytest.fixture(autouse=True)
+def nothing_in_the_current_folder() -> Iterator[None]:
+    """MLflow, asked without an address, writes there: no call of the project may."""
+    yield
+    assert not [name for name in ("mlflow.db", "mlruns", "mlartifacts") if (HERE / name).exists()]
 
 
 @pytest.fixture

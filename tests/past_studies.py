@@ -7,6 +7,7 @@ is raised, and keep the former ones. A study is one folder, as it is under the s
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from PIL import Image
 
 from drtune_ray.config.study import StudyConfig
+from drtune_ray.results.winner import SEAL
 from drtune_ray.storage.fingerprint import NUMERIC_VERSION
 from drtune_ray.study.run import run_study
 from drtune_ray.values import nested
@@ -27,7 +29,14 @@ FIXTURES = Path(__file__).parent / "studies"
 HERE = b"@HERE@"
 NAME, BACKBONE = "small", "test_efficientnet"
 COLOURS = {"blue": (40, 60, 200), "green": (40, 200, 60), "red": (200, 50, 50)}
-LEFT_OUT = {"driver.lock", "driver.txt", "trials.parquet"}
+LEFT_OUT = {
+    "driver.lock",
+    "driver.txt",
+    "trials.parquet",
+    "epochs.parquet",
+    "inputs",
+    "report.html",
+}
 BINARY = {".ckpt", ".safetensors", ".parquet"}  # without paths
 
 
@@ -89,6 +98,10 @@ def replace_text(folder: Path, old: bytes, new: bytes) -> None:
     for path in folder.rglob("*"):
         if path.is_file() and path.suffix not in BINARY:
             path.write_bytes(path.read_bytes().replace(old, new))
+    card = folder / "winner" / "model.yaml"
+    text, seal, _ = card.read_text().partition(SEAL)
+    if seal:  # version 2 has none
+        card.write_text(f"{text}{SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n")
     for name, mark in (("events.jsonl", "sent"), ("files.jsonl", "files-sent")):  # bytes
         (folder / "spool" / mark).write_text(str((folder / "spool" / name).stat().st_size))
 

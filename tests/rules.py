@@ -208,6 +208,7 @@ def _fields(schema: Any) -> dict[str, Any]:
 # ---- options
 
 
+ANY_NUMBER = -1  # of values, to click
 NUMBERS = (click.types.IntParamType, click.types.FloatParamType)
 
 
@@ -223,13 +224,15 @@ def option_rules(group: click.Group, path: str = "drtune-ray") -> Iterator[Rule]
 
 
 def _command_rules(command: click.Command, path: str) -> Iterator[Rule]:
+    context = click.Context(command)
     yield _option_rule(path, "No such option ")
-    yield _option_rule(path, "Got unexpected extra argument ")
+    if all(parameter.nargs != ANY_NUMBER for parameter in command.params):
+        yield _option_rule(path, "Got unexpected extra argument ")
     for parameter in command.params:
         if parameter.required:
             is_argument = isinstance(parameter, click.Argument)
             kind = "argument" if is_argument else "option"
-            name = parameter.human_readable_name if is_argument else parameter.opts[0]
+            name = parameter.make_metavar(context) if is_argument else parameter.opts[0]
             yield _option_rule(path, f"Missing {kind} '{name}'")
         if isinstance(parameter.type, NUMBERS):
             yield _option_rule(path, f"Invalid value for '{parameter.opts[0]}': ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -41,7 +42,11 @@ def _turn(item: pytest.Item) -> int:
 
 
 def use_one_thread() -> None:
-    """Set torch to one thread: the tensors are tiny, and each core has a worker."""
+    """Set torch and NumPy to one thread: the tensors are tiny, and each core has a worker."""
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(1)
+    with suppress(ImportError):  # it comes with scikit-learn, which a GPU machine may lack
+        from threadpoolctl import threadpool_limits
+
+        threadpool_limits(1, "blas")

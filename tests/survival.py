@@ -20,6 +20,7 @@ from optuna.trial import TrialState
 from drtune_ray.storage.optuna_storage import open_storage, open_study
 from drtune_ray.storage.record import read_record
 from drtune_ray.values import to_yaml
+from tests.strays import plant
 from tests.study.test_study import mlflow_runs, study_values
 
 COMMAND = str(Path(sys.executable).with_name("drtune-ray"))
@@ -67,6 +68,7 @@ class Killed:
         self.orders = folder / "orders"
         self.orders.mkdir()
         self.log = folder / "log"
+        self.cwd = plant(folder / "cwd")
         self.drivers: list[subprocess.Popen[bytes]] = []
         self.command = [COMMAND, "tune", str(self.file)]
         self.environment = {
@@ -98,6 +100,7 @@ class Killed:
                 stdout=sink,
                 stderr=sink,
                 env=self.environment,
+                cwd=self.cwd,
                 start_new_session=True,
             )
         self.drivers.append(driver)
@@ -216,7 +219,7 @@ class Killed:
     def _check_mlflow(self, states: dict[int, str]) -> None:
         client, (parent,), children = mlflow_runs(self.folder)
         assert parent.info.status == "FINISHED", self.log.read_text()
-        status = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}
+        status = {"COMPLETE": "FINISHED", "PRUNED": "FINISHED", "FAIL": "FAILED"}
         assert sorted(
             (int(run.data.tags["drtune.trial"]), run.info.status) for run in children
         ) == [(number, status[state]) for number, state in sorted(states.items())]
@@ -224,7 +227,7 @@ class Killed:
             history = client.get_metric_history(run.info.run_id, "val_accuracy")
             steps = sorted(metric.step for metric in history)
             assert steps == list(range(1, len(steps) + 1))
-            if run.info.status == "FINISHED":
+            if states[int(run.data.tags["drtune.trial"])] == "COMPLETE":
                 assert len(steps) == self.values["trial"]["training"]["epochs"]
 
     def _check_epochs(self, num_lost: int, epochs: int, held: list[Any]) -> None:

@@ -37,16 +37,26 @@ LEFT_BY_A_DRIVER = {"driver.lock", "driver.txt", "optuna.journal", "search.db", 
 NOT_OF_SPACES = "space/search_space.py"  # of all that lies in space/
 # Functions of refusing modules whose sentences are about other things.
 NOT_OF_INPUT = {
+    "study/winner.py:WinnerWriter._train",
+    "study/winner.py:WinnerWriter._trained_again",
+    "study/winner.py:WinnerWriter._weights",
+    "data/kinds/rows.py:_unused_names",
+    "data/prepare.py:_shards",
+    "data/kinds/shards.py:_note",
+    "data/kinds/tar_shards.py:_note",
+    "data/splits.py:_notes_on_given",
+    "data/splits.py:_notes_on_lacking",
     "cli/jobs.py:_follow",
     "cli/jobs.py:_server",
     "jobs/attempts.py:_short",
     "jobs/attempts.py:end_of",  # of a job
     "manifests/render.py:_notes",
+    "manifests/service.py:_note",
     "jobs/submission.py:_notes",
     "folders.py:probe_folder",  # exit code 3
     "results/winner.py:_read_card",  # exit code 3
     "study/driver.py:StudyDriver._finish",
-    "study/driver.py:StudyDriver._tell_start",
+    "execution/serve_app.py:ImageService",  # of requests: tests/execution/test_serving.py
     "execution/capacity.py:Capacity.__str__",
     "execution/capacity.py:NodeGroup.__str__",
     "study/inputs.py:StudyInputs.summary",
@@ -54,20 +64,37 @@ NOT_OF_INPUT = {
     "study/training_run.py:_Training._train_and_write",
     "space/search_space.py:SearchSpace.clamped",
     "config/section.py:refusal",  # the form of the settings' messages, which have own rules
-    "tracking/mlflow_recorder.py:MlflowRecorder._find",  # what MLflow is searched for
+    "tracking/mlflow_recorder.py:MlflowRecorder._search",  # what MLflow is searched for
     "tracking/mlflow_recorder.py:ignored_variables",
-    "tracking/mlflow_recorder.py:runs_page",
-    "training/backbones.py:_check_hub",
-    "training/backbones.py:normalization_note",
+    "tracking/model_registry.py:_comparison",
+    "tracking/model_registry.py:_logged",  # what MLflow is searched for
+    "tracking/model_registry.py:_write",  # a warning
+    "training/backbones.py:_hub_problem",
+    "training/backbones.py:note_on",
+    "cli/weights.py:backbones",
     "training/checkpoint.py:TrialFolder.save",
     "training/weights_loading.py:KeyReport.__str__",
 }
 JOBS = "of the jobs that a job server knows: tests/jobs/test_unknown_jobs.py"
 OF_SPLITS = "of a file that only the package writes: tests/data/test_splits.py"
 OWN_FILES = "of a file that only the package writes: tests/training/test_checkpoint.py"
+IN_SHARDS = "why an image cannot be read: tests/data/test_kinds.py"
 WINNER = "of the weights of a trial that was trained: tests/study/test_damaged_files.py"
 # Sentences that no command line shows, each with the reason.
 WITHOUT_EXAMPLE = {
+    "the installed timm cannot build optim.name=x (x): install timm 1.0.20 or later, or choose sgd "
+    "or adamw": "of an older timm: tests/training/test_optimizers.py",
+    "timm names no layers of this backbone whose features can be read: choose another "
+    "backbone.name or method.name": "of few backbones: tests/training/test_methods.py",
+    "not as many outputs as classes": WINNER,
+    "no bytes in column x": IN_SHARDS,
+    "row x does not exist": IN_SHARDS,
+    "no such member": IN_SHARDS,
+    "larger than 1 GiB": IN_SHARDS,
+    "the shard is cut off": IN_SHARDS,
+    "an array must be uint8 of shape (H, W, 3) or (H, W), but is x of shape x": (
+        "from Python: tests/results/test_predict.py"
+    ),
     "the name of x cannot be read in this locale, whose encoding is x: set PYTHONUTF8=1": (
         "of a process with another locale: tests/data/test_sources.py"
     ),
@@ -96,29 +123,46 @@ WITHOUT_EXAMPLE = {
     "# SHA-256 of the lines above: ": WINNER,
     "the checksum is another": WINNER,
     "it is another kind of checkpoint": WINNER,
+    "MLflow did not promote the model": "exit code 3",
+    "x is not set, and without it everyone who reaches the port may ask: set it to a secret of "
+    "your choice": "on a cluster: tests/execution/test_serving.py",
     "they are of another trial or configuration": WINNER,
-    "their validation accuracy is x, and x is recorded": WINNER,
+    "their x is x, and x is recorded": WINNER,
     "x does not hold the weights of its trial's best epoch: x; bring the right file back from "
     "MLflow (checkpoint/x of the trial's run) or from a backup, and repeat the command": WINNER,
     "checkpoint x holds more than tensors and plain values": OWN_FILES,
+    "x is missing, the weights of a final run: bring it back from a backup, or delete x and repeat "
+    "the command, which runs that method again": OWN_FILES,
 }
 # Functions that refuse with sentences of others.
 GATHERING = {
     "manifests/render.py:render_study",
+    "manifests/service.py:render_service",
     "jobs/submission.py:study_submission",
     "config/study.py:from_mapping",
     "folders.py:open_folder",
-    "data/root.py:check_root",
-    "data/sources.py:scan_class_folders",
+    "data/kinds/rows.py:choose_columns",
+    "data/kinds/recognize.py:_check_uri",
+    "data/kinds/recognize.py:_refuse_unreadable",
+    "data/root.py:check_place",
+    "data/sources.py:scan_images",
+    "data/splits.py:_cut",
     "data/splits.py:make_splits",
     "config/sources.py:mapping_of",
     "space/search_space.py:start_points",
+    "study/drops.py:check_searched_drops",
     "study/inputs.py:check_encoders",
     "study/inputs.py:check_inputs",
     "study/training_run.py:_check_name",
     "study/checks.py:_check_final_fit",
+    "study/comparison.py:_check",
+    "study/comparison_plan.py:_content_checked",
+    "study/comparison_plan.py:_study",
+    "study/comparison_plan.py:planned",
     "training/weights_file.py:_torch_file",
     "config/section.py:validated",
+    "cli/predict.py:predict",
+    "results/predict.py:predict",
     "values.py:_loaded",
     "values.py:_num_values",
     "values.py:parse_assignments",

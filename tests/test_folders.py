@@ -19,6 +19,7 @@ from drtune_ray.folders import (
     ObjectFolder,
     atomic_write,
     check_folder,
+    files_as_problem,
     open_folder,
 )
 from tests.servers import BUCKET, object_store_here
@@ -180,6 +181,14 @@ def test_atomic_write__a_failure_leaves_the_former_file(
         atomic_write(path, fill)
     assert path.read_text() == "former"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_atomic_write__a_full_disk_is_named(tmp_path: Path) -> None:
+    """What a file object raises does not name its file."""
+    path = tmp_path / "file"
+    problem = f"{path} cannot be written, since its disk is full: free space there"
+    with pytest.raises(EnvironmentProblem, match=re.escape(problem)), files_as_problem():
+        atomic_write(path, lambda aside: Path("/dev/full").write_text("new"))
 
 
 # ---- its address

@@ -72,7 +72,7 @@ class Planted:
             env=self.environment | variables,
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=900,
         )
         self.printed += done.stdout + done.stderr
         assert done.returncode == expected, self.printed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +53,8 @@ CALLS = {
 }
 # A call of the first is safe with the keyword of this value only.
 SAFE_WITH = {"torch.load": ("weights_only", True)}
+# Allowed where the file was checked before: tests/results/test_export.py plants code in it.
+CHECKED = {"results/exported.py": "torch.export.load runs code of a file"}
 SAFE_WITHOUT = {"shell": "runs a shell", "allow_pickle": "unpickles"}
 
 
@@ -61,6 +64,7 @@ def violations(root: Path) -> list[str]:
         f"{path.relative_to(root).as_posix()}:{line} {problem}"
         for path in sorted(root.rglob("*.py"))
         for line, problem in sorted(set(problems_of(ast.parse(path.read_text()))))
+        if CHECKED.get(path.relative_to(root).as_posix()) != problem
     ]
 
 
@@ -140,9 +144,10 @@ def test_package__nothing_unsafe() -> None:
 def test_package__the_walk_sees_what_is_there() -> None:
     """The uses that are allowed, found by the same means."""
     seen = {
-        dotted(node.func, imported_names(tree))
+        dotted(node.func, names)
         for path in ROOT.rglob("*.py")
         for tree in [ast.parse(path.read_text())]
+        for names in [imported_names(tree)]
         for node in ast.walk(tree)
         if isinstance(node, ast.Call)
     }
@@ -209,3 +214,24 @@ def test_violations__planted(tmp_path: Path, code: str, problem: str) -> None:
 def test_violations__allowed(tmp_path: Path, code: str) -> None:
     (tmp_path / "x.py").write_text(code)
     assert violations(tmp_path) == []
+
+
+# ---- the documents
+
+# Options whose values every user of the machine can read in the list of processes.
+SECRET_ARGUMENTS = re.compile(
+    r"--from-literal|curl .*(-u|--user)\b|--set \w+=\"\$|://[^\s/$]+:[^\s@$/]+@"
+)
+
+
+def test_documents__no_secret_is_an_argument() -> None:
+    folder = ROOT.parent
+    documents = [*folder.glob("*.md"), *folder.glob("docs/*.md"), *folder.glob("deploy/**/*.sh")]
+    assert {"README.md", "kubernetes.md", "postgres-init.sh"} <= {path.name for path in documents}
+    found = [
+        f"{path.name}: {line}"
+        for path in documents
+        for line in path.read_text().splitlines()
+        if SECRET_ARGUMENTS.search(line)
+    ]
+    assert found == []

@@ -34,6 +34,14 @@ def secret(monkeypatch: pytest.MonkeyPatch) -> None:
         ("mssql://host?PWD=abc", "the value of 'PWD'"),
         ("https://me:$PW@host?token=abc", "the value of 'token'"),
         ("https://host?token=x$PW", "the value of 'token'"),
+        ("https://host?auth=abc", "the value of 'auth'"),
+        ("https://host?Authorization=abc", "the value of 'Authorization'"),
+        ("https://host?bearer=abc", "the value of 'bearer'"),
+        ("https://host/api?code=abc", "the value of 'code'"),
+        ("https://host/api?device_code=abc", "the value of 'device_code'"),
+        ("https://abc@host", "the user, who may be a token,"),
+        ("s3://abc@bucket/prefix", "the user, who may be a token,"),
+        ("https://host/#access_token=abc", "the part behind #, which may be a token,"),
     ],
 )
 def test_without_password__refused(uri: str, what: str) -> None:
@@ -53,7 +61,11 @@ def test_without_password__refused(uri: str, what: str) -> None:
         "postgresql://host/db?sslmode=verify-full&sslkey=/keys/my.key&passfile=/home/me/.pgpass",
         "mysql+pymysql://host/db?ssl_key=/keys/my.key",
         "s3://bucket/prefix?region=eu-west-1&endpoint_override=host:9000",
-        "postgresql://host/db?keepalives=1",
+        "postgresql://host/db?keepalives=1&client_encoding=utf8&require_auth=scram-sha-256",
+        "https://$PW@host",
+        "https://host#$PW",
+        "abfss://container@account.dfs.core.windows.net/prefix",
+        "sqlite:////data/a#b.db",
         "file:///mnt/token=1",
     ],
 )

@@ -54,11 +54,30 @@ def deploy() -> None:
     show_default=True,
     help="Hours after which the study is stopped.",
 )
-def render(study_file: Path, **options: Any) -> None:
+@click.option(
+    "--service",
+    "is_service",
+    is_flag=True,
+    help="Print a RayService, which answers with the model of the finished study, instead.",
+)
+@click.option(
+    "--replicas",
+    "num_replicas",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="Pods of the service, each with a copy of the model.",
+)
+def render(study_file: Path, is_service: bool, num_replicas: int, **options: Any) -> None:
     """Print the manifests of a study's RayJob, for kubectl apply -f -."""
     from drtune_ray.manifests.render import RenderOptions, render_study, to_documents
+    from drtune_ray.manifests.service import render_service
 
-    rendered = render_study(study_file, RenderOptions(**options))
+    chosen = RenderOptions(**options)
+    if is_service:
+        rendered = render_service(study_file, chosen, num_replicas)
+    else:
+        rendered = render_study(study_file, chosen)
     for note in rendered.notes:
         click.echo(note, err=True)
     click.echo(to_documents(rendered.objects), nl=False)

@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from drtune_ray import __version__
+from drtune_ray.cli.compare import compare
+from drtune_ray.cli.data import data
 from drtune_ray.cli.deploy import deploy
 from drtune_ray.cli.doctor import doctor
+from drtune_ray.cli.export import export
 from drtune_ray.cli.jobs import insecure_http_option, logs, show_jobs, stop, submit
 from drtune_ray.cli.options import (
     DEFAULT_STORAGE,
@@ -37,8 +40,15 @@ from drtune_ray.cli.options import (
     weights_option,
     workers_option,
 )
+from drtune_ray.cli.predict import predict
+from drtune_ray.cli.push import push
+from drtune_ray.cli.report import report
+from drtune_ray.cli.serve import serve
 from drtune_ray.cli.standard_streams import tolerate_failing_streams
+from drtune_ray.cli.storage import clean, studies
+from drtune_ray.cli.weights import backbones, weights
 from drtune_ray.errors import ConfigError, DrtuneError
+from drtune_ray.import_path import ROOT, leave_out_current_folder
 
 if TYPE_CHECKING:
     from drtune_ray.config.study import StudyConfig
@@ -141,10 +151,17 @@ def preview(
 @tracking_uri_option
 @artifacts_option
 @set_option
+@click.option(
+    "--from",
+    "repeated",
+    metavar="STUDY:NUMBER",
+    help="Repeat this trial of a study, with its images and seed, and compare the result.",
+)
 @quiet_option
 @json_option
 def train(
     trial_file: Path | None,
+    repeated: str | None,
     assignments: tuple[str, ...],
     storage: str,
     name: str | None,
@@ -161,13 +178,23 @@ def train(
     from drtune_ray.config.section import validated
     from drtune_ray.config.study import TrackingConfig
     from drtune_ray.display.outputs import TrainingLines, json_stdout, write_json
+    from drtune_ray.display.repeated import repeated_facts, repeated_lines
     from drtune_ray.display.result import training_facts, training_lines
     from drtune_ray.study.resolve import Place, training_name, trial_request
     from drtune_ray.tracking.events import Event, RunStarted
 
     with json_stdout(is_wanted=as_json) as stream:
-        place = Place(storage, name, artifacts)
-        config, resources, notes = trial_request(trial_file, assignments, flags, place)
+        original = None
+        if repeated is not None:
+            from drtune_ray.study.repeat import original_trial
+
+            given = {"TRIAL_FILE": trial_file} | {f"--{key}": flags[key] for key in flags}
+            original = original_trial(repeated, storage, given, assignments)
+            config, resources, notes = original.config, original.resources, list[str]()
+            storage, name = original.storage, name or original.name
+        else:
+            place = Place(storage, name, artifacts)
+            config, resources, notes = trial_request(trial_file, assignments, flags, place)
         output = _output(stream, quiet, as_json, TrainingLines(config.training.last_epoch))
         for note in notes:
             output.say(note)
@@ -198,27 +225,34 @@ def train(
             on_notice=output.notice,
         )
         if as_json:
-            write_json(stream, "result", training_facts(result))
+            write_json(stream, "result", training_facts(result) | repeated_facts(original, result))
         else:
-            echo(training_lines(result, program()))
+            echo([*training_lines(result, program()), *repeated_lines(original, result)])
 
 
 @cli.command()
 @click.argument("study")
 @storage_option
 @click.option("--again", is_flag=True, help="Open the test split although it was opened before.")
-def evaluate(study: str, storage: str, again: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object (docs/json.md).")
+def evaluate(study: str, storage: str, again: bool, as_json: bool) -> None:
     """Test the winner on the sealed test split.
 
     The result is recorded: a second call shows it again without opening the split.
     """
+    from drtune_ray.display.outputs import json_stdout, write_json
     from drtune_ray.display.result import evaluation_lines
     from drtune_ray.storage.record import find_study
 
     folder = find_study(study, storage)
     from drtune_ray.study.evaluation import evaluate_study  # only now: it imports torch
 
-    echo(evaluation_lines(evaluate_study(str(folder), storage, again=again)))
+    with json_stdout(is_wanted=as_json) as stream:
+        found = evaluate_study(str(folder), storage, again=again)
+        if as_json:
+            write_json(stream, "evaluation", found.to_mapping())
+        else:
+            echo(evaluation_lines(found))
 
 
 @cli.command()
@@ -245,6 +279,8 @@ def ui(study: str, storage: str, port: int) -> None:
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     # Not as an argument: it may hold a password, and others can read those.
     os.environ["MLFLOW_BACKEND_STORE_URI"] = with_secrets(uri)
+    # Neither may import from the current directory: Python, and uvicorn, which MLflow starts.
+    os.environ |= {"PYTHONSAFEPATH": "1", "UVICORN_APP_DIR": ROOT}
     arguments = ["ui", "--host", "127.0.0.1", "--port", str(port)]
     command = [sys.executable, "-m", "mlflow", *arguments, "--workers", "1"]
     sys.stdout.flush()
@@ -254,11 +290,34 @@ def ui(study: str, storage: str, port: int) -> None:
 @cli.command()
 @click.argument("study")
 @storage_option
-def sync(study: str, storage: str) -> None:
-    """Send MLflow the events that it has not received yet."""
+@click.option(
+    "--all",
+    "everything",
+    is_flag=True,
+    help="Send all events again, and restore what was deleted in MLflow.",
+)
+@click.option(
+    "--promote",
+    "is_promoted",
+    is_flag=True,
+    help="Make the model the champion of the study's name if it beats the present one on the same "
+    "validation images.",
+)
+def sync(study: str, storage: str, everything: bool, is_promoted: bool) -> None:
+    """Send MLflow the events that it has not received yet.
+
+    Sending an event twice changes nothing.
+    """
     from drtune_ray.study.sync import sync_study
 
-    click.echo(f"{sync_study(study, storage)} events sent")
+    if not is_promoted:
+        click.echo(f"{sync_study(study, storage, everything=everything)} events sent")
+        return
+    from drtune_ray.study.registration import promote_model
+
+    found = promote_model(study, storage, everything=everything)
+    state = "is" if found.is_champion else "is not"
+    echo([f"{found.uri} {state} this model, version {found.version}: {found.reason}"])
 
 
 @cli.command()
@@ -302,7 +361,11 @@ def status(
     echo(status_lines(found[0], program()) if len(found) == 1 else overview_lines(found))
 
 
-for command in (deploy, doctor, logs, stop, submit):
+COMMANDS = (
+    *(backbones, clean, compare, data, deploy, doctor, export, logs, predict, push, report, serve),
+    *(stop, studies, submit, weights),
+)
+for command in COMMANDS:
     cli.add_command(command)
 
 
@@ -320,49 +383,25 @@ def _run_study(
 ) -> None:
     from rich.console import Console
 
-    from drtune_ray.display.outputs import (
-        People,
-        is_live,
-        json_stdout,
-        write_json,
-    )
-    from drtune_ray.display.progress import StudyProgress
-    from drtune_ray.display.result import (
-        plan_facts,
-        plan_lines,
-        result_facts,
-        result_lines,
-    )
+    from drtune_ray.display.outputs import People, is_live, json_stdout, write_json
 
     console = Console(highlight=False)
-
-    def announce(plan: StudyPlan) -> None:
-        from drtune_ray.study.status import read_trials, write_command
-
-        folder = plan.config.folder
-        write_command(folder)
-        if not (quiet or as_json):
-            echo(plan_lines(plan))
-        epochs, searched = plan.config.trial.training.last_epoch, plan.searched
-        progress = StudyProgress(
-            plan.num_trials, plan.num_done, epochs, searched, plan.of_part(read_trials(folder))
-        )
-        output.plan(progress, plan_facts(plan))
-
     with json_stdout(is_wanted=as_json) as stream:
         people = People(console, is_live=is_live(console, os.environ))
         output = _output(stream, quiet, as_json, people)
         config, notes = request()
         for note in notes:
             output.say(note)
-        from drtune_ray.study.run import run_study  # only now: it imports torch and Ray
+        from drtune_ray.display.result import plan_lines, result_facts, result_lines
+        from drtune_ray.display.script import run_shown  # only now: it imports torch and Ray
+        from drtune_ray.study.status import write_command
 
-        try:
-            result = run_study(
-                config, observer=output.take, on_plan=announce, on_notice=output.notice
-            )
-        finally:
-            output.close()
+        def announce(plan: StudyPlan) -> None:
+            write_command(plan.config.folder)
+            if not (quiet or as_json):
+                echo(plan_lines(plan))
+
+        result = run_shown(config, output, on_plan=announce)
         if as_json:
             write_json(stream, "result", result_facts(result))
         else:
@@ -377,6 +416,7 @@ def _resolved(storage: str) -> Path:
 
 def main() -> None:
     """Run the command line; exit codes are in `drtune_ray.errors`."""
+    leave_out_current_folder()
     tolerate_failing_streams()
     try:
         code = cli(standalone_mode=False)

@@ -56,7 +56,7 @@ set_option = click.option(
     metavar="PATH=VALUE",
     help="Change a setting, as in --set training.epochs=20 (docs/settings.md). May be repeated.",
 )
-data_option = _setting("--data", "data_folder", metavar="DIR")
+data_option = _setting("--data", "data_folder", metavar="SOURCE")
 backbone_option = _setting("--backbone", metavar="NAME")
 weights_option = _setting("--weights", metavar="FILE|timm|demo")
 epochs_option = _setting("--epochs", type=int)

@@ -12,8 +12,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from drtune_ray.errors import ConfigError
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 A_MAPPING = "it must be a mapping of settings"
 UNKNOWN = "extra_forbidden"
+SLIP = 0.8  # similarity of a word and the same word with a letter wrong, missing or too many
 # What pydantic says in the words of Python.
 PLAIN_WORDS = {
     "model_type": A_MAPPING,
@@ -121,8 +123,13 @@ def reason(problem: Any) -> str:
 def unknown_name(what: str, value: str, valid: Iterable[str]) -> str:
     """Return a sentence about a name that is not among the valid ones, with the nearest one."""
     valid = list(valid)
+    group, _, word = value.rpartition(".")
+    beside = [name.rpartition(".")[2] for name in valid if name.rpartition(".")[0] == group]
+    slips = difflib.get_close_matches(word, beside, n=1, cutoff=SLIP)
+    nearest = [f"{group}.{name}".removeprefix(".") for name in slips]
+    longer = [name for name in valid if name.startswith(group) and name.endswith(f"_{word}")]
     others = [name for name in valid if not value.startswith(f"{name}.")]  # not its own group
-    nearest = difflib.get_close_matches(value, others, n=1, cutoff=0.5)
+    nearest = nearest or longer[:1] or difflib.get_close_matches(value, others, n=1, cutoff=0.5)
     if not nearest:
         leaf = value.rsplit(".", 1)[-1]
         nearest = [path for path in valid if path.rsplit(".", 1)[-1] == leaf][:1]

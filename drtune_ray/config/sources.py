@@ -10,8 +10,11 @@ from typing import Any
 from drtune_ray.config.section import not_a_mapping
 from drtune_ray.config.study import RECORD_FILE, STUDY, TRAINING, StudyConfig
 from drtune_ray.errors import ConfigError
-from drtune_ray.values import deep_merge, full_path, nested, parse_assignments, read_yaml
+from drtune_ray.folders import source_location
+from drtune_ray.values import deep_merge, nested, parse_assignments, read_yaml
 
+# Files that hold or list images; a study file is YAML.
+SOURCE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".tar")
 TRIAL_FLAGS = {
     "data_folder": "data.train",
     "backbone": "backbone.name",
@@ -57,7 +60,7 @@ def merged_study(
     for path, value in parse_assignments(assignments).items():
         is_of_study = path.split(".")[0] in StudyConfig.model_fields
         merged = deep_merge(merged, nested({path if is_of_study else f"trial.{path}": value}))
-    merged.setdefault("name", name_of(data_folder(mapping_of(merged, "trial"), "trial.")))
+    merged.setdefault("name", name_of(data_source(mapping_of(merged, "trial"), "trial.")))
     return merged
 
 
@@ -80,8 +83,9 @@ def read_settings(path: Path, kind: str) -> Mapping[str, Any]:
     Raises:
         ConfigError: If it is not YAML, or the record of the other kind.
     """
-    if path.is_dir():
-        if not (path / RECORD_FILE).exists():
+    is_list = path.is_file() and path.name.lower().endswith(SOURCE_SUFFIXES)
+    if path.is_dir() or is_list:
+        if is_list or not (path / RECORD_FILE).exists():
             of_trial = {"data": {"train": str(path)}}
             return {"trial": of_trial} if kind == STUDY else of_trial
         path /= RECORD_FILE
@@ -113,8 +117,8 @@ def mapping_of(values: Mapping[str, Any], key: str, prefix: str = "") -> Mapping
     return group
 
 
-def data_folder(trial: Mapping[str, Any], prefix: str = "") -> Path:
-    """Return the folder of images that a trial names.
+def data_source(trial: Mapping[str, Any], prefix: str = "") -> str:
+    """Return the source of images that a trial names: a full path or a URI.
 
     Raises:
         ConfigError: If it names none.
@@ -124,12 +128,15 @@ def data_folder(trial: Mapping[str, Any], prefix: str = "") -> Path:
         raise ConfigError(
             "data.train is missing: give --data DIR, a folder with one folder of images a class"
         )
-    return full_path(str(folder))
+    return source_location(str(folder))
 
 
-def name_of(folder: Path) -> str:
-    """Return a study's name, made from its folder of images."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name).strip("-._") or "study"
+def name_of(source: str) -> str:
+    """Return a study's name, made from its source of images."""
+    name = source.partition("?")[0].rstrip("/").rpartition("/")[2]
+    if name.lower().endswith(SOURCE_SUFFIXES):
+        name = name.rpartition(".")[0]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "study"
 
 
 def _given(names: Mapping[str, str], flags: Mapping[str, Any]) -> dict[str, Any]:

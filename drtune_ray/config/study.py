@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from drtune_ray.config.metric import DEFAULT_METRIC, METRICS
 from drtune_ray.config.presets import PRESETS
 from drtune_ray.config.section import Probability, Section, Workers, not_a_mapping, validated
 from drtune_ray.config.trial import TrialConfig, on_preset
@@ -28,6 +29,10 @@ SamplerName = Literal["tpe", "gp", "cma_es", "qmc", "random", "nsga2", "nsga3"]
 ReferenceName = Literal["default", "ce_tuning", "authors", "paper"]
 ObjectiveName = Literal[
     "val_accuracy",
+    "balanced_accuracy",
+    "macro_f1",
+    "auroc",
+    "log_loss",
     "worst_class_accuracy",
     "calibration_error",
     "latency_ms",
@@ -36,6 +41,11 @@ ObjectiveName = Literal[
 ]
 STUDY, TRAINING = "study", "training"
 RECORD_FILE = "study.yaml"
+
+
+# What else lies under a storage or artifacts: MLflow's store, tables, splits, openings.
+SHARED_NAMES = ("mlartifacts", "cache", "splits", "test-openings", "test-openings.jsonl")
+SHARED_PREFIX = "mlflow.db"  # and the files that SQLite writes beside it
 
 
 def study_name(name: str) -> str:
@@ -48,6 +58,12 @@ def study_name(name: str) -> str:
         raise ValueError(
             "a name has letters, digits, '.', '_' and '-', a letter or digit first, and at most "
             f"100 of them, but got {name!r}"
+        )
+    # On some file systems upper and lower case are the same.
+    if name.lower() in SHARED_NAMES or name.lower().startswith(SHARED_PREFIX):
+        raise ValueError(
+            f"{name!r} is the name of a file or folder that all studies of a storage share: "
+            "choose another"
         )
     return name
 
@@ -121,10 +137,11 @@ class BudgetConfig(Section):
     Default: no limit."""
 
     target_accuracy: Probability | None = None
-    """Validation accuracy, 0 to 1, at which the search ends. Default: none."""
+    """Validation accuracy, 0 to 1, at which the search ends, where `val_accuracy` is the first
+    objective. Default: none."""
 
     patience_trials: PositiveInt | None = None
-    """Trials in a row without a better accuracy after which the search ends. Default: no limit."""
+    """Trials in a row without a better value after which the search ends. Default: no limit."""
 
 
 class FinalistsConfig(Section):
@@ -210,8 +227,8 @@ class TrackingConfig(Section):
 class StudyConfig(Section):
     """Configuration of a study: a search over trials.
 
-    Validation accuracy is always the first of the `objectives`: early stopping, the finalists and
-    the winner depend on it, and the others are weighed against it in the Pareto front.
+    Early stopping, the finalists and the winner go by the first of the `objectives`, a metric that
+    each epoch measures; the others are weighed against it in the Pareto front.
     """
 
     name: StudyName
@@ -237,8 +254,8 @@ class StudyConfig(Section):
     content."""
 
     objectives: tuple[ObjectiveName, ...] = ("val_accuracy",)
-    """Objectives of the search, `val_accuracy` first; several give a Pareto front.
-    [Optuna multi-objective studies]"""
+    """Objectives of the search; the first chooses epochs, trials and winner, as the trial's
+    `training.metric`. Several give a Pareto front. [Optuna multi-objective studies]"""
 
     trials: PositiveInt = 20
     """Number of trials, reference trials included and finalists not."""
@@ -295,11 +312,21 @@ class StudyConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _accuracy_comes_first(self) -> Self:
-        if self.objectives[:1] != ("val_accuracy",):
+    def _first_objective_chooses(self) -> Self:
+        if not self.objectives or self.objectives[0] not in METRICS:
             raise ValueError(
-                f"objectives must begin with val_accuracy, but got {list(self.objectives)}: early "
-                "stopping, the finalists and the winner go by it"
+                f"objectives must begin with one of {', '.join(METRICS)}, but got "
+                f"{list(self.objectives)}: early stopping, the finalists and the winner go by it"
+            )
+        if (metric := self.trial.training.metric) != self.objectives[0]:
+            raise ValueError(
+                f"trial.training.metric={metric} must be the first of the objectives, but got "
+                f"{list(self.objectives)}: leave one of them out"
+            )
+        if self.budget.target_accuracy is not None and metric != DEFAULT_METRIC:
+            raise ValueError(
+                f"budget.target_accuracy needs {DEFAULT_METRIC} as first objective, but got "
+                f"{list(self.objectives)}: leave it out"
             )
         if len(set(self.objectives)) != len(self.objectives):
             raise ValueError(f"objectives must differ, but got {list(self.objectives)}")
@@ -332,7 +359,8 @@ class StudyConfig(Section):
         trial = merged.get("trial") or {}
         if not isinstance(trial, Mapping):
             raise ConfigError(not_a_mapping("trial", trial))
-        merged["trial"] = on_preset(trial, "default")
+        _share_metric(merged, trial)
+        merged["trial"] = on_preset(merged["trial"], "default")
         return validated(cls, merged)
 
     @property
@@ -343,6 +371,22 @@ class StudyConfig(Section):
     def to_mapping(self) -> dict[str, Any]:
         """Return nested plain values, as YAML holds them."""
         return self.model_dump(mode="json")
+
+
+def _share_metric(study: dict[str, Any], trial: Mapping[str, Any]) -> None:
+    """Set the trial's metric to the first objective, or the objectives to the trial's metric.
+
+    What is given both times is left to the validators, and so is what has a wrong type.
+    """
+    training, objectives = trial.get("training") or {}, study.get("objectives")
+    study["trial"] = trial
+    if not isinstance(training, Mapping):
+        return
+    if "metric" not in training and isinstance(objectives, list | tuple) and objectives:
+        if objectives[0] in METRICS:
+            study["trial"] = {**trial, "training": {**training, "metric": objectives[0]}}
+    elif "metric" in training and objectives is None:
+        study["objectives"] = [training["metric"]]
 
 
 def reference_config(base: TrialConfig, reference: str) -> TrialConfig:
@@ -358,7 +402,8 @@ def reference_config(base: TrialConfig, reference: str) -> TrialConfig:
         return base.with_values({"method.name": "dr_tune"})
     preset = PRESETS[reference]
     training = deep_merge(base.training.model_dump(), preset["training"])
-    if base.training.max_workers > 1:  # statistics of a part of the batch would be another method
+    if base.training.max_workers > 1 or base.training.accumulation_steps > 1:
+        # Statistics of a part of the batch would be another method.
         training["batch_norm"] = base.training.batch_norm
     optim = {"name": base.optim.name, "backbone_lr": base.optim.backbone_lr}
     return validated(

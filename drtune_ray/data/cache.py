@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from drtune_ray.data.kinds.found import ImageReader
 from drtune_ray.data.pixels import as_eight_bits, decode
 from drtune_ray.data.sources import FLOAT_PEAK, INTEGER_PEAK, read_bytes
 from drtune_ray.data.splits import TRAIN, VALIDATION, Splits
@@ -63,7 +64,7 @@ class ImageRows:
         return maker.evaluation_view(decode(self._images[row].as_py()))
 
 
-def write_images(splits: Splits, root: Path, path: Path) -> None:
+def write_images(splits: Splits, root: Path | ImageReader, path: Path) -> None:
     """Write the encoded images of training and validation, those of more than 8 bits as 8 bits.
 
     Raises:

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from drtune_ray.config.trial import DataConfig
+from drtune_ray.config.inputs import DataConfig
+from drtune_ray.config.training import MAX_EPOCHS
 from drtune_ray.data.cache import ImageRows, MappedArray, read_images
 from drtune_ray.data.views import Pixels, ViewMaker
 
 Batch = tuple[Tensor, Tensor]
+Drawn = tuple[int, int | None]  # image and view; None: the evaluation view
 
 
 @dataclass(frozen=True)
@@ -85,21 +87,34 @@ class TrainingData:
         return epoch % self.num_views if self.num_views else epoch
 
     def training_batches(self, batches: Sequence[Sequence[int]], view: int) -> Iterator[Batch]:
-        """Yield pixels (B, 3, S, S) uint8 and labels (B,) for each batch of rows."""
-        return self._load(_Views(self.train, self._maker, view, self._views), batches)
+        """Yield pixels (B, 3, S, S) uint8 and labels (B,) for each batch of rows.
+
+        Row r + i N of N images is row r in the i-th next view: an image that an epoch repeats is
+        never the same picture twice as long as there are views.
+        """
+        drawn = [[self._drawn(row, view) for row in batch] for batch in batches]
+        return self._load(_Views(self.train, self._maker, self._views), drawn)
 
     def validation_batches(self, batches: Sequence[Sequence[int]]) -> Iterator[Batch]:
         """Yield :meth:`training_batches` of the evaluation view of validation images."""
-        return self._load(_Views(self.validation, self._maker, None, self._evaluation), batches)
+        drawn = [[(row, None) for row in batch] for batch in batches]
+        return self._load(_Views(self.validation, self._maker, self._evaluation), drawn)
 
     def pretrained_features(self, rows: Sequence[int], view: int) -> Tensor | None:
-        """Return z^p of rows in a view, (rows, D); None if they are not prepared."""
+        """Return z^p of :meth:`training_batches`, (rows, D); None if they are not prepared."""
         if self._features is None:
             return None
-        first = view * len(self.train)
-        return torch.from_numpy(self._features.take(first + row for row in rows))
+        drawn, num_rows = (self._drawn(row, view) for row in rows), len(self.train)
+        return torch.from_numpy(self._features.take(at * num_rows + row for row, at in drawn))
 
-    def _load(self, dataset: _Views, batches: Sequence[Sequence[int]]) -> Iterator[Batch]:
+    def _drawn(self, row: int, view: int) -> tuple[int, int]:
+        """Image and view of a row that is counted on at each repetition."""
+        repetition, row = divmod(row, len(self.train))
+        if self.num_views:
+            return row, (view + repetition) % self.num_views
+        return row, view + repetition * MAX_EPOCHS  # new views are numbered by epoch
+
+    def _load(self, dataset: _Views, batches: Sequence[Sequence[Drawn]]) -> Iterator[Batch]:
         workers = 0 if dataset.is_mapped else self._config.loader_workers
         return iter(
             DataLoader(
@@ -115,12 +130,10 @@ class TrainingData:
 
 
 class _Views(Dataset[tuple[Pixels, int]]):
-    """Pixels of one view (None: the evaluation view), mapped from a table if there is one."""
+    """Pixels of images in views, mapped from a table if there is one."""
 
-    def __init__(
-        self, images: ImageRows, maker: ViewMaker, view: int | None, mapped: MappedArray | None
-    ) -> None:
-        self.images, self.maker, self.view, self.mapped = images, maker, view, mapped
+    def __init__(self, images: ImageRows, maker: ViewMaker, mapped: MappedArray | None) -> None:
+        self.images, self.maker, self.mapped = images, maker, mapped
 
     @property
     def is_mapped(self) -> bool:
@@ -129,13 +142,14 @@ class _Views(Dataset[tuple[Pixels, int]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, row: int) -> tuple[Pixels, int]:
+    def __getitem__(self, drawn: Drawn) -> tuple[Pixels, int]:
+        row, view = drawn
         label = int(self.images.labels[row])
         if self.mapped is not None:
-            return self.mapped[(self.view or 0) * len(self.images) + row], label
-        if self.view is None:
+            return self.mapped[(view or 0) * len(self.images) + row], label
+        if view is None:
             return self.images.evaluation_view(self.maker, row), label
-        return self.images.training_view(self.maker, row, self.view), label
+        return self.images.training_view(self.maker, row, view), label
 
 
 def _collate(samples: list[tuple[Pixels, int]]) -> Batch:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
+from drtune_ray.data.files import Files
 from drtune_ray.data.pixels import is_recognised, names_an_image
 from drtune_ray.values import printable
 
@@ -30,7 +31,9 @@ FOREIGN_FOLDERS = frozenset(
 )
 # Names of folders that hold a split: that of training, and others.
 OF_TRAINING = r"train(ing)?"
-OF_A_SPLIT = rf"({OF_TRAINING}|e?val(id(ation)?|uation)?|dev|test(ing)?|hold-?out)"
+OF_VALIDATION = r"(e?val(id(ation)?|uation)?|dev)"
+OF_HELD_OUT = r"(test(ing)?|hold-?out)"
+OF_A_SPLIT = rf"({OF_TRAINING}|{OF_VALIDATION}|{OF_HELD_OUT})"
 QUALIFIER = r"([-_ ]?(set|split|data|images|\d+))?"
 NUM_KINDS_SHOWN = 8
 # Why a file is left out.
@@ -39,6 +42,8 @@ BESIDE = "beside the class folders"
 NO_FILE = "broken links, pipes or devices"
 NO_IMAGE = "not recognised as an image"
 DAMAGED = "damaged"
+UNLABELLED = "without a label"
+REPEATED = "listed twice"
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class LeftOut:
 
     Attributes:
         path: Path relative to the root, printable: a file, or a folder with all its files.
-        reason: `HIDDEN`, `BESIDE`, `NO_FILE`, `NO_IMAGE` or `DAMAGED`.
+        reason: `HIDDEN`, `BESIDE`, `NO_FILE`, `NO_IMAGE`, `DAMAGED`, `UNLABELLED` or `REPEATED`.
         num_files: Number of files.
     """
 
@@ -85,8 +90,8 @@ class Listing:
     @property
     def split_folders(self) -> list[str]:
         """Names of folders that hold splits instead of classes, training first; empty for none."""
-        names = [name for name in self.images if _is_named(name, OF_A_SPLIT)]
-        training = [name for name in names if _is_named(name, OF_TRAINING)]
+        names = [name for name in self.images if is_named(name, OF_A_SPLIT)]
+        training = [name for name in names if is_named(name, OF_TRAINING)]
         are_splits = training and len(names) > 1
         return training + [name for name in names if name not in training] if are_splits else []
 
@@ -112,6 +117,36 @@ def list_class_folders(root: Path) -> Listing:
         elif not entry.name.startswith("."):  # a repository beside the classes may be huge
             listing.leave_out(path, HIDDEN, _num_files(path))
     return listing
+
+
+def list_names(names: Iterable[str], files: Files, below: str = "") -> Listing:
+    """Divide the names of all files of an object store among their class folders.
+
+    Args:
+        names: Names below the root of the files.
+        files: The files, to recognise those that are not named like an image.
+        below: Folder of the class folders; the root by default.
+    """
+    listing = Listing(Path(below))
+    for name in sorted(names):
+        path = Path(name)
+        class_name, *rest = path.relative_to(below).parts
+        if any(map(is_foreign, (class_name, *rest))):
+            listing.leave_out(path, HIDDEN)
+        elif not rest:
+            listing.leave_out(path, BESIDE)
+        else:
+            images = listing.images.setdefault(class_name, [])
+            if names_an_image(name) or _is_stored_image(name, files):
+                images.append(path)
+            else:
+                listing.leave_out(path, NO_IMAGE)
+    return listing
+
+
+def _is_stored_image(name: str, files: Files) -> bool:
+    with files.open(name) as file:
+        return is_recognised(file)
 
 
 def others_of(name: str, left_out: Iterable[LeftOut]) -> str:
@@ -141,7 +176,17 @@ def folders_in(folder: Path) -> list[Path]:
     return [Path(e.path) for e in found if _is_folder(e) and not is_foreign(e.name)]
 
 
-def _is_named(name: str, kind: str) -> bool:
+def split_word(path: str) -> str | None:
+    """Return the first folder or beginning of a file name that names a split; None for none."""
+    *folders, name = path.split("/")
+    for word in (*folders, re.split(r"[-_.]", name)[0]):
+        if is_named(word, OF_A_SPLIT):
+            return word
+    return None
+
+
+def is_named(name: str, kind: str) -> bool:
+    """Return whether a name is one of a kind, such as `OF_A_SPLIT`, perhaps with a qualifier."""
     return re.fullmatch(kind + QUALIFIER, name, re.IGNORECASE) is not None
 
 
@@ -173,7 +218,7 @@ def _enter(folder: Path, seen: set[tuple[int, int]], listing: Listing) -> bool:
     try:
         status = folder.stat()
     except OSError as error:
-        listing.problems.append(_unreadable(folder, error))
+        listing.problems.append(unreadable(folder, error))
         return False
     identity = (status.st_dev, status.st_ino)
     is_new = identity not in seen
@@ -186,11 +231,12 @@ def _entries(folder: Path, listing: Listing) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as found:
             return sorted(found, key=lambda entry: entry.name)
     except OSError as error:
-        listing.problems.append(_unreadable(folder, error))
+        listing.problems.append(unreadable(folder, error))
         return []
 
 
-def _unreadable(folder: Path, error: OSError) -> str:
+def unreadable(folder: Path | str, error: OSError) -> str:
+    """Return a sentence about a folder that cannot be read."""
     return f"folder {printable(folder)} cannot be read ({error.strerror}): make it readable"
 
 

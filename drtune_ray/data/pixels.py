@@ -17,10 +17,34 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-# Formats that Pillow recognises but cannot decode itself; EPS would start Ghostscript.
-REFUSED_FORMATS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
+# The only formats that are decoded. Pillow chooses by content, whatever the suffix, and knows
+# formats that start programs (EPS: Ghostscript) or need other decoders: none of them is here.
+FORMATS = (
+    "AVIF",
+    "BMP",
+    "DDS",
+    "DIB",
+    "GIF",
+    "ICNS",
+    "ICO",
+    "JPEG",
+    "JPEG2000",
+    "PCX",
+    "PNG",
+    "PPM",
+    "PSD",
+    "QOI",
+    "SGI",
+    "SUN",
+    "TGA",
+    "TIFF",
+    "WEBP",
+    "XBM",
+    "XPM",
+)
+WITHOUT_SIGNATURE = "TGA"  # a file is one by its name alone
 # Formats whose values Pillow scales to 16 bits.
 SCALED_FORMATS = frozenset({"JPEG2000", "PPM"})
 SIXTEEN_BITS = 2**16 - 1
@@ -93,6 +117,19 @@ def decode(content: bytes, whites: WhiteValues = DEFAULT_WHITES) -> Image.Image:
     return _rgb(_upright(content), whites)
 
 
+def rgb_of(image: Image.Image, whites: WhiteValues = DEFAULT_WHITES) -> Image.Image:
+    """Return an opened image as `decode` returns that of a file.
+
+    Raises:
+        UndecodableImageError: If it cannot be converted.
+    """
+    try:
+        method = UPRIGHT.get(_orientation(image))
+        return _rgb(image if method is None else image.transpose(method), whites)
+    except Exception as error:  # a file that Pillow reads only now
+        raise UndecodableImageError(str(error) or type(error).__name__) from error
+
+
 def examine(content: bytes) -> PixelFacts:
     """Decode an image and return the facts about its pixels.
 
@@ -107,6 +144,21 @@ def examine(content: bytes) -> PixelFacts:
     return PixelFacts(None, None, is_uniform, _pixel_hash(image))
 
 
+def header(content: bytes) -> tuple[int, int, str, str, bool, int]:
+    """Return width, height, mode, format, whether EXIF turns it, and frames, without decoding.
+
+    Raises:
+        UndecodableImageError: If Pillow cannot read it.
+    """
+    try:
+        image = _opened(io.BytesIO(content))
+        num_frames = int(getattr(image, "n_frames", 1))
+        form, is_turned = image.format or "", _orientation(image) in UPRIGHT
+        return image.width, image.height, image.mode, form, is_turned, num_frames
+    except Exception as error:  # plugins raise errors of many types at damaged files
+        raise UndecodableImageError(str(error) or type(error).__name__) from error
+
+
 def as_eight_bits(content: bytes, whites: WhiteValues) -> bytes:
     """Return an image as a PNG of 8 bits a channel."""
     buffer = io.BytesIO()
@@ -116,14 +168,13 @@ def as_eight_bits(content: bytes, whites: WhiteValues) -> bytes:
 
 def names_an_image(name: str) -> bool:
     """Return whether a file name has the suffix of an image format that Pillow decodes."""
-    strict, lax = _formats()
-    return Image.EXTENSION.get(PurePath(name).suffix.lower()) in {*strict, *lax}
+    return _format_by_suffix().get(PurePath(name).suffix.lower()) in FORMATS
 
 
 def is_recognised(file: BinaryIO) -> bool:
     """Return whether Pillow recognises the content of a file as an image, by its signature."""
     try:
-        Image.open(file, formats=_formats()[0])
+        _opened(file, tuple(name for name in FORMATS if name != WITHOUT_SIGNATURE))
     except Image.DecompressionBombError:
         return True
     except Exception:  # whatever a plugin raises at a file that is no image
@@ -132,19 +183,20 @@ def is_recognised(file: BinaryIO) -> bool:
 
 
 @cache
-def _formats() -> tuple[list[str], list[str]]:
-    """Return the formats that Pillow decodes: those with a signature, and those without."""
+def _format_by_suffix() -> dict[str, str]:
     Image.init()
-    strict = [name for name, (_, accept) in Image.OPEN.items() if accept is not None]
-    lax = [name for name in Image.OPEN if name not in strict]
-    return [name for name in strict if name not in REFUSED_FORMATS], lax
+    return dict(Image.EXTENSION)
+
+
+def _opened(file: BinaryIO, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """Open an image: the one place that calls Pillow's `open`."""
+    return Image.open(file, formats=formats)
 
 
 def _upright(content: bytes) -> Image.Image:
     """Decode an image and rotate it by its EXIF orientation."""
     try:
-        strict, lax = _formats()
-        image: Image.Image = Image.open(io.BytesIO(content), formats=[*strict, *lax])
+        image = _opened(io.BytesIO(content))
         is_cut = ";16" in str(getattr(image, "tile", "")) and image.mode[0] in "RL"
         image.load()
         method = UPRIGHT.get(_orientation(image))
@@ -152,6 +204,8 @@ def _upright(content: bytes) -> Image.Image:
         return image if method is None else image.transpose(method)
     except UndecodableImageError:
         raise
+    except UnidentifiedImageError:
+        raise UndecodableImageError("not recognised as an image") from None
     except Exception as error:  # plugins raise errors of many types at damaged files
         raise UndecodableImageError(str(error) or type(error).__name__) from error
 
@@ -230,7 +284,7 @@ def _pixel_hash(image: Image.Image) -> str:
 
 def _declared_peak(content: bytes) -> float:
     """Return the largest value that the file itself declares for its pixels; 0 if it does not."""
-    image = Image.open(io.BytesIO(content))
+    image = _opened(io.BytesIO(content))
     if image.format in SCALED_FORMATS:
         return SIXTEEN_BITS
     bits: Any = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))

@@ -25,9 +25,11 @@ def image_notes(splits: Splits) -> tuple[str, ...]:
     labels = Counter(row["label"] for row in rows)
     sizes = {name: labels[label] for label, name in enumerate(splits.classes)}
     return (
+        *splits.notes,
         _sizes(sizes),
         *_imbalance(sizes),
         *_left_out(splits.left_out),
+        *_similar_names(splits.classes),
         *_in_several_classes(rows),
         *_uniform(rows),
         *_scaling(splits),
@@ -112,6 +114,19 @@ def _details(reason: str, items: Sequence[LeftOut]) -> str:
     if reason == NO_IMAGE:
         return kinds_of(items)
     return _examples([item.path for item in items])
+
+
+def _similar_names(classes: Sequence[str]) -> Iterator[str]:
+    """Yield a sentence about names that differ in case or spaces only; single letters may."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name in classes:
+        alike["".join(name.split()).casefold()].append(name)
+    for names in alike.values():
+        if len(names) > 1 and len(names[0]) > 1:
+            yield (
+                f"the classes {' and '.join(map(repr, names))} differ in case or spaces only: "
+                "correct the labels if they are one class"
+            )
 
 
 def _in_several_classes(rows: Sequence[dict[str, Any]]) -> Iterator[str]:

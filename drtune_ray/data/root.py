@@ -1,4 +1,4 @@
-"""The folder of images: whether it is one, and whether its names can be recorded."""
+"""The place of the images: whether it exists, and whether its names can be recorded."""
 
 from __future__ import annotations
 
@@ -8,31 +8,39 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from drtune_ray.errors import ConfigError
+from drtune_ray.errors import ConfigError, first_line
 from drtune_ray.values import printable
 
 
-def check_root(root: Path) -> None:
-    """Check that the root is a folder.
+def check_place(root: Path) -> None:
+    """Check that a source of this machine is a folder or a file.
 
     Raises:
         ConfigError: If not, or if its name cannot be recorded.
     """
     try:
-        is_folder = stat.S_ISDIR(root.stat().st_mode)
+        mode = root.stat().st_mode
+        is_there = stat.S_ISDIR(mode) or stat.S_ISREG(mode)
     except (FileNotFoundError, NotADirectoryError):
-        is_folder = False
+        is_there = False
     except OSError as error:
+        raise unreadable_place(root, error) from None
+    if not is_there:
         raise ConfigError(
-            f"data.train={str(root)!r} cannot be read ({error.strerror}): give a folder of class "
-            "folders that you may read"
-        ) from None
-    if not is_folder:
-        raise ConfigError(
-            f"data.train={str(root)!r} is not a folder: give a folder of class folders"
+            f"data.train={str(root)!r} is neither a folder nor a file: give a folder of class "
+            "folders, or another source of docs/images.md (datasets of a hub are not fetched: save "
+            "them with save_to_disk)"
         )
     if problems := [*name_problems([root])]:
         raise ConfigError(problems)
+
+
+def unreadable_place(root: Path, error: OSError) -> ConfigError:
+    """Return the refusal of a source that cannot be read."""
+    why = error.strerror or first_line(error)
+    return ConfigError(
+        f"data.train={str(root)!r} cannot be read ({why}): give images that you may read"
+    )
 
 
 def name_problems(paths: Iterable[Path]) -> Iterator[str]:

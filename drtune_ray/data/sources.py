@@ -1,9 +1,8 @@
-"""Scan a folder of class folders into one Arrow table of files and labels."""
+"""Scan a source of images into one Arrow table of images and labels."""
 
 from __future__ import annotations
 
 import hashlib
-import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,14 +12,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from drtune_ray.data.listing import (
-    DAMAGED,
-    LeftOut,
-    Listing,
-    folders_in,
-    list_class_folders,
-    others_of,
-)
+from drtune_ray.config.inputs import DataConfig
+from drtune_ray.data.files import LocalFiles
+from drtune_ray.data.kinds.found import FoundImage, FoundImages, ImageReader
+from drtune_ray.data.kinds.recognize import find_images
+from drtune_ray.data.listing import DAMAGED, LeftOut, others_of
 from drtune_ray.data.pixels import (
     UNCLEAR_PEAK,
     UndecodableImageError,
@@ -28,12 +24,13 @@ from drtune_ray.data.pixels import (
     examine,
     white_values,
 )
-from drtune_ray.data.root import check_root, name_problems
+from drtune_ray.data.root import name_problems
 from drtune_ray.errors import ConfigError
 from drtune_ray.values import printable
 
 NUM_PROBLEMS_SHOWN = 5
 INTEGER_PEAK, FLOAT_PEAK = "integer_peak", "float_peak"
+GIVEN_SPLIT, GROUP = "given_split", "group"
 FILE_SCHEMA = pa.schema(
     [
         ("path", pa.string()),
@@ -45,75 +42,85 @@ FILE_SCHEMA = pa.schema(
         (FLOAT_PEAK, pa.float64()),
         ("is_uniform", pa.bool_()),
         ("pixel_hash", pa.string()),
+        (GIVEN_SPLIT, pa.string()),
+        (GROUP, pa.string()),
     ]
 )
+FACTS = ("content_hash", "num_bytes", INTEGER_PEAK, FLOAT_PEAK, "is_uniform", "pixel_hash")
 
 
 @dataclass(frozen=True)
-class ImageFolder:
+class ScannedImages:
     """A scanned source.
 
     Attributes:
-        root: The folder.
+        location: The source.
         classes: Class names in the order of the labels.
-        files: Table of `FILE_SCHEMA`, paths relative to the root; sorted by path.
-        left_out: Files that are not used.
+        files: Table of `FILE_SCHEMA`, in the order of the source.
+        left_out: Files or rows that are not used.
+        notes: Sentences about how the source was read.
     """
 
-    root: Path
+    location: str
     classes: tuple[str, ...]
     files: pa.Table
     left_out: tuple[LeftOut, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def scan_class_folders(
-    root: Path, known: pa.Table | None = None, *, skip_bad: bool = False
-) -> ImageFolder:
-    """List, hash and decode every image of a folder of class folders.
+@dataclass(frozen=True)
+class BadImage:
+    """An image that cannot be used, and why."""
+
+    path: str
+    problem: str
+
+
+def scan_images(config: DataConfig, known: pa.Table | None = None) -> ScannedImages:
+    """List, hash and decode every image of a source.
 
     Args:
-        root: Folder with one folder per class, whose images may be nested.
-        known: An earlier scan; files of the same path, size and time are not read again.
-        skip_bad: Leave out images that cannot be read or decoded, instead of refusing them.
+        config: The source, its columns, and whether bad images are left out.
+        known: An earlier scan; images of the same path, size and time are not read again.
 
     Raises:
-        ConfigError: If the folder is missing or empty, holds splits, has fewer than two classes or
-            an empty class, or holds images that cannot be decoded; all problems are named together.
+        ConfigError: If the source is missing or empty, has fewer than two classes or an empty
+            class, or holds images that cannot be decoded; all problems are named together.
     """
-    check_root(root)
-    listing = list_class_folders(root)
-    names = name_problems(root / name for name in listing.images)
-    if problems := [*listing.problems, *names]:
-        raise ConfigError(_first(problems))
-    if problems := [*_split_problems(listing), *_class_problems(listing)]:
-        raise ConfigError(problems)
-    work = [(path, label) for label, found in enumerate(listing.images.values()) for path in found]
-    found = list(_read_files(root, work, known))
-    bad = [result for result in found if isinstance(result, _BadFile)]
-    if bad and not skip_bad:
+    found = find_images(config)
+    if found.problems:
+        raise ConfigError(_first(found.problems))
+    read = list(read_found(found, known))
+    bad = [result for result in read if isinstance(result, BadImage)]
+    if bad and not config.skip_bad:
         raise ConfigError(_first(result.problem for result in bad))
-    for result in bad:
-        listing.leave_out(result.path, DAMAGED)
-    rows = [result for result in found if not isinstance(result, _BadFile)]
+    left_out = [*found.left_out, *(LeftOut(printable(each.path), DAMAGED) for each in bad)]
+    rows = [result for result in read if not isinstance(result, BadImage)]
     files = pa.Table.from_pylist(rows, schema=FILE_SCHEMA)
-    if problems := [*_emptied_classes(listing, files), *_unclear_floats(root, files)]:
+    if problems := [*_emptied_classes(found, files, left_out), *unclear_floats(found, files)]:
         raise ConfigError(problems)
-    return ImageFolder(root, tuple(listing.images), files, tuple(listing.left_out))
+    return ScannedImages(found.location, found.classes, files, tuple(left_out), tuple(found.notes))
 
 
-def read_bytes(root: Path, row: dict[str, object]) -> bytes:
+def read_bytes(source: Path | ImageReader, row: dict[str, Any]) -> bytes:
     """Read the encoded image of a row of the table.
 
+    Args:
+        source: Reader of the images, or the folder of files.
+        row: The row.
+
     Raises:
-        ConfigError: If the file is missing or changed since the scan.
+        ConfigError: If the image is missing or changed since the scan.
     """
-    path = root / str(row["path"])
+    reader = LocalFiles(source) if isinstance(source, Path) else source
+    path = str(row["path"])
+    where = printable(reader.address(path))
     try:
-        content = path.read_bytes()
+        content = reader.read(path)
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}; restore the file") from None
+        raise ConfigError(f"cannot read {where}: {error.strerror}; restore the file") from None
     if content_hash(content) != row["content_hash"]:
-        raise ConfigError(f"{path} changed since the study started: restore the original file")
+        raise ConfigError(f"{where} changed since the study started: restore the original file")
     return content
 
 
@@ -135,119 +142,76 @@ def whites_of(files: pa.Table) -> WhiteValues:
     return white_values(*columns)
 
 
-# ---- folders
-
-
-def _split_problems(listing: Listing) -> Iterator[str]:
-    """Yield a sentence if the folder holds splits, each of which would count as a class."""
-    names = listing.split_folders
-    if not names:
-        return
-    folder = listing.root / names[0]
-    classes = folders_in(folder)
-    fix = f"give --data {folder}, which is split anew, or " if len(classes) > 1 else ""
-    yield (
-        f"data.train={str(listing.root)!r} holds the splits {', '.join(names)} instead of classes: "
-        f"{fix}put the images of each class into one folder"
-    )
-
-
-def _class_problems(listing: Listing) -> Iterator[str]:
-    names, root = list(listing.images), listing.root
-    if len(names) < 2:
-        yield (
-            f"at least 2 class folders must be in data.train, but {root} holds {len(names)}"
-            + (f" ({names[0]!r})" if names else "")
-            + ": put the images of each class into a folder named after the class"
-            + _nested_classes(root, names)
-        )
-    for name, found in listing.images.items():
-        if not found:
-            yield (
-                f"class folder {printable(name)!r} in {root} holds no image that Pillow recognises"
-                f"{others_of(name, listing.left_out)}: add some or remove the folder"
-            )
-
-
-def _nested_classes(root: Path, names: list[str]) -> str:
-    below = folders_in(root / names[0]) if names else []
-    return f", or give --data {root / names[0]}" if len(below) > 1 else ""
-
-
-def _emptied_classes(listing: Listing, files: pa.Table) -> Iterator[str]:
+def _emptied_classes(
+    found: FoundImages, files: pa.Table, left_out: Iterable[LeftOut]
+) -> Iterator[str]:
     """Yield a sentence for each class none of whose images can be decoded."""
     there = set(files["label"].to_pylist())
-    for label, name in enumerate(listing.images):
+    noun = found.class_noun
+    for label, name in enumerate(found.classes):
         if label not in there:
             yield (
-                f"class folder {name!r} in {listing.root} holds no sound image"
-                f"{others_of(name, listing.left_out)}: add some or remove the folder"
+                f"{noun} {name!r} in {found.location} holds no sound image"
+                f"{others_of(name, left_out)}: add some or remove the {noun.split()[-1]}"
             )
 
 
-# ---- files
+# ---- images
 
 
-@dataclass(frozen=True)
-class _BadFile:
-    """An image that cannot be used, and why."""
-
-    path: Path
-    problem: str
-
-
-def _read_files(
-    root: Path, work: list[tuple[Path, int]], known: pa.Table | None
-) -> Iterator[dict[str, Any] | _BadFile]:
-    is_usable = known is not None and set(FILE_SCHEMA.names) <= set(known.schema.names)
+def read_found(
+    found: FoundImages, known: pa.Table | None = None
+) -> Iterator[dict[str, Any] | BadImage]:
+    """Yield a row of the table for each image that was found, or why it has none."""
+    is_usable = known is not None and {*FACTS, "modified_ns"} <= set(known.schema.names)
     rows = known.to_pylist() if known is not None and is_usable else []
     earlier = {row["path"]: row for row in rows}
+    labels = {name: label for label, name in enumerate(found.classes)}
     with ThreadPoolExecutor() as pool:
-        yield from pool.map(partial(_read, root, earlier), work)
+        yield from pool.map(partial(_read, found.reader, earlier, labels), found.images)
 
 
 def _read(
-    root: Path, earlier: dict[str, dict[str, Any]], item: tuple[Path, int]
-) -> dict[str, Any] | _BadFile:
-    path, label = item
-    for problem in name_problems([path]):
-        return _BadFile(path, problem)
+    reader: ImageReader,
+    earlier: dict[str, dict[str, Any]],
+    labels: dict[str, int],
+    image: FoundImage,
+) -> dict[str, Any] | BadImage:
+    where = reader.address(image.path)
+    for problem in name_problems([Path(where)]):
+        return BadImage(image.path, problem)
     try:
-        row = _row(root, path, label)
-        before = earlier.get(row["path"])
-        if before and all(before[key] == row[key] for key in ("num_bytes", "modified_ns")):
-            return {name: before[name] for name in FILE_SCHEMA.names} | row
-        content = path.read_bytes()
+        stamp = reader.stamp(image.path)
+        row = {
+            "path": image.path,
+            "label": labels[image.label],
+            "modified_ns": stamp.modified_ns,
+            GIVEN_SPLIT: image.split,
+            GROUP: image.group,
+        }
+        before = earlier.get(image.path)
+        if before and before["modified_ns"] == stamp.modified_ns:
+            if stamp.num_bytes in (None, before["num_bytes"]):
+                return {name: before[name] for name in FACTS} | row
+        content = reader.read(image.path)
     except OSError as error:
-        return _BadFile(
-            path,
-            f"{printable(path)} cannot be read ({error.strerror}): replace or remove it, or set "
+        return BadImage(
+            image.path,
+            f"{printable(where)} cannot be read ({error.strerror}): replace or remove it, or set "
             "data.skip_bad=true",
         )
     try:
         facts = examine(content)
     except UndecodableImageError as error:
-        return _BadFile(
-            path,
-            f"{printable(path)} cannot be decoded as an image ({error}): replace or remove it, or "
+        return BadImage(
+            image.path,
+            f"{printable(where)} cannot be decoded as an image ({error}): replace or remove it, or "
             "set data.skip_bad=true",
         )
-    return row | vars(facts) | {"content_hash": content_hash(content)}
+    return row | vars(facts) | {"content_hash": content_hash(content), "num_bytes": len(content)}
 
 
-def _row(root: Path, path: Path, label: int) -> dict[str, Any]:
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for a writer
-        raise OSError(0, "not a regular file")
-    return {
-        "path": path.relative_to(root).as_posix(),
-        "label": label,
-        "num_bytes": status.st_size,
-        "modified_ns": status.st_mtime_ns,
-    }
-
-
-def _unclear_floats(root: Path, files: pa.Table) -> Iterator[str]:
+def unclear_floats(found: FoundImages, files: pa.Table) -> Iterator[str]:
     """Yield a sentence if the floating-point images have no known range of brightness."""
     peaks = {
         path: peak
@@ -258,17 +222,17 @@ def _unclear_floats(root: Path, files: pa.Table) -> Iterator[str]:
         return
     brightest = max(peaks, key=lambda path: peaks[path])
     small = [path for path, peak in peaks.items() if 0 < peak <= 1]
-    top = peaks[brightest]
+    top, where = peaks[brightest], printable(found.reader.address(brightest))
     if 1 < top <= UNCLEAR_PEAK:
         yield (
-            f"{printable(root / brightest)} holds floating-point values up to {top:g}, which fit "
-            "neither 0 to 1 nor 0 to 255: rescale the floating-point images to 0 to 1"
+            f"{where} holds floating-point values up to {top:g}, which fit neither "
+            "0 to 1 nor 0 to 255: rescale the floating-point images to 0 to 1"
         )
     elif top > UNCLEAR_PEAK and small:
         yield (
-            f"{printable(root / small[0])} holds floating-point values up to {peaks[small[0]]:g} "
-            f"and {printable(root / brightest)} up to {top:g}: rescale the floating-point images "
-            "to one range"
+            f"{printable(found.reader.address(small[0]))} holds floating-point values up to "
+            f"{peaks[small[0]]:g} and {where} up to {top:g}: rescale the floating-point images to "
+            "one range"
         )
 
 

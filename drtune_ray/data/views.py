@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import PIL
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from drtune_ray.config.trial import DataConfig
+from drtune_ray.config.inputs import DataConfig
+from drtune_ray.data.augmentation import augmented
 from drtune_ray.values import digest
 
 Pixels = NDArray[np.uint8]
@@ -57,12 +57,15 @@ class ViewMaker:
             "interpolation": interpolation,
             "use_prefetcher": True,
         }
-        self._augment = create_transform(
-            is_training=True,
-            scale=(config.crop_scale_min, 1.0),
-            hflip=config.horizontal_flip,
-            color_jitter=0.0,
-            **common,
+        self._augment = augmented(
+            create_transform(
+                is_training=True,
+                scale=(config.crop_scale_min, 1.0),
+                hflip=config.horizontal_flip,
+                color_jitter=0.0,
+                **common,
+            ),
+            config,
         )
         self._evaluate = create_transform(
             is_training=False,
@@ -108,6 +111,8 @@ def _middle(image: Image.Image) -> Image.Image:
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Seed the global generators that timm and torchvision use, then restore their state."""
+    import torch
+
     python_state, torch_state = random.getstate(), torch.get_rng_state()
     random.seed(seed)
     torch.default_generator.manual_seed(seed)

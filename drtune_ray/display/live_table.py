@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from drtune_ray.display.progress import StudyProgress, TrialRow
-from drtune_ray.display.text import folded, packed, percent, short
+from drtune_ray.display.text import figure, folded, packed, short
 
 REFRESHES_PER_SECOND = 2
 MAX_ROWS, MIN_ROWS = 14, 3
@@ -87,12 +87,14 @@ def rendered(progress: StudyProgress, width: int, height: int) -> RenderableType
 def table_columns(progress: StudyProgress, rows: Sequence[TrialRow]) -> list[Column]:
     """Return all columns from left to right."""
     epochs = tuple(f"{row.epoch}/{progress.num_epochs}" for row in rows)
+    measures = {row.metric.measure.removeprefix("val_") for row in rows}  # one in a study
+    name = measures.pop().replace("_", " ") if len(measures) == 1 else "value"
     columns = [
         Column(("trial",), tuple(row.label for row in rows), 0, is_figure=False),
         Column(("state",), tuple(row.state.lower() for row in rows), 2, is_figure=False),
         Column(("epoch",), epochs, 1),
-        Column(("accuracy",), tuple(percent(row.accuracy) for row in rows), 3),
-        Column(("best",), tuple(percent(row.best) for row in rows), 0),
+        Column((name,), tuple(figure(row.metric, row.value) for row in rows), 3),
+        Column(("best",), tuple(figure(row.metric, row.best) for row in rows), 0),
     ]
     for rank, (path, name) in enumerate(progress.distinguishing(rows).items(), 4):
         cells = tuple(short(row.setting(path)) for row in rows)

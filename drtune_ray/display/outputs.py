@@ -13,9 +13,10 @@ from typing import Any, TextIO
 import click
 from rich.console import Console
 
+from drtune_ray.config.metric import METRICS
 from drtune_ray.display.live_table import LiveTable
 from drtune_ray.display.progress import INTERRUPTED, StudyProgress, TrialRow
-from drtune_ray.display.text import percent, wrapped
+from drtune_ray.display.text import figure, percent, wrapped
 from drtune_ray.errors import DrtuneError
 from drtune_ray.execution.environment import JOB_CONFIG
 from drtune_ray.tracking.events import (
@@ -117,7 +118,7 @@ class People(Quiet):
         """Show an event."""
         super().take(event)
         if isinstance(event.number, str):
-            self._take_of_final_fit(event)
+            self._take_of_refit(event.number, event)
             return
         row = self._progress.take(event) if self._progress else None
         if self._progress is None or row is None or self._table is not None:
@@ -128,11 +129,12 @@ class People(Quiet):
             if self._clock() - self._summarized >= SUMMARY_SECONDS:
                 self._print(_summary_line(self._progress))
 
-    def _take_of_final_fit(self, event: Event) -> None:
-        """Print a line per epoch of the final fit, below the table of the trials."""
+    def _take_of_refit(self, name: str, event: Event) -> None:
+        """Print a line per epoch of a training after the search, below the table of the trials."""
         self.close()
         if isinstance(event, MetricsRecorded):
-            self.say(f"  final fit, epoch {event.step}  {epoch_text(event.metrics)}")
+            kind = name.rpartition("-")[0].replace("-", " ")  # "final-fit-00003"
+            self.say(f"  {kind}, epoch {event.step}  {epoch_text(event.metrics)}")
 
     def close(self) -> None:
         """Stop redrawing the table."""
@@ -177,6 +179,8 @@ def epoch_text(metrics: Mapping[str, float]) -> str:
     parts = [f"{key} {metrics[key]:.4f}" for key in LOSSES if key in metrics]
     if "val_accuracy" in metrics:
         parts.append(f"validation {percent(metrics['val_accuracy'])}")
+        best = [m for m in METRICS.values() if m.best in metrics and m.measure != "val_accuracy"]
+        parts += [f"{m.measure.removeprefix('val_')} {figure(m, metrics[m.measure])}" for m in best]
     return "  ".join([*parts, f"{metrics['seconds']:.1f} s"])
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from drtune_ray.display.text import duration, percent, short_names
+from drtune_ray.config.method import reads_setting
+from drtune_ray.config.metric import DEFAULT_METRIC, METRICS, Metric
+from drtune_ray.display.text import by, duration, figure, short_names
 from drtune_ray.results.trials import TrialSummary
 from drtune_ray.tracking.events import Event, MetricsRecorded, RunFinished, RunStarted
 from drtune_ray.values import flattened
 
 RUNNING, WAITING, INTERRUPTED = "RUNNING", "WAITING", "INTERRUPTED"
-METHOD, CE_TUNING = "method.name", "ce_tuning"
+METHOD, METRIC = "method.name", "training.metric"
 # Trained trials, as a fraction, below which no time left is estimated.
 LEAST_WORK = 0.5
 
@@ -30,8 +33,8 @@ class TrialRow:
         outcome: Reason why it ended.
         epoch: Last completed epoch, from 1.
         num_before: Number of epochs that earlier runs completed.
-        accuracy: Validation accuracy of the last epoch, 0 to 1.
-        best: Best validation accuracy so far, 0 to 1.
+        value: Value of the metric that chooses at the last epoch.
+        best: Best value so far.
         epoch_seconds: Duration of the last epoch in seconds.
     """
 
@@ -42,14 +45,24 @@ class TrialRow:
     outcome: str = ""
     epoch: int = 0
     num_before: int = 0
-    accuracy: float | None = None
+    value: float | None = None
     best: float | None = None
     epoch_seconds: float | None = None
 
     def setting(self, path: str) -> Any:
         """Return the value of a setting, None if the trial has no such setting or ignores it."""
-        is_read = self.settings.get(METHOD) != CE_TUNING or not path.startswith("method.")
+        is_read = reads_setting(self.settings.get(METHOD, "dr_tune"), path)
         return self.settings.get(path) if is_read or path == METHOD else None
+
+    @property
+    def metric(self) -> Metric:
+        """Metric that chooses among the trials."""
+        return METRICS[self.settings.get(METRIC, DEFAULT_METRIC)]
+
+    @property
+    def score(self) -> float:
+        """`best` as a number that is the higher the better; minus infinity without one."""
+        return -math.inf if self.best is None else self.metric.score(self.best)
 
     @property
     def may_win(self) -> bool:
@@ -98,8 +111,8 @@ class StudyProgress:
             return None
         if isinstance(event, MetricsRecorded) and event.step >= row.epoch:  # else of an earlier run
             row.epoch = event.step
-            row.accuracy = event.metrics.get("val_accuracy")
-            row.best = event.metrics.get("best_val_accuracy")
+            row.value = event.metrics.get(row.metric.measure)
+            row.best = event.metrics.get(row.metric.best)
             row.epoch_seconds = event.metrics.get("seconds")
         elif isinstance(event, RunFinished):
             row.state, row.outcome = event.state, event.outcome
@@ -126,7 +139,7 @@ class StudyProgress:
     def best(self) -> TrialRow | None:
         """The best trial that may still win, the first of equals."""
         rows = [row for row in self.rows() if row.may_win]
-        return max(rows, key=lambda row: (row.best or 0.0, -row.number), default=None)
+        return max(rows, key=lambda row: (row.score, -row.number), default=None)
 
     @property
     def epochs_per_minute(self) -> float | None:
@@ -174,7 +187,10 @@ class StudyProgress:
     def summary(self) -> list[str]:
         """Return best trial, speed and time left as short pieces of text."""
         best, speed, left = self.best, self.epochs_per_minute, self.seconds_left
-        texts = [f"best so far {percent(best.best)}, trial {best.label}" if best else ""]
+        texts = []
+        if best:
+            value = figure(best.metric, best.best)
+            texts += [f"best so far {value}{by(best.metric)}, trial {best.label}"]
         texts += [f"{speed:.3g} epochs/min" if speed else ""]
         if self.num_done < self.num_trials:
             texts += ["time left unknown" if left is None else f"about {duration(left)} left"]
@@ -202,5 +218,5 @@ def _earlier_row(trial: TrialSummary) -> TrialRow:
         trial.num_epochs,
         trial.num_epochs,
         None,
-        trial.best_val_accuracy,
+        trial.best_value,
     )

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drtune_ray.display.text import Command, duration, percent, short
+from drtune_ray.display.tables import tables_lines
+from drtune_ray.display.text import Command, duration, figure, percent, short
 
 if TYPE_CHECKING:
     from drtune_ray.results.evaluation_record import Evaluation
+    from drtune_ray.results.trials import TrialSummary
     from drtune_ray.study.result import StudyPlan, StudyResult
     from drtune_ray.study.training_run import TrainingResult
 
@@ -63,7 +65,7 @@ def result_lines(result: StudyResult, program: str) -> Iterator[str]:
     yield from _finalists(result) if result.finalists else _maximum(result)
     for trial in result.references:
         outcome = "" if trial.state == "COMPLETE" else f"  {trial.outcome}"
-        yield _figure(f"reference trial {trial.label}", trial.best_val_accuracy) + outcome
+        yield _figure(f"reference trial {trial.label}", trial, trial.best_value) + outcome
     yield from _pareto_front(result)
     yield ""
     if result.final_fit is not None:
@@ -76,42 +78,44 @@ def result_lines(result: StudyResult, program: str) -> Iterator[str]:
 def _maximum(result: StudyResult) -> Iterator[str]:
     trials = result.searched_trials
     num_completed = sum(trial.state == "COMPLETE" for trial in trials)
+    winner = result.winner
     yield (
-        f"Validation accuracy (the winner's is the maximum over {num_completed} completed trials, "
+        f"{_name(winner)} (the winner's is the best of {num_completed} completed trials, "
         "one seed each,\nand therefore optimistic; the test split is not)"
     )
-    yield _figure(f"best trial {result.winner.label}", result.winner.best_val_accuracy)
+    yield _figure(f"best trial {winner.label}", winner, winner.best_value)
 
 
 def _finalists(result: StudyResult) -> Iterator[str]:
     num_seeds = result.finalists[0].num_seeds
     yield (
-        f"Validation accuracy of the finalists on {num_seeds} new seed(s), with the value of the "
-        "search"
+        f"{_name(result.winner)} of the finalists on {num_seeds} new seed(s), with the value of "
+        "the search"
     )
     for finalist in result.finalists:
         name = f"trial {finalist.source.label}"
-        seen = f"  (search: {percent(finalist.source.best_val_accuracy)})"
+        source, metric = finalist.source, finalist.source.metric
+        seen = f"  (search: {figure(metric, source.best_value)})"
         if not finalist.is_complete:
             yield f"  {name:<{NAME_WIDTH}} completed on only {len(finalist.runs)}{seen}"
             continue
-        spread = "" if finalist.spread is None else f" +- {percent(finalist.spread)}"
-        is_winner = finalist.source.number == result.winner.number
+        spread = "" if finalist.spread is None else f" +- {figure(metric, finalist.spread)}"
+        is_winner = source.number == result.winner.number
         mark = "  winner" if is_winner else ""
-        yield f"{_figure(name, finalist.mean)}{spread}{seen}{mark}"
+        yield f"{_figure(name, source, finalist.mean)}{spread}{seen}{mark}"
     shipped = result.shipped
     if shipped.finalist is None:
-        yield "No finalist completed on every seed: the winner is the search's maximum, which is"
+        yield "No finalist completed on every seed: the winner is the search's best, which is"
         yield "optimistic; the test split is not."
     else:
         yield (
-            "The winner is chosen by this mean, not by the search's maximum over "
+            "The winner is chosen by this mean, not by the search's best of "
             f"{len(result.searched_trials)} trials."
         )
         if not result.is_fitted_again:
             yield (
                 f"The weights are those of seed {shipped.config['seed']} "
-                f"({percent(shipped.best_val_accuracy)})."
+                f"({figure(shipped.metric, shipped.best_value)})."
             )
     yield "Trials of the search, one seed each:"
 
@@ -137,14 +141,23 @@ def _pareto_front(result: StudyResult) -> Iterator[str]:
         yield f"  {'trial ' + trial.label:<{NAME_WIDTH}} {values}"
 
 
-def _figure(name: str, share: float | None) -> str:
-    return f"  {name:<{NAME_WIDTH}} {percent(share):>9}"
+def _figure(name: str, trial: TrialSummary, value: float | None) -> str:
+    return f"  {name:<{NAME_WIDTH}} {figure(trial.metric, value):>9}"
+
+
+def _name(trial: TrialSummary) -> str:
+    """Return the metric that chooses, as a line begins with it."""
+    label = trial.metric.label
+    return label[:1].upper() + label[1:]
 
 
 def training_lines(result: TrainingResult, program: str) -> Iterator[str]:
     """Yield the result of a single training and the next commands."""
     yield "This training is already done." if result.was_done else "Done."
-    yield f"Best validation accuracy {percent(result.val_accuracy)} ({result.outcome})"
+    value = figure(result.metric, result.value)
+    yield f"Best {result.metric.label} {value} ({result.outcome})"
+    if result.metric.measure != "val_accuracy":
+        yield f"Validation accuracy of that epoch {percent(result.val_accuracy)}"
     yield from _ways_on(result.folder, result.num_unsent, program)
 
 
@@ -162,10 +175,15 @@ def evaluation_lines(found: Evaluation) -> Iterator[str]:
             f"Validation accuracy measured again: {percent(found.validation.share)}; recorded: "
             f"{percent(found.recorded_validation)}"
         )
+    if found.tables is not None:
+        yield from tables_lines(found.tables)
+        yield ""
     times = "for the first time" if found.num_openings == 1 else f"{found.num_openings} times"
     yield f"This test split was opened {times}."
     if found.is_recorded:
         yield "This is the recorded result; add --again to open the split once more."
+        if found.tables is None:
+            yield "It is of an earlier version, which recorded no class table."
 
 
 def _ways_on(folder: Path, num_unsent: int, program: str) -> Iterator[str]:
@@ -175,6 +193,7 @@ def _ways_on(folder: Path, num_unsent: int, program: str) -> Iterator[str]:
     yield Command(f"Output folder:            {folder}")
     yield Command(f"Open the MLflow UI:       {program} ui {folder}")
     yield Command(f"Test the winner:          {program} evaluate {folder}")
+    yield Command(f"Classify images:          {program} predict {folder} IMAGES...")
 
 
 def plan_facts(plan: StudyPlan) -> dict[str, Any]:
@@ -199,12 +218,12 @@ def result_facts(result: StudyResult) -> dict[str, Any]:
         "reason": "done",
         "folder": str(result.folder),
         "study_id": result.study_id,
-        "winner": vars(result.winner),
-        "shipped": vars(result.shipped),
+        "winner": result.winner.to_mapping(),
+        "shipped": result.shipped.to_mapping(),
         "finalists": [
             {
                 "trial": finalist.source.number,
-                "accuracies": list(finalist.accuracies),
+                "values": list(finalist.values),
                 "mean": finalist.mean if finalist.runs else None,
                 "spread": finalist.spread,
                 "is_complete": finalist.is_complete,
@@ -214,7 +233,7 @@ def result_facts(result: StudyResult) -> dict[str, Any]:
         "final_fit": result.final_fit,
         "pareto_front": [trial.number for trial in result.pareto_front],
         "end": result.end,
-        "references": [vars(trial) for trial in result.references],
+        "references": [trial.to_mapping() for trial in result.references],
         "searched": list(result.searched),
         "settings": result.settings,
         "num_trials": len(result.searched_trials),
@@ -230,7 +249,9 @@ def training_facts(result: TrainingResult) -> dict[str, Any]:
         "exit_code": 0,
         "reason": "done",
         "folder": str(result.folder),
-        "best_val_accuracy": result.val_accuracy,
+        "metric": result.metric.measure,
+        result.metric.best: result.value,
+        "val_accuracy": result.val_accuracy,
         "outcome": result.outcome,
         "num_unsent": result.num_unsent,
         "was_done": result.was_done,

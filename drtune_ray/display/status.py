@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-from drtune_ray.display.text import Command, duration, percent, short, size
+from drtune_ray.display.text import Command, by, duration, figure, percent, short, size
 from drtune_ray.results.trials import TrialSummary
 from drtune_ray.study.status import (
     DONE,
@@ -58,7 +58,7 @@ def overview_lines(found: Sequence[Status], now: float | None = None) -> Iterato
     for status in found:
         name = f"{status.folder.name:<{width}}"
         done = f"{status.num_done} of {status.num_trials} done"
-        best = percent(status.best.best_val_accuracy) if status.best else "-"
+        best = figure(status.best.metric, status.best.best_value) if status.best else "-"
         yield f"{name}  {status.kind:<8}  {done:>15}  best {best:>8}  {_state(status, now)}"
 
 
@@ -82,7 +82,8 @@ def _trials(status: Status) -> Iterator[str]:
     yield _field("trials", f"{done}: {ways}" if ways else done)
     if best := status.best:
         unfinished = ", unfinished" if best in status.unfinished else ""
-        text = f"{percent(best.best_val_accuracy)}, trial {best.label}{unfinished}"
+        value = f"{figure(best.metric, best.best_value)}{by(best.metric)}"
+        text = f"{value}, trial {best.label}{unfinished}"
         yield _field("best so far" if status.state != DONE else "best", text)
         for path, value in best_settings(status).items():
             yield _field("", f"{path} = {short(value)}")
@@ -106,13 +107,13 @@ def _training(status: Status) -> Iterator[str]:
     (trial,) = status.trials
     outcome = f", {trial.outcome}" if trial.outcome else ""
     yield _field("epochs", f"{trial.num_epochs} of {status.num_epochs}{outcome}")
-    if trial.best_val_accuracy is not None:
-        yield _field("best", percent(trial.best_val_accuracy))
+    if trial.best_value is not None:
+        yield _field("best", f"{figure(trial.metric, trial.best_value)}{by(trial.metric)}")
 
 
 def _figures(trial: TrialSummary, status: Status) -> str:
     epochs = f"epoch {trial.num_epochs}/{status.num_epochs}"
-    return f"{trial.label:<{NAME_WIDTH}} {percent(trial.best_val_accuracy):>9}  {epochs}"
+    return f"{trial.label:<{NAME_WIDTH}} {figure(trial.metric, trial.best_value):>9}  {epochs}"
 
 
 def _now(status: Status) -> str:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import shutil
 import textwrap
-from collections.abc import Iterable, Sequence
-from typing import IO, Any
+from collections.abc import Iterable
+from typing import IO
 
-UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+from drtune_ray.results.words import by as by
+from drtune_ray.results.words import duration as duration
+from drtune_ray.results.words import figure as figure
+from drtune_ray.results.words import percent as percent
+from drtune_ray.results.words import short as short
+from drtune_ray.results.words import short_names as short_names
+from drtune_ray.results.words import size as size
 
 
 class Command(str):
@@ -31,53 +37,6 @@ def _broken(line: str, width: int) -> str:
         break_long_words=False,
         break_on_hyphens=False,
     )
-
-
-def percent(share: float | None) -> str:
-    """Format a fraction as a percentage: 0.8632 becomes "86.32 %"."""
-    return "-" if share is None else f"{share:.2%}".replace("%", " %")
-
-
-def duration(seconds: float) -> str:
-    """Format a duration by its two largest units of days, hours, minutes and seconds."""
-    minutes, seconds_left = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours_left = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours_left} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {seconds_left} s" if minutes else f"{seconds_left} s"
-
-
-def size(num_bytes: float) -> str:
-    """Format a number of bytes: 1536 becomes "1.5 KiB"."""
-    for unit in UNITS:
-        if num_bytes < 1024 or unit == UNITS[-1]:
-            break
-        num_bytes /= 1024
-    return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-
-
-def short(value: Any) -> str:
-    """Format the value of a setting, with three significant digits."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def short_names(paths: Sequence[str]) -> dict[str, str]:
-    """Map each dotted path to its shortest suffix that is unique."""
-    names = {}
-    for path in paths:
-        parts = path.split(".")
-        for num_parts in range(1, len(parts) + 1):
-            names[path] = ".".join(parts[-num_parts:])
-            if sum(f".{other}".endswith(f".{names[path]}") for other in paths) == 1:
-                break
-    return names
 
 
 def folded(name: str, width: int) -> list[str]:

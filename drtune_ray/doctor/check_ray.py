@@ -12,6 +12,7 @@ from drtune_ray.execution.placement_groups import check_state_api
 from drtune_ray.execution.session import check_address
 
 ANSWER_SECONDS = 10.0
+OTHERS_MAY_READ = 0o077
 COPY = "copy ~/.ray/auth_token of the head node to this machine"
 OPEN = (
     "the cluster requires no token: anyone who can reach its ports can run code on it; start it "
@@ -39,7 +40,7 @@ def check_token(address: str) -> str:
         address: HOST:PORT of the cluster's head.
 
     Raises:
-        Doubt: If the cluster accepts requests without a token.
+        Doubt: If the cluster accepts requests without a token, or other users can read it.
         EnvironmentProblem: If it rejects the token.
     """
     if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
@@ -53,6 +54,7 @@ def check_token(address: str) -> str:
         )
     if not _refuses(address, None):
         raise Doubt(OPEN)
+    _check_private(source)
     return f"the token from {source} is accepted, requests without a token are refused"
 
 
@@ -71,6 +73,16 @@ def described(capacity: Capacity) -> str:
     import ray
 
     return f"Ray {ray.__version__}: {capacity}"
+
+
+def _check_private(source: str) -> None:
+    """Raise `Doubt` if other users can read the file that holds the token."""
+    path = Path(source)  # or a variable, which is no file
+    if path.is_file() and path.stat().st_mode & OTHERS_MAY_READ:
+        raise Doubt(
+            f"the token is accepted, but other users can read {path}, and who has the token can "
+            f"run code on the cluster: `chmod go= {path}` restricts it to you"
+        )
 
 
 def _own_token() -> tuple[str, str]:
@@ -96,7 +108,9 @@ def _source() -> str:
     """Return the source of Ray's token, in Ray's order of precedence."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return "RAY_AUTH_TOKEN"
-    return os.environ.get("RAY_AUTH_TOKEN_PATH") or str(Path("~/.ray/auth_token").expanduser())
+    from drtune_ray.execution.ray_state import token_file
+
+    return str(token_file())
 
 
 def _refuses(address: str, token: str | None) -> bool:

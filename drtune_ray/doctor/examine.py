@@ -12,9 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from drtune_ray.config.inputs import BackboneConfig
 from drtune_ray.config.section import Section, validated
 from drtune_ray.config.study import ResourcesConfig, StudyConfig
-from drtune_ray.config.trial import BackboneConfig, TrainingConfig
+from drtune_ray.config.training import TrainingConfig
 from drtune_ray.doctor.check_nodes import Nodes
 from drtune_ray.doctor.check_ray import check_dashboard, check_reachable, check_token, described
 from drtune_ray.doctor.check_storage import Places
@@ -26,9 +27,10 @@ from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.execution.capacity import Capacity, trial_demand, trials_that_fit
 from drtune_ray.execution.environment import ADDRESS, environment, ray_address
 from drtune_ray.execution.session import ray_session, set_environment
+from drtune_ray.folders import is_object_uri
 from drtune_ray.server_uri import ServerUri, with_secrets
 from drtune_ray.study.checks import study_trainings
-from drtune_ray.tracking.mlflow_recorder import default_tracking_uri
+from drtune_ray.tracking.mlflow_client import default_tracking_uri
 from drtune_ray.tracking.probe import Answer, ServerProbe
 from drtune_ray.training.backbones import check_hub_weights, weights_file
 from drtune_ray.values import full_path
@@ -63,11 +65,12 @@ class Setup:
 
 def study_setup(config: StudyConfig, address: str | None) -> Setup:
     """Return the checks for a study."""
+    images = config.trial.data.train
     return Setup(
         Places(full_path(config.storage), config.artifacts, config.optuna_storage),
         address,
         config.tracking.uri,
-        full_path(config.trial.data.train),
+        None if is_object_uri(images) else full_path(images),
         config.trial.backbone,
         study_trainings(config),
         config.resources,

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from drtune_ray.config.study import StudyConfig
+from drtune_ray.folders import is_object_uri
 from drtune_ray.server_uri import names_in
 
 # Login of the server in tracking.uri. Files of certificates exist on this machine only.
@@ -57,8 +58,9 @@ def needed_variables(config: StudyConfig, environment: Mapping[str, str]) -> Var
 
 
 def _addresses(config: StudyConfig) -> list[str]:
+    images = config.trial.data.train
     given = (config.optuna_storage, config.artifacts, config.tracking.uri)
-    return [uri for uri in given if uri]
+    return [uri for uri in (*given, images if is_object_uri(images) else None) if uri]
 
 
 def _listed(config: StudyConfig) -> Iterator[str]:
@@ -66,9 +68,10 @@ def _listed(config: StudyConfig) -> Iterator[str]:
     is_http = server.startswith(("http://", "https://", "$"))
     if is_http:
         yield from MLFLOW
-    if is_http or artifacts.startswith(("s3://", "$")):
+    stores = (artifacts, config.trial.data.train)
+    if is_http or any(uri.startswith(("s3://", "$")) for uri in stores):
         yield from S3
-    if artifacts.startswith(("abfs://", "abfss://", "$")):
+    if any(uri.startswith(("abfs://", "abfss://", "$")) for uri in stores):
         yield from AZURE
     if config.trial.backbone.weights == "timm":
         yield from HUB

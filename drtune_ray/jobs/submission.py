@@ -19,6 +19,7 @@ from drtune_ray.config.sources import merged_study
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.execution.environment import SUBMITTED_WITH
+from drtune_ray.folders import is_object_uri
 from drtune_ray.jobs.address import is_loopback
 from drtune_ray.jobs.attempts import NUMBER_KEY, SETTINGS_KEY, STORAGE_KEY, STUDY_KEY
 from drtune_ray.jobs.env_vars import Variables, needed_variables
@@ -110,11 +111,9 @@ def _relative_paths(config: StudyConfig) -> Iterator[str]:
             f"storage={config.storage!r} would be in the job's own folder, which is removed when "
             "the job ends: give --storage as the full path of a folder that all nodes share"
         )
-    if not _is_absolute(config.trial.data.train):
-        yield (
-            f"data.train={config.trial.data.train!r} is read on the cluster: give its full path "
-            "there"
-        )
+    images = config.trial.data.train
+    if not (_is_absolute(images) or is_object_uri(images)):
+        yield (f"data.train={images!r} is read on the cluster: give its full path there")
     weights = config.trial.backbone.weights
     if weights not in WEIGHTS_WITHOUT_FILE and not _is_absolute(weights):
         yield f"backbone.weights={weights!r} is read on the cluster: give its full path there"

@@ -34,6 +34,17 @@ def overlay_names() -> list[str]:
     return sorted(path.name for path in (deploy_folder() / "overlays").iterdir() if path.is_dir())
 
 
+def base_objects() -> set[tuple[str, str]]:
+    """Return kind and name of each object of the base."""
+    folder = deploy_folder() / "base"
+    kustomization = read_yaml(folder / KUSTOMIZATION)
+    names = {("ConfigMap", made["name"]) for made in kustomization["configMapGenerator"]}
+    for resource in kustomization["resources"]:
+        documents = yaml.safe_load_all((folder / resource).read_text())
+        names |= {(one["kind"], one["metadata"]["name"]) for one in documents}
+    return names
+
+
 def overlaid_rayjob(overlay: str) -> dict[str, Any]:
     """Return the base's RayJob with the patches of an overlay; suspended only for Kueue.
 

@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from drtune_ray.config.study import StudyConfig
+from drtune_ray.folders import is_object_uri
 
 STORAGE_PATH = "/storage"
 DATA_PATH = "/data"
@@ -60,7 +61,8 @@ def _missing_servers(config: StudyConfig) -> Iterator[str]:
 
 def _files(config: StudyConfig) -> Iterator[tuple[str, str]]:
     """Yield the settings of files that must exist in the driver's pod."""
-    yield "data.train", config.trial.data.train
+    if not is_object_uri(config.trial.data.train):
+        yield "data.train", config.trial.data.train
     if config.trial.backbone.weights not in ("timm", "demo"):
         yield "backbone.weights", config.trial.backbone.weights
 

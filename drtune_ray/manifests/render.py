@@ -15,7 +15,7 @@ import yaml
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.manifests import pod_storage
-from drtune_ray.manifests.overlays import overlaid_rayjob
+from drtune_ray.manifests.overlays import base_objects, overlaid_rayjob
 from drtune_ray.manifests.pod_storage import DATA_PATH, STUDIES_PATH
 from drtune_ray.manifests.pods import (
     DRIVER_GIB,
@@ -33,6 +33,13 @@ from drtune_ray.values import read_yaml
 MAX_NAME = 47
 NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 OTHER_NAME = re.compile(r"(?!.{64})[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+# The grammar of image names: [HOST[:PORT]/]PATH[:TAG][@DIGEST].
+IMAGE = re.compile(
+    r"(?:[A-Za-z0-9.-]+(?::[0-9]+)?/)?"
+    r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*(?:/[a-z0-9]+(?:[._-]+[a-z0-9]+)*)*"
+    r"(?::(?P<tag>\w[\w.-]{0,127}))?(?P<digest>@sha256:[0-9a-f]{64})?",
+    re.ASCII,
+)
 STUDY_FOLDER = "/etc/drtune"
 STUDY_KEY, SPACE_KEY = "study.yaml", "space.yaml"
 SCRATCH = "50Gi"
@@ -93,7 +100,7 @@ def render_study(study_file: Path, options: RenderOptions) -> Rendered:
     _fill(rayjob, name, options)
     rayjob["spec"]["entrypoint"] = _entrypoint(given, config, files)
     _fill_cluster(rayjob["spec"]["rayClusterSpec"], config, pods, name, options)
-    objects = (_config_map(name, files), _disruption_budget(name), rayjob)
+    objects = (_config_map(name, files), disruption_budget(name), rayjob)
     for one in objects:
         one["metadata"]["namespace"] = options.namespace
     return Rendered(objects, tuple(_notes(config, pods, options)))
@@ -116,7 +123,9 @@ def _problems(
     pods: WorkerPods,
     options: RenderOptions,
 ) -> Iterator[str]:
-    yield from _name_problems(options)
+    yield from name_problems(options)
+    yield from _taken_names(config.name)
+    yield from image_problems(options.image)
     yield from pod_storage.problems(
         config,
         given,
@@ -143,7 +152,8 @@ def _problems(
     yield from _space_problems(config)
 
 
-def _name_problems(options: RenderOptions) -> Iterator[str]:
+def name_problems(options: RenderOptions) -> Iterator[str]:
+    """Yield a message for each option that is no Kubernetes name."""
     names = {
         "--namespace": options.namespace,
         "--claim": options.claim,
@@ -156,6 +166,39 @@ def _name_problems(options: RenderOptions) -> Iterator[str]:
                 f"{option}={name!r} is not a valid Kubernetes name: give up to 63 lower-case "
                 "letters, digits and '-', with a letter or digit at both ends"
             )
+
+
+def _taken_names(study: str) -> Iterator[str]:
+    """Yield a message if the study's objects would replace some of the base, or be taken for it."""
+    name = object_name(study)
+    made = {
+        ("RayJob", name),
+        ("RayCluster", name),  # its pods would have the same labels
+        ("ConfigMap", _file_name(name)),
+        ("PodDisruptionBudget", _budget_name(name)),
+    }
+    if taken := sorted(f"{kind} {name}" for kind, name in made & base_objects()):
+        yield (
+            f"study {study!r} would take the place of {', '.join(taken)} of deploy/base: give it "
+            "another name"
+        )
+
+
+def image_problems(image: str | None) -> Iterator[str]:
+    """Yield a message if an image is not named, or stands for another one every day."""
+    if image is None:
+        return
+    found = IMAGE.fullmatch(image)
+    if found is None:
+        yield (
+            f"--image={image!r} is not the name of an image: write it like "
+            "REGISTRY/drtune-ray:0.1.0-cuda or REGISTRY/drtune-ray@sha256:DIGEST"
+        )
+    elif found["digest"] is None and found["tag"] in (None, "latest"):
+        yield (
+            f"--image={image} stands for another image every day: give its tag, such as "
+            ":0.1.0-cuda, or its digest"
+        )
 
 
 def _space_problems(config: StudyConfig) -> Iterator[str]:
@@ -189,13 +232,18 @@ def _entrypoint(given: Mapping[str, Any], config: StudyConfig, files: Mapping[st
 def _fill(rayjob: dict[str, Any], name: str, options: RenderOptions) -> None:
     rayjob["metadata"]["name"] = name
     rayjob["spec"]["activeDeadlineSeconds"] = options.deadline_hours * 3600
-    if options.image is not None:
-        spec = rayjob["spec"]
-        cluster = spec["rayClusterSpec"]
-        templates = [spec["submitterPodTemplate"], cluster["headGroupSpec"]["template"]]
-        templates += [group["template"] for group in cluster["workerGroupSpecs"]]
-        for template in templates:
-            template["spec"]["containers"][0]["image"] = options.image
+    spec = rayjob["spec"]
+    set_image(spec["rayClusterSpec"], options.image, [spec["submitterPodTemplate"]])
+
+
+def set_image(
+    cluster: dict[str, Any], image: str | None, others: Iterable[dict[str, Any]] = ()
+) -> None:
+    """Set the image of a cluster's pods and of other pods; None keeps the template's."""
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    for template in (*others, *(group["template"] for group in groups)):
+        if image is not None:
+            template["spec"]["containers"][0]["image"] = image
 
 
 def _fill_cluster(
@@ -214,8 +262,8 @@ def _fill_cluster(
         template["metadata"]["labels"]["drtune-ray/cluster"] = name
         _mount(template["spec"], name, options)
     _set_sizes(head["template"]["spec"], workers["template"]["spec"], pods, options)
-    _set_secrets(head["template"]["spec"], options.secret, _head_secrets(config))
-    _set_secrets(workers["template"]["spec"], options.secret, _artifact_secrets(config))
+    set_secrets(head["template"]["spec"], options.secret, _head_secrets(config))
+    set_secrets(workers["template"]["spec"], options.secret, _artifact_secrets(config))
 
 
 def _set_sizes(
@@ -276,7 +324,8 @@ def _artifact_secrets(config: StudyConfig) -> list[dict[str, Any]]:
     return needed
 
 
-def _set_secrets(pod: dict[str, Any], secret: str, keys: Iterable[dict[str, Any]]) -> None:
+def set_secrets(pod: dict[str, Any], secret: str, keys: Iterable[dict[str, Any]]) -> None:
+    """Let keys of a Secret be the only variables of a pod that have no plain value."""
     container = pod["containers"][0]
     plain = [variable for variable in container["env"] if "valueFrom" not in variable]
     container["env"] = plain + [
@@ -289,18 +338,24 @@ def _file_name(name: str) -> str:
     return f"{name}-file"
 
 
+def _budget_name(name: str) -> str:
+    """Return the name of the disruption budget of a study's head."""
+    return f"{name}-head"
+
+
 def _config_map(name: str, files: Mapping[str, str]) -> dict[str, Any]:
     metadata = {"name": _file_name(name), "labels": {"app.kubernetes.io/part-of": "drtune-ray"}}
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": dict(files)}
 
 
-def _disruption_budget(name: str) -> dict[str, Any]:
+def disruption_budget(name: str) -> dict[str, Any]:
+    """Return the budget that keeps the head of a cluster from being evicted."""
     labels = {"drtune-ray/role": "ray-head", "drtune-ray/cluster": name}
     return {
         "apiVersion": "policy/v1",
         "kind": "PodDisruptionBudget",
         "metadata": {
-            "name": f"{name}-head",
+            "name": _budget_name(name),
             "labels": {"app.kubernetes.io/part-of": "drtune-ray"},
         },
         "spec": {"minAvailable": 1, "selector": {"matchLabels": labels}},

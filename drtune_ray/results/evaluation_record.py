@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from drtune_ray.folders import LocalFolder
+from drtune_ray.results.class_tables import ClassTables
 
 RESULT_NAME = "test-result.json"
 WEIGHTS_NAME = "model.safetensors"  # of a winner
@@ -22,6 +23,11 @@ class Accuracy:
 
     num_correct: int
     num_images: int
+
+    @classmethod
+    def of(cls, tables: ClassTables) -> Accuracy:
+        """Return the accuracy that tables were made from."""
+        return cls(tables.num_images - len(tables.mistakes), tables.num_images)
 
     @property
     def share(self) -> float:
@@ -51,6 +57,8 @@ class Evaluation:
         num_openings: Number of openings of this test split, including this one.
         time_ms: Time of the opening, in milliseconds since 1970.
         is_recorded: Whether it is the recorded result of an earlier call.
+        tables: Class table, confusions, calibration and misclassified test images; None in a record
+            of an earlier version.
     """
 
     test: Accuracy
@@ -59,6 +67,17 @@ class Evaluation:
     num_openings: int
     time_ms: int
     is_recorded: bool = False
+    tables: ClassTables | None = None
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return everything as plain values, with the interval of the test accuracy."""
+        measured = {"accuracy": self.test.share, "interval": list(self.test.interval)}
+        return dict(
+            vars(self),
+            test=asdict(self.test) | measured,
+            validation=asdict(self.validation) if self.validation else None,
+            tables=self.tables.to_mapping() if self.tables else None,
+        )
 
 
 def write_result(folder: Path, weights: Path, found: Evaluation) -> None:
@@ -76,8 +95,9 @@ def write_result(folder: Path, weights: Path, found: Evaluation) -> None:
         "recorded_validation": found.recorded_validation,
         "num_openings": found.num_openings,
         "time_ms": found.time_ms,
+        "tables": found.tables.to_mapping() if found.tables else None,
     }
-    LocalFolder(folder).write(RESULT_NAME, json.dumps(content, indent=1).encode())
+    LocalFolder(folder).write(RESULT_NAME, json.dumps(content).encode())
 
 
 def read_result(folder: Path, weights: Path) -> Evaluation | None:
@@ -96,10 +116,14 @@ def read_result(folder: Path, weights: Path) -> Evaluation | None:
 
 
 def _evaluation(
-    test_accuracy: dict[str, int], validation_accuracy: dict[str, int] | None, **rest: Any
+    test_accuracy: dict[str, int],
+    validation_accuracy: dict[str, int] | None,
+    tables: dict[str, Any] | None = None,
+    **rest: Any,
 ) -> Evaluation:
     validation = Accuracy(**validation_accuracy) if validation_accuracy else None
-    return Evaluation(Accuracy(**test_accuracy), validation, **rest, is_recorded=True)
+    known = ClassTables.from_mapping(tables) if tables else None
+    return Evaluation(Accuracy(**test_accuracy), validation, **rest, is_recorded=True, tables=known)
 
 
 def sha256_of(path: Path) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from drtune_ray.config.metric import METRICS
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.results.events import MARKS
@@ -24,14 +25,14 @@ from drtune_ray.results.trials import (
 )
 from drtune_ray.storage.journal import Missing
 from drtune_ray.tracking.events import Event, MetricsRecorded, RunFinished, RunStarted
-from drtune_ray.training.reports import OBJECTIVE
 from drtune_ray.values import nested
 
 
 @dataclass
 class _Told:
-    """What the spool knows of a trial."""
+    """What the spool knows of a trial, whose values have this name among its metrics."""
 
+    best: str
     start: RunStarted | None = None
     end: RunFinished | None = None
     values: dict[int, float] = field(default_factory=dict)
@@ -42,27 +43,27 @@ class _Told:
             self.start, self.end = event, None  # it resumed
         elif isinstance(event, RunFinished):
             self.end = event if event.state in TrialState.__members__ else None
-        elif isinstance(event, MetricsRecorded) and OBJECTIVE in event.metrics:
-            self.values[event.step] = event.metrics[OBJECTIVE]
+        elif isinstance(event, MetricsRecorded) and self.best in event.metrics:
+            self.values[event.step] = event.metrics[self.best]
 
 
 def missing_of(
-    trials: Sequence[FrozenTrial], events: Iterable[Event], num_objectives: int
+    trials: Sequence[FrozenTrial], events: Iterable[Event], objectives: Sequence[str]
 ) -> dict[int, Missing]:
     """Return what the events know of trials and the trials lack, by number.
 
     Args:
         trials: Trials of the study, as far as they could be read.
         events: Events of the study, oldest first.
-        num_objectives: Number of objectives of the study.
+        objectives: Names of the study's objectives.
     """
     told: dict[int, _Told] = {}
     for event in events:
         if isinstance(event.number, int):
-            told.setdefault(event.number, _Told()).take(event)
+            told.setdefault(event.number, _Told(METRICS[objectives[0]].best)).take(event)
     known = {trial.number: trial for trial in trials}
     return {
-        number: _missing(known[number], told[number], num_objectives)
+        number: _missing(known[number], told[number], len(objectives))
         for number in known.keys() & told.keys()
     }
 
@@ -101,9 +102,10 @@ def _end(
         return None
     state, values = TrialState[told.end.state], None
     if state == TrialState.COMPLETE:
-        best = max((values_by_epoch(trial) | told.values).values(), default=None)
+        by_epoch = values_by_epoch(trial) | told.values
         objectives = list(dict(trial.user_attrs.get(OBJECTIVES, {})).values())
-        values = objectives if num_objectives > 1 else [best] if best is not None else []
+        best = [by_epoch[max(by_epoch)]] if by_epoch else []  # each epoch has the best so far
+        values = objectives if num_objectives > 1 else best
         if len(values) != num_objectives:
             return None
     return state, values, datetime.fromtimestamp(told.end.time_ms / 1000, UTC).isoformat()

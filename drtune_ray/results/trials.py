@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from drtune_ray.config.metric import DEFAULT_METRIC, METRICS, Metric, metric_of
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.errors import NoTrialCompleted
 from drtune_ray.folders import atomic_write
@@ -26,9 +27,26 @@ REFERENCE, FINALIST, START_POINT = "reference", "finalist", "start_point"
 NOT_TRAINED, WARM_START = "not_trained", "warm_start"
 DUPLICATE = "duplicate of trial"  # a reason for `NOT_TRAINED`
 CONFIG, OUTCOME, OBJECTIVES = "config", "outcome", "objectives"
+HOST = "host"  # where the trial ended
 EPOCH_PREFIX = "epoch:"
 EPOCH_NAME = re.compile(rf"{EPOCH_PREFIX}\d+")
 RESULT_STATES = (TrialState.COMPLETE, TrialState.PRUNED)
+# Columns of a table of trials that are no settings.
+TRIAL_COLUMNS = {
+    "number": pa.int64(),
+    "state": pa.string(),
+    "outcome": pa.string(),
+    "reference": pa.string(),
+    "finalist": pa.string(),
+    "num_epochs": pa.int64(),
+    "best_epoch": pa.int64(),
+    "seconds": pa.float64(),
+}
+SETTING_TYPES: tuple[tuple[set[type], pa.DataType], ...] = (
+    ({bool}, pa.bool_()),
+    ({int}, pa.int64()),
+    ({int, float}, pa.float64()),
+)
 
 
 def describe(trial: Trial, config: TrialConfig) -> None:
@@ -57,7 +75,7 @@ class TrialSummary:
         state: Optuna's state: RUNNING, COMPLETE, PRUNED, FAIL.
         outcome: Reason why it ended.
         reference: Name of the reference trial, or None.
-        best_val_accuracy: Best validation accuracy so far, 0 to 1; None before the first epoch.
+        best_value: Best value so far of the metric that chooses; None before the first epoch.
         num_epochs: Number of completed epochs.
         seconds: Duration in seconds; None while it runs.
         config: The resolved trial configuration.
@@ -70,13 +88,32 @@ class TrialSummary:
     state: str
     outcome: str
     reference: str | None
-    best_val_accuracy: float | None
+    best_value: float | None
     num_epochs: int
     seconds: float | None
     config: dict[str, Any]
     finalist: str | None = None
     objectives: dict[str, float] = field(default_factory=dict)
     best_epoch: int | None = None
+
+    @property
+    def metric(self) -> Metric:
+        """Metric that chooses its best epoch, and among trials."""
+        return metric_of(self.config)
+
+    @property
+    def score(self) -> float:
+        """`best_value` as a number that is the higher the better; minus infinity without one."""
+        return -math.inf if self.best_value is None else self.metric.score(self.best_value)
+
+    @property
+    def best_val_accuracy(self) -> float | None:
+        """Best validation accuracy, 0 to 1; None where another metric chooses."""
+        return self.best_value if self.metric is METRICS[DEFAULT_METRIC] else None
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return the summary as plain values; the best value also under its metric's name."""
+        return {**vars(self), "metric": self.metric.measure, self.metric.best: self.best_value}
 
     @property
     def is_final(self) -> bool:
@@ -90,35 +127,44 @@ class TrialSummary:
         return f"{self.number}" + (f" ({what})" if what else "")
 
 
-def write_trials(trials: list[TrialSummary], path: Path) -> None:
-    """Write a Parquet table with one row per trial and configuration values as text columns."""
-    rows = []
-    for trial in trials:
-        values = {key: json.dumps(value) for key, value in flattened(trial.config).items()}
-        texts = {"config": json.dumps(trial.config), "objectives": json.dumps(trial.objectives)}
-        rows.append(vars(trial) | texts | values)
-    schema = pa.schema(
-        [
-            ("number", pa.int64()),
-            ("state", pa.string()),
-            ("outcome", pa.string()),
-            ("reference", pa.string()),
-            ("finalist", pa.string()),
-            ("best_val_accuracy", pa.float64()),
-            ("num_epochs", pa.int64()),
-            ("best_epoch", pa.int64()),
-            ("seconds", pa.float64()),
-        ]
-    )
-    text_columns = sorted({key for row in rows for key in row} - set(schema.names))
-    for name in text_columns:
-        schema = schema.append(pa.field(name, pa.string()))
-    table = pa.Table.from_pylist(rows, schema=schema)
-    atomic_write(path, partial(pq.write_table, table), is_durable=False)
+def trials_table(trials: Sequence[TrialSummary]) -> pa.Table:
+    """Return a table with one row per trial; docs/tables.md describes the columns.
+
+    Every setting has a column of its own, by dotted path: of numbers or truth values where all
+    trials have such values, else of JSON text.
+    """
+    settings = [flattened(trial.config) for trial in trials]
+    columns: dict[str, pa.Array] = {}
+    for name, kind in TRIAL_COLUMNS.items():
+        columns[name] = pa.array([getattr(trial, name) for trial in trials], kind)
+    for name in sorted({trial.metric.best for trial in trials}):  # one in the trials of a study
+        values = [trial.best_value if trial.metric.best == name else None for trial in trials]
+        columns[name] = pa.array(values, pa.float64())
+    for path in sorted({path for values in settings for path in values}):
+        columns[path] = setting_column([values.get(path) for values in settings])
+    for name in ("objectives", "config"):
+        texts = [json.dumps(getattr(trial, name)) for trial in trials]
+        columns[name] = pa.array(texts, pa.string())
+    return pa.table(columns)
+
+
+def setting_column(values: Sequence[Any]) -> pa.Array:
+    """Return the values of a setting as a column of the narrowest type that holds all of them."""
+    kinds = {type(value) for value in values if value is not None}
+    for allowed, kind in SETTING_TYPES:
+        if kinds and kinds <= allowed:
+            return pa.array(values, kind)
+    texts = [value if value is None else json.dumps(value) for value in values]
+    return pa.array(texts, pa.string())
+
+
+def write_trials(trials: Sequence[TrialSummary], path: Path) -> None:
+    """Write the table of the trials as Parquet."""
+    atomic_write(path, partial(pq.write_table, trials_table(trials)), is_durable=False)
 
 
 def best_trial(trials: Sequence[TrialSummary]) -> TrialSummary:
-    """Return the search's completed trial with the best validation accuracy, the first of equals.
+    """Return the search's completed trial with the best value, the first of equals.
 
     Raises:
         NoTrialCompleted: If there is none.
@@ -137,13 +183,13 @@ def best_trial(trials: Sequence[TrialSummary]) -> TrialSummary:
         raise NoTrialCompleted(
             f"none of {len(trials)} trials completed ({', '.join(outcomes)}): {advice}"
         )
-    return max(completed, key=lambda t: (t.best_val_accuracy or 0.0, -t.number))
+    return max(completed, key=lambda t: (t.score, -t.number))
 
 
 def best_first(trials: Iterable[TrialSummary]) -> list[TrialSummary]:
-    """Return the completed trials by best validation accuracy, best first."""
+    """Return the completed trials by their best values, best first."""
     completed = (t for t in trials if t.state == TrialState.COMPLETE.name)
-    return sorted(completed, key=lambda t: (-(t.best_val_accuracy or 0.0), t.number))
+    return sorted(completed, key=lambda t: (-t.score, t.number))
 
 
 def is_trained(trial: FrozenTrial) -> bool:
@@ -163,7 +209,7 @@ def is_searched(trial: FrozenTrial) -> bool:
 
 
 def record_value(trial: Trial, epoch: int, value: float) -> None:
-    """Record the best validation accuracy so far for an epoch.
+    """Record the best value so far for an epoch.
 
     Optuna accepts no intermediate values in a study with several objectives, so a user attribute
     holds them there.
@@ -175,7 +221,7 @@ def record_value(trial: Trial, epoch: int, value: float) -> None:
 
 
 def values_by_epoch(trial: FrozenTrial) -> dict[int, float]:
-    """Return the best validation accuracy so far, 0 to 1, by epoch from 1."""
+    """Return the best value so far of the metric that chooses, by epoch from 1."""
     attributes = trial.user_attrs.items()
     recorded = {key: value for key, value in attributes if EPOCH_NAME.fullmatch(key)}
     return trial.intermediate_values | {
@@ -183,15 +229,16 @@ def values_by_epoch(trial: FrozenTrial) -> dict[int, float]:
     }
 
 
-def best_value(trial: FrozenTrial) -> float:
-    """Return the best validation accuracy so far, 0 to 1; minus infinity before epoch 1."""
-    return max(values_by_epoch(trial).values(), default=-math.inf)
+def best_value(trial: FrozenTrial) -> float | None:
+    """Return the best value so far, which the last epoch has; None before epoch 1."""
+    values = values_by_epoch(trial)
+    return values[max(values)] if values else None
 
 
 def best_epoch(trial: FrozenTrial) -> int | None:
-    """Return the first epoch with the best validation accuracy; None before epoch 1."""
-    values = values_by_epoch(trial)
-    return max(values, key=lambda epoch: (values[epoch], -epoch), default=None)
+    """Return the first epoch with the best value; None before epoch 1."""
+    values, best = values_by_epoch(trial), best_value(trial)
+    return min((epoch for epoch, value in values.items() if value == best), default=None)
 
 
 def num_epochs(trial: FrozenTrial) -> int:
@@ -213,7 +260,7 @@ def summary(trial: FrozenTrial) -> TrialSummary:
         trial.state.name,
         trial.user_attrs.get(OUTCOME, ""),
         trial.user_attrs.get(REFERENCE),
-        best if math.isfinite(best) else None,
+        best if best is not None and math.isfinite(best) else None,
         num_epochs(trial),
         duration,
         mapping_of(trial),

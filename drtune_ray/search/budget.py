@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from drtune_ray.config.metric import DEFAULT_METRIC, METRICS, Metric
 from drtune_ray.config.study import BudgetConfig
 from drtune_ray.results import trials
 from drtune_ray.training.reports import OBJECTIVE
@@ -29,6 +31,7 @@ class Budget:
         config: The other limits.
         study: The Optuna study.
         clock: Monotonic clock in seconds.
+        metric: Metric of the values of the trials.
     """
 
     def __init__(
@@ -37,8 +40,10 @@ class Budget:
         config: BudgetConfig,
         study: optuna.Study,
         clock: Callable[[], float] = time.monotonic,
+        metric: Metric = METRICS[DEFAULT_METRIC],
     ) -> None:
         self._num_trials, self._config, self._study = num_trials, config, study
+        self._metric = metric
         self._clock, self._started = clock, clock()
         self._seconds_before = float(study.user_attrs.get(SECONDS, 0.0))
 
@@ -64,7 +69,7 @@ class Budget:
         num_epochs = sum(trials.num_epochs(trial) for trial in searched)
         if config.max_epochs is not None and num_epochs >= config.max_epochs:
             return f"budget.max_epochs={config.max_epochs} were trained"
-        best = max((trials.best_value(trial) for trial in searched), default=-1.0)
+        best = max(map(self._score, searched), default=-math.inf)
         if config.target_accuracy is not None and best >= config.target_accuracy:
             return f"budget.target_accuracy={config.target_accuracy:g} was reached"
         return None
@@ -89,10 +94,15 @@ class Budget:
             return None
         ended = [trial for trial in self._searched() if trial.state in trials.RESULT_STATES]
         ended.sort(key=lambda trial: (trial.datetime_complete, trial.number))
-        values = [trials.best_value(trial) for trial in ended]
-        if len(values) - values.index(max(values)) - 1 < patience if values else True:
+        scores = [self._score(trial) for trial in ended]
+        if len(scores) - scores.index(max(scores)) - 1 < patience if scores else True:
             return None
         return f"budget.patience_trials={patience} trials in a row were no better than the best"
+
+    def _score(self, trial: FrozenTrial) -> float:
+        """Return how good a trial is so far; minus infinity before its first epoch."""
+        value = trials.best_value(trial)
+        return -math.inf if value is None else self._metric.score(value)
 
     def _searched(self) -> list[FrozenTrial]:
         known = self._study.get_trials(deepcopy=False)

@@ -1,6 +1,6 @@
 """The finalists: the search's best configurations and CE-tuning, trained again on new seeds.
 
-The best of n trials on one seed is a maximum and therefore optimistic. The accuracies on new seeds
+The best of n trials on one seed is a maximum and therefore optimistic. The values on new seeds
 took no part in choosing the finalists.
 """
 
@@ -22,7 +22,7 @@ CE_TUNING = "ce_tuning"
 
 @dataclass(frozen=True)
 class Finalist:
-    """A configuration of the search and its accuracies on new seeds.
+    """A configuration of the search and its values on new seeds.
 
     Attributes:
         source: The trial of the search.
@@ -35,9 +35,9 @@ class Finalist:
     runs: tuple[TrialSummary, ...]
 
     @property
-    def accuracies(self) -> tuple[float, ...]:
-        """Best validation accuracy on each seed, 0 to 1."""
-        return tuple(run.best_val_accuracy or 0.0 for run in self.runs)
+    def values(self) -> tuple[float, ...]:
+        """Best value of the metric that chooses on each seed."""
+        return tuple(run.best_value for run in self.runs if run.best_value is not None)
 
     @property
     def is_complete(self) -> bool:
@@ -46,18 +46,23 @@ class Finalist:
 
     @property
     def mean(self) -> float:
-        """Mean of the accuracies."""
-        return statistics.fmean(self.accuracies)
+        """Mean of the values."""
+        return statistics.fmean(self.values)
+
+    @property
+    def score(self) -> float:
+        """The mean as a number that is the higher the better."""
+        return self.source.metric.score(self.mean)
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation of the accuracies; None if there are fewer than two."""
-        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
+        """Standard deviation of the values; None if there are fewer than two."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     @property
     def best_run(self) -> TrialSummary:
-        """Run with the best validation accuracy, the first of equals; its weights are shipped."""
-        return max(self.runs, key=lambda run: (run.best_val_accuracy or 0.0, -run.number))
+        """Run with the best value, the first of equals; its weights are shipped."""
+        return max(self.runs, key=lambda run: (run.score, -run.number))
 
 
 def finalists(trials: Sequence[TrialSummary], config: FinalistsConfig) -> tuple[Finalist, ...]:
@@ -95,7 +100,7 @@ def best_finalist(chosen: Sequence[Finalist]) -> Finalist | None:
     Of equals the one that the search ranked higher is returned.
     """
     complete = [finalist for finalist in chosen if finalist.is_complete]
-    return max(complete, key=lambda finalist: finalist.mean, default=None)
+    return max(complete, key=lambda finalist: finalist.score, default=None)
 
 
 def _finalist(source: TrialSummary, trials: Sequence[TrialSummary], num_seeds: int) -> Finalist:

@@ -1,20 +1,13 @@
-"""The objectives of a study: validation accuracy alone, or against costs."""
+"""The objectives of a study: a metric that chooses, alone or against others and costs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-from drtune_ray.training.reports import OBJECTIVE, result_history
+from drtune_ray.config.metric import METRICS, Direction
+from drtune_ray.training.reports import result_history
 
-Direction = Literal["maximize", "minimize"]
-
-# Objectives that each epoch measures: metric and direction.
-OF_EPOCHS: dict[str, tuple[str, Direction]] = {
-    "val_accuracy": (OBJECTIVE, "maximize"),
-    "worst_class_accuracy": ("val_worst_class_accuracy", "maximize"),
-    "calibration_error": ("val_calibration_error", "minimize"),
-}
 # Objectives of the classifier, independent of its weights; see `training.complexity`.
 OF_CLASSIFIERS: dict[str, Direction] = {
     "latency_ms": "minimize",
@@ -25,7 +18,7 @@ OF_CLASSIFIERS: dict[str, Direction] = {
 
 def direction(objective: str) -> Direction:
     """Return whether an objective is maximised or minimised."""
-    return OF_EPOCHS[objective][1] if objective in OF_EPOCHS else OF_CLASSIFIERS[objective]
+    return METRICS[objective].direction if objective in METRICS else OF_CLASSIFIERS[objective]
 
 
 def final_values(
@@ -40,4 +33,4 @@ def final_values(
     """
     history = {record.epoch: record.metrics for record in result_history(dict(result))}
     best = history[int(history[max(history)]["best_epoch"])]
-    return [best[OF_EPOCHS[name][0]] if name in OF_EPOCHS else costs[name] for name in objectives]
+    return [best[METRICS[name].measure] if name in METRICS else costs[name] for name in objectives]

@@ -20,6 +20,7 @@ from typing import Any
 import optuna
 from optuna.trial import Trial, TrialState
 
+from drtune_ray.config.metric import METRICS
 from drtune_ray.results import trials
 from drtune_ray.search.budget import REACHED_TARGET, STOPPED_BY_BUDGET, Budget
 from drtune_ray.search.objectives import final_values
@@ -43,7 +44,7 @@ class Outcomes:
     Args:
         study: The study.
         budget: Asked why a trial was stopped; None where only its own end stops one.
-        objectives: Names of the objectives; the first is the validation accuracy.
+        objectives: Names of the objectives; the first is the metric that chooses.
         costs: Costs of the classifiers by `TrialConfig.tables_key`; see `training.complexity`.
     """
 
@@ -56,6 +57,7 @@ class Outcomes:
     ) -> None:
         self._study, self._budget = study, budget
         self._objectives, self._costs = objectives, costs or {}
+        self._metric = METRICS[objectives[0]]
         self._reported: dict[int, set[int]] = {
             trial.number: set(trials.values_by_epoch(trial))
             for trial in study.get_trials(deepcopy=False)
@@ -66,7 +68,7 @@ class Outcomes:
         reported = self._reported.setdefault(trial.number, set())
         for record in result_history(result):
             if record.epoch not in reported:
-                trials.record_value(trial, record.epoch, record.metrics[OBJECTIVE])
+                trials.record_value(trial, record.epoch, record.metrics[self._metric.best])
                 reported.add(record.epoch)
 
     def tell(self, trial: Trial, result: dict[str, Any]) -> None:
@@ -74,6 +76,8 @@ class Outcomes:
         self.report(trial, result)
         outcome = result[OUTCOME] or self._why_stopped(result)
         trial.set_user_attr(NUM_THREADS, result[NUM_THREADS])
+        if "hostname" in result:  # as Tune adds it
+            trial.set_user_attr(trials.HOST, result["hostname"])
         if outcome in OF_SETTINGS:
             self._end(trial, TrialState.PRUNED, outcome, violation=1.0)
         elif outcome in (COMPLETED, PATIENCE, REACHED_TARGET) and math.isfinite(result[OBJECTIVE]):

@@ -37,21 +37,28 @@ def expression_problems(text: Any, place: Place) -> Iterator[Problem]:
     if not isinstance(text, str) or not text.strip():
         yield Problem("expression-text", place, f"{text!r} must be an expression, as text")
         return
+    if len(text) > MAX_LENGTH:
+        yield _too_long(text, place)
+        return
     try:
         parsed = parsed_expression(text)
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         reason = getattr(error, "msg", "it cannot be read")
         yield Problem("expression-syntax", place, f"{text!r} is not an expression: {reason}")
         return
-    if len(text) > MAX_LENGTH or depth_of(parsed) > MAX_DEPTH:
-        yield Problem(
-            "expression-size",
-            place,
-            f"the expression {text[:30]!r}... is too long: at most {MAX_LENGTH} characters and "
-            f"{MAX_DEPTH} levels",
-        )
+    if depth_of(parsed) > MAX_DEPTH:
+        yield _too_long(text, place)
         return
     yield from _tree_problems(tree_of(text), place)
+
+
+def _too_long(text: str, place: Place) -> Problem:
+    return Problem(
+        "expression-size",
+        place,
+        f"the expression {text[:30]!r}... is too long: at most {MAX_LENGTH} characters and "
+        f"{MAX_DEPTH} levels",
+    )
 
 
 def _tree_problems(node: ast.expr, place: Place) -> Iterator[Problem]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Collection, Mapping
+import operator
+import sys
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,6 +138,10 @@ class Expression:
             if isinstance(error, ConfigError):
                 raise
             raise ExpressionError(f"{self.text!r} cannot be computed: {error}") from None
+        if isinstance(value, int) and abs(value) > sys.float_info.max:
+            raise ExpressionError(
+                f"{self.text!r} cannot be computed: it gives a number above 1e308"
+            )
         if isinstance(value, complex) or (isinstance(value, float) and not math.isfinite(value)):
             raise ExpressionError(f"{self.text!r} cannot be computed: it gives {value}")
         return value
@@ -161,12 +167,15 @@ class _Names:
 
 
 class _Evaluator(simpleeval.EvalWithCompoundTypes):  # type: ignore[misc]
-    """simpleeval with our functions, a lower limit of powers, and three-valued and/or."""
+    """simpleeval with our functions, limits of numbers, and three-valued and/or.
+
+    Arithmetic takes numbers alone: repeated texts and lists would grow without a limit.
+    """
 
     def __init__(self, names: _Names) -> None:
         super().__init__(names=names)
-        self.functions = dict(FUNCTIONS)
-        self.operators |= {ast.Pow: _power, ast.Mod: _remainder}
+        self.functions = FUNCTIONS | {"round": _rounded}
+        self.operators |= ARITHMETIC
 
     def _eval_boolop(self, node: ast.BoolOp) -> Any:
         deciding = isinstance(node.op, ast.Or)
@@ -190,7 +199,27 @@ def _power(base: Any, exponent: Any) -> Any:
     return simpleeval.safe_power(base, exponent)
 
 
-def _remainder(left: Any, right: Any) -> Any:
-    if isinstance(left, str):  # would format a text, of any size
-        raise TypeError("% takes numbers")
-    return left % right
+def _rounded(number: Any, digits: Any = None) -> Any:
+    if digits is not None and abs(digits) > MAX_EXPONENT:  # 10**30_000_000 takes minutes
+        raise simpleeval.NumberTooHigh(f"round to {digits} digits is beyond {MAX_EXPONENT}")
+    return round(number, digits)
+
+
+def _of_numbers(compute: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def checked(left: Any, right: Any) -> Any:
+        if not (isinstance(left, int | float) and isinstance(right, int | float)):
+            raise TypeError("arithmetic takes numbers")
+        return compute(left, right)
+
+    return checked
+
+
+ARITHMETIC = {
+    ast.Add: _of_numbers(operator.add),
+    ast.Sub: _of_numbers(operator.sub),
+    ast.Mult: _of_numbers(operator.mul),
+    ast.Div: _of_numbers(operator.truediv),
+    ast.FloorDiv: _of_numbers(operator.floordiv),
+    ast.Mod: _of_numbers(operator.mod),
+    ast.Pow: _of_numbers(_power),
+}

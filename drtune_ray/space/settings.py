@@ -36,6 +36,10 @@ PREPARED_ONCE = Restriction(
     "is shared by all trials of a study, which prepares it once: set it in the trial and run one "
     "study for each value",
 )
+OF_STUDY = Restriction(
+    (),
+    "chooses among all trials of a study: set it as the first of the study's objectives",
+)
 # Each value needs prepared tables of its own, so there must be few.
 IN_TABLES = Restriction(
     BY_CATEGORY,
@@ -44,20 +48,36 @@ IN_TABLES = Restriction(
 )
 # A file for each backbone may follow from its name.
 WEIGHTS = Restriction((*BY_CATEGORY, "expression"), IN_TABLES.reason)
+# As settings that are not listed.
+FREE = Restriction(("float", "int", *BY_CATEGORY, "expression"), "")
+A_LIST = Restriction(
+    (),
+    "is a list, which a search space cannot hold: set it in the trial, or search "
+    "backbone.frozen_layers",
+)
 # Settings that are not listed here, alone or by their group, may be of every kind.
 RESTRICTIONS = {
     "data": PREPARED_ONCE,
     "data.crop_scale_min": IN_TABLES,
     "data.horizontal_flip": IN_TABLES,
+    "data.augmentation": IN_TABLES,
+    "data.augmentation_magnitude": IN_TABLES,
+    "data.random_erasing": IN_TABLES,
+    "data.sampling": FREE,
     "data.views": IN_TABLES,
     "data.image_size": IN_TABLES,
     "backbone": PREPARED_ONCE,
     "backbone.name": IN_TABLES,
     "backbone.weights": WEIGHTS,
+    "backbone.frozen_layers": FREE,
+    "backbone.frozen_patterns": A_LIST,
+    "backbone.drop_path": FREE,
+    "backbone.dropout": FREE,
     "seed": PREPARED_ONCE,
     "training.epochs": PREPARED_ONCE,
     "training.stop_epoch": PREPARED_ONCE,
     "training.workers": PREPARED_ONCE,
+    "training.metric": OF_STUDY,
 }
 
 

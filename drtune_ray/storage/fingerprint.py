@@ -14,7 +14,7 @@ from drtune_ray.errors import ConfigError
 from drtune_ray.storage.record import RECORD_FILE, Record, read_record
 
 # Raised when a change of the package changes the numbers that a trial gives.
-NUMERIC_VERSION = 2
+NUMERIC_VERSION = 3
 # Settings that may differ between two runs of the same study, or of the same training.
 NOT_DECIDING = (
     "name",

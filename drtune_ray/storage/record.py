@@ -17,8 +17,10 @@ from drtune_ray.folders import LocalFolder, open_folder
 from drtune_ray.values import full_path, read_yaml, to_yaml
 
 # What lies in the folder of a study or training beside its record.
-JOURNAL_NAME, SPLITS_NAME, TRIALS_NAME = "optuna.journal", "splits.parquet", "trials.parquet"
+JOURNAL_NAME, SPLITS_NAME = "optuna.journal", "splits.parquet"
+TRIALS_NAME, EPOCHS_NAME = "trials.parquet", "epochs.parquet"
 WINNER_NAME, SPOOL_NAME, TRIALS_FOLDER = "winner", "spool", "trials"
+REPORT_NAME = "report.html"
 DONE_NAME = "done"  # written last
 SCRATCH_NAME = ".tune"  # Ray's own folders; nothing in them is needed again
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from drtune_ray.config.study import StudyConfig, reference_config
-from drtune_ray.config.trial import TrainingConfig
+from drtune_ray.config.training import TrainingConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.execution.capacity import WORKERS, trial_demand
 from drtune_ray.search.proposals import FixedTrial
 from drtune_ray.search.samplers import check_sampler
 from drtune_ray.space.search_space import SearchSpace, read_space, start_points
 from drtune_ray.storage.optuna_storage import check_database
+from drtune_ray.study.drops import check_searched_drops
 from drtune_ray.study.final_fit import with_final_workers
 from drtune_ray.study.inputs import StudyInputs, check_encoders, check_inputs
 from drtune_ray.study.tables import table_variants
@@ -43,12 +44,14 @@ def check_study(
             lambda: check_tracking(config.tracking.uri),
         ],
         config.resources,
+        config.objectives,
     )
     highest = checked.num_train
     space, notes = found[0].clamped(highest, len(checked.splits.classes))
     _check_final_fit(config, highest)
     start_points(space, config.start_with)
     checked = check_encoders(checked, table_variants(space, config.trial)[1:])
+    check_searched_drops(space, config.trial, checked)
     references = []
     for name in config.reference_trials:
         trial = reference_config(config.trial, name)

@@ -12,6 +12,7 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
+from drtune_ray.config.metric import METRICS
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import Tables
@@ -23,7 +24,9 @@ from drtune_ray.execution.ray_tune.run import TuneRun
 from drtune_ray.execution.ray_tune.schedulers import build_scheduler
 from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.execution.run_context import RunContext
-from drtune_ray.results.events import run_finished, run_started
+from drtune_ray.results.epochs import write_epochs
+from drtune_ray.results.events import run_finished, run_started, search_history
+from drtune_ray.results.pareto import pareto_front
 from drtune_ray.results.trials import (
     RESULT_STATES,
     TrialSummary,
@@ -34,6 +37,7 @@ from drtune_ray.results.trials import (
     summaries,
     write_trials,
 )
+from drtune_ray.results.used_settings import unused_settings
 from drtune_ray.results.winner import read_about
 from drtune_ray.search.budget import Budget
 from drtune_ray.search.finalists import Finalist, best_finalist, finalists, repetitions
@@ -46,22 +50,35 @@ from drtune_ray.space.search_space import SearchSpace, start_points
 from drtune_ray.storage.artifacts import StudyArtifacts
 from drtune_ray.storage.record import (
     DONE_NAME,
+    EPOCHS_NAME,
     RECORD_FILE,
+    REPORT_NAME,
     SPOOL_NAME,
     TRIALS_FOLDER,
     TRIALS_NAME,
     WINNER_NAME,
     Record,
-    is_done,
     write_done,
 )
 from drtune_ray.study.inputs import StudyInputs, manifest_path
+from drtune_ray.study.record_start import inputs_written, study_started
+from drtune_ray.study.registration import model_ready
+from drtune_ray.study.report import ARTIFACT as REPORT_ARTIFACT
+from drtune_ray.study.report import write_final_report
 from drtune_ray.study.result import FINALISTS, SEARCH, StudyPlan, StudyResult
 from drtune_ray.study.tables import prepare_all, preparing_device, table_variants
-from drtune_ray.study.winner import WinnerWriter
-from drtune_ray.tracking.events import Event, FilesReady, RunFinished, RunStarted, Sink, fan_out
+from drtune_ray.study.winner import WinnerWriter, is_finished
+from drtune_ray.tracking.events import (
+    Event,
+    FilesReady,
+    MetricsRecorded,
+    RunFinished,
+    Sink,
+    fan_out,
+)
 from drtune_ray.tracking.mlflow_recorder import build_recorder
-from drtune_ray.tracking.spool import BackgroundWriter, Spool, send_rest
+from drtune_ray.tracking.spool import Spool
+from drtune_ray.tracking.writer import BackgroundWriter, send_rest
 from drtune_ray.training.backbones import read_backbone
 from drtune_ray.training.checkpoint import trial_folder
 from drtune_ray.training.complexity import complexity
@@ -119,6 +136,7 @@ class StudyDriver:
         observer: Sink | None,
         on_plan: Callable[[StudyPlan], None],
         is_restored: bool,
+        tags: Mapping[str, str],
     ) -> StudyResult:
         """Search, train the finalists and write the winner; return at once if the study is done.
 
@@ -126,10 +144,11 @@ class StudyDriver:
             observer: Takes the events of the run as they happen.
             on_plan: Called before the first trial of the search and of the finalists.
             is_restored: Whether the study was downloaded from artifacts.
+            tags: Further tags of its run in MLflow.
         """
         spool = Spool(self.folder / SPOOL_NAME)
         recorder = build_recorder(self.config.tracking, self.storage, self.study_id)
-        if is_done(self.folder, self.config, self._num_ended()):
+        if is_finished(self.config, self._num_ended()):
             with self.artifacts.unsent_kept(spool):  # of a driver that was killed at its end
                 num_unsent = send_rest(spool, recorder)
             fitted = read_about(self.folder / WINNER_NAME).get("final_fit")
@@ -140,9 +159,9 @@ class StudyDriver:
             BackgroundWriter(spool, recorder) as writer,
             TableStore(self.storage, limit, self.artifacts.shelf) as store,
         ):
-            self._writer, self._store = writer, store
-            self._emit = fan_out(writer.emit, observer, self._free_disk)
-            self._tell_start(is_restored)
+            self._writer, self._store, self._spool = writer, store, spool
+            self._emit = fan_out(writer.emit, observer, self._free_disk, self._chart)
+            self._tell_start(is_restored, tags)
             try:
                 self._search(on_plan)
                 self._run_finalists(on_plan)
@@ -167,7 +186,10 @@ class StudyDriver:
         variants = table_variants(self.space, self.base)
         tables = self._prepare([*variants, *(r.config for r in self.references)], device)
         scheduler = build_scheduler(
-            self.config.scheduler, self.base.training.last_epoch, proposals.reference_numbers
+            self.config.scheduler,
+            self.base.training.last_epoch,
+            proposals.reference_numbers,
+            METRICS[self.config.objectives[0]],
         )
         if scheduler is not None:
             scheduler.refill(known)
@@ -181,7 +203,8 @@ class StudyDriver:
 
     def _search_proposals(self) -> tuple[Budget, SearchProposals]:
         """Return the limits of the search, and the trials that it still has to run."""
-        budget = Budget(self.config.trials, self.config.budget, self.study)
+        metric = METRICS[self.config.objectives[0]]
+        budget = Budget(self.config.trials, self.config.budget, self.study, metric=metric)
         return budget, SearchProposals(
             self.study,
             self.space,
@@ -260,19 +283,27 @@ class StudyDriver:
         self.artifacts.keep_shared(manifest_path(self.config.trial.data, self.storage))
         return tables
 
-    def _tell_start(self, is_restored: bool) -> None:
-        # The trials record their own settings; study.yaml holds the base and the space.
-        params = flattened(self.config.model_dump(mode="json", exclude={"trial", "space"}))
-        tags = {"mlflow.note.content": f"drtune-ray study in {self.folder}"}
-        self._emit(RunStarted(None, self.config.name, params, tags))
+    def _tell_start(self, is_restored: bool, tags: Mapping[str, str]) -> None:
+        started = study_started(self.config, self.checked, list(self._searched()))
+        self._emit(replace(started, tags={**started.tags, **tags}))
         self._emit(FilesReady(None, str(self.folder / RECORD_FILE), "study"))
+        self._emit(inputs_written(self.folder, self.checked))
         for trial in self.study.get_trials(deepcopy=False):
             if not trial.state.is_finished() or not is_trained(trial):
                 continue
             if is_restored:  # what the lost spool held
-                self._emit(run_started(trial))
+                self._writer.emit(run_started(trial))
             # Sent again because a killed driver may not have sent it; twice changes nothing.
             self._emit(run_finished(trial))
+        for point in search_history(self.study.get_trials(deepcopy=False)):
+            self._writer.emit(point)
+
+    def _chart(self, event: Event) -> None:
+        """Add a trial that ended to the charts of the study's run."""
+        if isinstance(event, RunFinished) and isinstance(event.number, int):
+            points = list(search_history(self.study.get_trials(deepcopy=False)))
+            for point in points[-1:]:
+                self._writer.emit(point)
 
     def _tell_interruption(self) -> None:
         if self._is_interruption_told:
@@ -289,19 +320,26 @@ class StudyDriver:
         """Choose the winner, write it, and record that the study is done."""
         trials = self._summaries()
         write_trials(list(trials), self.folder / TRIALS_NAME)
-        self.artifacts.keep(TRIALS_NAME)
-        self._emit(FilesReady(None, str(self.folder / TRIALS_NAME), "trials"))
+        frozen, events = self.study.get_trials(deepcopy=False), self._spool.events
+        epochs = events.events(MetricsRecorded.kind)
+        write_epochs(frozen, epochs, self.folder / EPOCHS_NAME)
+        self.artifacts.keep(TRIALS_NAME, EPOCHS_NAME)
+        for name in (TRIALS_NAME, EPOCHS_NAME):
+            self._emit(FilesReady(None, str(self.folder / name), "trials"))
         try:
             result = self._result(0, was_done=False)
         except NoTrialCompleted:
+            self._report(has_winner=False)
             self._emit(RunFinished(None, "FAIL", "no trial completed", {}, {}))
             raise
         handover = WinnerWriter(self.config, self.checked, self._store, self._run_context())
         result = handover.write_winner(result)
         about = result.about()
         self._emit(FilesReady(None, str(self.folder / WINNER_NAME), WINNER_NAME))
+        self._emit(model_ready(self.folder))
         handover.keep_top_checkpoints(trials)
-        named = ("best_val_accuracy", "mean_val_accuracy")
+        self._report(has_winner=True)
+        named = (result.winner.metric.best, f"mean_{result.winner.metric.measure}")
         metrics: dict[str, float] = {key: about[key] for key in named if key in about}
         tags = {
             "drtune.winner": str(result.winner.number),
@@ -316,6 +354,12 @@ class StudyDriver:
             self.artifacts.keep(DONE_NAME)
         # Otherwise the machine failed trials, which the same command runs again.
         return result
+
+    def _report(self, *, has_winner: bool) -> None:
+        """Write the report; the study does not depend on it."""
+        if write_final_report(self.folder, has_winner=has_winner):
+            self.artifacts.keep(REPORT_NAME)
+            self._emit(FilesReady(None, str(self.folder / REPORT_NAME), REPORT_ARTIFACT))
 
     def _free_disk(self, event: Event) -> None:
         """Delete the resumable checkpoints of a trial that has finished."""
@@ -362,19 +406,15 @@ class StudyDriver:
 
     def _pareto_front(self, trials: Sequence[TrialSummary]) -> tuple[TrialSummary, ...]:
         """Return the Pareto front of the search, without the repetitions of finalists."""
-        if len(self.config.objectives) == 1:
-            return ()
         by_number = {trial.number: trial for trial in trials}
-        complete = self.study.get_trials(states=(TrialState.COMPLETE,))
-        searched = [trial for trial in complete if is_searched(trial)]
-        alone = optuna.create_study(directions=self.study.directions)
-        alone.add_trials(searched)
-        return tuple(by_number[searched[trial.number].number] for trial in alone.best_trials)
+        front = pareto_front(self.study.get_trials(deepcopy=False), self.study.directions)
+        return tuple(by_number[number] for number in front)
 
     def _settings(self, trial: TrialSummary) -> dict[str, Any]:
         """Return the searched settings that this trial uses, with its values."""
-        values = flattened(trial.config)
-        return {path: values[path] for path in self.space.active(config_of(trial))}
+        config, values = config_of(trial), flattened(trial.config)
+        unused = unused_settings(config)
+        return {path: values[path] for path in self.space.active(config) if path not in unused}
 
     def _searched(self) -> tuple[str, ...]:
         return tuple(parameter.path for parameter in self.space.parameters)

@@ -6,6 +6,7 @@ import logging
 
 from drtune_ray.config.study import STUDY, StudyConfig
 from drtune_ray.config.trial import TrialConfig
+from drtune_ray.data.kinds.recognize import open_images
 from drtune_ray.errors import EnvironmentProblem
 from drtune_ray.folders import files_as_problem, open_folder
 from drtune_ray.results.evaluate import evaluate
@@ -23,7 +24,6 @@ from drtune_ray.storage.record import (
     find_study,
     read_record,
 )
-from drtune_ray.study.inputs import data_root
 from drtune_ray.study.sync import sync_study
 from drtune_ray.tracking.events import MetricsRecorded
 from drtune_ray.tracking.spool import Spool
@@ -51,7 +51,7 @@ def evaluate_study(name_or_folder: str, storage: str, *, again: bool = False) ->
     found = evaluate(
         record.folder / WINNER_NAME,
         record.folder / SPLITS_NAME,
-        data_root(_trial(record).data),
+        open_images(_trial(record).data),
         record.folder.parent,
         artifacts=open_folder(record.artifacts) if record.artifacts else None,
         again=again,

@@ -1,7 +1,8 @@
-"""The final fit: the winner's configuration, trained on training and validation images together.
+"""Trainings after the search: the final fit, and a trial again whose weights are lost.
 
-No images are left to choose an epoch by. The fit therefore ends at the epoch at which the winner
-was best, on the winner's schedule, and returns the weights of that epoch.
+The final fit trains the winner's configuration on training and validation images together. No
+images are left to choose an epoch by. The fit therefore ends at the epoch at which the winner was
+best, on the winner's schedule, and returns the weights of that epoch.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from drtune_ray.execution.ray_train.fit import fit
 from drtune_ray.execution.run_context import RunContext
 from drtune_ray.folders import as_problem
 from drtune_ray.results.trials import config_of
+from drtune_ray.results.used_settings import resolved_settings, unused_settings
 from drtune_ray.search.finalists import best_finalist
 from drtune_ray.study.inputs import StudyInputs
 from drtune_ray.study.result import StudyResult
@@ -35,28 +37,32 @@ from drtune_ray.training.checkpoint import (
 from drtune_ray.training.reports import COMPLETED, OUTCOME
 from drtune_ray.values import flattened
 
+FINAL_FIT, AGAIN = "final-fit", "again"
+
 
 @dataclass(frozen=True)
-class FinalFit:
-    """The training of a final fit.
+class Refit:
+    """A training of one configuration after the search.
 
     Attributes:
-        source: Number of the trial that won the search.
-        config: Configuration of the fit, with its last epoch and its workers.
-        checked: Images of the fit; none of them is for validation.
+        source: Number of the trial whose configuration it is.
+        config: Configuration, with its last epoch and its workers.
+        checked: Images of the training; a final fit has none for validation.
+        kind: `FINAL_FIT` or `AGAIN`.
     """
 
     source: int
     config: TrialConfig
     checked: StudyInputs
+    kind: str
 
     @property
     def name(self) -> str:
-        """Name of the fit's run and folder."""
-        return f"final-fit-{self.source:05d}"
+        """Name of the run and folder."""
+        return f"{self.kind}-{self.source:05d}"
 
     def about(self, outcome: str) -> dict[str, Any]:
-        """Return the fit's entry in the model's card, as plain values."""
+        """Return the training's entry in the model's card, as plain values."""
         return {
             "trial": self.source,
             "seed": self.config.seed,
@@ -66,7 +72,7 @@ class FinalFit:
         }
 
     def train(self, run: RunContext, tables: Tables) -> str:
-        """Train or resume the fit, unless it was trained before.
+        """Train or resume it, unless it was trained before.
 
         Args:
             run: The study's run.
@@ -83,8 +89,17 @@ class FinalFit:
             # With a checkpoint to resume from, some of its epochs may not be recorded yet.
             if checkpoints.newest() is None and self._is_trained(checkpoints, tables):
                 return COMPLETED
-        tags = {"drtune.final_fit": str(self.source)}
-        run.emit(RunStarted(self.name, self.name, flattened(self.config.to_mapping()), tags))
+        tags = {f"drtune.{self.kind.replace('-', '_')}": str(self.source)}
+        run.emit(
+            RunStarted(
+                self.name,
+                self.name,
+                flattened(self.config.to_mapping()),
+                tags,
+                unused=unused_settings(self.config),
+                resolved=resolved_settings(self.config),
+            )
+        )
         try:
             result = fit(run, self.config, tables, checkpoints, key=self.name)
         except BaseException:  # whatever it was, the run may not stay RUNNING
@@ -107,7 +122,7 @@ class FinalFit:
         return is_last and best.get(IDENTITY) == trial_identity(self.config, *content)
 
 
-def final_fit(result: StudyResult, asked: FinalFitConfig, checked: StudyInputs) -> FinalFit | None:
+def final_fit(result: StudyResult, asked: FinalFitConfig, checked: StudyInputs) -> Refit | None:
     """Return the final fit of a study; None if the study has none.
 
     The fit has the seed of the run whose weights would be shipped without it. Its last epoch is the
@@ -128,7 +143,7 @@ def final_fit(result: StudyResult, asked: FinalFitConfig, checked: StudyInputs) 
         "training.patience_epochs": None,
     }
     config = with_final_workers(config_of(result.shipped).with_values(values), asked)
-    return FinalFit(result.winner.number, config, without_validation(checked))
+    return Refit(result.winner.number, config, without_validation(checked), FINAL_FIT)
 
 
 def with_final_workers(config: TrialConfig, asked: FinalFitConfig) -> TrialConfig:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from drtune_ray.config.inputs import DataConfig
 from drtune_ray.config.study import ResourcesConfig
-from drtune_ray.config.trial import DataConfig, TrialConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.report import image_changes, image_notes
-from drtune_ray.data.sources import scan_class_folders
+from drtune_ray.data.sources import scan_images
 from drtune_ray.data.splits import TRAIN, VALIDATION, Splits, make_splits, read_manifest
 from drtune_ray.errors import ConfigError, EnvironmentProblem
+from drtune_ray.folders import source_location
 from drtune_ray.storage.record import SPLITS_NAME
 from drtune_ray.study.sizes import check_batch, check_feature_table
 from drtune_ray.training.backbones import Backbone, load_backbone, normalization_note
-from drtune_ray.training.model import check_last_batch, check_trial
+from drtune_ray.training.dropping import check_drops
+from drtune_ray.training.model import check_last_batch, check_layers, check_metrics, check_trial
 from drtune_ray.training.weights_loading import KeyReport
-from drtune_ray.values import digest, full_path
+from drtune_ray.values import digest
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ def check_inputs(
     storage: Path,
     others: Sequence[Any] = (),
     resources: ResourcesConfig | None = None,
+    objectives: Sequence[str] = (),
 ) -> StudyInputs:
     """Scan the images, split them and load the pretrained weights.
 
@@ -85,6 +90,7 @@ def check_inputs(
         storage: Folder that holds earlier manifests of the same images.
         others: Further checks, whose problems are reported together with these.
         resources: Resources of a worker; CPUs only by default.
+        objectives: Objectives of a study.
 
     Raises:
         ConfigError: Naming every problem.
@@ -109,6 +115,7 @@ def check_inputs(
     if splits is not None:
         gpus = (resources or ResourcesConfig()).worker_gpus(config.training.max_workers)
         problems.extend(check_trial(config, splits.count(TRAIN), on_gpus=gpus > 0))
+        problems.extend(check_metrics(config, _validation_sizes(splits), objectives))
     too_large = check_batch(config)
     problems.extend(too_large)
     if not too_large:  # loading runs the encoder on an image
@@ -121,9 +128,12 @@ def check_inputs(
     num_train = splits.count(TRAIN)
     problems = check_feature_table(config, num_train, backbone.num_features, storage)
     problems += check_last_batch(config, num_train, backbone)
+    problems += check_layers(config, backbone)
+    problems += check_drops(config.backbone, backbone)
     if problems:
         raise ConfigError(problems)
-    return StudyInputs(splits, backbone, report, normalization_note(config.backbone, backbone))
+    note = normalization_note(config.backbone, backbone, report)
+    return StudyInputs(splits, backbone, report, note)
 
 
 def check_storage(storage: Path) -> None:
@@ -157,7 +167,7 @@ def check_encoders(checked: StudyInputs, configs: Iterable[TrialConfig]) -> Stud
         try:
             if key not in more:
                 more[key], report = load_backbone(config.backbone, config.data.image_size)
-                note = normalization_note(config.backbone, more[key])
+                note = normalization_note(config.backbone, more[key], report)
                 lines.append(f"{more[key].name}: {report}; {note}")
         except ConfigError as error:
             problems.extend(error.problems)
@@ -172,22 +182,24 @@ def _encoder_key(config: TrialConfig) -> str:
     return digest(config.backbone.name, config.backbone.weights, config.data.image_size)
 
 
-def data_root(config: DataConfig) -> Path:
-    """Return the folder of images."""
-    return full_path(config.train)
-
-
 def manifest_path(config: DataConfig, storage: Path) -> Path:
-    """Return the file with the splits of an image folder: one for each folder and quota."""
+    """Return the file with the splits of a source: one for each source, its columns and quota."""
     quotas = (config.train_per_class, config.validation_fraction, config.test_fraction)
-    return storage / "splits" / f"{digest(str(data_root(config)), *quotas)}.parquet"
+    columns = (config.label_column, config.split_column, config.group_column)
+    given = columns if any(columns) else ()  # as class folders had it before
+    return storage / "splits" / f"{digest(source_location(config.train), *quotas, *given)}.parquet"
 
 
 def _splits(config: DataConfig, storage: Path) -> Splits:
     path = manifest_path(config, storage)
     former = read_manifest(path)
-    folder = scan_class_folders(data_root(config), former, skip_bad=config.skip_bad)
-    return make_splits(folder, config, former)
+    return make_splits(scan_images(config, former), config, former)
+
+
+def _validation_sizes(splits: Splits) -> list[int]:
+    """Return the number of validation images of each class."""
+    counts = Counter(splits.rows(VALIDATION)["label"].to_pylist())
+    return [counts[number] for number in range(len(splits.classes))]
 
 
 def changed_images(folder: Path, splits: Splits) -> list[str]:

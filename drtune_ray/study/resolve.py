@@ -14,7 +14,7 @@ from typing import Any
 from drtune_ray.config.demo_weights import DEMO_BACKBONE
 from drtune_ray.config.section import validated
 from drtune_ray.config.sources import (
-    data_folder,
+    data_source,
     mapping_of,
     merged_study,
     name_of,
@@ -22,10 +22,11 @@ from drtune_ray.config.sources import (
     trial_values,
 )
 from drtune_ray.config.study import STUDY, TRAINING, ResourcesConfig, StudyConfig, study_name
-from drtune_ray.config.trial import DataConfig, TrialConfig
-from drtune_ray.data.listing import list_class_folders
-from drtune_ray.data.root import check_root
+from drtune_ray.config.trial import TrialConfig
+from drtune_ray.data.kinds.recognize import find_images
+from drtune_ray.data.splits import num_train_at_least
 from drtune_ray.errors import DrtuneError
+from drtune_ray.folders import source_location
 from drtune_ray.storage.record import recorded_config
 from drtune_ray.study.machine import Machine, fitting_defaults, this_machine, without_gpus
 from drtune_ray.values import deep_merge, flattened, full_path, nested, parse_assignments
@@ -77,7 +78,6 @@ def study_request(
         ConfigError: Naming every problem.
     """
     asked = merged_study(study_file, assignments, flags)
-    folder = data_folder(asked["trial"], "trial.")
     recorded = _recorded(_place_of(asked), STUDY, CHOSEN_ONCE, asked)
 
     def resolved(machine: Machine, num_train: int | None) -> tuple[StudyConfig, dict[str, Any]]:
@@ -86,12 +86,11 @@ def study_request(
         settings = deep_merge(deep_merge(defaults, nested(recorded)), asked)
         return StudyConfig.from_mapping(settings), defaults
 
-    resolved(without_gpus(), None)  # refuses at once what is wrong: counting GPUs needs torch
-    if needs_images:
-        check_root(folder)
-    config, defaults = resolved(
-        this_machine(), _num_train_at_least(folder, asked["trial"], "trial.")
-    )
+    # Refuses at once what is wrong: counting GPUs needs torch.
+    config, _ = resolved(without_gpus(), None)
+    data = config.trial.data
+    num_train = num_train_at_least(find_images(data), data) if needs_images else None
+    config, defaults = resolved(this_machine(), num_train)
     return config, _say(defaults, recorded, asked)
 
 
@@ -119,11 +118,11 @@ def trial_request(
     trial = deep_merge(trial, nested(parse_assignments(assignments)))
     asked = mapping_of(trial, "resources")
     trial.pop("resources", None)
-    folder = data_folder(trial)
+    source = data_source(trial)
     preset = trial.pop("preset", None)
     recorded: dict[str, Any] = {}
     if place is not None:
-        name = place.name or training_name(folder)
+        name = place.name or training_name(source)
         place = Place(place.storage, name, place.artifacts)
         recorded = _recorded(place, TRAINING, CHOSEN_ONCE_OF_TRIAL, trial)
 
@@ -137,15 +136,16 @@ def trial_request(
         resources = validated(ResourcesConfig, fitting | dict(asked), "resources.")
         return config, resources, defaults["trial"]
 
-    resolved(without_gpus(), None)  # refuses at once what is wrong: counting GPUs needs torch
-    check_root(folder)
-    config, resources, defaults = resolved(this_machine(), _num_train_at_least(folder, trial))
+    # Refuses at once what is wrong: counting GPUs needs torch.
+    data = resolved(without_gpus(), None)[0].data
+    num_train = num_train_at_least(find_images(data), data)
+    config, resources, defaults = resolved(this_machine(), num_train)
     return config, resources, _say(defaults, recorded, trial)
 
 
 def training_name(images: str | Path) -> str:
-    """Return the default name of a training, made from its folder of images."""
-    return f"{name_of(full_path(images))}-train"
+    """Return the default name of a training, made from its source of images."""
+    return f"{name_of(source_location(str(images)))}-train"
 
 
 def _place_of(asked: Mapping[str, Any]) -> Place:
@@ -192,22 +192,6 @@ def _fitting_resources(defaults: Mapping[str, Any], asked: Mapping[str, Any]) ->
     """Return the default resources without those that the given settings replace."""
     replaced = "gpus_per_worker" if "gpus_per_trial" in asked else None
     return {key: value for key, value in defaults["resources"].items() if key != replaced}
-
-
-def _num_train_at_least(folder: Path, trial: Mapping[str, Any], prefix: str = "") -> int:
-    """Return a lower bound of the number of training images, before they are scanned."""
-    data = mapping_of(trial, "data", prefix)
-    listing = list_class_folders(folder)
-    images, num_classes = listing.num_images, len(listing.images)
-    if isinstance(data.get("train_per_class"), int):
-        return int(data["train_per_class"]) * num_classes
-    fields = DataConfig.model_fields
-    shares = [
-        data.get(key, fields[key].default) for key in ("validation_fraction", "test_fraction")
-    ]
-    if not all(isinstance(share, float) and 0.0 < share < 1.0 for share in shares):
-        return images  # refused later, with its name
-    return int(images * (1.0 - sum(shares))) - 2 * num_classes
 
 
 def _given(asked: Mapping[str, Any]) -> set[str]:

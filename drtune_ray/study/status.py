@@ -9,11 +9,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from drtune_ray.config.metric import metric_of
 from drtune_ray.config.study import STUDY, StudyConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.execution.environment import SUBMITTED_WITH, job_config
@@ -119,9 +120,9 @@ class Status:
         able = [
             trial
             for trial in self.of_search
-            if trial.state in (COMPLETE, UNFINISHED) and trial.best_val_accuracy is not None
+            if trial.state in (COMPLETE, UNFINISHED) and trial.best_value is not None
         ]
-        return max(able, key=lambda t: (t.best_val_accuracy or 0.0, -t.number), default=None)
+        return max(able, key=lambda t: (t.score, -t.number), default=None)
 
     @property
     def references(self) -> tuple[TrialSummary, ...]:
@@ -156,7 +157,8 @@ def read_status(name_or_folder: str, storage: str) -> Status:
     driver, is_alive = driver_of(record, notes)
     num_trials = _number(record, "trials") if is_study else 1
     spool = Spool(folder / SPOOL_NAME) if (folder / SPOOL_NAME).is_dir() else None
-    notes += [f"{place} is damaged and is not sent to MLflow" for place in _damaged(spool)]
+    num_unsent, damaged = spool.waiting() if spool else (0, [])
+    notes += [f"{place} is damaged and is not sent to MLflow" for place in damaged]
     return Status(
         folder=folder,
         kind=record.kind,
@@ -167,7 +169,7 @@ def read_status(name_or_folder: str, storage: str) -> Status:
         num_epochs=_number(record, "trial.training.epochs" if is_study else "training.epochs"),
         trials=trials,
         sampled=sampled,
-        num_unsent=spool.num_unsent() if spool else 0,
+        num_unsent=num_unsent,
         evaluation=read_result(folder, folder / WINNER_NAME / WEIGHTS_NAME),
         num_bytes=sum(_sizes(folder)),
         command=_read_command(folder),
@@ -190,10 +192,6 @@ def _number(record: Record, path: str) -> int:
     """Return a number of the record's configuration, 0 if it holds none."""
     value = flattened(record.config).get(path)
     return value if isinstance(value, int) else 0
-
-
-def _damaged(spool: Spool | None) -> list[str]:
-    return spool.damaged() if spool else []
 
 
 def write_command(folder: Path) -> None:
@@ -238,7 +236,7 @@ def _training(record: Record) -> tuple[TrialSummary, ...]:
             state=UNFINISHED if state == "INTERRUPTED" else state,
             outcome=end.outcome if end else "",
             reference=None,
-            best_val_accuracy=epoch.metrics.get("best_val_accuracy") if epoch else None,
+            best_value=epoch.metrics.get(metric_of(record.config).best) if epoch else None,
             num_epochs=epoch.step if epoch else 0,
             seconds=None,
             config=record.config,
@@ -311,14 +309,19 @@ def facts(status: Status, now: float | None = None) -> dict[str, Any]:
         "seconds_since_last_sign": (time.time() if now is None else now) - status.last_sign,
         "num_done": status.num_done,
         "outcomes": status.outcomes,
-        "best": vars(best) if best else None,
-        "evaluation": asdict(status.evaluation) if status.evaluation else None,
+        "best": best.to_mapping() if best else None,
+        "evaluation": _without_tables(status.evaluation) if status.evaluation else None,
         "settings": best_settings(status),
         "searched": status.searched,
-        "references": [vars(trial) for trial in status.references],
-        "finals": [vars(trial) for trial in status.finals],
-        "unfinished": [vars(trial) for trial in status.unfinished],
+        "references": [trial.to_mapping() for trial in status.references],
+        "finals": [trial.to_mapping() for trial in status.finals],
+        "unfinished": [trial.to_mapping() for trial in status.unfinished],
     }
+
+
+def _without_tables(found: Evaluation) -> dict[str, Any]:
+    """Return the figures of an evaluation; `evaluate --json` prints its tables too."""
+    return {name: value for name, value in found.to_mapping().items() if name != "tables"}
 
 
 def best_settings(status: Status) -> dict[str, Any]:

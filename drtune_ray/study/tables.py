@@ -11,13 +11,14 @@ from drtune_ray.config.study import ResourcesConfig
 from drtune_ray.config.trial import TABLES_PATHS, TrialConfig
 from drtune_ray.data.cache import table_name, write_images
 from drtune_ray.data.dataset import Tables
+from drtune_ray.data.kinds.recognize import open_images
 from drtune_ray.data.splits import Splits, write_manifest
 from drtune_ray.data.table_store import TableStore
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.execution.capacity import Capacity
 from drtune_ray.space.points import combinations, needed_for
 from drtune_ray.space.search_space import SearchSpace
-from drtune_ray.study.inputs import StudyInputs, data_root, manifest_path
+from drtune_ray.study.inputs import StudyInputs, manifest_path
 from drtune_ray.training.backbones import Backbone
 from drtune_ray.training.frozen_features import prepare_tables
 from drtune_ray.values import flattened
@@ -46,9 +47,10 @@ def build_tables(
     checked: StudyInputs, config: TrialConfig, store: TableStore, device: str
 ) -> Tables:
     """Build the tables alone; see `prepare`."""
-    root, backbone = data_root(config.data), checked.encoder_of(config)
+    backbone = checked.encoder_of(config)
     images = store.table(
-        images_name(checked.splits), lambda path: write_images(checked.splits, root, path)
+        images_name(checked.splits),
+        lambda path: write_images(checked.splits, open_images(config.data), path),
     )
     backbone_file = store.table(backbone_name(backbone), backbone.write)
     return prepare_tables(store, config.data, checked.splits.classes, images, backbone_file, device)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from drtune_ray.config.metric import DEFAULT_METRIC, METRICS, Metric
 from drtune_ray.config.study import TRAINING, ResourcesConfig, TrackingConfig, study_name
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.splits import write_manifest
@@ -19,8 +20,9 @@ from drtune_ray.execution.ray_train.fit import advice, fit
 from drtune_ray.execution.resource_wait import Notify
 from drtune_ray.execution.run_context import RunContext
 from drtune_ray.execution.session import ready_cluster
-from drtune_ray.folders import LocalFolder, as_problem, files_as_problem
-from drtune_ray.results.winner import read_about, write_winner
+from drtune_ray.folders import LocalFolder, as_problem, files_as_problem, source_location
+from drtune_ray.results.evaluate import keep_openings
+from drtune_ray.results.winner import is_sound, read_about, write_winner
 from drtune_ray.storage.artifacts import StudyArtifacts
 from drtune_ray.storage.fingerprint import deciding_values, former_record, open_record
 from drtune_ray.storage.record import (
@@ -34,17 +36,19 @@ from drtune_ray.study.inputs import (
     StudyInputs,
     changed_images,
     check_inputs,
-    data_root,
     manifest_path,
 )
 from drtune_ray.study.opened import opened_study
+from drtune_ray.study.record_start import training_started
+from drtune_ray.study.registration import model_ready
 from drtune_ray.study.tables import prepare, preparing_device
-from drtune_ray.tracking.events import FilesReady, RunFinished, RunStarted, Sink, fan_out
+from drtune_ray.tracking.events import FilesReady, RunFinished, Sink, fan_out
 from drtune_ray.tracking.mlflow_recorder import build_recorder, check_tracking, ignored_variables
-from drtune_ray.tracking.spool import BackgroundWriter, Spool, send_rest
+from drtune_ray.tracking.spool import Spool
+from drtune_ray.tracking.writer import BackgroundWriter, send_rest
 from drtune_ray.training.checkpoint import trial_identity
 from drtune_ray.training.reports import COMPLETED, OBJECTIVE, OUTCOME, PATIENCE
-from drtune_ray.values import flattened, full_path
+from drtune_ray.values import full_path
 
 INTERRUPTED = RunFinished(None, "INTERRUPTED", "interrupted", {}, {})
 logger = logging.getLogger(__name__)
@@ -57,6 +61,8 @@ class TrainingResult:
     Attributes:
         folder: Folder of the training; the model is in its ``winner`` folder.
         val_accuracy: Validation accuracy of the best epoch, 0 to 1.
+        metric: Metric that chose the best epoch.
+        value: Its value at that epoch.
         outcome: Why it ended.
         num_unsent: Number of events that the tracking server has not received yet.
         was_done: Whether nothing was left to train.
@@ -64,6 +70,8 @@ class TrainingResult:
 
     folder: Path
     val_accuracy: float
+    metric: Metric
+    value: float
     outcome: str
     num_unsent: int
     was_done: bool
@@ -106,7 +114,7 @@ def run_training(
     kept.restore_shared(manifest_path(config.data, storage))
     tracking = tracking or TrackingConfig()
     checked = _checked(config, storage, resources, tracking)
-    config = config.with_values({"data.train": str(data_root(config.data))})
+    config = config.with_values({"data.train": source_location(config.data.train)})
     values = config.to_mapping()
     deciding = deciding_values(values, checked.splits.content_digest(), checked.weights_digest)
     folder = storage / name
@@ -114,13 +122,14 @@ def run_training(
     changes = partial(changed_images, folder, checked.splits)
     former_record(folder, TRAINING, deciding, changes)
     joining = ready_cluster({WORKERS: config.training}, resources, with_dashboard=True)
-    is_done = (folder / DONE_NAME).exists()
+    is_done = _is_done(folder)
     with opened_study(folder, kept, nullcontext() if is_done else joining, on_notice) as opened:
         record = open_record(folder, TRAINING, values, deciding, tracking, artifacts, changes)
         spool = Spool(folder / SPOOL_NAME)
-        was_done = (folder / DONE_NAME).exists()
+        was_done = _is_done(folder)
         if not was_done and opened.cluster:
             write_manifest(checked.splits.manifest, folder / SPLITS_NAME)
+            keep_openings(folder, storage, kept.root)
             kept.keep(RECORD_FILE, SPLITS_NAME)
             on_plan((*checked.notes(), *ignored_variables(tracking)))
             recorder = build_recorder(tracking, storage, record.study_id)
@@ -143,9 +152,17 @@ def run_training(
         return _result(folder, spool.num_unsent(), was_done=was_done)
 
 
+def _is_done(folder: Path) -> bool:
+    """Return whether a training has ended and its model is whole; a lost one is trained again."""
+    return (folder / DONE_NAME).exists() and is_sound(folder / WINNER_NAME)
+
+
 def _result(folder: Path, num_unsent: int, *, was_done: bool) -> TrainingResult:
     about = read_about(folder / WINNER_NAME)
-    return TrainingResult(folder, about["val_accuracy"], about["outcome"], num_unsent, was_done)
+    metric = METRICS[about.get("metric", DEFAULT_METRIC)]
+    value = about[metric.measure]
+    accuracy, outcome = about["val_accuracy"], about["outcome"]
+    return TrainingResult(folder, accuracy, metric, value, outcome, num_unsent, was_done)
 
 
 def _checked(
@@ -177,8 +194,7 @@ class _Training:
     def run(self) -> None:
         """Train, keep the model, and end the run in MLflow whatever happens."""
         context = self.context
-        params = flattened(self.config.to_mapping())
-        context.emit(RunStarted(None, context.folder.name, params, {"drtune.kind": TRAINING}))
+        context.emit(training_started(context.folder.name, self.config, self.checked))
         try:
             outcome = self._train_and_write()
         except (KeyboardInterrupt, EnvironmentProblem):
@@ -189,6 +205,7 @@ class _Training:
             raise
         context.artifacts.keep(WINNER_NAME)
         context.emit(FilesReady(None, str(context.folder / WINNER_NAME), WINNER_NAME))
+        context.emit(model_ready(context.folder))
         context.emit(RunFinished(None, "COMPLETE", outcome, {}, {}))
         context.check_disk()
         LocalFolder(context.folder).write(DONE_NAME, outcome.encode())
@@ -213,11 +230,13 @@ class _Training:
             result = fit(context, self.config, tables, context.checkpoints(0), key=None)
         if result[OUTCOME] not in (COMPLETED, PATIENCE):
             raise DrtuneError(advice(result[OUTCOME], self.config))
+        metric = METRICS[self.config.training.metric]
         about = {
             "study": context.folder.name,
-            "val_accuracy": result[OBJECTIVE],
+            "metric": self.config.training.metric,
+            metric.measure: result[OBJECTIVE],
             "outcome": result[OUTCOME],
-            "chosen": "best epoch of one training, by validation accuracy",
+            "chosen": f"best epoch of one training, by {metric.label}",
         }
         with as_problem(context.artifacts.uri):
             best = context.checkpoints(0).fetch_best()
@@ -230,5 +249,6 @@ class _Training:
             self.config,
             about,
             trial_identity(self.config, *content),
+            self.checked.splits.whites,
         )
         return str(result[OUTCOME])

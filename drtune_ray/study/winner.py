@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import Tables
 from drtune_ray.data.table_store import TableStore
-from drtune_ray.errors import CheckpointError
+from drtune_ray.errors import CheckpointError, first_line
 from drtune_ray.execution.run_context import RunContext
 from drtune_ray.folders import as_problem
 from drtune_ray.results.trials import TrialSummary, best_first, config_of
-from drtune_ray.results.winner import write_winner
-from drtune_ray.storage.record import WINNER_NAME
-from drtune_ray.study.final_fit import FinalFit, final_fit
+from drtune_ray.results.winner import is_sound, write_winner
+from drtune_ray.storage.record import WINNER_NAME, is_done
+from drtune_ray.study.final_fit import AGAIN, Refit, final_fit
 from drtune_ray.study.inputs import StudyInputs
 from drtune_ray.study.result import StudyResult
 from drtune_ray.study.tables import build_tables, preparing_device
@@ -28,8 +29,36 @@ from drtune_ray.training.checkpoint import (
     read_checkpoint,
     recorded_identity,
 )
+from drtune_ray.training.reports import COMPLETED, PATIENCE
 
 logger = logging.getLogger(__name__)
+
+
+def is_finished(config: StudyConfig, num_trials: int | None = None) -> bool:
+    """Return whether a study is done and its model is whole; a lost one is written again.
+
+    Args:
+        config: The study.
+        num_trials: Number of trials with a result now; None if not known yet.
+    """
+    return is_done(config.folder, config, num_trials) and is_sound(config.folder / WINNER_NAME)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A training whose weights become the model.
+
+    Attributes:
+        config: Its configuration.
+        values: The configuration as it was recorded.
+        checked: Its images and weights.
+        folder: Folder of its checkpoints.
+    """
+
+    config: TrialConfig
+    values: Mapping[str, Any]
+    checked: StudyInputs
+    folder: TrialFolder
 
 
 @dataclass(frozen=True)
@@ -51,50 +80,93 @@ class WinnerWriter:
     def write_winner(self, result: StudyResult) -> StudyResult:
         """Write the model, after a final fit if there is one; return the updated result.
 
-        If the final fit diverges, the result says so and the winner's best seed is shipped.
+        If the final fit diverges, the result says so and the winner's best seed is shipped. If the
+        weights of that seed are lost, it is trained again.
         """
-        config, values = config_of(result.shipped), result.shipped.config
-        folder, checked = self.run.checkpoints(result.shipped.number), self.checked
-        again = final_fit(result, self.config.final_fit, checked)
+        source = self._of_trial(result.shipped)
+        again = final_fit(result, self.config.final_fit, self.checked)
         if again is not None:
             outcome = self._train(again)
             result = replace(result, final_fit=again.about(outcome))
             if result.is_fitted_again:
-                config, checked = again.config, again.checked
-                values = config.to_mapping()
-                folder = self.run.checkpoints(again.name)
-        tables = self._tables(checked, config)
-        content = (folder.path.name, tables.images.name, tables.backbone.name)
-        write_winner(
-            self.config.folder / WINNER_NAME,
-            self._weights(folder),
-            tables.backbone,
-            tables.classes,
-            config,
-            result.about(),
-            recorded_identity(values, *content),
-        )
+                source = self._of_refit(again)
+        about = result.about()
+        try:
+            self._write(source, about)
+        except CheckpointError as error:
+            if result.is_fitted_again:
+                raise
+            self._write(*self._trained_again(result.shipped, about, error))
         return result
 
     def keep_top_checkpoints(self, trials: Iterable[TrialSummary]) -> None:
         """Send MLflow copies of the best weights of the best trials."""
         for trial in best_first(trials)[: self.config.tracking.num_top_checkpoints]:
-            weights = self._weights(self.run.checkpoints(trial.number))
             try:
-                check_best(read_checkpoint(weights), weights, None, trial.best_val_accuracy)
+                weights = self._weights(self.run.checkpoints(trial.number))
+                best = read_checkpoint(weights)
+                check_best(best, weights, None, trial.metric, trial.best_value)
             except CheckpointError as error:
                 logger.warning("trial %d's weights are not sent to MLflow: %s", trial.number, error)
             else:
                 self.run.emit(FilesReady(trial.number, str(weights), "checkpoint"))
 
-    def _train(self, again: FinalFit) -> str:
+    def _write(self, source: _Source, about: dict[str, Any]) -> None:
+        """Write the model.
+
+        Raises:
+            CheckpointError: If the weights are lost, damaged or others.
+        """
+        config, tables = source.config, self._tables(source.checked, source.config)
+        content = (source.folder.path.name, tables.images.name, tables.backbone.name)
+        write_winner(
+            self.config.folder / WINNER_NAME,
+            self._weights(source.folder),
+            tables.backbone,
+            tables.classes,
+            config,
+            about,
+            recorded_identity(source.values, *content),
+            source.checked.splits.whites,
+        )
+
+    def _of_trial(self, trial: TrialSummary) -> _Source:
+        folder = self.run.checkpoints(trial.number)
+        return _Source(config_of(trial), trial.config, self.checked, folder)
+
+    def _of_refit(self, again: Refit) -> _Source:
+        folder = self.run.checkpoints(again.name)
+        return _Source(again.config, again.config.to_mapping(), again.checked, folder)
+
+    def _train(self, again: Refit) -> str:
         training = again.config.training
         self.run.cluster.on_notice(
             f"Final fit: trial {again.source}'s configuration on {again.checked.num_train} images, "
             f"training and validation together, to epoch {training.last_epoch}"
         )
-        tables = self._tables(again.checked, again.config)
-        return again.train(self.run, tables)
+        return again.train(self.run, self._tables(again.checked, again.config))
+
+    def _trained_again(
+        self, trial: TrialSummary, about: dict[str, Any], error: CheckpointError
+    ) -> tuple[_Source, dict[str, Any]]:
+        """Train a trial again whose weights are lost; return it with its entry for the card.
+
+        Raises:
+            CheckpointError: `error`, if it cannot be trained.
+        """
+        again = Refit(trial.number, config_of(trial), self.checked, AGAIN)
+        self.run.cluster.on_notice(
+            f"Trial {trial.number} is trained again, with the same settings and seed, since its "
+            f"weights are lost: {first_line(error)}"
+        )
+        outcome = again.train(self.run, self._tables(again.checked, again.config))
+        if outcome not in (COMPLETED, PATIENCE):
+            raise error
+        source = self._of_refit(again)
+        best, metric = read_checkpoint(self._weights(source.folder)), trial.metric
+        value = best["record"]["metrics"][metric.best]
+        found = {metric.measure: value, "trained_again": again.about(outcome)}
+        return source, about | found
 
     def _tables(self, checked: StudyInputs, config: TrialConfig) -> Tables:
         device = preparing_device(self.config.resources, self.run.cluster.capacity)[0]
@@ -104,4 +176,8 @@ class WinnerWriter:
 
     def _weights(self, folder: TrialFolder) -> Path:
         with as_problem(self.run.artifacts.uri):
-            return folder.fetch_best()
+            try:
+                return folder.fetch_best()
+            except FileNotFoundError:
+                lost = CheckpointError(f"{folder.best} is missing")
+        raise lost

@@ -47,7 +47,7 @@ def test_an_error_is_one_message_on_stderr_whatever_the_mode(tmp_path, command, 
     storage = tmp_path / "studies"
     given = ["--data", str(tmp_path / "nowhere"), "--storage", str(storage)]
     done = run(command, *given, *modes)
-    message = "nowhere' is not a folder: give a folder of class folders"
+    message = "nowhere' is neither a folder nor a file: give a folder of class folders"
     refused(done, message, storage)
     assert done.stderr.count("\n") == 1
     lines = [json.loads(line) for line in done.stdout.splitlines()]

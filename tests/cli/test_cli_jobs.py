@@ -25,7 +25,7 @@ def run(home: Path, *arguments: str, **variables: str) -> subprocess.CompletedPr
         env={**kept, "HOME": str(home), **variables},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
 
 

@@ -67,7 +67,7 @@ def test_help__choices_and_defaults() -> None:
     assert "--sampler [tpe|gp|cma_es|qmc|random|nsga2|nsga3]" in text
     assert "trained; 0 holds no finals. [default: 2]" in text
     assert "the data folder's name. --seed" in text  # without a default of its own
-    assert "class. --backbone" in text  # required
+    assert "object store. --backbone" in text  # required
     assert "May be repeated. --tracking-uri" in text
 
 

@@ -37,7 +37,7 @@ def worked(tmp_path: Path, redirection: str, **streams: Any) -> tuple[int, str]:
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=60,
+        timeout=300,
         **streams,
     )
     assert (tmp_path / "work").read_text() == "done"

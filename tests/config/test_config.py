@@ -9,11 +9,16 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from drtune_ray.config.inputs import DataConfig
 from drtune_ray.config.presets import PRESETS
 from drtune_ray.config.section import Section, known_paths
-from drtune_ray.config.study import StudyConfig, reference_config
+from drtune_ray.config.study import StudyConfig, reference_config, study_name
 from drtune_ray.config.trial import TrialConfig
+from drtune_ray.data.table_store import CACHE_FOLDER
 from drtune_ray.errors import ConfigError
+from drtune_ray.results.evaluate import OPENINGS_FOLDER, OPENINGS_NAME
+from drtune_ray.study.inputs import manifest_path
+from drtune_ray.tracking.sqlite_store import ARTIFACTS_NAME
 from drtune_ray.values import (
     deep_merge,
     digest,
@@ -101,7 +106,8 @@ def test_from_mapping__shows_every_problem_at_once() -> None:
     assert set(caught.value.problems) == {
         "data.train is missing: give it a value",
         "method.bank_size=0 is not valid: input should be greater than 0",
-        "optim.name='SGDD' is not valid: input should be 'sgd' or 'adamw'",
+        "optim.name: there is no optimiser 'SGDD': the nearest is 'sgd', and "
+        "docs/recipe.md lists all",
         "seed='one' is not valid: input should be a valid integer, unable to parse string as an "
         "integer",
         "unknown key 'training.batch_sze'; did you mean 'training.batch_size'?",
@@ -385,3 +391,13 @@ def test_study_config__folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("HOME", "/home/somebody")
     assert study({}).folder == tmp_path / "drtune-studies" / "flowers"
     assert study({"storage": "~/studies"}).folder == Path("/home/somebody/studies/flowers")
+
+
+def test_study_name__none_of_what_studies_share() -> None:
+    """A study of that name wrote into the files of all."""
+    names = {OPENINGS_NAME, OPENINGS_FOLDER, ARTIFACTS_NAME, CACHE_FOLDER}
+    names |= {manifest_path(DataConfig(train="x"), Path()).parent.name}
+    for name in (*names, "mlflow.db", "mlflow.db-wal", "MLArtifacts"):
+        with pytest.raises(ValueError, match="that all studies of a storage share"):
+            study_name(name)
+    assert study_name("cache-2") == "cache-2"

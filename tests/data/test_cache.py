@@ -10,7 +10,7 @@ import PIL.Image
 import pyarrow as pa
 import pytest
 
-from drtune_ray.config.trial import DataConfig
+from drtune_ray.config.inputs import DataConfig
 from drtune_ray.data import cache
 from drtune_ray.data.cache import (
     MappedArray,
@@ -22,17 +22,18 @@ from drtune_ray.data.cache import (
     write_table,
 )
 from drtune_ray.data.pixels import WhiteValues, decode
-from drtune_ray.data.sources import INTEGER_PEAK, read_bytes, scan_class_folders
+from drtune_ray.data.sources import INTEGER_PEAK, read_bytes
 from drtune_ray.data.splits import TEST, TRAIN, VALIDATION, Splits, make_splits
 from drtune_ray.data.views import ViewMaker
 from drtune_ray.errors import ConfigError
 from tests.conftest import WriteImages, noise_image
+from tests.data.scans import scan_folder
 
 
 @pytest.fixture
 def splits(class_folder: Path) -> Splits:
     config = DataConfig(train=str(class_folder))
-    return make_splits(scan_class_folders(class_folder), config)
+    return make_splits(scan_folder(class_folder), config)
 
 
 # ---- arrays
@@ -135,7 +136,7 @@ def test_read_images__encoded_bytes_stay_on_disk(write_images: WriteImages, tmp_
     # BUG found: filtering the table by split copies every encoded image into the memory of every
     # trial's process. Training rows come first in the file: two slices need no copy.
     root = write_images({"cat": 5, "dog": 5}, side=200)
-    splits = make_splits(scan_class_folders(root), DataConfig(train=str(root)))
+    splits = make_splits(scan_folder(root), DataConfig(train=str(root)))
     path = tmp_path / "images.arrow"
     cache.write_images(splits, root, path)
     gc.collect()
@@ -189,7 +190,7 @@ def test_write_images__values_of_more_than_eight_bits(class_folder: Path, tmp_pa
     for number in range(10):
         pixels = (ramp * (number + 1) / 10).astype(np.uint16)
         PIL.Image.fromarray(pixels).save(class_folder / "cat" / f"{number}.tif")
-    splits = make_splits(scan_class_folders(class_folder), DataConfig(train=str(class_folder)))
+    splits = make_splits(scan_folder(class_folder), DataConfig(train=str(class_folder)))
     write_images(splits, class_folder, tmp_path / "images.arrow")
     table = read_table(tmp_path / "images.arrow").to_pylist()
     by_hash = {row["content_hash"]: row for row in splits.manifest.to_pylist()}

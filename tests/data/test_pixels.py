@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import ast
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from drtune_ray.data import pixels
 from drtune_ray.data.pixels import (
     UndecodableImageError,
     WhiteValues,
@@ -219,10 +222,27 @@ def test_is_recognised__other_files(content: bytes) -> None:
 
 def test_decode__starts_no_other_program_for_postscript() -> None:
     content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
-    with pytest.raises(UndecodableImageError, match="cannot identify"):
+    with pytest.raises(UndecodableImageError, match="not recognised as an image"):
         decode(content)
 
 
 def test_names_an_image() -> None:
     assert all(map(names_an_image, ("a.JPG", "a.ppm", "a.jfif", "a.avif", "a.tga")))
     assert not any(map(names_an_image, ("a.txt", "a", "a.heic", "a.eps", "a.h5", ".png")))
+
+
+# ---- formats
+
+
+def test_formats__pillow_is_called_in_one_place_with_a_list() -> None:
+    package = Path(pixels.__file__).parents[1]
+    calls = {
+        path: [ast.unparse(c) for c in ast.walk(ast.parse(text)) if isinstance(c, ast.Call)]
+        for path in package.rglob("*.py")
+        if "Image.open(" in (text := path.read_text())
+    }
+    found = [(p, c) for p, all_calls in calls.items() for c in all_calls if "Image.open" in c]
+    assert found == [(Path(pixels.__file__), "Image.open(file, formats=formats)")]
+    assert not {"EPS", "WMF", "MPEG", "GRIB", "BUFR", "HDF5", "FITS", "PDF"} & set(pixels.FORMATS)
+    Image.init()
+    assert set(pixels.FORMATS) <= set(Image.OPEN)

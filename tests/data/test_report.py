@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from drtune_ray.config.trial import DataConfig
+from drtune_ray.config.inputs import DataConfig
 from drtune_ray.data.report import image_changes, image_notes
-from drtune_ray.data.sources import scan_class_folders
 from drtune_ray.data.splits import Splits, make_splits
 from tests.conftest import WriteImages, noise_image
+from tests.data.scans import scan_folder
 
 
 def splits_of(root: Path) -> Splits:
     config = DataConfig(train=str(root))
-    return make_splits(scan_class_folders(root), config)
+    return make_splits(scan_folder(root), config)
 
 
 def notes_of(root: Path) -> tuple[str, ...]:
@@ -72,10 +72,10 @@ def test_image_notes__one_picture_in_several_classes(class_folder: Path) -> None
 
 def test_image_notes__pictures_of_one_value(class_folder: Path) -> None:
     Image.new("RGB", (24, 24), "black").save(class_folder / "dog" / "black.png")
-    scanned = scan_class_folders(class_folder).files
+    scanned = scan_folder(class_folder).files
     config = DataConfig(train=str(class_folder))
     for known in (None, scanned):  # a second start does not read the files again
-        splits = make_splits(scan_class_folders(class_folder, known), config)
+        splits = make_splits(scan_folder(class_folder, known), config)
         assert image_notes(splits)[1] == "1 picture has one value in all pixels (dog/black.png)"
 
 
@@ -121,6 +121,6 @@ def test_image_changes__of_several_kinds(class_folder: Path) -> None:
 def test_image_changes__other_splits_only(class_folder: Path) -> None:
     former = splits_of(class_folder).manifest
     config = DataConfig(train=str(class_folder), test_fraction=0.3)
-    present = make_splits(scan_class_folders(class_folder), config).manifest
+    present = make_splits(scan_folder(class_folder), config).manifest
     (change,) = image_changes(former, present)
     assert " in another split (" in change

@@ -14,25 +14,25 @@ import pytest
 from PIL import Image
 
 from drtune_ray.data import sources
-from drtune_ray.data.listing import BESIDE, DAMAGED, HIDDEN, NO_FILE, NO_IMAGE
+from drtune_ray.data.listing import BESIDE, DAMAGED, HIDDEN, NO_FILE, NO_IMAGE, UNLABELLED
 from drtune_ray.data.pixels import PixelFacts, WhiteValues
 from drtune_ray.data.sources import (
     INTEGER_PEAK,
     content_hash,
     read_bytes,
-    scan_class_folders,
     whites_of,
 )
 from drtune_ray.errors import ConfigError
 from tests.conftest import WriteImages, noise_image
 from tests.data.pictures import encoded
+from tests.data.scans import scan_folder
 
 REMEDY = "replace or remove it, or set data.skip_bad=true"
 
 
 def problems_of(root: Path) -> tuple[str, ...]:
     with pytest.raises(ConfigError) as caught:
-        scan_class_folders(root)
+        scan_folder(root)
     return caught.value.problems
 
 
@@ -45,7 +45,7 @@ def test_scan__classes_labels_and_files(write_images: WriteImages) -> None:
     noise_image("deep", 8).save(root / "dog" / "deep" / "er" / "x.JPG", "JPEG")
     (root / "dog" / "notes.txt").write_text("no image")
     (root / ".git").mkdir()
-    folder = scan_class_folders(root)
+    folder = scan_folder(root)
     assert folder.classes == ("cat", "dog")
     rows = folder.files.to_pylist()
     assert [(row["path"], row["label"]) for row in rows] == [
@@ -64,7 +64,7 @@ def test_scan__classes_labels_and_files(write_images: WriteImages) -> None:
 def test_scan__known_files_are_not_read_again(
     class_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = scan_class_folders(class_folder).files
+    first = scan_folder(class_folder).files
     noise_image("another", 24).save(class_folder / "cat" / "005.png")
     os.utime(class_folder / "cat" / "005.png", ns=(1, 1))  # certainly another time
     noise_image("new", 24).save(class_folder / "dog" / "new.png")
@@ -77,9 +77,9 @@ def test_scan__known_files_are_not_read_again(
         return real(content)
 
     monkeypatch.setattr(sources, "examine", examine)
-    second = scan_class_folders(class_folder, first).files
+    second = scan_folder(class_folder, first).files
     assert len(read) == 2
-    fresh = scan_class_folders(class_folder).files
+    fresh = scan_folder(class_folder).files
     assert second.equals(fresh)
 
 
@@ -89,7 +89,9 @@ def test_scan__known_files_are_not_read_again(
 def test_scan__missing_folder(tmp_path: Path) -> None:
     root = tmp_path / "nowhere"
     assert problems_of(root) == (
-        f"data.train={str(root)!r} is not a folder: give a folder of class folders",
+        f"data.train={str(root)!r} is neither a folder nor a file: give a folder of class folders, "
+        "or another source of docs/images.md (datasets of a hub are not fetched: save them with "
+        "save_to_disk)",
     )
 
 
@@ -160,7 +162,7 @@ def test_scan__many_broken_images_are_counted(class_folder: Path) -> None:
 def test_scan__folder_with_the_name_of_an_image_is_searched(class_folder: Path) -> None:
     (class_folder / "dog" / "holiday.png").mkdir()
     noise_image("inside", 8).save(class_folder / "dog" / "holiday.png" / "a.png")
-    paths = scan_class_folders(class_folder).files["path"].to_pylist()
+    paths = scan_folder(class_folder).files["path"].to_pylist()
     assert "dog/holiday.png/a.png" in paths
     assert len(paths) == 21
 
@@ -175,11 +177,11 @@ def test_scan__dangling_link_is_named(class_folder: Path) -> None:
 
 
 def paths_of(root: Path, **options: Any) -> list[str]:
-    return list(scan_class_folders(root, **options).files["path"].to_pylist())
+    return list(scan_folder(root, **options).files["path"].to_pylist())
 
 
 def reasons_of(root: Path, **options: Any) -> list[tuple[str, str, int]]:
-    left_out = scan_class_folders(root, **options).left_out
+    left_out = scan_folder(root, **options).left_out
     return sorted((item.path, item.reason, item.num_files) for item in left_out)
 
 
@@ -264,7 +266,7 @@ def test_scan__class_of_bad_images_only(class_folder: Path) -> None:
     for path in (class_folder / "cat").iterdir():
         path.write_bytes(b"no image")
     with pytest.raises(ConfigError) as caught:
-        scan_class_folders(class_folder, skip_bad=True)
+        scan_folder(class_folder, skip_bad=True)
     assert str(caught.value) == (
         f"class folder 'cat' in {class_folder} holds no sound image (10 damaged left out): add "
         "some or remove the folder"
@@ -297,7 +299,8 @@ def test_scan__names_in_a_locale_without_utf8(class_folder: Path) -> None:
     (class_folder / "cat" / "katzé.png").write_bytes(b"")
     code = (
         "import sys; from pathlib import Path; from drtune_ray.data.sources import *\n"
-        "try: scan_class_folders(Path(sys.argv[1]))\n"
+        "from tests.data.scans import scan_folder\n"
+        "try: scan_folder(Path(sys.argv[1]))\n"
         "except ConfigError as error: print(ascii(str(error)))"
     )
     done = subprocess.run(
@@ -376,20 +379,32 @@ def test_scan__folders_of_splits(tmp_path: Path, names: tuple[str, ...], expecte
         for label in ("cat", "dog"):
             (tmp_path / name / label).mkdir(parents=True)
             noise_image(name + label, 8).save(tmp_path / name / label / "0.png")
+    scanned = scan_folder(tmp_path)
     if not expected:
-        assert len(scan_class_folders(tmp_path).classes) == len(names)
+        assert len(scanned.classes) == len(names)
         return
-    (problem,) = problems_of(tmp_path)
-    assert f"data.train={str(tmp_path)!r} holds the splits {names[0]}, " in problem
-    assert f"give --data {tmp_path / names[0]}, which is split anew, or put the images" in problem
+    assert scanned.classes == ("cat", "dog")
+    splits = [name for name in names if name != "annotations"]
+    columns = (scanned.files[name].to_pylist() for name in ("given_split", "path"))
+    found = set(zip(*columns, strict=True))
+    assert found == {(name, f"{name}/{label}/0.png") for name in splits for label in ("cat", "dog")}
+    assert scanned.notes[0].startswith(f"folders of splits: {splits[0]}, ")
+    assert sum(item.num_files for item in scanned.left_out) == 2 * ("annotations" in names)
+
+
+def test_scan__split_folder_without_classes_is_left_out(class_folder: Path, tmp_path: Path) -> None:
+    class_folder.rename(tmp_path / "all")
+    (tmp_path / "images" / "test").mkdir(parents=True)
+    noise_image("unknown", 8).save(tmp_path / "images" / "test" / "0.png")
+    (tmp_path / "all").rename(tmp_path / "images" / "train")
+    scanned = scan_folder(tmp_path / "images")
+    assert scanned.files.num_rows == 20
+    assert [(i.path, i.reason) for i in scanned.left_out] == [("test/0.png", UNLABELLED)]
 
 
 def test_scan__splits_without_classes(write_images: WriteImages) -> None:
-    root = write_images({"train": 3, "test": 3})
-    assert problems_of(root) == (
-        f"data.train={str(root)!r} holds the splits train, test instead of classes: put the images "
-        "of each class into one folder",
-    )
+    """They may be classes after all: a train among other things."""
+    assert scan_folder(write_images({"train": 3, "test": 3})).classes == ("test", "train")
 
 
 def test_scan__class_folders_one_level_below(tmp_path: Path, write_images: WriteImages) -> None:
@@ -430,17 +445,17 @@ def test_scan__one_range_for_all_images(
     class_folder: Path, peaks: tuple[float, float], white: int
 ) -> None:
     write_floats(class_folder, dict(zip(("cat/a.tif", "dog/b.tif"), peaks, strict=True)))
-    first = scan_class_folders(class_folder).files
+    first = scan_folder(class_folder).files
     assert whites_of(first) == WhiteValues(65535, white)
-    assert whites_of(scan_class_folders(class_folder, first).files).floating == white
+    assert whites_of(scan_folder(class_folder, first).files).floating == white
 
 
 def test_scan__of_an_earlier_release_is_read_again(class_folder: Path) -> None:
     Image.fromarray(np.full((8, 8), 4000, np.uint16)).save(class_folder / "cat" / "deep.png")
-    fresh = scan_class_folders(class_folder).files
+    fresh = scan_folder(class_folder).files
     earlier = fresh.drop_columns([INTEGER_PEAK, "float_peak", "is_uniform", "pixel_hash"])
     assert whites_of(earlier) == WhiteValues()  # as it was read then
-    assert scan_class_folders(class_folder, earlier).files.equals(fresh)
+    assert scan_folder(class_folder, earlier).files.equals(fresh)
     assert whites_of(fresh).integer == 4095
 
 
@@ -448,7 +463,7 @@ def test_scan__of_an_earlier_release_is_read_again(class_folder: Path) -> None:
 
 
 def test_read_bytes__changed_file(class_folder: Path) -> None:
-    row = scan_class_folders(class_folder).files.to_pylist()[3]
+    row = scan_folder(class_folder).files.to_pylist()[3]
     path = class_folder / row["path"]
     noise_image("another", 24).save(path)
     with pytest.raises(ConfigError) as caught:
@@ -459,7 +474,7 @@ def test_read_bytes__changed_file(class_folder: Path) -> None:
 
 
 def test_read_bytes__removed_file(class_folder: Path) -> None:
-    row = scan_class_folders(class_folder).files.to_pylist()[3]
+    row = scan_folder(class_folder).files.to_pylist()[3]
     path = class_folder / row["path"]
     path.unlink()
     with pytest.raises(ConfigError) as caught:

@@ -13,16 +13,16 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from drtune_ray.config.trial import DataConfig
+from drtune_ray.config.inputs import DataConfig
 from drtune_ray.data.listing import DAMAGED, NO_IMAGE, LeftOut
-from drtune_ray.data.sources import FILE_SCHEMA, INTEGER_PEAK, ImageFolder
+from drtune_ray.data.sources import FILE_SCHEMA, INTEGER_PEAK, ScannedImages
 from drtune_ray.data.splits import TEST, TRAIN, VALIDATION, Splits, make_splits, read_manifest
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 
 SPLITS = (TRAIN, VALIDATION, TEST)
 
 
-def folder(contents: Mapping[str, Sequence[object]], prefix: str = "") -> ImageFolder:
+def folder(contents: Mapping[str, Sequence[object]], prefix: str = "") -> ScannedImages:
     """A scanned source whose files hold the given contents."""
     rows = [
         {
@@ -36,7 +36,7 @@ def folder(contents: Mapping[str, Sequence[object]], prefix: str = "") -> ImageF
         for index, content in enumerate(found)
     ]
     table = pa.Table.from_pylist(rows, schema=FILE_SCHEMA)
-    return ImageFolder(Path("images"), tuple(sorted(contents)), table)
+    return ScannedImages("images", tuple(sorted(contents)), table)
 
 
 def hash_of(content: object) -> str:

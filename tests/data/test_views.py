@@ -14,7 +14,7 @@ import timm
 import torch
 import torchvision
 
-from drtune_ray.config.trial import DataConfig
+from drtune_ray.config.inputs import DataConfig
 from drtune_ray.data.views import ViewMaker
 from tests.conftest import noise_image
 

@@ -133,7 +133,8 @@ def cluster_spec(one: Object) -> Object | None:
     """The spec of the Ray cluster that an object makes."""
     if one["kind"] == "RayCluster":
         return one["spec"]
-    return one["spec"]["rayClusterSpec"] if one["kind"] == "RayJob" else None
+    names = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig"}
+    return one["spec"][names[one["kind"]]] if one["kind"] in names else None
 
 
 def pods_of(one: Object) -> Iterator[Pod]:

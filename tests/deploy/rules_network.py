@@ -33,6 +33,9 @@ GKE: set[Flow] = {
     for role in RAY
     for rest in (("169.254.169.254/32", "TCP 80"), ("169.254.169.252/32", "TCP 988"))
 }
+GKE |= {
+    (role, "169.254.20.10/32", f"{protocol} 53") for role in ROLES for protocol in ("UDP", "TCP")
+}
 EKS: set[Flow] = {(role, "169.254.170.23/32", "TCP 80") for role in RAY}
 ADDED = {
     "base": set(),

@@ -19,10 +19,10 @@ DNS_1123 = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 @cache
 def documented_secrets() -> dict[str, set[str]]:
     """Names and keys of the Secrets that docs/kubernetes.md tells how to make."""
-    text = (ROOT / "docs" / "kubernetes.md").read_text().replace("\\\n", " ")
+    text = (ROOT / "docs" / "kubernetes.md").read_text()
     made: dict[str, set[str]] = {}
-    for name, rest in re.findall(r"kubectl .*create secret generic (\S+) (.*)", text):
-        made.setdefault(name, set()).update(re.findall(r"--from-literal=([^=\s]+)=", rest))
+    for name, lines in re.findall(r"^secret_from_stdin (\S+) <<END\n(.*?)^END$", text, re.M | re.S):
+        made.setdefault(name, set()).update(re.findall(r"^([^=\s]+)=", lines, re.M))
     return made
 
 

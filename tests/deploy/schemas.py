@@ -15,7 +15,7 @@ from referencing import Registry, Resource
 from tests.deploy.manifests import Object, pods_of
 
 KUBERNETES = "1.32"
-KUBERAY_KINDS = ("RayJob", "RayCluster")
+KUBERAY_KINDS = ("RayJob", "RayCluster", "RayService")
 Validator = jsonschema.Draft202012Validator
 
 

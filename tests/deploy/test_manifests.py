@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
+import yaml
 
 from drtune_ray.manifests.render import RenderOptions, render_study
 from tests.deploy.checks import rule_problems
@@ -65,10 +67,12 @@ def test_render__is_the_overlay_with_the_study_in_it(overlay: str, tmp_path: Pat
     expected = copy.deepcopy(there["RayJob", "study"])
     if overlay != "kueue":
         assert expected["spec"].pop("suspend") is True
-    file = tmp_path / "study.yaml"
-    file.write_text(there["ConfigMap", "study-file"]["data"]["study.yaml"])
+    file, content = tmp_path / "study.yaml", there["ConfigMap", "study-file"]["data"]["study.yaml"]
+    # Under its own name it would take the place of the base's.
+    file.write_text(re.sub("^name: study$", "name: other", content, flags=re.MULTILINE))
     options = RenderOptions(overlay=overlay, claim="storage")
-    got = {key(one): one for one in render_study(file, options).objects}["RayJob", "study"]
+    made = {key(one): one for one in render_study(file, options).objects}["RayJob", "other"]
+    got = yaml.safe_load(re.sub(r"\bother\b", "study", yaml.safe_dump(made)))
     for one in (got, expected):
         del one["spec"]["entrypoint"]
         cluster = cluster_spec(one)

@@ -26,6 +26,7 @@ from drtune_ray.manifests.render import (
 from drtune_ray.values import deep_merge
 from tests.deploy.manifests import OVERLAYS, RENDERS, ROOT, STUDIES, Object, Render, key, rendered
 
+IMAGE = f"example.org:5000/drtune-ray@sha256:{'0' * 64}"
 SERVERS: dict[str, Any] = {
     "optuna_storage": "postgresql+psycopg://drtune:$PG@postgres/drtune",
     "artifacts": "s3://bucket/drtune",
@@ -153,9 +154,9 @@ def test_object_name(name: str, expected: str) -> None:
 
 
 def test_job__deadline_and_image(tmp_path: Path) -> None:
-    made = job(study(tmp_path), deadline_hours=2, image="example.org/drtune-ray@sha256:0")
+    made = job(study(tmp_path), deadline_hours=2, image=IMAGE)
     assert made["spec"]["activeDeadlineSeconds"] == 7200
-    assert yaml.safe_dump(made).count("image: example.org/drtune-ray@sha256:0\n") == 3
+    assert yaml.safe_dump(made).count(f"image: {IMAGE}\n") == 3
     assert "image: drtune-ray" not in yaml.safe_dump(made)
 
 
@@ -255,6 +256,46 @@ def test_refused__names_that_kubernetes_does_not_take(tmp_path: Path) -> None:
         f"--namespace='Mine' {problem}",
         f"--secret='{'a' * 64}' {problem}",
     ]
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "",
+        "a b",
+        "a:1\n",
+        "Drtune:1",
+        "a:1 --privileged",
+        "https://host/a:1",
+        "a@sha256:0",
+        "a//b:1",
+    ],
+)
+def test_refused__what_is_no_image(tmp_path: Path, image: str) -> None:
+    assert refusal(study(tmp_path), image=image) == (
+        f"--image={image!r} is not the name of an image: write it like "
+        "REGISTRY/drtune-ray:0.1.0-cuda or REGISTRY/drtune-ray@sha256:DIGEST"
+    )
+
+
+@pytest.mark.parametrize("image", ["drtune-ray", "host:5000/a/b", "host/a:latest"])
+def test_refused__an_image_of_no_version(tmp_path: Path, image: str) -> None:
+    assert refusal(study(tmp_path), image=image).startswith(f"--image={image} stands for another")
+    assert job(study(tmp_path), image=f"{image.removesuffix(':latest')}:1-cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "taken"),
+    [
+        ("study", "ConfigMap study-file, PodDisruptionBudget study-head, RayJob study"),
+        ("interactive", "PodDisruptionBudget interactive-head, RayCluster interactive"),
+    ],
+)
+def test_refused__the_name_of_what_the_base_holds(tmp_path: Path, name: str, taken: str) -> None:
+    """`kubectl apply` would have replaced it."""
+    assert refusal(study(tmp_path, name=name)) == (
+        f"study {name!r} would take the place of {taken} of deploy/base: give it another name"
+    )
 
 
 def test_refused__a_wrong_space(tmp_path: Path) -> None:

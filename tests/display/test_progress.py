@@ -10,7 +10,7 @@ from tests.display.study import Clock, earlier, ended, epoch, events, progress_o
 def test_take__rows_follow_the_events():
     progress = progress_of(*events(), clock=Clock())
     row = progress.rows()[1]
-    assert (row.label, row.epoch, row.accuracy, row.best) == ("3", 4, 0.8532, 0.8632)
+    assert (row.label, row.epoch, row.value, row.best) == ("3", 4, 0.8532, 0.8632)
     assert progress.rows()[0].label == "2 (ce_tuning)"
     assert [row.number for row in progress.running] == [3, 4, 5, 6]
     assert (progress.num_done, progress.num_trials) == (3, 12)

@@ -108,7 +108,7 @@ def examined(*arguments: str, expected: int = 3, **environment: str) -> Found:
         env=variables(**environment),
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=900,
     )
     assert done.returncode == expected, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -219,12 +219,21 @@ def test_a_node_that_is_odd_in_every_way(head: str, tmp_path: Path) -> None:
     environment = variables(**odd, **WITH_TOKEN)
     with ray_node(tmp_path / "node.log", *options, mounted=mounted, environment=environment):
         wait_for_nodes(head, 2)
+        token = tmp_path / "auth_token"
+        token.write_text(TOKEN)
+        token.chmod(0o644)  # as Ray writes it
         found = examined(
             *("--address", head, "--storage", str(storage), "--data", str(images)),
             *("--weights", "demo"),
-            **WITH_TOKEN,
+            RAY_AUTH_MODE="token",
+            RAY_AUTH_TOKEN_PATH=str(token),
         )
     assert found["nodes"] == ("ok", "drtune-ray ran on 2")
+    assert found.pop("ray token") == (
+        "warning",
+        f"the token is accepted, but other users can read {token}, and who has the token can run "
+        f"code on the cluster: `chmod go= {token}` restricts it to you",
+    )
     texts = {}
     for check, (state, text) in found.items():
         if state != "ok":

@@ -129,7 +129,7 @@ class JobCluster:
         found: list[dict[str, Any]] = json.loads(done.stdout)["jobs"]
         return found
 
-    def wait_for(self, condition: Callable[[], Any], what: str, seconds: float = 200.0) -> Any:
+    def wait_for(self, condition: Callable[[], Any], what: str, seconds: float = 900.0) -> Any:
         """What the condition gives when it is no longer false."""
         deadline = time.monotonic() + seconds
         while not (found := condition()):
@@ -195,4 +195,4 @@ class JobCluster:
 def interrupt(process: subprocess.Popen[str]) -> tuple[str, str]:
     """Ctrl-C, and what was printed until the end."""
     process.send_signal(signal.SIGINT)
-    return process.communicate(timeout=200)
+    return process.communicate(timeout=900)

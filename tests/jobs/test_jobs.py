@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -17,6 +17,7 @@ from drtune_ray.demo import demo_config
 from drtune_ray.values import deep_merge, to_yaml
 from tests.jobs.jobs import JobCluster, interrupt
 from tests.servers import mlflow_server
+from tests.small import WINNER_FILES
 from tests.study.test_study import study_values
 from tests.survival import kill
 
@@ -74,6 +75,22 @@ def submitted(cluster: JobCluster, file: Path, *arguments: str) -> subprocess.Po
     )
 
 
+def distinct_steps(trained: list[list[Any]]) -> set[tuple[Any, ...]]:
+    """Trial, epoch and number of each step, repetitions left out."""
+    return {tuple(entry[1:4]) for entry in trained if entry[0] == "step"}
+
+
+def num_saved_steps(study: Path, trained: list[list[Any]]) -> int:
+    """Number of steps in the newest checkpoints of all trials."""
+    an_epoch = max(entry[3] for entry in trained if entry[0] == "epoch")
+    newest: dict[str, int] = {}
+    for path in study.glob("trials/*/epoch-*-step-*.ckpt"):
+        _, epoch, _, step = path.stem.split("-")
+        saved = int(epoch) * an_epoch + int(step)
+        newest[path.parent.name] = max(saved, newest.get(path.parent.name, 0))
+    return sum(newest.values())
+
+
 def test_the_demo__followed_left_stopped_killed_and_gone_on_with(cluster, tracking, tmp_path):
     file = demo_file(tmp_path, tracking)
     study = tmp_path / "studies" / "demo"
@@ -111,22 +128,24 @@ def test_the_demo__followed_left_stopped_killed_and_gone_on_with(cluster, tracki
     # Stopped: SIGTERM, of which it saves within Ray's three seconds.
     stopped = cluster.run("stop", "demo")
     assert (stopped.returncode, stopped.stdout) == (0, f"{job} is stopped\n")
-    said, told = following.communicate(timeout=200)
+    said, told = following.communicate(timeout=900)
     assert following.returncode == 130
     assert "Stopping: running trials write a checkpoint" in said
     assert told.splitlines()[-1] == f"Job {job} was stopped: repeat the command to resume"
     before = cluster.trained()
+    num_lost = len(distinct_steps(before)) - num_saved_steps(study, before)
     cluster.release()
 
     # The next attempt goes on from there, and is killed.
     killed = submitted(cluster, file)
     cluster.wait_for(lambda: len(cluster.trained()) > len(before) + 4, "going on")
-    steps = Counter(tuple(entry[1:4]) for entry in cluster.trained() if entry[0] == "step")
-    # Each of two processes may finish a step or two between its save and its end.
-    assert sum(steps.values()) - len(steps) <= 4
+    steps = [entry for entry in cluster.trained() if entry[0] == "step"]
+    # A step or two may follow the save of each process; all of an epoch where the machine is too
+    # busy to save in Ray's three seconds. What was saved is not trained again.
+    assert len(steps) - len(distinct_steps(steps)) <= num_lost
     (driver,) = cluster.drivers()
     kill(driver, signal.SIGKILL)
-    _, told = killed.communicate(timeout=200)
+    _, told = killed.communicate(timeout=900)
     assert killed.returncode == 3
     next_job = f"{job.removesuffix('-1')}-2"
     assert told.splitlines()[-1] == (
@@ -136,7 +155,7 @@ def test_the_demo__followed_left_stopped_killed_and_gone_on_with(cluster, tracki
     # And once more, to the end.
     cluster.hurry()
     done = submitted(cluster, file)
-    said, told = done.communicate(timeout=300)
+    said, told = done.communicate(timeout=900)
     assert done.returncode == 0, said + told
     assert "Best of 3 trials: trial " in said
     assert cluster.num_trained(0) > 0 and cluster.num_trained(1) > 0
@@ -171,7 +190,7 @@ def check_mlflow(tracking: str) -> None:
         history = client.get_metric_history(run.info.run_id, "val_accuracy")
         assert sorted(metric.step for metric in history) == list(range(1, NUM_EPOCHS + 1))
     names = [item.path for item in client.list_artifacts(parent.info.run_id, "winner")]
-    assert sorted(names) == ["winner/model.safetensors", "winner/model.yaml"]
+    assert sorted(names) == [f"winner/{name}" for name in WINNER_FILES]
 
 
 def check_secrets(cluster: JobCluster, study: Path, job: str) -> None:
@@ -196,7 +215,7 @@ def test_a_study_that_the_job_refuses__has_its_exit_code(cluster, tmp_path, weig
     assert done.returncode == 2
     objects = [json.loads(line) for line in done.stdout.splitlines()]
     assert objects[-1]["kind"] == "result"
-    assert "'/nowhere/images' is not a folder" in objects[-1]["reason"]
+    assert "'/nowhere/images' is neither a folder nor a file" in objects[-1]["reason"]
     (job,) = cluster.jobs("refused")
     assert done.stderr.splitlines()[-1] == (
         f"Job {job['submission_id']} failed with exit code 2: see its log"

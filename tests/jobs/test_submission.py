@@ -48,6 +48,13 @@ def test_study_submission__files_are_sent_by_their_content(tmp_path, monkeypatch
     assert StudyConfig.from_mapping(found).name == "images"
 
 
+def test_study_submission__images_in_an_object_store(monkeypatch):
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-north-1")
+    found = made(None, data_folder="s3://bucket/flowers")
+    assert yaml.safe_load(found.content)["trial"]["data"]["train"] == "s3://bucket/flowers"
+    assert found.variables.sent["AWS_DEFAULT_REGION"] == "eu-north-1"
+
+
 def test_study_submission__identity_is_name_and_storage(monkeypatch):
     found = made(name="a")
     assert found.submission_id(2) == "drtune-a-844e7bd9-2"

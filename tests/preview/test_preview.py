@@ -245,9 +245,9 @@ def test_what_a_training_takes_by_hand(measured_with, monkeypatch):
         for seconds, validation_seconds, outcome in ((0.5, 4.0, None), (0.25, 3.0, COMPLETED)):
             for _step in range(4):
                 clock.now += seconds
-                yield SavePoint(0, 0, save)
+                yield SavePoint(0, 0, save, lambda: None)
             clock.now += validation_seconds
-            yield EpochReport(None, (), outcome, save)
+            yield EpochReport(None, (), None, outcome, save, lambda: None)
 
     monkeypatch.setattr(measure, "time", clock)
     monkeypatch.setattr(measure, "train_epochs", two_epochs)

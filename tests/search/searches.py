@@ -9,6 +9,7 @@ from typing import Any
 
 import optuna
 
+from drtune_ray.config.metric import METRICS
 from drtune_ray.config.study import BudgetConfig, ResourcesConfig, SamplerConfig, reference_config
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.execution.capacity import Capacity, Cluster
@@ -72,13 +73,14 @@ def run_context(folder: Path) -> RunContext:
     )
 
 
-def result(values: list[float], outcome: str = "") -> dict[str, Any]:
-    best = [max(values[: i + 1]) for i in range(len(values))]
+def result(values: list[float], outcome: str = "", name: str = "val_accuracy") -> dict[str, Any]:
+    metric = METRICS[name]
+    best = [max(values[: i + 1], key=metric.score) for i in range(len(values))]
     history = [
         {
             "epoch": i + 1,
             "time_ms": i,
-            "metrics": {OBJECTIVE: value, "best_epoch": float(values.index(value) + 1)},
+            "metrics": {metric.best: value, "best_epoch": float(values.index(value) + 1)},
             "steps": [],
         }
         for i, value in enumerate(best)

@@ -93,6 +93,6 @@ def test_one_that_diverged_on_a_seed_cannot_win(searched):
 
 def test_repetitions_of_another_configuration_do_not_count(searched):
     trials = run(searched, 0.80, 0.85, 0.50, 0.82, 0.83, 0.99)
-    better = [*trials, replace(searched[3], number=20, best_val_accuracy=0.99)]
+    better = [*trials, replace(searched[3], number=20, best_value=0.99)]
     chosen = finalists(better, FinalistsConfig())
     assert [(f.source.number, len(f.runs)) for f in chosen] == [(20, 0), (3, 2), (4, 2)]

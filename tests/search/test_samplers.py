@@ -42,18 +42,20 @@ SPACE = {
 }
 
 
-def proposals(folder: Path, base: TrialConfig, config: SamplerConfig) -> list[dict[str, Any]]:
-    """Twelve of them, told as better the higher the rate."""
+def proposals(
+    folder: Path, base: TrialConfig, config: SamplerConfig, num_trials: int = 12
+) -> list[dict[str, Any]]:
+    """So many of them, told as better the higher the rate."""
     folder.mkdir()
     study = opened(folder)
-    budget = Budget(12, BudgetConfig(), study)
+    budget = Budget(num_trials, BudgetConfig(), study)
     space = SearchSpace.from_mapping(SPACE, base)
     sampler_for = partial(build_sampler, config, 5)
     search = StudySearch(
         SearchProposals(study, space, base, (), budget, sampler_for), Outcomes(study)
     )
     found = []
-    for index in range(12):
+    for index in range(num_trials):
         found.append(json.loads(search.suggest(str(index))["trial"]))
         accuracy = found[-1]["optim"]["backbone_lr"]
         search.on_trial_complete(str(index), result([min(accuracy, 1.0)], COMPLETED))
@@ -66,9 +68,9 @@ def test_proposals_are_new_and_the_same_again(tmp_path, make_trial, name):
         pytest.importorskip("cmaes", reason="cma_es needs the package cmaes")
     base, config = make_trial(), SamplerConfig(name=name, num_startup_trials=4)
     check_sampler(config)
-    first, again = (proposals(tmp_path / f, base, config) for f in ("first", "again"))
+    first, again = (proposals(tmp_path / f, base, config, 8) for f in ("first", "again"))
     assert first == again
-    assert len({json.dumps(proposal) for proposal in first}) == 12
+    assert len({json.dumps(proposal) for proposal in first}) == 8
 
 
 @pytest.mark.parametrize("name", ["gp", "cma_es", "qmc"])

@@ -216,6 +216,28 @@ def test_restrictions__what_changes_the_tables_is_given_by_category(base: TrialC
     assert set(settings.RESTRICTIONS) <= {*settings.setting_paths(), "data", "backbone"}
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("data.augmentation", {"choice": ["none", "trivial_augment"]}),
+        ("data.augmentation_magnitude", {"ordered": [5, 9]}),
+        ("data.random_erasing", {"choice": [0.0, 0.25]}),
+        ("data.sampling", {"choice": ["uniform", "class_balanced"]}),
+        ("backbone.drop_path", {"float": [0.0, 0.3]}),
+        ("backbone.dropout", {"float": [0.0, 0.3]}),
+        ("training.label_smoothing", {"float": [0.0, 0.2]}),
+        ("training.class_weights", {"choice": ["none", "balanced"]}),
+        ("training.mixup", {"float": [0.0, 0.8]}),
+        ("training.cutmix", {"ordered": [0.0, 1.0]}),
+    ],
+)
+def test_restrictions__recipe_of_data_and_loss_is_searched(
+    base: TrialConfig, path: str, body: dict[str, Any]
+) -> None:
+    fixed = {"data.augmentation": "rand_augment"} if "magnitude" in path else {}
+    assert space({path: body}, base.with_values(fixed)).parameters[0].path == path
+
+
 def test_from_mapping__scientific_notation_as_yaml_writes_it(
     base: TrialConfig, tmp_path: Path
 ) -> None:

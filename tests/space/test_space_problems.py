@@ -149,7 +149,7 @@ def test_from_mapping__what_depends_on_a_broken_parameter_is_not_judged(
     # `optim.name` shall be searched; as long as it cannot be read, nothing is known of it.
     content = {
         "parameters": {
-            "optim.name": {"choice": ["sgd", "adam"]},
+            "optim.name": {"choice": ["sgd", "addam"]},
             "optim.momentum": {"float": [0.1, 0.9], "when": {"optim.name": "adamw"}},
             "optim.nesterov": {"choice": [True, False], "when": "optim.momentum > 2"},
             "method.bank_size": {"int": [1, 9], "when": {"method.reduction": "mean"}},
@@ -157,7 +157,7 @@ def test_from_mapping__what_depends_on_a_broken_parameter_is_not_judged(
         "constraints": ["optim.name == 'adamw'"],
     }
     assert [problem.split(" is ")[0] for problem in problems_of(content, make_trial())] == [
-        "search space: optim.name='adam'",
+        "search space: optim.name='addam'",
         "search space: method.bank_size never applies: method.reduction = 'mean'",
     ]
 
@@ -369,6 +369,7 @@ def test_from_mapping__lines_of_a_space_in_a_study_file(
     config, _ = study_request(Path("study.yaml"), [], {"trials": 4})
     assert problems_of(config.space, config.trial) == (
         "study.yaml:5: unknown key 'optim.nme'; did you mean 'optim.name'?",
-        "study.yaml:8: optim.name='sdg' is not valid: input should be 'sgd' or 'adamw'",
+        "study.yaml:8: optim.name='sdg' is not valid: there is no optimiser 'sdg': the nearest "
+        "is 'sgd', and docs/recipe.md lists all",
         "study.yaml:11: unknown setting 'data.num_trian'; did you mean 'data.num_train'?",
     )

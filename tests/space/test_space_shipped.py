@@ -14,8 +14,10 @@ import pytest
 import yaml
 from optuna.trial import FixedTrial
 
+from drtune_ray.config.method import READS
 from drtune_ray.config.study import StudyConfig, reference_config
 from drtune_ray.config.trial import TrialConfig
+from drtune_ray.results.used_settings import unused_settings
 from drtune_ray.search.samplers import check_sampler
 from drtune_ray.space.expression_syntax import FUNCTIONS
 from drtune_ray.space.json_schema import schema_text, space_schema
@@ -23,6 +25,7 @@ from drtune_ray.space.parameters import KINDS, Parameter
 from drtune_ray.space.search_space import SearchSpace, read_space, shipped_spaces
 from drtune_ray.space.settings import FACTS
 from drtune_ray.study.tables import table_variants
+from drtune_ray.training.methods import METHODS
 from drtune_ray.values import flattened
 from tests.conftest import MakeTrial
 
@@ -54,7 +57,21 @@ def fixed(space: SearchSpace, values: dict[str, Any]) -> FixedTrial:
 
 
 def test_shipped__are_these() -> None:
-    assert SHIPPED == ["ablation", "authors", "dr_tune", "low_data", "quick", "vit"]
+    purposes = {"ablation", "authors", "dr_tune", "low_data", "quick", "recipe", "vit"}
+    assert set(SHIPPED) == purposes | set(METHODS)
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"dr_tune"}))
+def test_shipped__a_methods_own_space_searches_what_it_reads(base: TrialConfig, name: str) -> None:
+    space = shipped(name, base)
+    for trial in drawn(5):
+        config = space.suggest(trial, base)
+        assert config.method.name == name
+        searched = {parameter.path for parameter in space.parameters if parameter.is_sampled}
+        is_read = searched - set(unused_settings(config))
+        assert is_read >= searched - {"method.calibration.rotation_interval"}
+    own = {p.split(".")[1] for p in searched if p.startswith("method.")} - {"head_lr_multiplier"}
+    assert own <= set(READS.get(name, ()))
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -101,7 +118,14 @@ def test_shipped__depends_on_earlier_parameters_only(base: TrialConfig, name: st
 
 @pytest.mark.parametrize(
     ("name", "num_train"),
-    [("quick", 5000), ("dr_tune", 5000), ("low_data", 5000), ("low_data", 60), ("ablation", 60)],
+    [
+        ("quick", 5000),
+        ("dr_tune", 5000),
+        ("recipe", 5000),
+        ("low_data", 5000),
+        ("low_data", 60),
+        ("ablation", 60),
+    ],
 )
 def test_shipped__holds_the_default_preset(base: TrialConfig, name: str, num_train: int) -> None:
     # Else the reference trial of this name would teach the sampler nothing.
@@ -164,10 +188,8 @@ def test_dr_tune__has_every_calibration_setting(base: TrialConfig) -> None:
         f"method.calibration.{name}" for name in type(base.method.calibration).model_fields
     } <= (paths)
     assert {f"optim.{name}" for name in type(base.optim).model_fields} <= paths
-    assert {f"method.{name}" for name in type(base.method).model_fields} - paths == {
-        "method.name",  # CE-tuning is a reference trial
-        "method.calibration",
-    }
+    read = {"head_lr_multiplier", *READS["dr_tune"]} - {"calibration"}
+    assert {f"method.{name}" for name in read} <= paths
 
 
 def test_dr_tune__is_conditional(base: TrialConfig) -> None:

@@ -153,7 +153,7 @@ def made(tmp_path: Path) -> Made:
 
 def opened(made: Made) -> list[FrozenTrial]:
     events = Spool(made.folder / "spool").events.events()
-    rebuild = partial(missing_of, events=events, num_objectives=1)
+    rebuild = partial(missing_of, events=events, objectives=["val_accuracy"])
     storage = open_storage(made.folder, None, rebuild=rebuild)
     return open_study(storage, made.record.study_id).get_trials()
 
@@ -250,7 +250,7 @@ def test_missing_of__several_objectives() -> None:
     for number in (0, 1):
         events.append(MetricsRecorded(number, 1, {"best_val_accuracy": 0.75}))
         events.append(RunFinished(number, "COMPLETE", "completed", {}, {}, 1000))
-    first, second = missing_of(study.trials, events, 2).values()
+    first, second = missing_of(study.trials, events, ["val_accuracy", "flops"]).values()
     assert first.attributes == {"outcome": "completed", "epoch:1": 0.75}
     assert (first.values, first.end) == ({}, None)
     assert second.end is not None
@@ -265,4 +265,4 @@ def test_missing_of__a_trial_that_resumed_has_not_ended() -> None:
         RunStarted(0, "trial-0000", {}, {}, 1001),
         RunFinished(0, "INTERRUPTED", "interrupted", {}, {}, 1002),
     ]
-    assert missing_of(study.trials, events, 1)[0] == Missing({}, {}, None)
+    assert missing_of(study.trials, events, ["val_accuracy"])[0] == Missing({}, {}, None)

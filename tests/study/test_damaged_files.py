@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 
 from drtune_ray.display.status import status_lines
-from drtune_ray.errors import CheckpointError, DrtuneError, EnvironmentProblem
+from drtune_ray.errors import ConfigError, DrtuneError, EnvironmentProblem
 from drtune_ray.results.evaluate import OPENINGS_NAME
 from drtune_ray.results.evaluation_record import RESULT_NAME
 from drtune_ray.study import driver, evaluation
 from drtune_ray.study import run as run_module
 from drtune_ray.study.evaluation import evaluate_study
+from drtune_ray.study.inputs import manifest_path
 from drtune_ray.study.run import run_study
 from drtune_ray.study.status import DONE, facts, read_status
 from drtune_ray.study.sync import page_of, sync_study
@@ -30,6 +31,7 @@ from tests.past_studies import NAME, config_in
 
 NUM_FLIPS, NUM_FLIPS_OF_LONG_COMMANDS = 12, 2
 FLIPPED = "one bit flipped"
+SHARED_SPLITS = "the splits of the images"  # whose name has a hash of their path
 # Below the storage: the study's own files, then those that studies share.
 FILES = [
     f"{NAME}/study.yaml",
@@ -46,10 +48,11 @@ FILES = [
     f"{NAME}/winner/model.yaml",
     f"{NAME}/winner/model.safetensors",
     OPENINGS_NAME,
+    SHARED_SPLITS,
 ]
 OF_EVALUATE = {"study.yaml", "splits.parquet", "model.yaml", "model.safetensors", OPENINGS_NAME}
 OF_TUNE = {"study.yaml", "done", "driver.txt", "driver.lock", "optuna.journal", "model.yaml"}
-OF_TUNE |= {"events.jsonl", "sent", "files.jsonl", "files-sent"}
+OF_TUNE |= {SHARED_SPLITS, "events.jsonl", "sent", "files.jsonl", "files-sent"}
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +157,9 @@ class Nowhere:
     def record(self, event: object) -> None:
         pass
 
+    def record_metrics(self, events: object) -> None:
+        pass
+
     def lacks_study(self) -> bool:
         return False
 
@@ -163,6 +169,11 @@ def test_no_traceback(here: Path, name: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(evaluation, "sync_study", lambda *arguments: 0)
     monkeypatch.setattr(driver, "build_recorder", lambda *arguments: Nowhere())
     last = Path(name).name
+    if name == SHARED_SPLITS:
+        path = manifest_path(config_in(here).trial.data, here / "storage")
+        path.parent.mkdir()
+        shutil.copy(here / "storage" / NAME / "splits.parquet", path)
+        name = path.relative_to(here / "storage").as_posix()
     commands = [show_status]
     commands += [evaluate] if last in OF_EVALUATE else []
     commands += [tune] if last in OF_TUNE else []
@@ -214,13 +225,14 @@ def test_a_damaged_line_of_the_spool__the_rest_is_sent_and_the_line_named(here: 
     path = folder / "spool" / "events.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:2], "no event\n", *lines[2:]]))
+    num_files = len((folder / "spool" / "files.jsonl").read_text().splitlines())
     Spool(folder / "spool").rewind()
     assert f"{path}:3 is damaged and is not sent" in str(read_status(str(folder), "").notes)
     with pytest.raises(EnvironmentProblem) as caught:
         sync_study(NAME, str(here / "storage"))
     assert str(caught.value) == (
-        f"{len(lines) + 3} events sent; damaged, and therefore not sent: {path}:3; remove these "
-        "lines, or bring the file back from a backup"
+        f"{len(lines) + num_files} events sent; damaged, and therefore not sent: {path}:3; remove "
+        "these lines, or bring the file back from a backup"
     )
     assert Spool(folder / "spool").num_unsent() == 0
 
@@ -245,6 +257,38 @@ def test_an_opening_behind_a_torn_line_is_not_glued_to_it(here: Path) -> None:
         file.write('{"test_split": "12')  # on a full disk
     assert evaluate_study(NAME, str(here / "storage"), again=True).num_openings == 2
     assert path.read_text().count("\n") == 2
+
+
+# ---- a study that is copied elsewhere keeps its seal
+
+
+def test_a_copy_of_a_study_brings_the_openings_of_its_split(here: Path) -> None:
+    """In another storage the test split was as good as new."""
+    storage, elsewhere = here / "storage", here / "elsewhere"
+    other = storage / "other"  # of the same images; it was not evaluated itself
+    shutil.copytree(storage / NAME, other)
+    (other / RESULT_NAME).unlink()
+    (other / OPENINGS_NAME).unlink()
+    evaluate_study(NAME, str(storage), again=True)
+    shutil.copytree(other, elsewhere / "other")
+    with pytest.raises(ConfigError) as caught:
+        evaluate_study("other", str(elsewhere))
+    assert "was opened 2 time(s) before" in str(caught.value)
+    # Beside it, a study that never saw the first storage.
+    shutil.copytree(elsewhere / "other", elsewhere / "third")
+    (elsewhere / "third" / OPENINGS_NAME).unlink()
+    with pytest.raises(ConfigError, match=r"was opened 2 time\(s\) before"):
+        evaluate_study("third", str(elsewhere))
+    assert evaluate_study("third", str(elsewhere), again=True).num_openings == 3
+
+
+def test_a_study_that_is_begun_after_an_opening_knows_of_it(here: Path) -> None:
+    (here / "storage" / NAME / OPENINGS_NAME).unlink()
+    run_study(config_in(here))
+    shutil.copytree(here / "storage" / NAME, here / "elsewhere" / NAME)
+    (here / "elsewhere" / NAME / RESULT_NAME).unlink()
+    with pytest.raises(ConfigError, match=r"was opened 1 time\(s\) before"):
+        evaluate_study(NAME, str(here / "elsewhere"))
 
 
 @pytest.mark.parametrize("name", ["driver.lock", "driver.txt", "optuna.journal.lock"])
@@ -295,7 +339,8 @@ def test_the_same_command_sends_what_a_driver_killed_at_its_end_did_not(here: Pa
     (parent,) = runs_of(here, "study")
     client.update_run(parent.info.run_id, status="RUNNING")
     events = (folder / "spool" / "events.jsonl").read_bytes()
-    last = events.rindex(b'{"kind": "run_finished", "number": null')
+    last = events.rindex(b'{"kind": "run_finished"')
+    assert b'"number": null' in events[last:]
     (folder / "spool" / "sent").write_text(str(last))
     result = run_study(config_in(here))
     assert (result.was_done, result.num_unsent) == (True, 0)
@@ -330,26 +375,6 @@ def test_an_event_that_a_full_disk_lost_leaves_the_study_open(here, monkeypatch)
     result = run_study(config_in(here))
     assert (result.was_done, result.num_unsent) == (False, 0)
     assert (folder / "done").exists() and (folder / "winner" / "model.yaml").exists()
-
-
-def test_swapped_weights_are_not_handed_over_as_the_winner(here, monkeypatch) -> None:
-    """They came back as the winner with the accuracy of the other trial."""
-    folder = without_its_end(here, monkeypatch)
-    paths = [folder / "trials" / number / "best.ckpt" for number in ("00000", "00001")]
-    first, second = (path.read_bytes() for path in paths)
-    paths[0].write_bytes(second)
-    paths[1].write_bytes(first)
-    with pytest.raises(CheckpointError) as caught:
-        run_study(config_in(here))
-    assert "does not hold the weights of its trial's best epoch: they are of another trial or" in (
-        str(caught.value)
-    )
-    assert "bring the right file back from MLflow" in str(caught.value)
-    assert not (folder / "winner").exists()
-    paths[0].write_bytes(first)
-    paths[1].write_bytes(second)
-    assert not run_study(config_in(here)).was_done
-    assert (folder / "winner" / "model.safetensors").exists()
 
 
 # ---- studies of earlier versions

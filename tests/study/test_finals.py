@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from drtune_ray.cli import cli
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.display.result import result_lines
 from drtune_ray.results.winner import read_winner
@@ -33,9 +35,11 @@ def values_of(folder: Path, weights_file: Any, **changes: Any) -> dict[str, Any]
 
 
 def test_the_finals_name_the_winner_and_are_resumed(tmp_path, weights_file):
+    """By log loss, a metric that is minimised; then a trial of the study is repeated."""
     finals = {"num_configurations": 1, "num_seeds": 2}
     reference_trials = ["default", "ce_tuning"]
-    values = values_of(tmp_path, weights_file, finalists=finals, reference_trials=reference_trials)
+    given = {"finalists": finals, "reference_trials": reference_trials, "objectives": ["log_loss"]}
+    values = values_of(tmp_path, weights_file, **given)
     plans: list[StudyPlan] = []
 
     def interrupt(event: Any) -> None:
@@ -55,10 +59,12 @@ def test_the_finals_name_the_winner_and_are_resumed(tmp_path, weights_file):
     assert best.is_complete and ce_tuning.is_complete
     assert ce_tuning.source.reference == "ce_tuning"
     assert [run.config["seed"] for run in best.runs] == [1, 2]
-    winner = max(result.finalists, key=lambda finalist: finalist.mean)
+    winner = min(result.finalists, key=lambda finalist: finalist.mean)
     assert result.winner == winner.source and result.shipped == winner.best_run
     about = read_winner(result.folder / "winner").about
-    assert about["mean_val_accuracy"] == winner.mean
+    assert (about["metric"], about["mean_val_loss"]) == ("log_loss", winner.mean)
+    assert winner.best_run.best_value == min(winner.values) == about["val_loss"]
+    assert result.winner.to_mapping()["best_val_loss"] == result.winner.best_value
     assert about["shipped_trial"] == result.shipped.number
     _, (parent,), children = mlflow_runs(result.folder)
     assert parent.data.tags["drtune.winner"] == str(result.winner.number)
@@ -66,13 +72,27 @@ def test_the_finals_name_the_winner_and_are_resumed(tmp_path, weights_file):
     assert sorted(mark for mark in marks if mark) == sorted(t.finalist for t in result.trials[3:])
     assert {run.info.status for run in children} <= {"FINISHED", "KILLED"}
     said = "\n".join(result_lines(result, "drtune-ray"))
-    assert "The winner is chosen by this mean, not by the search's maximum over 3 trials" in said
+    assert "The winner is chosen by this mean, not by the search's best of 3 trials" in said
     assert run_study(config).was_done
     more = config.model_copy(
         update={"finalists": config.finalists.model_copy(update={"num_seeds": 3})}
     )
     again = run_study(more)
     assert len(again.trials) == 9 and all(f.is_complete for f in again.finalists)
+    repeat(again)
+
+
+def repeat(study: StudyResult) -> None:
+    """A trial of the study, by `drtune-ray train --from` on Ray Train."""
+    trial = study.searched_trials[-1]
+    command = ["train", "--from", f"{study.folder}:{trial.number}"]
+    done = CliRunner().invoke(cli, command)
+    assert done.exit_code == 0, done.output
+    said = f"Trial {trial.number} of small had {trial.best_value:.4f} (log loss"
+    assert said in done.stdout
+    assert "the same figure came again" in done.stdout
+    model = read_winner(study.folder.parent / f"small-trial-{trial.number}" / "winner")
+    assert model.about["val_loss"] == pytest.approx(trial.best_value, rel=1e-9)
 
 
 @pytest.fixture(scope="module")

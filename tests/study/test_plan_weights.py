@@ -34,6 +34,9 @@ class Nowhere:
     def record(self, event: Event) -> None:
         pass
 
+    def record_metrics(self, events: object) -> None:
+        pass
+
     def lacks_study(self) -> bool:
         return False
 

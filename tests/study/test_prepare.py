@@ -99,9 +99,10 @@ def test_check_encoders__reports_each_once(
     others = [vit, vit | {"data.image_size": 48}, {"data.image_size": 48}]
     lines = check_encoders(checked, map(trial.with_values, others)).notes()
     assert lines[:3] == checked.notes()
-    (of_vit,) = lines[3:]
+    of_vit, of_larger_images = lines[3:]
     assert of_vit.startswith("test_vit: all of the encoder's weights loaded, matched by name; 2 ")
     assert "; normalization: mean [0.5, 0.5, 0.5], std [0.5, 0.5, 0.5], timm's for " in of_vit
+    assert "; 1 tensor resized to the image size (pos_embed); " in of_larger_images
 
 
 def test_check_inputs__every_problem_at_once(trial: TrialConfig, storage: Path) -> None:
@@ -148,7 +149,7 @@ def test_check_inputs__images_and_backbone_both_wrong(trial: TrialConfig, storag
     with pytest.raises(ConfigError) as caught:
         check_inputs(config, storage)
     first, second = caught.value.problems
-    assert first.endswith("nowhere' is not a folder: give a folder of class folders")
+    assert "nowhere' is neither a folder nor a file: give a folder of class folders" in first
     assert second.startswith("backbone.name='test_efficientnett' is not a model of timm ")
 
 

@@ -19,11 +19,19 @@ import pytest
 from optuna.trial import TrialState
 
 from drtune_ray.config.study import STUDY, TRAINING, StudyConfig, TrackingConfig
+from drtune_ray.display.result import evaluation_lines
 from drtune_ray.display.status import overview_lines, status_lines
 from drtune_ray.errors import ConfigError, EnvironmentProblem
 from drtune_ray.folders import LocalFolder
 from drtune_ray.results import trials
-from drtune_ray.results.evaluation_record import WEIGHTS_NAME, Accuracy, Evaluation, write_result
+from drtune_ray.results.class_tables import class_tables
+from drtune_ray.results.evaluation_record import (
+    RESULT_NAME,
+    WEIGHTS_NAME,
+    Accuracy,
+    Evaluation,
+    write_result,
+)
 from drtune_ray.space.search_space import read_space
 from drtune_ray.storage import driver_lock as driver_lock_module
 from drtune_ray.storage.driver_lock import driver_lock
@@ -258,13 +266,26 @@ def test_status__shows_the_recorded_result_on_the_test_split(made: Made) -> None
     weights = made.folder / "winner" / WEIGHTS_NAME
     weights.parent.mkdir()
     weights.write_bytes(b"weights")
-    measured = Evaluation(Accuracy(45, 60), Accuracy(50, 60), 50 / 60, 1, 1_700_000_000_000)
+    tables = class_tables([0, 1, 1], [[0.8, 0.2], [0.3, 0.7], [0.6, 0.4]], ["cat", "dog"])
+    measured = Evaluation(
+        Accuracy(45, 60), Accuracy(50, 60), 50 / 60, 1, 1_700_000_000_000, tables=tables
+    )
     write_result(made.folder, weights, measured)
     found = read_status("flowers", str(made.folder.parent))
     assert found.evaluation == replace(measured, is_recorded=True)
     assert "test accuracy     75.00 % (95 % interval 62.77 % to 84.22 %)\n" in said(found)
     assert "evaluate" not in said(found)
-    assert status.facts(found)["evaluation"]["test"] == {"num_correct": 45, "num_images": 60}
+    facts = status.facts(found)["evaluation"]
+    assert (facts["test"]["num_correct"], facts["test"]["num_images"]) == (45, 60)
+    assert "tables" not in facts
+    former = json.loads((made.folder / RESULT_NAME).read_text())  # as an earlier version wrote it
+    del former["tables"]
+    (made.folder / RESULT_NAME).write_text(json.dumps(former))
+    again = read_status("flowers", str(made.folder.parent)).evaluation
+    assert again == replace(measured, is_recorded=True, tables=None)
+    assert "It is of an earlier version, which recorded no class table." in [
+        *evaluation_lines(again)
+    ]
     weights.write_bytes(b"of another winner")
     found = read_status("flowers", str(made.folder.parent))
     assert found.evaluation is None and "test the winner" in said(found)

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import functools
 import re
+import shutil
+import socket
 import tempfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
+import drtune_ray
+from drtune_ray.cli import cli
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.data.pixels import DEFAULT_WHITES
 from drtune_ray.data.splits import VALIDATION
+from drtune_ray.display.text import size
 from drtune_ray.errors import ConfigError, EnvironmentProblem, NoTrialCompleted
 from drtune_ray.results.evaluate import measure
 from drtune_ray.results.evaluation_record import RESULT_NAME
+from drtune_ray.results.trials import TrialSummary
 from drtune_ray.results.winner import read_winner
+from drtune_ray.storage.record import REPORT_NAME
 from drtune_ray.study.evaluation import evaluate_study
 from drtune_ray.study.result import StudyResult
 from drtune_ray.study.run import run_study
@@ -27,9 +36,9 @@ from drtune_ray.study.status import read_status
 from drtune_ray.study.sync import page_of, sync_study
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished
 from drtune_ray.tracking.sqlite_store import make_database
-from drtune_ray.values import nested
+from drtune_ray.values import flattened, nested
 from tests.clusters import address_set
-from tests.small import small_values, write_coloured
+from tests.small import BACKBONE, WINNER_FILES, small_values, write_coloured
 
 pytestmark = [
     pytest.mark.ray,
@@ -80,9 +89,10 @@ def study_values(folder: Path, weights_file: Any, **changes: Any) -> dict[str, A
 
 
 def mlflow_runs(study: Path) -> tuple[Any, list[Any], list[Any]]:
-    """(client, parent runs, child runs)."""
+    """(client, parent runs, child runs), once what a driver on a busy machine left is sent."""
     import mlflow
 
+    sync_study(str(study), str(study.parent))
     client = mlflow.MlflowClient(page_of(str(study), str(study.parent))[0])
     experiment = client.get_experiment_by_name("drtune-ray")
     runs = client.search_runs([experiment.experiment_id])
@@ -99,6 +109,16 @@ def finished(
     events: list[Any] = []
     with address_set(ray_cluster):
         return config, run_study(config, observer=events.append), events
+
+
+def test_report__is_written_at_the_end_and_an_artifact(finished):
+    config, result, _ = finished
+    page = (config.folder / REPORT_NAME).read_text()
+    assert f"Trial {result.winner.number} (" in page and "won with a validation" in page
+    assert "The winner on the validation images" in page and "data:image/jpeg" in page
+    client, (parent,), _ = mlflow_runs(config.folder)
+    (file,) = client.list_artifacts(parent.info.run_id, "report")
+    assert file.path == f"report/{REPORT_NAME}"
 
 
 def test_every_trial_ends_and_the_best_completed_one_wins(finished):
@@ -127,7 +147,8 @@ def test_mlflow_holds_one_parent_and_a_child_for_each_trial(finished):
     (parent,) = parents
     assert parent.info.status == "FINISHED"
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
-    status = {"COMPLETE": "FINISHED", "PRUNED": "KILLED"}
+    digest = parent.data.tags["drtune.data_digest"]
+    status = {"COMPLETE": "FINISHED", "PRUNED": "FINISHED"}
     by_number = {int(run.data.tags["drtune.trial"]): run for run in children}
     assert len(children) == len(by_number) == 6
     for trial in result.trials:
@@ -138,12 +159,79 @@ def test_mlflow_holds_one_parent_and_a_child_for_each_trial(finished):
         assert run.data.metrics["best_val_accuracy"] == trial.best_val_accuracy
         assert {"cross_entropy", "lr_backbone", "lr_head", "seconds"} <= run.data.metrics.keys()
         assert run.data.params["method.name"] == trial.config["method"]["name"]
+        assert is_subset(run.data.params, trial)
+        assert ("method.regularization_weight" in run.data.params) == (trial.number != 1)
+        (dataset,) = run.inputs.dataset_inputs
+        assert (dataset.dataset.name, dataset.dataset.digest) == ("images", digest[:36])
+        tags = run.data.tags
+        assert tags["drtune.version"] == drtune_ray.__version__
+        assert (tags["drtune.seed"], tags["drtune.workers"]) == ("0", "1")
+        assert tags["drtune.data_digest"] == digest and tags["drtune.host"] == socket.gethostname()
+        assert ("[pruned]" in run.info.run_name) == (trial.state == "PRUNED")
+    shown = {by_number[number].info.run_name for number in range(3)}
+    assert shown == {"t000 default", "t001 ce_tuning", "t002 authors"}
+    assert re.match(r"t003 (\[pruned\] )?lambda=[\d.]+ lr=[\d.e-]+$", by_number[3].info.run_name)
+    assert "trials" not in parent.data.params and parent.data.tags["drtune.trials"] == "6"
+    chart = client.get_metric_history(parent.info.run_id, "search_best_val_accuracy")
+    assert sorted(metric.step for metric in chart) == [1, 2, 3, 4, 5, 6]
+    assert max(metric.value for metric in chart) == result.best_trial.best_val_accuracy
+    inputs = [item.path for item in client.list_artifacts(parent.info.run_id, "inputs")]
+    assert inputs == ["inputs/data.txt", "inputs/weights.json", "inputs/weights.txt"]
     names = [item.path for item in client.list_artifacts(parent.info.run_id, "winner")]
-    assert sorted(names) == ["winner/model.safetensors", "winner/model.yaml"]
+    assert sorted(names) == [f"winner/{name}" for name in WINNER_FILES]
     best = by_number[result.winner.number].info.run_id
     assert [item.path for item in client.list_artifacts(best, "checkpoint")] == [
         "checkpoint/best.ckpt"
     ]
+
+
+def is_subset(params: dict[str, str], trial: TrialSummary) -> bool:
+    """Whether params are settings of a trial; named ones are recorded as their numbers."""
+    settings = flattened(trial.config)
+    named = ("bank_over_batch", "one_plus_bank_over_batch")
+    return all(params[p] == str(settings[p]) for p in params if settings[p] not in named)
+
+
+def test_tables_are_read_by_pandas(finished):
+    _, result, _ = finished
+    trials, epochs = map(pandas.read_parquet, (result.trials_path, result.epochs_path))
+    assert list(trials["best_val_accuracy"]) == [t.best_val_accuracy for t in result.trials]
+    assert trials["optim.backbone_lr"].dtype == "float64"
+    assert list(trials.columns) == list(result.trials_dataframe().columns)
+    assert len(epochs) == sum(trial.num_epochs for trial in result.trials)
+    last = epochs.groupby("number")["best_val_accuracy"].max()
+    assert list(last) == list(trials["best_val_accuracy"])
+    assert {"epoch", "time", "val_accuracy", "cross_entropy", "seconds"} <= set(epochs.columns)
+    assert epochs["time"].notna().all()
+
+
+def test_the_example_of_the_readme_runs_and_shows_its_progress(tmp_path, weights_file, capfd):
+    """The README's Python, on a small backbone and three reference trials of one epoch."""
+    page = (Path(__file__).parents[2] / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(from drtune_ray import StudyConfig.*?)```", page, re.S)
+    values = study_values(tmp_path, weights_file, trials=3)
+    changed = {
+        '"storage": "drtune-studies"': f'"storage": {values["storage"]!r}',
+        '"trials": 12': '"trials": 3',
+        '"train": "flowers", "image_size": 96': f"'train': {str(tmp_path / 'images')!r}, "
+        "'image_size': 32",
+        '"tf_efficientnet_lite0", "weights": "demo"': f"'{BACKBONE}', 'weights': "
+        f"{str(weights_file(BACKBONE))!r}",
+        '"epochs": 8': '"epochs": 1, "batch_size": 8',
+    }
+    for former, small in changed.items():
+        assert former in example
+        example = example.replace(former, small)
+    names: dict[str, Any] = {}
+    exec(compile(example, "README.md", "exec"), names)
+    result, shown = names["result"], capfd.readouterr()
+    assert "Study 'flowers':" in shown.err
+    assert re.search(r"\[3/3\] trial \d \(\w+\): best validation accuracy", shown.err)
+    assert f"Done: {result!r}" in shown.err
+    assert str(result.model_path) in shown.out and result.model_path.exists()
+    assert "method.regularization_weight" in shown.out
+    assert drtune_ray.run_study(names["config"], progress=False).was_done
+    assert "Study 'flowers'" not in capfd.readouterr().err
 
 
 def test_finished_trials_keep_their_best_weights_and_nothing_else(finished):
@@ -162,7 +250,7 @@ def test_the_winner_loads_again_and_gives_the_recorded_accuracy(finished):
     manifest = pq.read_table(result.folder / "splits.parquet").to_pylist()
     rows = [row for row in manifest if row["split"] == VALIDATION]
     found = measure(winner, Path(config.trial.data.train), rows, DEFAULT_WHITES)
-    assert found.share == result.winner.best_val_accuracy == winner.about["val_accuracy"]
+    assert found.accuracy == result.winner.best_val_accuracy == winner.about["val_accuracy"]
 
 
 def test_the_same_call_again_shows_the_result_without_running(finished):
@@ -186,6 +274,32 @@ def test_a_driver_killed_before_the_winner_was_written_names_it_later(finished):
     assert read_winner(result.folder / "winner").about["trial"] == result.winner.number
     _, (parent,), children = mlflow_runs(result.folder)
     assert (parent.info.status, len(children)) == ("FINISHED", 6)
+
+
+def test_a_lost_model_is_written_and_lost_weights_are_trained_again(finished):
+    """By the same command, though the study is done: nothing has to be removed by hand."""
+    config, result, _ = finished
+    model, trials = result.folder / "winner" / "model.safetensors", result.folder / "trials"
+    whole, number = model.read_bytes(), result.shipped.number
+    model.write_bytes(whole[:-1])
+    assert not run_study(config).was_done
+    assert model.read_bytes() == whole
+
+    # The weights of another trial: they came back as the winner with that trial's accuracy.
+    best = trials / f"{number:05d}" / "best.ckpt"
+    kept, notices = best.read_bytes(), list[str]()
+    best.write_bytes((trials / f"{(number + 1) % 6:05d}" / "best.ckpt").read_bytes())
+    shutil.rmtree(model.parent)
+    again = run_study(config, on_notice=notices.append)
+    assert again.winner == result.winner
+    assert any("of another trial or configuration" in notice for notice in notices), notices
+    assert model.read_bytes() == whole
+    about = read_winner(model.parent).about
+    assert about["trained_again"]["trial"] == number
+    assert about["val_accuracy"] == result.shipped.best_val_accuracy
+    assert run_study(config).was_done
+    best.write_bytes(kept)
+    shutil.rmtree(trials / f"again-{number:05d}")
 
 
 def test_another_configuration_under_the_same_name_is_refused(finished):
@@ -216,6 +330,33 @@ def test_the_test_split_opens_once_unless_asked_again(finished):
     assert (result.folder / "winner" / "model.safetensors").stat().st_mode & 0o777 == 0o644
     _, (parent,), _ = mlflow_runs(result.folder)
     assert parent.data.metrics["test_accuracy"] == found.test.share
+
+
+def test_clean_frees_what_can_no_longer_win_and_the_study_goes_on(finished):
+    config, result, _ = finished
+    run = CliRunner()
+    shown = run.invoke(cli, ["clean", str(result.folder)])
+    assert shown.exit_code == 0, shown.output
+    assert "checkpoints of 4 trials that can no longer win" in shown.output
+    assert "Nothing was deleted. To delete" in shown.output
+    assert len(list((result.folder / "trials").iterdir())) == 6
+    before = read_status("small", config.storage).num_bytes
+    done = run.invoke(cli, ["clean", str(result.folder), "--yes"])
+    assert done.exit_code == 0 and done.output.strip().endswith("deleted.")
+    freed = before - read_status("small", config.storage).num_bytes
+    assert f"{size(freed)} deleted." in done.output
+    left = {int(path.name) for path in (result.folder / "trials").iterdir()}
+    assert len(left) == 2 and result.shipped.number in left
+    assert "Nothing can be deleted." in run.invoke(cli, ["clean", str(result.folder)]).output
+    table = run.invoke(cli, ["studies", "--storage", config.storage])
+    header, row = table.output.splitlines()
+    assert header.split()[:5] == ["name", "kind", "state", "trials", "best"]
+    assert row.split()[:4] == ["small", "study", "done", "6/6"]
+    cached = run.invoke(cli, ["clean", str(result.folder), "--cache", "--yes"])
+    assert "prepared images and features" in cached.output
+    again = run_study(config.model_copy(update={"trials": 7}))  # tables are built again
+    assert (len(again.trials), again.was_done) == (7, False)
+    assert read_winner(result.folder / "winner").about["trial"] == again.winner.number
 
 
 def test_references_and_first_proposals_repeat_with_the_seed(finished, tmp_path, weights_file):

@@ -78,7 +78,24 @@ def test_too_many_are_refused(base):
 
 
 def test_tables_of_trials_that_train_differently_are_the_same(base):
-    same = base.with_values({"optim.backbone_lr": 0.5, "seed": 3, "method.bank_size": 7})
+    same = base.with_values(
+        {
+            "optim.backbone_lr": 0.5,
+            "seed": 3,
+            "method.bank_size": 7,
+            "data.sampling": "class_balanced",
+            "backbone.drop_path": 0.1,
+            "training.mixup": 0.5,
+        }
+    )
     assert same.tables_key == base.tables_key
-    for path, value in {"data.views": 3, "data.view_seed": 5, "data.crop_scale_min": 0.9}.items():
+    changes: dict[str, Any] = {
+        "data.views": 3,
+        "data.view_seed": 5,
+        "data.crop_scale_min": 0.9,
+        "data.augmentation": "rand_augment",
+        "data.augmentation_magnitude": 3,
+        "data.random_erasing": 0.5,
+    }
+    for path, value in changes.items():
         assert base.with_values({path: value}).tables_key != base.tables_key
