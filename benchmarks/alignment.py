@@ -266,7 +266,7 @@ def print_table(trial: Trial, bank: WatchedBank, config: TrialConfig) -> None:
     print(
         f"\nseed {config.seed}: {len(trial.data.train)} images, {len(trial.data.classes)} classes, "
         f"bank of {len(bank)}, {trial.steps_per_epoch} steps an epoch, validation accuracy "
-        f"{100 * trial.progress.best_val_accuracy:.1f}; rows counted: {counted}"
+        f"{100 * (trial.progress.best_value or 0.0):.1f}; rows counted: {counted}"
     )
     groups = "".join(f"{measure:>17}{'':11}" for measure in MEASURES)
     print(f"{'':10}{groups}  fitted    milliseconds")

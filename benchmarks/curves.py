@@ -33,7 +33,8 @@ import pyarrow.parquet as pq
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from drtune_ray.config.trial import OptimConfig, TrialConfig
+from drtune_ray.config.training import OptimConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import Tables, TrainingData
 from drtune_ray.data.table_store import TableStore
 from drtune_ray.demo import demo_config
@@ -42,8 +43,8 @@ from drtune_ray.study.tables import prepare
 from drtune_ray.training import trial as trial_module
 from drtune_ray.training.backbones import read_backbone
 from drtune_ray.training.loop import train_epochs
-from drtune_ray.training.optim import build_schedule
 from drtune_ray.training.reports import EpochReport
+from drtune_ray.training.schedules import build_schedule
 
 HERE = Path(__file__).parent
 PROCESSES = 2

@@ -50,7 +50,7 @@ from drtune_ray.execution.ray_tune.run import TuneRun, tune_trainable
 from drtune_ray.execution.ray_tune.searcher import StudySearch
 from drtune_ray.execution.run_context import RunContext
 from drtune_ray.execution.session import ray_session
-from drtune_ray.execution.worker import WorkerContext
+from drtune_ray.execution.worker_context import WorkerContext
 from drtune_ray.search.outcomes import Outcomes
 from drtune_ray.search.proposals import FinalistProposals, FixedTrial
 from drtune_ray.storage.artifacts import StudyArtifacts

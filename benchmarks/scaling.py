@@ -39,7 +39,8 @@ from report import describe_machine
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from drtune_ray.config.trial import CalibrationConfig, TrialConfig
+from drtune_ray.config.method import CalibrationConfig
+from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.views import Normalization
 from drtune_ray.method import DRTune
 from drtune_ray.method.collective import Collective

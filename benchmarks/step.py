@@ -26,9 +26,9 @@ from torch import Tensor
 
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.views import Normalization
-from drtune_ray.method import DRTune
+from drtune_ray.method import DRTune, Method
 from drtune_ray.training.backbones import Backbone
-from drtune_ray.training.model import Method, build_method, set_training_mode
+from drtune_ray.training.model import build_method, set_training_mode
 from drtune_ray.training.optim import build_optimizer
 
 BANK, BATCH = 2048, 64
@@ -98,7 +98,7 @@ class PartTimer:
         self.wrap("optimiser", contender.optimizer, "step")
         self.wrap("all but backward and optimiser", method, "forward")
         if isinstance(method, DRTune):
-            self.wrap("  bank enqueue", method, "_enqueue")
+            self.wrap("  bank enqueue", method, "enqueue_batch")
             self.wrap("  DR loss with calibration", method, "_regularization")
             self.wrap("    of it calibration", method.calibration, "forward")
             self.wrap("      of it rotation refresh", method.calibration, "_refresh")
