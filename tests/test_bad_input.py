@@ -45,6 +45,8 @@ NOT_OF_INPUT = {
     "data/kinds/shards.py:_note",
     "data/kinds/tar_shards.py:_note",
     "data/splits.py:_notes_on_given",
+    "data/splits.py:_shared_training",
+    "cli/compare.py:_run.say",
     "data/splits.py:_notes_on_lacking",
     "cli/jobs.py:_follow",
     "cli/jobs.py:_server",
@@ -101,6 +103,9 @@ WITHOUT_EXAMPLE = {
     "columns are missing": OF_SPLITS,
     "values are missing": OF_SPLITS,
     "a split is unknown": OF_SPLITS,
+    "x is missing: repeat the command to write it again": OF_SPLITS,
+    "the test images of x are not the same, since earlier studies in x had fewer images: use "
+    "another --storage": "of images that were added: tests/study/test_comparison_run.py",
     "x is not a study: it holds no x": "commands look for that file first",
     "x says that the study is done, but something is left to run: remove that file": (
         "of a study that was run to its end and then lost trials in its storage"
@@ -148,6 +153,7 @@ GATHERING = {
     "data/sources.py:scan_images",
     "data/splits.py:_cut",
     "data/splits.py:make_splits",
+    "data/subsets.py:fold_contents",
     "config/sources.py:mapping_of",
     "space/search_space.py:start_points",
     "study/drops.py:check_searched_drops",
@@ -155,7 +161,7 @@ GATHERING = {
     "study/inputs.py:check_inputs",
     "study/training_run.py:_check_name",
     "study/checks.py:_check_final_fit",
-    "study/comparison.py:_check",
+    "study/comparison.py:check_comparison",
     "study/comparison_plan.py:_content_checked",
     "study/comparison_plan.py:_study",
     "study/comparison_plan.py:planned",

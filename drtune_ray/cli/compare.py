@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from drtune_ray.config.study import StudyConfig
     from drtune_ray.display.outputs import Quiet
     from drtune_ray.study.comparison_plan import Comparison
+    from drtune_ray.study.folds_plan import FoldedComparison
     from drtune_ray.study.result import StudyPlan, StudyResult
+
+
+MAX_FOLDS = 100  # and repeats
 
 
 @click.command()
@@ -24,7 +28,8 @@ if TYPE_CHECKING:
     "--methods",
     required=True,
     metavar="LIST",
-    help="Methods, separated by commas, ce_tuning among them; NAME=METHOD names one.",
+    help="Methods, separated by commas, ce_tuning among them; NAME=METHOD names one. `ablation` "
+    "stands for CE-tuning and the parts of DR-Tune.",
 )
 @click.option(
     "--method-space",
@@ -32,6 +37,21 @@ if TYPE_CHECKING:
     multiple=True,
     metavar="NAME=SPACE",
     help="Search space of a method. Default: the shipped space of its name. May be repeated.",
+)
+@click.option(
+    "--shares",
+    metavar="LIST",
+    help="Compare with each of these shares of the training images, such as 0.1,0.25,0.5,1.",
+)
+@click.option(
+    "--folds",
+    type=click.IntRange(2, MAX_FOLDS),
+    help="Compare by cross-validation with this many folds, for small sets.",
+)
+@click.option(
+    "--repeats",
+    type=click.IntRange(1, MAX_FOLDS),
+    help="Number of times that the images are divided into folds.  [default: 1]",
 )
 @click.option("--preview", "is_preview", is_flag=True, help="Estimate the hours, and run nothing.")
 @click.option("--again", is_flag=True, help="Open the test split although it was opened before.")
@@ -42,6 +62,9 @@ def compare(
     assignments: tuple[str, ...],
     methods: str,
     spaces: tuple[str, ...],
+    shares: str | None,
+    folds: int | None,
+    repeats: int | None,
     is_preview: bool,
     again: bool,
     quiet: bool,
@@ -70,9 +93,9 @@ def compare(
         assignments = (*assignments, "reference_trials=[]")
         config, notes = study_request(study_file, assignments, flags)
         finals = mapping_of(merged_study(study_file, assignments, flags), "finalists")
-        from drtune_ray.study.comparison_plan import planned
-
-        comparison = planned(config, methods, spaces, has_seeds="num_seeds" in finals)
+        comparison = _planned(
+            config, methods, spaces, shares, folds, repeats, has_seeds="num_seeds" in finals
+        )
         for note in notes:
             output.say(note)
         if is_preview:
@@ -81,19 +104,62 @@ def compare(
             _run(comparison, output, stream, again, as_json)
 
 
-def _preview(comparison: Comparison, stream: Any, as_json: bool) -> None:
+def _planned(
+    config: StudyConfig,
+    methods: str,
+    spaces: tuple[str, ...],
+    shares: str | None,
+    folds: int | None,
+    repeats: int | None,
+    *,
+    has_seeds: bool,
+) -> Comparison | FoldedComparison:
+    from drtune_ray.errors import ConfigError
+
+    if folds is None:
+        from drtune_ray.study.comparison_plan import planned
+
+        if repeats is not None:
+            raise ConfigError(f"--repeats={repeats} needs --folds: add it, or leave out --repeats")
+        return planned(config, methods, spaces, shares=shares, has_seeds=has_seeds)
+    from drtune_ray.study.folds_plan import planned_folds
+
+    if shares is not None:
+        raise ConfigError(f"--shares={shares} cannot be used with --folds={folds}: leave one out")
+    return planned_folds(
+        config, methods, spaces, folds=folds, repeats=repeats or 1, has_seeds=has_seeds
+    )
+
+
+def _first(comparison: Comparison | FoldedComparison) -> tuple[Comparison, int]:
+    """Return the comparison of one split, or of the first fold, and the number of folds."""
+    from drtune_ray.study.folds_plan import FoldedComparison
+
+    if isinstance(comparison, FoldedComparison):
+        return comparison.parts[0], len(comparison.parts)
+    return comparison, 1
+
+
+def _preview(comparison: Comparison | FoldedComparison, stream: Any, as_json: bool) -> None:
     from drtune_ray.display.comparison import previewed_facts, previewed_lines
     from drtune_ray.display.outputs import write_json
     from drtune_ray.preview.estimate import preview_study  # only now: it imports torch and Ray
 
-    previews = [preview_study(study) for study in comparison.studies.values()]
+    first, num_folds = _first(comparison)
+    previews = [preview_study(study) for study in first.studies.values()]
     if as_json:
-        write_json(stream, "preview", previewed_facts(comparison, previews))
+        write_json(stream, "preview", previewed_facts(first, previews, num_folds))
     else:
-        echo(previewed_lines(comparison, previews))
+        echo(previewed_lines(first, previews, num_folds))
 
 
-def _run(comparison: Comparison, output: Quiet, stream: Any, again: bool, as_json: bool) -> None:
+def _run(
+    comparison: Comparison | FoldedComparison,
+    output: Quiet,
+    stream: Any,
+    again: bool,
+    as_json: bool,
+) -> None:
     from drtune_ray.display.comparison import (
         comparison_facts,
         comparison_lines,
@@ -103,7 +169,11 @@ def _run(comparison: Comparison, output: Quiet, stream: Any, again: bool, as_jso
     from drtune_ray.display.result import plan_lines
     from drtune_ray.display.script import run_shown  # only now: it imports torch and Ray
     from drtune_ray.study.comparison import run_comparison
+    from drtune_ray.study.comparison_folds import run_folds
+    from drtune_ray.study.folds_plan import FoldedComparison
     from drtune_ray.study.status import write_command
+
+    first, num_folds = _first(comparison)
 
     def announce(plan: StudyPlan) -> None:
         write_command(plan.config.folder)
@@ -114,14 +184,16 @@ def _run(comparison: Comparison, output: Quiet, stream: Any, again: bool, as_jso
     def run(study: StudyConfig, tags: Mapping[str, str]) -> StudyResult:
         return run_shown(study, output, on_plan=announce, tags=tags)
 
-    def say(name: str, number: int) -> None:
-        study = comparison.studies[name]
-        output.say(f"Method {number} of {len(comparison.studies)}: {name}, study {study.name!r}")
+    def say(study: str, number: int) -> None:
+        output.say(f"Study {number} of {num_folds * len(first.studies)}: {study!r}")
 
     if not as_json:
-        for line in comparison_plan_lines(comparison):
+        for line in comparison_plan_lines(first, num_folds):
             output.say(line)
-    result = run_comparison(comparison, run, again=again, on_method=say)
+    if isinstance(comparison, FoldedComparison):
+        result = run_folds(comparison, run, again=again, on_method=say)
+    else:
+        result = run_comparison(comparison, run, again=again, on_method=say)
     if as_json:
         write_json(stream, "result", comparison_facts(result))
     else:

@@ -64,6 +64,21 @@ class DataConfig(Section):
     test_fraction: Fraction = 0.2
     """Share of each class's images for the sealed test split."""
 
+    train_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of each class's training images that is used, at least one; a smaller share is part of
+    a larger one. Validation and test images stay the same. [paper: Table 5]"""
+
+    folds: Annotated[int, Field(ge=2)] | None = None
+    """Number K of equal parts, with the same share of each class, for cross-validation: `fold` is
+    the test split, and `test_fraction` is not read. Default: no cross-validation. [scikit-learn
+    `StratifiedGroupKFold`]"""
+
+    fold: NonNegativeInt = 0
+    """Part that is the test split, from 0 to K - 1; read where `folds` is set."""
+
+    fold_seed: int = 0
+    """Random seed of the division into parts; read where `folds` is set."""
+
     image_size: Annotated[int, Field(ge=16)] = 224
     """Side of the square input images in pixels. [paper: 224]"""
 
@@ -115,11 +130,28 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _some_images_remain(self) -> Self:
-        held_out = self.validation_fraction + self.test_fraction
-        if self.train_per_class is None and held_out >= 1.0:
+        test, name = self.test_fraction, "test_fraction"
+        if self.folds is not None:
+            test, name = 1 / self.folds, "1/folds"
+        if self.train_per_class is None and self.validation_fraction + test >= 1.0:
             raise ValueError(
-                "validation_fraction + test_fraction < 1 must hold, but got "
-                f"{self.validation_fraction} + {self.test_fraction}"
+                f"validation_fraction + {name} < 1 must hold, but got "
+                f"{self.validation_fraction} + {test:g}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fold_is_one_of_the_folds(self) -> Self:
+        if self.folds is None:
+            return self
+        if self.fold >= self.folds:
+            raise ValueError(
+                f"fold < folds must hold, but got fold={self.fold} and folds={self.folds}"
+            )
+        if self.train_per_class is not None:
+            raise ValueError(
+                f"train_per_class={self.train_per_class} cannot be used with folds={self.folds}: "
+                "leave one of them out"
             )
         return self
 

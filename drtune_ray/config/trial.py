@@ -115,6 +115,10 @@ TRIAL_NOT_DECIDING = (
 # Settings that earlier records and checkpoints lack, each with the value under which a trial comes
 # out as it did before the setting existed.
 TRIAL_ADDED: dict[str, Any] = {
+    "data.train_share": 1.0,
+    "data.folds": None,
+    "data.fold": 0,
+    "data.fold_seed": 0,
     "backbone.mean": None,
     "backbone.std": None,
     "training.metric": DEFAULT_METRIC,

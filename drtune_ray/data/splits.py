@@ -8,7 +8,7 @@ so do groups. Splits that a source gives are kept.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from drtune_ray.data.listing import (
 )
 from drtune_ray.data.pixels import DEFAULT_WHITES, WhiteValues
 from drtune_ray.data.sources import GIVEN_SPLIT, GROUP, ScannedImages, whites_of
+from drtune_ray.data.subsets import fold_contents, share_mask
 from drtune_ray.errors import ConfigError, EnvironmentProblem, first_line
 from drtune_ray.folders import atomic_write
 from drtune_ray.values import digest
@@ -126,16 +127,25 @@ def make_splits(
         images: The scanned source.
         config: `validation_fraction`, `test_fraction` and `train_per_class`. With the last, a
             class has that many training images and the rest is divided between validation and
-            test in proportion to the fractions.
+            test in proportion to the fractions. With `folds` the test split is the part `fold`.
+            `train_share` leaves out the rest of the training images.
         former: Earlier manifest of the same source, whose assignments are kept.
 
     Raises:
-        ConfigError: If a class has too few different images; every such class is named.
+        ConfigError: If a class has too few different images; every such class is named. Also with
+            `folds`, if the source gives splits.
     """
     given, notes = _given_splits(images, config)
     parts = tuple(part for part in (TEST, VALIDATION) if part not in given.values())
     earlier = _earlier(former)
     assigned = {content: split for content, split in given.items() if split != TRAIN} or earlier
+    if config.folds is not None:
+        if given:
+            raise ConfigError(
+                f"data.folds={config.folds} cannot be used with images whose splits are given: "
+                "leave it out, or give the images without their splits"
+            )
+        assigned = dict.fromkeys(fold_contents(images, config), TEST) | earlier
     if given:
         assigned |= {c: s for c, s in earlier.items() if given.get(c) == TRAIN and s in parts}
     hashes = images.files["content_hash"].to_pylist()
@@ -148,6 +158,9 @@ def make_splits(
         raise ConfigError(problems)
     column = pa.array([assigned[h] for h in hashes], pa.string())
     manifest = images.files.append_column(SPLIT_COLUMN, column)
+    if config.train_share < 1:
+        manifest, note = _shared_training(manifest, config.train_share)
+        notes.append(note)
     lacking = _lacking_classes(manifest, images.classes)
     if TRAIN in lacking:
         raise ConfigError(
@@ -158,6 +171,16 @@ def make_splits(
     return Splits(manifest, images.classes, images.left_out, (*images.notes, *notes))
 
 
+def _shared_training(manifest: pa.Table, share: float) -> tuple[pa.Table, str]:
+    """Return the table with a share of each class's training images, and a sentence about it."""
+    contents, labels = (manifest[name].to_pylist() for name in ("content_hash", "label"))
+    is_train = [split == TRAIN for split in manifest[SPLIT_COLUMN].to_pylist()]
+    mask = share_mask(contents, labels, is_train, share)
+    total = sum(is_train)
+    note = f"data.train_share={share:g}: {total - mask.count(False)} of {total} training images"
+    return manifest.filter(pa.array(mask)), note
+
+
 def num_train_at_least(found: FoundImages, config: DataConfig) -> int:
     """Return a lower bound of the number of training images, before they are read."""
     given = [split_of_word(image.split) for image in found.images if image.split is not None]
@@ -166,10 +189,16 @@ def num_train_at_least(found: FoundImages, config: DataConfig) -> int:
     if len(parts) < 2:
         number = sum(split == TRAIN for split in given)
     if config.train_per_class is not None and parts:
-        return config.train_per_class * num_classes
-    shares = {TEST: config.test_fraction, VALIDATION: config.validation_fraction}
-    share = sum(shares[part] for part in parts)
-    return int(number * (1.0 - share)) - len(parts) * num_classes
+        number = config.train_per_class * num_classes
+    else:
+        shares = {TEST: config.test_fraction, VALIDATION: config.validation_fraction}
+        if config.folds is not None:
+            shares[TEST] = 1 / config.folds
+        share = sum(shares[part] for part in parts)
+        number = int(number * (1.0 - share)) - len(parts) * num_classes
+    if config.train_share == 1:
+        return number
+    return int(number * config.train_share) - num_classes
 
 
 def split_of_word(word: str) -> str | None:
@@ -261,7 +290,7 @@ def _cut(
     for label, name in enumerate(images.classes):
         problem = _too_few(name, len(pools[label]), config, parts, others_of(name, images.left_out))
         if problem is None:
-            quotas[label] = _quotas(len(pools[label]), config, parts)
+            quotas[label] = _quotas(pools[label], config, parts, assigned)
             if not is_grouped:
                 _fill_quotas(pools[label], quotas[label], assigned)
                 found = {assigned[image] for image in pools[label]}
@@ -351,9 +380,18 @@ def _too_few(
     )
 
 
-def _quotas(num_images: int, config: DataConfig, parts: Sequence[str]) -> dict[str, int]:
+def _quotas(
+    images: Set[str], config: DataConfig, parts: Sequence[str], assigned: Mapping[str, str]
+) -> dict[str, int]:
+    """Return the number of images of each split for a class with these images."""
+    num_images = len(images)
     fractions = {TEST: config.test_fraction, VALIDATION: config.validation_fraction}
-    if config.train_per_class is None:
+    if config.folds is not None:
+        quota = {
+            TEST: sum(assigned.get(image) == TEST for image in images),
+            VALIDATION: max(1, round(num_images * config.validation_fraction)),
+        }
+    elif config.train_per_class is None:
         quota = {part: max(1, round(num_images * fractions[part])) for part in parts}
     else:
         rest = num_images - config.train_per_class

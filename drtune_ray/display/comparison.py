@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 NUM_RESULT_COLUMNS = 6
 
 
-def comparison_plan_lines(comparison: Comparison) -> Iterator[str]:
+def comparison_plan_lines(comparison: Comparison, num_folds: int = 1) -> Iterator[str]:
     """Yield lines that describe a comparison before its first study."""
     config, first = comparison.config, next(iter(comparison.studies.values()))
     yield f"Comparison {config.name!r}: {comparison.folder}"
@@ -26,21 +26,22 @@ def comparison_plan_lines(comparison: Comparison) -> Iterator[str]:
         f"  {len(comparison.methods)} methods, each {budget} epochs of search, then the "
         f"{finals.num_configurations} best on {finals.num_seeds} fresh seed(s), the same for all"
     )
+    if num_folds > 1:
+        yield f"  All of it for each of {num_folds} folds"
 
 
 def comparison_lines(result: ComparisonResult) -> Iterator[str]:
     """Yield the answer, each method's verdict, the tables and the files."""
     from drtune_ray.results.comparison.result import PAGE_NAME, SEEDS_NAME
     from drtune_ray.results.comparison.table import HEADERS, cells
+    from drtune_ray.results.comparison.words import tested_on
 
     if result.was_done:
         yield "This comparison is already done; nothing was left to run."
     compared = result.compared
     yield f"\n{result.conclusion}.\n"
-    yield (
-        f"Accuracy in % on {compared.num_images} images of the sealed test split (opening "
-        f"{result.num_openings}), {compared.num_seeds} seed(s); differences are paired, in points"
-    )
+    yield f"Accuracy in %: {tested_on(compared, result.num_openings)}"
+    yield "Differences are paired, in points"
     rows = [HEADERS, *(cells(result, name) for name in result.methods)]
     yield from aligned([row[:NUM_RESULT_COLUMNS] for row in rows])
     yield ""
@@ -50,7 +51,7 @@ def comparison_lines(result: ComparisonResult) -> Iterator[str]:
         yield f"{text}."
     yield ""
     yield f"Picture: {result.folder / PAGE_NAME}"
-    yield f"Seeds:   {result.folder / SEEDS_NAME}"
+    yield f"{'Folds: ' if compared.is_folds else 'Seeds: '}  {result.folder / SEEDS_NAME}"
     if result.num_unsent:
         yield f"{result.num_unsent} events wait for MLflow: the same command sends them."
 
@@ -62,21 +63,29 @@ def comparison_facts(result: ComparisonResult) -> dict[str, Any]:
     return facts | result.to_mapping() | more
 
 
-def previewed_lines(comparison: Comparison, previews: Sequence[Preview]) -> Iterator[str]:
-    """Yield what each method's study will cost, and all of them together."""
-    yield from comparison_plan_lines(comparison)
+def previewed_lines(
+    comparison: Comparison, previews: Sequence[Preview], num_folds: int = 1
+) -> Iterator[str]:
+    """Yield what each method's study will cost, and all of them together, in all folds."""
+    yield from comparison_plan_lines(comparison, num_folds)
     rows = [("method", "epochs", "time")]
     for name, found in zip(comparison.studies, previews, strict=True):
         rows.append((name, f"{found.spread('epochs').mean:.0f}", duration(found.seconds.mean)))
     num_epochs = sum(found.spread("epochs").mean for found in previews)
-    seconds = [sum(getattr(p.seconds, key) for p in previews) for key in ("mean", "low", "high")]
+    seconds = [
+        num_folds * sum(getattr(preview.seconds, key) for preview in previews)
+        for key in ("mean", "low", "high")
+    ]
+    num_epochs *= num_folds
     rows.append(("together", f"{num_epochs:.0f}", duration(seconds[0])))
     yield from aligned(rows)
     low, high = map(duration, seconds[1:])
     yield f"  Time {low} to {high} in 9 of 10 cases, and the test of the final runs"
 
 
-def previewed_facts(comparison: Comparison, previews: Sequence[Preview]) -> dict[str, Any]:
+def previewed_facts(
+    comparison: Comparison, previews: Sequence[Preview], num_folds: int = 1
+) -> dict[str, Any]:
     """Return the figures of `previewed_lines` for programs."""
     from drtune_ray.display.preview import preview_facts
 
@@ -84,6 +93,7 @@ def previewed_facts(comparison: Comparison, previews: Sequence[Preview]) -> dict
     return {
         "comparison": comparison.config.name,
         "folder": str(comparison.folder),
-        "seconds": sum(preview.seconds.mean for preview in previews),
+        "num_folds": num_folds,
+        "seconds": num_folds * sum(preview.seconds.mean for preview in previews),
         "methods": {name: preview_facts(preview) for name, preview in found},
     }

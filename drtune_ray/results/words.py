@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,11 +27,31 @@ METHODS = {
     "ftp": "FTP",
     "scl": "SCL",
 }
+# Parts of DR-Tune in a comparison's ablation, beside `dr` and `dr_tune`. [paper: Tables 6 and 7]
+ABLATION = {
+    "dr_rotation": "DR with rotation",
+    "dr_translation": "DR with translation",
+    "dr_weighted_translation": "DR with weighted translation",
+}
+OF_SHARE = re.compile(r"(.+)-([0-9.]+)pct")
 
 
 def title(name: str) -> str:
-    """Return the name of a method for people."""
-    return METHODS.get(name, name)
+    """Return the name of a method in a comparison for people."""
+    if found := OF_SHARE.fullmatch(name):
+        return f"{title(found[1])} at {found[2]} %"
+    return (METHODS | ABLATION).get(name, name)
+
+
+def of_share(name: str, share: float) -> str:
+    """Return the name of a method that gets a share of the training images."""
+    return f"{name}-{100 * share:g}pct"
+
+
+def without_share(name: str) -> str:
+    """Return the name of a method without the share of its training images."""
+    found = OF_SHARE.fullmatch(name)
+    return found[1] if found else name
 
 
 def percent(share: float | None) -> str:

@@ -49,7 +49,8 @@ def run_comparison(
     run: RunStudy,
     *,
     again: bool = False,
-    on_method: Callable[[str, int], None] = lambda name, number: None,
+    on_method: Callable[[str, int], None] = lambda study, number: None,
+    tags: Mapping[str, str] | None = None,
 ) -> ComparisonResult:
     """Run a comparison, or resume it; a finished one is returned as it was recorded.
 
@@ -57,7 +58,8 @@ def run_comparison(
         comparison: The comparison.
         run: Runs or resumes a study, with tags for its run in MLflow.
         again: Open the test split although it was opened before.
-        on_method: Called with a method's name and number, from 1, before its study.
+        on_method: Called with the name and number, from 1, of a method's study before it.
+        tags: Tags of the comparison's run in MLflow.
 
     Raises:
         ConfigError: If the input is invalid, or the test split was opened before.
@@ -68,13 +70,13 @@ def run_comparison(
     folder = comparison.folder
     known = read_result(folder)
     if read_answers(folder) is None or not is_recorded(comparison):
-        _check(comparison, again=again)
+        check_comparison(comparison, again=again)
     with driver_lock(folder), signals_as_interrupt():
-        record = ComparisonRecord(comparison)
+        record = ComparisonRecord(comparison, tags)
         try:
             results = {}
             for number, (name, study) in enumerate(comparison.studies.items(), 1):
-                on_method(name, number)
+                on_method(study.name, number)
                 results[name] = run(study, record.tags())
             found = _compared(comparison, results, known, again=again)
         except BaseException as error:
@@ -83,19 +85,29 @@ def run_comparison(
         return replace(found, num_unsent=record.finish(found))
 
 
-def _check(comparison: Comparison, *, again: bool) -> None:
-    """Check all studies and the test split before anything is spent."""
+def check_comparison(comparison: Comparison, *, again: bool) -> None:
+    """Check all studies and the test split before anything is spent.
+
+    Raises:
+        ConfigError: If the input is invalid, or the test split was opened before.
+        EnvironmentProblem: If the machine cannot run a trial.
+    """
     problems: list[str] = []
-    manifest = None
+    manifests = {}
     for name, study in comparison.studies.items():
         try:
-            manifest = check_study(study)[0].splits.manifest
+            manifests[name] = check_study(study)[0].splits.manifest
         except ConfigError as error:
             problems += [f"{name}: {problem}" for problem in error.problems]
     if problems:
         raise ConfigError(_shared_once(problems, len(comparison.studies)))
     storage, artifacts = full_path(comparison.config.storage), _artifacts(comparison.config)
-    check_unopened(manifest, storage, artifacts, again=again)
+    seals = {check_unopened(m, storage, artifacts, again=again).seal for m in manifests.values()}
+    if len(seals) > 1:
+        raise ConfigError(
+            f"the test images of {', '.join(manifests)} are not the same, since earlier studies "
+            f"in {storage} had fewer images: use another --storage"
+        )
 
 
 def _shared_once(problems: Sequence[str], number: int) -> list[str]:
@@ -144,7 +156,7 @@ def _compared(
         comparison.folder,
         models,
         methods,
-        compare(correct, comparison.baseline),
+        compare(correct, comparison.baselines),
         answers.num_openings,
         answers.time_ms,
     )
@@ -191,6 +203,7 @@ def _method_runs(
         tuple(int(run.config["seed"]) for run in finals),
         tuple(float(run.best_value or 0.0) for run in finals),
         tuple(run.number for run in finals),
+        config_of(finals[0]).data.train_share,
     )
 
 
@@ -210,7 +223,7 @@ def _answers(
     opened = evaluate_models(
         loaders,
         comparison.folder,
-        comparison.studies[comparison.baseline].folder / SPLITS_NAME,
+        next(iter(comparison.studies.values())).folder / SPLITS_NAME,
         open_images(config.trial.data),
         full_path(config.storage),
         artifacts=_artifacts(config),

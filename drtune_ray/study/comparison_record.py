@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
 
+from drtune_ray.config.study import StudyConfig
 from drtune_ray.errors import ConfigError
 from drtune_ray.folders import LocalFolder
 from drtune_ray.results.comparison.result import PAGE_NAME, SEEDS_NAME, ComparisonResult
 from drtune_ray.storage.record import SPOOL_NAME
-from drtune_ray.study.comparison_plan import SUFFIX, Comparison
+from drtune_ray.study.comparison_plan import SUFFIX
 from drtune_ray.tracking.events import FilesReady, RunFinished, RunStarted
 from drtune_ray.tracking.mlflow_recorder import build_recorder
 from drtune_ray.tracking.spool import Spool
@@ -19,7 +23,26 @@ RECORD_NAME = "comparison.yaml"
 ID = "id"
 
 
-def recorded(comparison: Comparison) -> dict[str, object]:
+class Recorded(Protocol):
+    """A comparison that has a record: of one split, or of folds."""
+
+    @property
+    def config(self) -> StudyConfig:
+        """The study that all methods share."""
+
+    @property
+    def methods(self) -> dict[str, str]:
+        """`method.name` by the method's name in the comparison."""
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the comparison."""
+
+    def to_mapping(self) -> dict[str, object]:
+        """Return methods and settings as plain values."""
+
+
+def recorded(comparison: Recorded) -> dict[str, object]:
     """Return what the record in the comparison's folder holds; empty if there is none to read."""
     try:
         return read_yaml(comparison.folder / RECORD_NAME)
@@ -27,37 +50,32 @@ def recorded(comparison: Comparison) -> dict[str, object]:
         return {}
 
 
-def plain(comparison: Comparison) -> dict[str, object]:
-    """Return methods and settings of a comparison as plain values."""
-    return {"methods": comparison.methods, "study": comparison.config.to_mapping()}
-
-
-def is_recorded(comparison: Comparison) -> bool:
+def is_recorded(comparison: Recorded) -> bool:
     """Return whether the record holds these methods and settings."""
     known = recorded(comparison)
-    return {key: value for key, value in known.items() if key != ID} == plain(comparison)
+    return {key: value for key, value in known.items() if key != ID} == comparison.to_mapping()
 
 
 class ComparisonRecord:
     """The comparison's own record: its id, its settings, and its run in MLflow."""
 
-    def __init__(self, comparison: Comparison) -> None:
+    def __init__(self, comparison: Recorded, tags: Mapping[str, str] | None = None) -> None:
         config, self._folder = comparison.config, comparison.folder
         former = recorded(comparison).get(ID)
         self._id = str(former or f"{self._folder.name}-{uuid.uuid4().hex[:12]}")
-        content = {ID: self._id} | plain(comparison)
+        content = {ID: self._id} | comparison.to_mapping()
         LocalFolder(self._folder).write(RECORD_NAME, to_yaml(content).encode())
         self._spool = Spool(self._folder / SPOOL_NAME)
         self._recorder = build_recorder(config.tracking, full_path(config.storage), self._id)
         params = {f"method.{name}": method for name, method in comparison.methods.items()}
         params |= {"num_seeds": str(config.finalists.num_seeds)}
         note = f"drtune-ray comparison in {self._folder}"
-        tags = {"drtune.kind": "comparison", "mlflow.note.content": note}
-        self._spool.append(RunStarted(None, self._folder.name, params, tags))
+        own = {"drtune.kind": "comparison", "mlflow.note.content": note}
+        self._spool.append(RunStarted(None, self._folder.name, params, {**(tags or {}), **own}))
         send_rest(self._spool, self._recorder)
 
     def tags(self) -> dict[str, str]:
-        """Return the tags of the run of a method's study: it is a child of the comparison's."""
+        """Return the tags that make the run of a study or of a fold a child of this one."""
         tags = {"drtune.comparison": self._id}
         try:
             parent = self._recorder.run_id(None)

@@ -183,16 +183,22 @@ def _encoder_key(config: TrialConfig) -> str:
 
 
 def manifest_path(config: DataConfig, storage: Path) -> Path:
-    """Return the file with the splits of a source: one for each source, its columns and quota."""
+    """Return the file with the splits of a source: one for each source, its columns and quotas."""
     quotas = (config.train_per_class, config.validation_fraction, config.test_fraction)
     columns = (config.label_column, config.split_column, config.group_column)
-    given = columns if any(columns) else ()  # as class folders had it before
+    given: tuple[object, ...] = columns if any(columns) else ()  # as class folders had it before
+    if config.folds is not None:
+        given += ("folds", config.folds, config.fold, config.fold_seed)
+    if config.train_share < 1:
+        given += ("train_share", config.train_share)
     return storage / "splits" / f"{digest(source_location(config.train), *quotas, *given)}.parquet"
 
 
 def _splits(config: DataConfig, storage: Path) -> Splits:
-    path = manifest_path(config, storage)
-    former = read_manifest(path)
+    former = read_manifest(manifest_path(config, storage))
+    if former is None:  # all shares have the same validation and test images
+        whole = config.model_copy(update={"train_share": 1.0})
+        former = read_manifest(manifest_path(whole, storage))
     return make_splits(scan_images(config, former), config, former)
 
 

@@ -269,6 +269,94 @@ def test_make_splits__property_of_growth(first: int, later: int, test: float) ->
     assert counts(after, "cat") == counts(make_splits(folder(large), values), "cat")
 
 
+# ---- folds and shares
+
+
+def grouped(source: ScannedImages, groups: Sequence[str | None]) -> ScannedImages:
+    at = source.files.schema.get_field_index("group")
+    return replace(
+        source, files=source.files.set_column(at, "group", pa.array(groups, pa.string()))
+    )
+
+
+def test_folds__each_image_is_in_the_test_split_of_one() -> None:
+    source = folder({"a": images("a", 23), "b": [*images("b", 11), "b0"]})
+    of = [make_splits(source, config(folds=5, fold=fold)) for fold in range(5)]
+    tests = [set(splits.rows(TEST)["content_hash"].to_pylist()) for splits in of]
+    assert sorted(h for test in tests for h in test) == sorted(
+        set(source.files["content_hash"].to_pylist())
+    )
+    assert sorted(counts(splits, "a")[2] for splits in of) == [4, 4, 5, 5, 5]
+    assert all(counts(splits, "a")[1] == 5 for splits in of)  # validation_fraction of all
+    assert {2, 3} == {
+        len(set(s.rows(TEST)["content_hash"].to_pylist()) & {hash_of(f"b{n}") for n in range(11)})
+        for s in of
+    }
+    again = make_splits(source, config(folds=5, fold=2, fold_seed=1))
+    assert split_of(again) != split_of(of[2])
+
+
+def test_folds__groups_stay_together() -> None:
+    source = folder({"a": images("a", 24), "b": images("b", 24)})
+    source = grouped(source, [f"patient {index // 3}" for index in range(48)])
+    tests = []
+    for fold in range(4):
+        rows = make_splits(source, config(folds=4, fold=fold)).manifest.to_pylist()
+        found: dict[str, set[str]] = {}
+        for row in rows:
+            found.setdefault(row["group"], set()).add(row["split"])
+        assert all(len(splits) == 1 for splits in found.values())
+        tests.append(Counter(row["label"] for row in rows if row["split"] == TEST))
+    assert tests == [Counter({0: 6, 1: 6})] * 4
+
+
+@pytest.mark.parametrize(("folds", "number", "least"), [(5, 4, 5), (2, 3, 4), (3, 2, 3)])
+def test_folds__too_few_images(folds: int, number: int, least: int) -> None:
+    source = folder({"few": images("f", number), "many": images("m", 30)})
+    with pytest.raises(ConfigError) as caught:
+        make_splits(source, config(folds=folds))
+    assert caught.value.problems == (
+        f"data.folds={folds} needs {least} different images of each class, but class 'few' has "
+        f"{number}: add images or lower data.folds",
+    )
+    for fold in range(folds):
+        enough = folder({"few": images("f", least), "many": images("m", 30)})
+        found = make_splits(enough, config(folds=folds, fold=fold, validation_fraction=0.3))
+        assert min(counts(found, "few")) >= 1
+
+
+def test_folds__given_splits_are_refused() -> None:
+    source = folder({"a": images("a", 10), "b": images("b", 10)})
+    at = source.files.schema.get_field_index("given_split")
+    column = pa.array((["train"] * 8 + ["test"] * 2) * 2, pa.string())
+    given_splits = replace(source, files=source.files.set_column(at, "given_split", column))
+    with pytest.raises(ConfigError, match="data.folds=3 cannot be used"):
+        make_splits(given_splits, config(folds=3))
+
+
+def test_train_share__nested_and_the_rest_stays() -> None:
+    source = folder({"a": [*images("a", 50), "a0", "a1"], "b": images("b", 4)})
+    whole = make_splits(source, config())
+    former: set[str] = set()
+    for share in (0.01, 0.1, 0.25, 0.5, 1.0):
+        splits = make_splits(source, config(train_share=share))
+        for split in (VALIDATION, TEST):
+            assert splits.rows(split).equals(whole.rows(split))
+        train = set(splits.rows(TRAIN)["content_hash"].to_pylist())
+        assert former <= train
+        for name in ("a", "b"):
+            hashes = {hash_of(f"{name}{number}") for number in range(50)}
+            all_of = hashes & set(whole.rows(TRAIN)["content_hash"].to_pylist())
+            assert len(hashes & train) == max(1, round(share * len(all_of)))
+        former = train
+    assert former == set(whole.rows(TRAIN)["content_hash"].to_pylist())
+
+
+def test_train_share__is_said() -> None:
+    splits = make_splits(folder({"a": images("a", 10)}), config(train_share=0.5))
+    assert splits.notes == ("data.train_share=0.5: 3 of 6 training images",)
+
+
 # ---- digests
 
 

@@ -99,7 +99,8 @@ def test_the_demo__followed_left_stopped_killed_and_gone_on_with(cluster, tracki
     cluster.hold(NUM_EPOCHS - 1)
     # Followed, and left by Ctrl-C.
     first = submitted(cluster, file)
-    cluster.wait_for(lambda: cluster.num_trained() > 0, "training")
+    # On both nodes: the trial of one is held, so that it cannot take the other's.
+    cluster.wait_for(lambda: cluster.num_trained(0) and cluster.num_trained(1), "training")
     said, told = interrupt(first)
     assert first.returncode == 130, told
     assert "Running entrypoint for job drtune-demo-" in said

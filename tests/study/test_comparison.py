@@ -111,7 +111,7 @@ def test_result__twins_show_no_difference_and_seeds_are_counted(story):
     assert differences["twin"]["verdict"] == SAME
     assert "no difference" in end["sentences"]["twin"]
     assert "cannot be decided with 2 seeds; 7 needed" in end["sentences"]["dr_tune"]
-    assert (end["compared"]["baseline"], end["compared"]["num_seeds"]) == ("ce_tuning", 2)
+    assert (differences["dr_tune"]["baseline"], end["compared"]["num_seeds"]) == ("ce_tuning", 2)
     for runs in end["methods"].values():
         assert runs["searched"] == ["optim.backbone_lr"]
         assert runs["search_epochs"] == 2 * 2 and runs["seeds"] == [1, 2]

@@ -9,7 +9,10 @@ import pytest
 
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.errors import ConfigError
+from drtune_ray.results.comparison.significance import seeds_to_decide
+from drtune_ray.results.words import title
 from drtune_ray.study.comparison_plan import Comparison, planned
+from drtune_ray.study.folds_plan import planned_folds
 
 
 def config(**changes: Any) -> StudyConfig:
@@ -30,7 +33,7 @@ def refused(methods: str = "ce_tuning,dr_tune", *spaces: str, **changes: Any) ->
 
 def test_planned__studies_differ_in_method_space_and_name_alone() -> None:
     found = plan()
-    assert (found.folder.name, found.baseline) == ("flowers-compare", "ce_tuning")
+    assert (found.folder.name, found.baselines) == ("flowers-compare", {"dr_tune": "ce_tuning"})
     one, other = (study.to_mapping() for study in found.studies.values())
     assert (one.pop("name"), other.pop("name")) == ("flowers-ce_tuning", "flowers-dr_tune")
     assert "method.regularization_weight" in other.pop("space")["parameters"]
@@ -116,3 +119,80 @@ def test_planned__all_problems_together() -> None:
     )
     for word in ("start_with", "warm_start", "final_fit", "finalists.num_seeds=0", "nothing.yaml"):
         assert word in text
+
+
+# ---- ablation, shares and folds
+
+
+def test_planned__the_ablation_searches_the_same_settings_for_each_part() -> None:
+    found = plan("ablation")
+    assert list(found.methods.items()) == [
+        ("ce_tuning", "ce_tuning"),
+        ("dr", "dr"),
+        ("dr_rotation", "dr_tune"),
+        ("dr_translation", "dr_tune"),
+        ("dr_weighted_translation", "dr_tune"),
+        ("dr_tune", "dr_tune"),
+    ]
+    parts = ("rotation", "translation", "confidence_weighting")
+    assert [
+        tuple(getattr(found.studies[name].trial.method.calibration, part) for part in parts)
+        for name in list(found.methods)[2:]
+    ] == [(True, False, True), (False, True, False), (False, True, True), (True, True, True)]
+    spaces = [read_content(found, name) for name in list(found.methods)[1:]]
+    assert all(space == spaces[0] and len(space) == 4 for space in spaces)
+    assert set(found.baselines) == set(found.methods) - {"ce_tuning"}
+
+
+def read_content(found: Comparison, name: str) -> dict[str, Any]:
+    content: Any = found.studies[name].space
+    return {k: v for k, v in content["parameters"].items() if k != "method.name"}
+
+
+def test_planned__shares_are_compared_with_their_own_baseline() -> None:
+    found = planned(config(), "ce_tuning,dr_tune", shares="0.1,1,0.125", has_seeds=False)
+    names = ["100pct", "12.5pct", "10pct"]
+    assert list(found.methods) == [f"{m}-{n}" for n in names for m in ("ce_tuning", "dr_tune")]
+    assert found.baselines == {f"dr_tune-{name}": f"ce_tuning-{name}" for name in names}
+    shares = [study.trial.data.train_share for study in found.studies.values()]
+    assert shares == [1.0, 1.0, 0.125, 0.125, 0.1, 0.1]
+    assert found.config.finalists.num_seeds == seeds_to_decide(3)
+    assert title("dr_tune-12.5pct") == "DR-Tune at 12.5 %"
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ("0.1,many", "--shares=0.1,many: 'many' is not a number"),
+        ("10,25", "--shares=10,25: 10 is not a share above 0 and up to 1"),
+        ("nan", "nan is not a share"),
+        ("0", "0 is not a share above 0"),
+    ],
+)
+def test_planned__shares_that_are_refused(shares: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        planned(config(), "ce_tuning,dr_tune", shares=shares)
+    assert message in str(error.value)
+
+
+def test_planned_folds__a_comparison_for_each_fold() -> None:
+    found = planned_folds(config(), "ce_tuning,dr_tune", folds=3, repeats=2, has_seeds=False)
+    assert found.folder.name == "flowers-compare"
+    data = [next(iter(part.studies.values())).trial.data for part in found.parts]
+    assert [(d.folds, d.fold, d.fold_seed) for d in data] == [
+        (3, fold, seed) for seed in (0, 1) for fold in (0, 1, 2)
+    ]
+    assert [part.folder.name for part in found.parts[2:4]] == [
+        "flowers-fold1.3-compare",
+        "flowers-fold2.1-compare",
+    ]
+    assert found.parts[0].studies["dr_tune"].name == "flowers-fold1.1-dr_tune"
+    assert {part.config.finalists.num_seeds for part in found.parts} == {1}
+    given = planned_folds(config(), "ce_tuning,dr_tune", folds=2)
+    assert given.parts[0].config.finalists.num_seeds == 2
+
+
+def test_planned_folds__folds_of_the_study_are_refused() -> None:
+    data = {"train": "images", "folds": 5}
+    with pytest.raises(ConfigError, match="--folds sets the folds of a comparison"):
+        planned_folds(config(trial={"data": data}), "ce_tuning,dr_tune", folds=3)

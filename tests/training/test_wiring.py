@@ -204,6 +204,21 @@ def manifest(built: Built) -> dict[str, list[Any]]:
     return check_inputs(built.config, built.storage).splits.manifest.to_pydict()
 
 
+def tests_other_images_than(**values: Any) -> Check:
+    """Check that the test split is another one than with these settings of the images."""
+
+    def check(built: Built) -> bool:
+        data = built.config.data.model_copy(update=values)
+        other = Built(built.config.model_copy(update={"data": data}), built.storage)
+        found = [
+            {h for h, split in zip(m["content_hash"], m["split"], strict=True) if split == "test"}
+            for m in (manifest(built), manifest(other))
+        ]
+        return bool(found[0]) and found[0] != found[1]
+
+    return check
+
+
 def write_list(folder: Path, images: Path) -> Path:
     """A list of the images whose other columns say something else."""
     shutil.copytree(images, folder / "copies")
@@ -356,6 +371,10 @@ DATA = {
     "test_fraction": Case(
         0.5, lambda b: len(b.data.train) + len(b.data.validation) == 3 * PER_CLASS / 2
     ),
+    "train_share": Case(0.5, lambda b: len(b.data.train) == 3 * 5),
+    "folds": Case(3, lambda b: manifest(b)["split"].count("test") == PER_CLASS),
+    "fold": Case(1, tests_other_images_than(fold=0), {"data.folds": 4}),
+    "fold_seed": Case(1, tests_other_images_than(fold_seed=0), {"data.folds": 4}),
     "image_size": Case(
         48,
         makes_the_views(

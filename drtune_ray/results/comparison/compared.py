@@ -1,8 +1,8 @@
-"""The comparison of methods with a baseline, from their answers on the same test images."""
+"""The comparison of methods with a baseline: of their answers on the same images, or of folds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from drtune_ray.results.comparison.power import POINT, Spread
 from drtune_ray.results.comparison.resampling import (
+    FOLDS,
     NUM_RESAMPLES,
     Answers,
     Floats,
@@ -20,6 +21,7 @@ from drtune_ray.results.comparison.resampling import (
 from drtune_ray.results.comparison.significance import (
     ALPHA,
     bootstrap_p,
+    corrected_resampled_t_test,
     holm,
     seeds_to_decide,
     sign_flip_p,
@@ -62,9 +64,11 @@ class Difference:
             cannot decide with so few seeds.
         num_seeds: Number of seeds.
         num_comparisons: Number of comparisons that p is corrected for.
-        spread: Variances of the difference; None with one seed.
+        spread: Variances of the difference; None with one seed, and for folds.
+        baseline: Name of the method to which it is the difference.
     """
 
+    baseline: str
     mean: float
     interval: Interval
     verdict: str
@@ -106,18 +110,23 @@ class Compared:
     """Methods compared with a baseline.
 
     Attributes:
-        baseline: Name of the baseline.
-        num_seeds: Number of seeds S.
-        num_images: Number of test images N.
-        scores: Accuracy of each method, the baseline included.
-        differences: Difference of each other method to the baseline.
+        num_seeds: Number of seeds S; of folds J where the images were divided again and again.
+        num_images: Number of test images N, of a fold on average.
+        scores: Accuracy of each method, the baselines included.
+        differences: Difference of each other method to its baseline.
+        is_folds: Whether accuracies and differences are of folds instead of seeds.
     """
 
-    baseline: str
     num_seeds: int
     num_images: int
     scores: dict[str, MethodScore]
     differences: dict[str, Difference]
+    is_folds: bool = False
+
+    @property
+    def baselines(self) -> list[str]:
+        """Names of the baselines."""
+        return list(dict.fromkeys(found.baseline for found in self.differences.values()))
 
     def to_mapping(self) -> dict[str, Any]:
         """Return everything as plain values."""
@@ -147,17 +156,17 @@ def _difference(interval: dict[str, Any], spread: dict[str, Any] | None, **rest:
 
 def compare(
     answers: Mapping[str, Answers],
-    baseline: str,
+    baselines: Mapping[str, str],
     *,
     seed: int = 0,
     num_resamples: int = NUM_RESAMPLES,
 ) -> Compared:
-    """Compare methods with a baseline.
+    """Compare methods with their baselines.
 
     Args:
         answers: Whether each image was classified correctly, (S, N) for each method: the same
             seeds and images in the same order.
-        baseline: Name of the baseline among them.
+        baselines: Name of the baseline of each other method.
         seed: Random seed of the bootstrap.
         num_resamples: Number of resamples of the bootstrap.
 
@@ -169,19 +178,67 @@ def compare(
         raise ValueError(f"all methods need the same seeds and images, but got {shapes}")
     means = resampled_means(answers, seed, num_resamples)
     scores = {name: _score(answers[name], means[name]) for name in answers}
-    others = [name for name in answers if name != baseline]
     paired = {
         name: answers[name].astype(np.float64) - answers[baseline].astype(np.float64)
-        for name in others
+        for name, baseline in baselines.items()
     }
-    shifts = {name: means[name] - means[baseline] for name in others}
-    corrected = holm([_p(paired[name], shifts[name]) for name in others])
+    shifts = {name: means[name] - means[baseline] for name, baseline in baselines.items()}
+    corrected = holm([_p(paired[name], shifts[name]) for name in baselines])
     differences = {
-        name: _compared(paired[name], shifts[name], p, len(others))
-        for name, p in zip(others, corrected, strict=True)
+        name: _compared(baseline, paired[name], shifts[name], p, len(baselines))
+        for (name, baseline), p in zip(baselines.items(), corrected, strict=True)
     }
-    num_seeds, num_images = answers[baseline].shape
-    return Compared(baseline, num_seeds, num_images, scores, differences)
+    num_seeds, num_images = next(iter(answers.values())).shape
+    return Compared(num_seeds, num_images, scores, differences)
+
+
+def compare_folds(
+    accuracies: Mapping[str, Sequence[float]],
+    baseline: str,
+    num_train: float,
+    num_test: float,
+) -> Compared:
+    """Compare methods with a baseline over the folds of a repeated cross-validation.
+
+    Intervals and p are of the corrected resampled t-test, p after Holm's correction.
+
+    Args:
+        accuracies: Accuracy of each method on the test images of each fold, (J,), in one order.
+        baseline: Name of the baseline among them.
+        num_train: Number of training images of a fold, on average.
+        num_test: Number of test images of a fold, on average.
+
+    Raises:
+        ValueError: For fewer than two folds.
+    """
+    values = {name: np.array(found, np.float64) for name, found in accuracies.items()}
+    tested = {
+        name: corrected_resampled_t_test(found, num_train, num_test)
+        for name, found in values.items()
+    }
+    scores = {
+        name: MethodScore(tuple(map(float, values[name])), Interval(low, high, FOLDS))
+        for name, (_, low, high) in tested.items()
+    }
+    others = [name for name in values if name != baseline]
+    paired = {name: values[name] - values[baseline] for name in others}
+    found = {name: corrected_resampled_t_test(paired[name], num_train, num_test) for name in others}
+    corrected = holm([found[name][0] for name in others])
+    differences = {}
+    for name, p in zip(others, corrected, strict=True):
+        mean = float(paired[name].mean())
+        differences[name] = Difference(
+            baseline,
+            mean,
+            Interval(*found[name][1:], FOLDS),
+            _verdict(paired[name], mean, p, can_decide=True),
+            p,
+            len(paired[name]),
+            len(others),
+            None,
+        )
+    number = len(values[baseline])
+    return Compared(number, round(num_test), scores, differences, is_folds=True)
 
 
 def _score(of_method: Answers, means: Floats) -> MethodScore:
@@ -197,11 +254,14 @@ def _p(differences: Floats, means: Floats) -> float:
     return max(float(sign_flip_p(per_seed)), float(t_test_p(per_seed)), bootstrap_p(means))
 
 
-def _compared(differences: Floats, means: Floats, p: float, num_comparisons: int) -> Difference:
+def _compared(
+    baseline: str, differences: Floats, means: Floats, p: float, num_comparisons: int
+) -> Difference:
     num_seeds = len(differences)
     can_decide = smallest_p(num_seeds, num_comparisons) < ALPHA
     mean = float(differences.mean())
     return Difference(
+        baseline,
         mean,
         wider_interval(differences.mean(1), means),
         _verdict(differences, mean, p, can_decide=can_decide),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -9,12 +10,12 @@ from drtune_ray.folders import atomic_write
 from drtune_ray.results.comparison.compared import BETTER, TOO_FEW_SEEDS, WORSE
 from drtune_ray.results.comparison.result import PAGE_NAME, ComparisonResult
 from drtune_ray.results.comparison.table import HEADERS, cells
-from drtune_ray.results.comparison.words import counted, span
+from drtune_ray.results.comparison.words import span, tested_on
 from drtune_ray.results.report import html
 from drtune_ray.results.report.figure import Figure, label, rounded
 from drtune_ray.results.report.page import page
 from drtune_ray.results.report.sections import Section
-from drtune_ray.results.words import title
+from drtune_ray.results.words import title, without_share
 
 # Colour and symbol of a verdict: no two differ by colour alone.
 STYLES = {
@@ -22,6 +23,13 @@ STYLES = {
     WORSE: ("--stopped", "square", "worse"),
 }
 OPEN = ("--failed", "circle-open", "cannot be told apart")
+# Colour, symbol and dash of the methods' learning curves; later ones begin anew.
+CURVES = (
+    ("--completed", "circle", "solid"),
+    ("--stopped", "square", "dash"),
+    ("--impossible", "diamond", "dot"),
+    ("--failed", "cross", "dashdot"),
+)
 ROW_HEIGHT, MARGIN = 52, 110
 
 
@@ -34,20 +42,23 @@ def write_page(result: ComparisonResult) -> None:
 
 def comparison_page(result: ComparisonResult) -> str:
     """Return the comparison as HTML."""
-    compared, other = result.compared, title(result.compared.baseline)
+    compared, other = result.compared, _baseline(result)
     answer = f'<p class="verdict">{html.prose(result.conclusion)}.</p>'
-    what = (
-        f"{counted(compared.num_seeds, 'seed')} a method, {compared.num_images} images of the "
-        f"sealed test split (opening {result.num_openings})"
-    )
-    parts: list[str | Figure] = [answer, html.paragraphs([what]), differences_figure(result)]
+    parts: list[str | Figure] = [
+        answer,
+        html.paragraphs([tested_on(compared, result.num_openings)]),
+        differences_figure(result),
+    ]
+    if len({runs.share for runs in result.methods.values()}) > 1:
+        parts.append(shares_figure(result))
+    what = "folds" if compared.is_folds else "seeds"
     sentences = [f"{text}." for text in result.sentences.values()]
     rows = [cells(result, name) for name in result.methods]
     table = html.table(HEADERS, rows, f"Differences are to {other}, in points of accuracy")
     sections = [
         Section("result", "Result", parts),
         Section("methods", "Each method", [html.paragraphs(sentences), table]),
-        Section("seeds", "Accuracies of the seeds", [accuracies_figure(result)]),
+        Section("seeds", f"Accuracies of the {what}", [accuracies_figure(result)]),
         Section("settings", "Chosen settings", [_settings(result)]),
     ]
     time = datetime.fromtimestamp(result.time_ms / 1000, UTC)
@@ -55,10 +66,18 @@ def comparison_page(result: ComparisonResult) -> str:
     return page("Comparison of methods by drtune-ray", result.name, sections, footer)
 
 
+def _baseline(result: ComparisonResult) -> str:
+    """Return the name of the baseline, which several shares of the images have in common."""
+    return title(without_share(result.compared.baselines[0]))
+
+
 def differences_figure(result: ComparisonResult) -> Figure:
     """Return the picture: a point and its interval for each method, right of 0 where it wins."""
-    compared, other = result.compared, title(result.compared.baseline)
-    by_mean = sorted(compared.differences, key=lambda name: compared.differences[name].mean)
+    compared, other = result.compared, _baseline(result)
+    by_mean = sorted(
+        compared.differences,
+        key=lambda name: (result.methods[name].share, compared.differences[name].mean),
+    )
     traces = [_difference_trace(result, name) for name in by_mean]
     ends = [
         100 * end
@@ -127,9 +146,58 @@ def _difference_trace(result: ComparisonResult, name: str) -> dict[str, Any]:
     }
 
 
+def shares_figure(result: ComparisonResult) -> Figure:
+    """Return the learning curves: accuracy of each method by its share of the training images."""
+    names: dict[str, list[str]] = {}
+    for name in sorted(result.methods, key=lambda name: result.methods[name].share):
+        names.setdefault(without_share(name), []).append(name)
+    traces = [
+        _share_trace(result, method, of_method, CURVES[number % len(CURVES)])
+        for number, (method, of_method) in enumerate(names.items())
+    ]
+    ticks = sorted({100 * runs.share for runs in result.methods.values()})
+    layout = {
+        "xaxis": {
+            "title": {"text": "share of the training images"},
+            "type": "log",
+            "tickvals": ticks,
+            "ticktext": [f"{tick:g} %" for tick in ticks],
+        },
+        "yaxis": {"title": {"text": "accuracy on the test split"}, "tickformat": ".1%"},
+    }
+    caption = (
+        "Mean over the seeds with its 95 % interval. Each method was searched anew for each share; "
+        "validation and test images are the same."
+    )
+    return Figure("shares", "With fewer training images", caption, traces, layout)
+
+
+def _share_trace(
+    result: ComparisonResult, method: str, names: Sequence[str], style: tuple[str, str, str]
+) -> dict[str, Any]:
+    colour, symbol, dash = style
+    scores = [result.compared.scores[name] for name in names]
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": label(title(method)),
+        "x": [rounded(100 * result.methods[name].share) for name in names],
+        "y": [rounded(score.mean) for score in scores],
+        "line": {"color": colour, "dash": dash},
+        "marker": {"color": colour, "symbol": symbol, "size": 10},
+        "error_y": {
+            "type": "data",
+            "symmetric": False,
+            "array": [rounded(score.interval.high - score.mean) for score in scores],
+            "arrayminus": [rounded(score.mean - score.interval.low) for score in scores],
+            "color": colour,
+        },
+    }
+
+
 def accuracies_figure(result: ComparisonResult) -> Figure:
-    """Return the accuracy of every seed, seeds of a number side by side in all methods."""
-    scores = result.compared.scores
+    """Return the accuracy of every seed or fold."""
+    scores, what = result.compared.scores, "fold" if result.compared.is_folds else "seed"
     order = sorted(scores, key=lambda name: scores[name].mean)
     traces = [
         {
@@ -139,7 +207,7 @@ def accuracies_figure(result: ComparisonResult) -> Figure:
             "x": [rounded(value) for value in scores[name].accuracies],
             "y": [label(title(name))] * len(scores[name].accuracies),
             "marker": {"color": "--completed", "symbol": "circle-open", "size": 9},
-            "text": [f"seed {seed}" for seed in result.methods[name].seeds],
+            "text": [f"{what} {seed}" for seed in result.methods[name].seeds],
         }
         for name in order
     ]
@@ -148,9 +216,10 @@ def accuracies_figure(result: ComparisonResult) -> Figure:
         "yaxis": {"type": "category", "automargin": True},
         "showlegend": False,
     }
-    caption = "One mark a seed; a seed has the same initial head and views in all methods."
+    same = "images" if result.compared.is_folds else "initial head and views"
+    caption = f"One mark a {what}; a {what} has the same {same} in all methods."
     height = MARGIN + ROW_HEIGHT * len(traces)
-    return Figure("accuracies", "Seeds", caption, traces, layout, height=height)
+    return Figure("accuracies", f"{what.title()}s", caption, traces, layout, height=height)
 
 
 def _settings(result: ComparisonResult) -> str:

@@ -16,6 +16,7 @@ Answers = NDArray[np.bool_]  # (S, N)
 Floats = NDArray[np.float64]
 
 LEVEL = 0.95
+T, BOOTSTRAP, FOLDS = "t", "bootstrap", "folds"  # kinds of intervals
 NUM_RESAMPLES = 4000
 CHUNK = 250  # resamples at a time, which bounds the memory
 
@@ -27,7 +28,8 @@ class Interval:
     Attributes:
         low: Lower end.
         high: Upper end.
-        kind: How it was computed: `t` over seeds, or `bootstrap` over seeds and images.
+        kind: How it was computed: `t` over seeds, `bootstrap` over seeds and images, or `folds`
+            by the corrected resampled t-test.
     """
 
     low: float
@@ -81,7 +83,7 @@ def _weighted_means(of_method: Answers, rows: Floats, columns: Floats) -> Floats
 def bootstrap_interval(means: Floats) -> Interval:
     """Return the percentile interval of resampled means (B,)."""
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(low), float(high), "bootstrap")
+    return Interval(float(low), float(high), BOOTSTRAP)
 
 
 def t_interval(values: Floats) -> Interval | None:
@@ -89,7 +91,7 @@ def t_interval(values: Floats) -> Interval | None:
     if len(values) < 2:
         return None
     half = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * stats.sem(values)
-    return Interval(float(values.mean() - half), float(values.mean() + half), "t")
+    return Interval(float(values.mean() - half), float(values.mean() + half), T)
 
 
 def wider_interval(per_seed: Floats, means: Floats) -> Interval:

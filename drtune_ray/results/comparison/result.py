@@ -36,6 +36,7 @@ class MethodRuns:
         seeds: Random seed of each final run.
         val_values: Best value of the metric that chose, of each final run.
         runs: Number of each final run's trial in its study.
+        share: Share of the training images that it got.
     """
 
     method: str
@@ -49,6 +50,7 @@ class MethodRuns:
     seeds: tuple[int, ...]
     val_values: tuple[float, ...]
     runs: tuple[int, ...]
+    share: float = 1.0
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> MethodRuns:

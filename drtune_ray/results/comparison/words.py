@@ -33,9 +33,11 @@ def span(difference: Difference) -> str:
 
 def sentence(name: str, compared: Compared) -> str:
     """Return the verdict on a method."""
-    found, one, other = compared.differences[name], title(name), title(compared.baseline)
+    found = compared.differences[name]
+    one, other = title(name), title(found.baseline)
     if found.verdict == SAME:
-        return f"{one} and {other}: no difference, the same answers on every image"
+        what = "accuracy in every fold" if compared.is_folds else "answers on every image"
+        return f"{one} and {other}: no difference, the same {what}"
     if found.verdict == TOO_FEW_SEEDS:
         return (
             f"{one} against {other}: {span(found)}; cannot be decided with "
@@ -56,6 +58,8 @@ def _by(found: Difference, sign: int) -> str:
 
 def _way_on(found: Difference, compared: Compared) -> str:
     """Return how many further seeds would show a difference of one point."""
+    if compared.is_folds:
+        return "more images narrow the interval, further repeats only a little"
     if found.more_seeds is None:
         return (
             f"no number of seeds would show a difference of 1 point on {compared.num_images} test "
@@ -67,22 +71,43 @@ def _way_on(found: Difference, compared: Compared) -> str:
     return f"{more} would show a difference of 1 point"
 
 
+def tested_on(compared: Compared, num_openings: int) -> str:
+    """Return what the accuracies were measured on."""
+    if compared.is_folds:
+        return (
+            f"{compared.num_seeds} folds with searches and models of their own, each opened once; "
+            f"about {compared.num_images} test images a fold"
+        )
+    return (
+        f"{counted(compared.num_seeds, 'seed')} a method, {compared.num_images} images of the "
+        f"sealed test split (opening {num_openings})"
+    )
+
+
 def conclusion(compared: Compared) -> str:
-    """Return the answer to whether another method is better than the baseline."""
-    found = compared.differences
+    """Return the answer to whether another method is better than its baseline."""
+    answers = [_conclusion(compared, baseline) for baseline in compared.baselines]
+    return "; ".join(dict.fromkeys(answers))
+
+
+def _conclusion(compared: Compared, baseline: str) -> str:
+    """Return the answer for the methods that have this baseline."""
+    found = {n: each for n, each in compared.differences.items() if each.baseline == baseline}
     better = [name for name in found if found[name].verdict == BETTER]
     if better:
         best_first = sorted(better, key=lambda name: -found[name].mean)
         return "; ".join(sentence(name, compared) for name in best_first)
     if all(each.interval.high < POINT for each in found.values()):
-        return f"{title(compared.baseline)} is enough: no other method is better by 1 point or more"
+        return f"{title(baseline)} is enough: no other method is better by 1 point or more"
     if len(found) == 1:
         return sentence(next(iter(found)), compared)
-    other = title(compared.baseline)
     few = [each for each in found.values() if each.verdict == TOO_FEW_SEEDS]
     if few:
         return (
             f"Cannot be decided with {counted(compared.num_seeds, 'seed')}; "
             f"{few[0].seeds_to_decide} needed"
         )
-    return f"No method can be told to be better than {other}; each one's line says what is missing"
+    return (
+        f"No method can be told to be better than {title(baseline)}; each one's line says what is "
+        "missing"
+    )

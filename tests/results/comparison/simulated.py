@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from scipy import stats
 
@@ -44,3 +46,8 @@ def gain_of(difference: float, *, of_seed: float = 0.1, of_image: float = 0.2) -
     spread = float(np.sqrt(1 + of_seed**2 + of_image**2 + 0.25))
     base = float(stats.norm.cdf(0.8 / spread))
     return float(stats.norm.ppf(base + difference)) * spread - 0.8
+
+
+def against(baseline: str, names: Iterable[str]) -> dict[str, str]:
+    """Return the one baseline of all other methods."""
+    return {name: baseline for name in names if name != baseline}

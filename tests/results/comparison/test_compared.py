@@ -19,9 +19,11 @@ from drtune_ray.results.comparison.compared import (
     Difference,
     MethodScore,
     compare,
+    compare_folds,
 )
 from drtune_ray.results.comparison.power import POINT, Spread
 from drtune_ray.results.comparison.resampling import (
+    FOLDS,
     Interval,
     resampled_means,
     t_interval,
@@ -38,7 +40,7 @@ from drtune_ray.results.comparison.significance import (
 )
 from drtune_ray.results.comparison.words import conclusion, sentence
 from drtune_ray.results.words import title
-from tests.results.comparison.simulated import answers, gain_of
+from tests.results.comparison.simulated import against, answers, gain_of
 
 RESAMPLES = 500
 
@@ -170,7 +172,7 @@ def test_corrected_resampled_t_test__holds_its_level_where_the_plain_one_does_no
 def test_compare__of_500_without_a_difference_few_are_called_different(random):
     called = 0
     for index in range(500):
-        found = compare(answers(random, 8, 150), "a", seed=index, num_resamples=RESAMPLES)
+        found = compare(answers(random, 8, 150), {"b": "a"}, seed=index, num_resamples=RESAMPLES)
         called += found.differences["b"].verdict in (BETTER, WORSE)
     assert called <= 0.07 * 500
 
@@ -180,7 +182,9 @@ def test_compare__few_are_called_different_where_the_images_differ_most(random):
     called = over_seeds = 0
     for index in range(300):
         drawn = answers(random, 8, 60, of_seed=0.02, of_image=0.8)
-        found = compare(drawn, "a", seed=index, num_resamples=RESAMPLES).differences["b"]
+        found = compare(
+            drawn, against("a", drawn), seed=index, num_resamples=RESAMPLES
+        ).differences["b"]
         called += found.verdict in (BETTER, WORSE)
         over_seeds += t_test_p(drawn["b"].mean(1) - drawn["a"].mean(1)) < 0.05
     assert called <= 0.07 * 300 < over_seeds
@@ -190,7 +194,7 @@ def test_compare__of_several_methods_rarely_one_is_called_different(random):
     called = 0
     for index in range(200):
         drawn = answers(random, 9, 100, (0.0,) * 6)
-        found = compare(drawn, "a", seed=index, num_resamples=RESAMPLES)
+        found = compare(drawn, against("a", drawn), seed=index, num_resamples=RESAMPLES)
         called += any(each.verdict in (BETTER, WORSE) for each in found.differences.values())
     assert called <= 0.07 * 200
 
@@ -207,7 +211,7 @@ def test_compare__the_power_is_what_the_table_promises(random, difference, num_i
     shown = []
     for index in range(200):
         drawn = answers(random, promised, num_images, (0.0, gain), of_seed=of_seed)
-        found = compare(drawn, "a", seed=index, num_resamples=RESAMPLES)
+        found = compare(drawn, against("a", drawn), seed=index, num_resamples=RESAMPLES)
         shown.append(found.differences["b"].verdict == BETTER)
     assert 0.72 <= np.mean(shown) <= 0.93, (promised, np.mean(shown))
 
@@ -236,7 +240,9 @@ def test_seeds_to_show__more_for_less_and_none_for_too_few_images():
 def found_of(random, difference, num_seeds=10, num_images=3000, **more):
     gain = gain_of(difference, of_seed=0.03)
     drawn = answers(random, num_seeds, num_images, (0.0, gain), of_seed=0.03)
-    return compare({"ce_tuning": drawn["a"], "dr_tune": drawn["b"]}, "ce_tuning", **more)
+    return compare(
+        {"ce_tuning": drawn["a"], "dr_tune": drawn["b"]}, {"dr_tune": "ce_tuning"}, **more
+    )
 
 
 def test_sentence__better_and_worse(random):
@@ -280,11 +286,11 @@ def test_sentence__cannot_be_told_apart(random):
 def test_sentence__further_seeds_are_counted(monkeypatch, needed, text):
     interval = Interval(-0.01, 0.018, "t")
     spread = Spread(0.0001, 0.001, 0.01, 50)
-    difference = Difference(0.004, interval, UNDECIDED, 0.5, 10, 1, spread)
+    difference = Difference("ce_tuning", 0.004, interval, UNDECIDED, 0.5, 10, 1, spread)
     monkeypatch.setattr(Spread, "seeds_to_show", lambda *_: needed)
     score = MethodScore((0.9,) * 10, interval)
     scores = {"ce_tuning": score, "l2_sp": score}
-    found = sentence("l2_sp", Compared("ce_tuning", 10, 50, scores, {"l2_sp": difference}))
+    found = sentence("l2_sp", Compared(10, 50, scores, {"l2_sp": difference}))
     assert found.startswith("L2-SP and CE-tuning cannot be told apart: +0.4 points (-1.0 to 1.8);")
     assert found.endswith(text)
 
@@ -301,7 +307,7 @@ def test_sentence__too_few_seeds(random):
 
 def test_identical_methods__no_difference(random):
     drawn = answers(random, 3, 50)["a"]
-    found = compare({"ce_tuning": drawn, "again": drawn.copy()}, "ce_tuning")
+    found = compare({"ce_tuning": drawn, "again": drawn.copy()}, {"again": "ce_tuning"})
     assert found.differences["again"].verdict == SAME
     assert "no difference" in sentence("again", found)
     assert conclusion(found).startswith("CE-tuning is enough")
@@ -310,7 +316,9 @@ def test_identical_methods__no_difference(random):
 def test_conclusion__names_all_that_are_better_best_first(random):
     gains = (0.0, gain_of(0.05, of_seed=0.03), gain_of(0.09, of_seed=0.03))
     a, b, c = answers(random, 10, 3000, gains, of_seed=0.03).values()
-    found = compare({"ce_tuning": a, "bss": b, "mine": c}, "ce_tuning")
+    found = compare(
+        {"ce_tuning": a, "bss": b, "mine": c}, {"bss": "ce_tuning", "mine": "ce_tuning"}
+    )
     first, second = conclusion(found).split("; ")
     assert first.startswith("mine is better") and second.startswith("BSS is better")
     assert (title("bss"), title("mine")) == ("BSS", "mine")
@@ -324,4 +332,52 @@ def test_compared__through_json(random):
 def test_compare__refuses_other_seeds(random):
     drawn = answers(random, 3, 50)
     with pytest.raises(ValueError, match="the same seeds and images"):
-        compare({"a": drawn["a"], "b": drawn["b"][:2]}, "a")
+        compare({"a": drawn["a"], "b": drawn["b"][:2]}, {"b": "a"})
+
+
+# ---- several baselines, folds
+
+
+def test_compare__each_share_has_a_baseline_of_its_own_and_p_counts_all(random):
+    few, many = answers(random, 8, 2000, (0.0, 0.6)), answers(random, 8, 2000, (0.0, 0.0))
+    drawn = {
+        "ce_tuning-100pct": many["a"],
+        "dr_tune-100pct": many["b"],
+        "ce_tuning-10pct": few["a"],
+        "dr_tune-10pct": few["b"],
+    }
+    baselines = {"dr_tune-100pct": "ce_tuning-100pct", "dr_tune-10pct": "ce_tuning-10pct"}
+    found = compare(drawn, baselines)
+    for name, baseline in baselines.items():
+        difference = found.differences[name]
+        assert difference.baseline == baseline and difference.num_comparisons == 2
+        assert difference.mean == pytest.approx(drawn[name].mean() - drawn[baseline].mean())
+    assert found.differences["dr_tune-10pct"].verdict == BETTER
+    text = conclusion(found)
+    assert "DR-Tune at 10 % is better than CE-tuning at 10 % by" in text
+    assert "at 100 %" in text.split("; ")[0]
+    assert Compared.from_mapping(json.loads(json.dumps(found.to_mapping()))) == found
+
+
+def test_compare_folds__is_the_corrected_resampled_t_test_after_holm(random):
+    base = random.normal(0.8, 0.03, 10)
+    of = {
+        "ce_tuning": base,
+        "dr_tune": base + random.normal(0.05, 0.01, 10),
+        "bss": base + random.normal(0.0, 0.01, 10),
+    }
+    found = compare_folds(of, "ce_tuning", 64, 20)
+    p, low, high = corrected_resampled_t_test(of["dr_tune"] - base, 64, 20)
+    better, other = found.differences["dr_tune"], found.differences["bss"]
+    assert (better.p, better.interval) == (2 * p, Interval(low, high, FOLDS))
+    assert (better.verdict, other.verdict) == (BETTER, UNDECIDED)
+    assert found.scores["bss"].accuracies == tuple(of["bss"])
+    assert (found.num_seeds, found.num_images, found.is_folds) == (10, 20, True)
+    assert "DR-Tune is better than CE-tuning by" in conclusion(found)
+    assert "further repeats only a little" in sentence("bss", found)
+    assert Compared.from_mapping(json.loads(json.dumps(found.to_mapping()))) == found
+
+
+def test_compare_folds__the_same_accuracies_are_no_difference():
+    found = compare_folds({"ce_tuning": [0.5, 0.6], "twin": [0.5, 0.6]}, "ce_tuning", 8, 2)
+    assert sentence("twin", found).endswith("no difference, the same accuracy in every fold")

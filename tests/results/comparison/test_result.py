@@ -22,7 +22,7 @@ from drtune_ray.results.comparison.result import (
     MethodRuns,
     read_result,
 )
-from tests.results.comparison.simulated import answers, gain_of
+from tests.results.comparison.simulated import against, answers, gain_of
 
 NAMES = {"ce_tuning": 0.0, "dr_tune": 0.08, "bss": -0.08, "<mine>": 0.0}
 
@@ -31,7 +31,7 @@ NAMES = {"ce_tuning": 0.0, "dr_tune": 0.08, "bss": -0.08, "<mine>": 0.0}
 def result(tmp_path: Path) -> ComparisonResult:
     gains = tuple(gain_of(d, of_seed=0.03) for d in NAMES.values())
     drawn = answers(np.random.default_rng(3), 8, 1000, gains, of_seed=0.03)
-    compared = compare(dict(zip(NAMES, drawn.values(), strict=True)), "ce_tuning")
+    compared = compare(dict(zip(NAMES, drawn.values(), strict=True)), against("ce_tuning", NAMES))
     methods = {
         name: MethodRuns(
             "ce_tuning",
@@ -83,7 +83,7 @@ def test_lines__the_answer_comes_first_and_every_method_has_a_row(result) -> Non
         r"DR-Tune is better than CE-tuning by \d\.\d points \(\d\.\d to \d+\.\d\)\.", answer
     )
     assert "BSS is worse than CE-tuning by" in rest
-    assert "1000 images of the sealed test split (opening 1), 8 seed(s)" in rest
+    assert "8 seeds a method, 1000 images of the sealed test split (opening 1)" in rest
     (row,) = re.findall(r"^  CE-tuning +\d.*$", rest, re.M)[:1]
     assert "baseline" in row
     assert "1 h 1 min" in rest and "120" in rest  # what it cost
