@@ -94,7 +94,7 @@ def test_storage__a_file_is_in_the_way(examined: Any, tmp_path: Path) -> None:
         ("mount -t tmpfs -o ro none {}", r"[Errno 30] Read-only file system: '{}/.PROBE.tmp'"),
         (
             "mount -t tmpfs -o size=64k none {0} && (yes 2>/dev/null >{0}/filler; true)",
-            "[Errno 28] No space left on device",
+            "[Errno 28] No space left on device: '{}/PROBE'",
         ),
     ],
     ids=["read-only", "full"],
