@@ -204,7 +204,7 @@ def manifest(built: Built) -> dict[str, list[Any]]:
     return check_inputs(built.config, built.storage).splits.manifest.to_pydict()
 
 
-def tests_other_images_than(**values: Any) -> Check:
+def has_another_test_split_than(**values: Any) -> Check:
     """Check that the test split is another one than with these settings of the images."""
 
     def check(built: Built) -> bool:
@@ -373,8 +373,8 @@ DATA = {
     ),
     "train_share": Case(0.5, lambda b: len(b.data.train) == 3 * 5),
     "folds": Case(3, lambda b: manifest(b)["split"].count("test") == PER_CLASS),
-    "fold": Case(1, tests_other_images_than(fold=0), {"data.folds": 4}),
-    "fold_seed": Case(1, tests_other_images_than(fold_seed=0), {"data.folds": 4}),
+    "fold": Case(1, has_another_test_split_than(fold=0), {"data.folds": 4}),
+    "fold_seed": Case(1, has_another_test_split_than(fold_seed=0), {"data.folds": 4}),
     "image_size": Case(
         48,
         makes_the_views(
