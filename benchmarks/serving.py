@@ -1,6 +1,6 @@
 """Images a second of a served model against the model alone, on the same machine.
 
-    python benchmarks/serving.py STUDY IMAGES...
+    .venv/bin/python benchmarks/serving.py STUDY IMAGES...
 
 Both read the same encoded images. Many clients ask at once, each for one image at a time; the
 model alone gets all images in batches. The two run in turn, three times; the medians are compared.
@@ -8,6 +8,7 @@ model alone gets all images in batches. The two run in turn, three times; the me
 
 from __future__ import annotations
 
+import argparse
 import http.client
 import statistics
 import sys
@@ -17,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import local
 from urllib.parse import urlsplit
+
+from report import describe_machine
 
 import drtune_ray
 from drtune_ray.data.image_files import image_files
@@ -45,11 +48,18 @@ def rate(run: Callable[[Sequence[bytes]], object], images: Sequence[bytes]) -> f
     return len(images) / (time.perf_counter() - start)
 
 
-def main(model: str, *arguments: str) -> None:
+def main() -> None:
     """Print both rates and their ratio."""
-    files = [Path(path).read_bytes() for path in image_files(arguments, sys.stdin)]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", help="a study's name or folder, or another model")
+    parser.add_argument("images", nargs="+", help="files, folders or globs")
+    options = parser.parse_args()
+    print(describe_machine(f"benchmarks/serving.py {' '.join(sys.argv[1:])}"))
+    files = [Path(path).read_bytes() for path in image_files(options.images, sys.stdin)]
     images = files * -(-LEAST_IMAGES // len(files))
-    place, _ = served_model(model, "./drtune-studies", None)
+    place, _ = served_model(options.study, "./drtune-studies", None)
     alone = drtune_ray.load(place)
     rates: dict[str, list[float]] = {"alone": [], "served": []}
     with served(place, "127.0.0.1", PORT) as address, ThreadPoolExecutor(NUM_CLIENTS) as clients:
@@ -69,4 +79,4 @@ def main(model: str, *arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
