@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from drtune_ray.display.tables import aligned
-from drtune_ray.display.text import duration
+from drtune_ray.display.text import counted, duration
 
 if TYPE_CHECKING:
     from drtune_ray.preview.estimate import Preview
@@ -24,7 +24,8 @@ def comparison_plan_lines(comparison: Comparison, num_folds: int = 1) -> Iterato
     finals = config.finalists
     yield (
         f"  {len(comparison.methods)} methods, each {budget} epochs of search, then the "
-        f"{finals.num_configurations} best on {finals.num_seeds} fresh seed(s), the same for all"
+        f"{finals.num_configurations} best on {counted(finals.num_seeds, 'fresh seed')}, the same "
+        "for all"
     )
     if num_folds > 1:
         yield f"  All of it for each of {num_folds} folds"

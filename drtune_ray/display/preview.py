@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from drtune_ray.display.text import duration, size
+from drtune_ray.display.text import counted, duration, size
 
 if TYPE_CHECKING:
     from drtune_ray.preview.estimate import Preview
@@ -29,7 +29,7 @@ def preview_lines(preview: Preview) -> Iterator[str]:
         "Step",
         f"{1000 * base.step_seconds:.0f} ms; an epoch {pace.epoch_seconds:.1f} s "
         f"({preview.steps_per_epoch:.4g} steps, validation, checkpoint): measured with 1 "
-        f"process(es) at a time, {config.resources.cpus_per_worker} thread(s) each",
+        f"process at a time, {counted(config.resources.cpus_per_worker, 'thread')} each",
     )
     if len(preview.paces) > 1:
         others = ", ".join(f"{other.epoch_seconds:.1f} s" for other in preview.paces[1:])
@@ -98,7 +98,7 @@ def _trials(preview: Preview) -> str:
     config = preview.config
     num_given = len(config.reference_trials) + len(config.start_with)
     num_trials = preview.spread("num_trials")
-    parts = [f"{len(config.reference_trials)} reference trials"]
+    parts = [counted(len(config.reference_trials), "reference trial")]
     if config.start_with:
         parts.append(f"{len(config.start_with)} of your own")
     parts.append(f"{max(0.0, num_trials.mean - num_given):.4g} sampled")
@@ -107,7 +107,7 @@ def _trials(preview: Preview) -> str:
         finals = preview.spread("final_trials")
         text += (
             f", then {_range(finals, _count)} trainings of finalists on "
-            f"{config.finalists.num_seeds} new seed(s)"
+            f"{counted(config.finalists.num_seeds, 'new seed')}"
         )
     return text
 
@@ -134,7 +134,8 @@ def _machine(preview: Preview) -> str:
     )
     num_processes = workers * min(preview.local_trials, preview.trials_at_a_time)
     if fits_memory < num_processes:
-        text += f", but memory for {fits_memory} worker(s) only: lower resources.trials_at_a_time"
+        workers_that_fit = counted(fits_memory, "worker")
+        text += f", but memory for {workers_that_fit} only: lower resources.trials_at_a_time"
     return text
 
 

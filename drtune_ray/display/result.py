@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drtune_ray.display.tables import tables_lines
-from drtune_ray.display.text import Command, duration, figure, percent, short
+from drtune_ray.display.text import Command, counted, duration, figure, percent, short
 
 if TYPE_CHECKING:
     from drtune_ray.results.evaluation_record import Evaluation
@@ -26,24 +26,25 @@ def plan_lines(plan: StudyPlan) -> Iterator[str]:
     trial = config.trial
     if plan.part == FINALISTS:
         yield (
-            f"Finalists: {plan.num_trials} trainings on {config.finalists.num_seeds} new seed(s) "
-            f"to the last epoch, {plan.trials_at_a_time} at a time"
+            f"Finalists: {counted(plan.num_trials, 'training')} on "
+            f"{counted(config.finalists.num_seeds, 'new seed')} to the last epoch, "
+            f"{plan.trials_at_a_time} at a time"
         )
     else:
         yield f"Study {config.name!r}: {config.folder}"
         for note in plan.notes:
             yield f"  {note}"
-        given = f"{len(config.reference_trials)} reference trials"
+        given = counted(len(config.reference_trials), "reference trial")
         if config.start_with:
-            given = f"{len(config.start_with)} start points and {given}"
+            given = f"{counted(len(config.start_with), 'start point')} and {given}"
         yield (
-            f"  {config.trials} trials ({given} first), "
-            f"{plan.trials_at_a_time} at a time, {config.resources.cpus_per_worker} CPU(s) a "
-            f"worker; up to {trial.training.last_epoch} epochs, {config.scheduler.name} early "
-            f"stopping, {config.sampler.name} sampler, seed {config.seed}"
+            f"  {counted(config.trials, 'trial')} ({given} first), {plan.trials_at_a_time} at a "
+            f"time, {counted(config.resources.cpus_per_worker, 'CPU')} a worker; up to "
+            f"{trial.training.last_epoch} epochs, {config.scheduler.name} early stopping, "
+            f"{config.sampler.name} sampler, seed {config.seed}"
         )
     if plan.num_done:
-        yield f"  {plan.num_done} trials already finished: resuming"
+        yield f"  {counted(plan.num_done, 'trial')} already finished: resuming"
 
 
 def result_lines(result: StudyResult, program: str) -> Iterator[str]:
@@ -89,8 +90,8 @@ def _maximum(result: StudyResult) -> Iterator[str]:
 def _finalists(result: StudyResult) -> Iterator[str]:
     num_seeds = result.finalists[0].num_seeds
     yield (
-        f"{_name(result.winner)} of the finalists on {num_seeds} new seed(s), with the value of "
-        "the search"
+        f"{_name(result.winner)} of the finalists on {counted(num_seeds, 'new seed')}, with the "
+        "value of the search"
     )
     for finalist in result.finalists:
         name = f"trial {finalist.source.label}"

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import IO
 
 from drtune_ray.results.words import by as by
+from drtune_ray.results.words import counted as counted
 from drtune_ray.results.words import duration as duration
 from drtune_ray.results.words import figure as figure
 from drtune_ray.results.words import percent as percent

@@ -25,6 +25,7 @@ from drtune_ray.results.class_tables import ClassTables, class_tables
 from drtune_ray.results.evaluation_record import Accuracy, Evaluation
 from drtune_ray.results.inference import BATCH_ROWS, Classifier
 from drtune_ray.results.winner import Winner, read_winner
+from drtune_ray.results.words import counted
 from drtune_ray.storage.record import SPLITS_NAME
 from drtune_ray.tracking.events import now_ms
 from drtune_ray.values import digest
@@ -174,8 +175,9 @@ def check_unopened(
     openings = [entry for entry in known if entry["test_split"] == seal]
     if openings and not again:
         raise ConfigError(
-            f"this test split of {len(test)} images was opened {len(openings)} time(s) before, "
-            f"first by {openings[0]['model']}: a split that is used repeatedly no longer estimates "
+            f"this test split of {len(test)} images was opened before "
+            f"({counted(len(openings), 'time')}), first by {openings[0]['model']}: a split that is "
+            "used repeatedly no longer estimates "
             "the accuracy on new images; add --again to open it anyway"
         )
     return SealedSplit(test, seal, len(openings))

@@ -19,6 +19,7 @@ from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.views import Normalization
 from drtune_ray.results.class_tables import weak_points
 from drtune_ray.results.evaluation_record import sha256_of
+from drtune_ray.results.words import counted
 from drtune_ray.training.backbones import create_timm_model
 from drtune_ray.training.model import classifier
 from drtune_ray.values import printable, to_yaml
@@ -192,8 +193,8 @@ def _accuracy(about: Mapping[str, Any]) -> list[str]:
     if (mean := about.get(f"mean_{metric.measure}")) is not None:
         spread, num_seeds = about[f"spread_{metric.measure}"], len(about["seeds"])
         lines.append(
-            f"- {_figure(metric, mean)} on the validation images: the mean of {num_seeds} "
-            "training(s) of this configuration with new seeds"
+            f"- {_figure(metric, mean)} on the validation images: the mean of "
+            f"{counted(num_seeds, 'training')} of this configuration with new seeds"
             + ("" if spread is None else f" (standard deviation {_figure(metric, spread)})")
         )
     if (shipped := about.get("val_accuracy")) is not None:

@@ -54,6 +54,11 @@ def without_share(name: str) -> str:
     return found[1] if found else name
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural where it is not 1."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def percent(share: float | None) -> str:
     """Format a fraction as a percentage: 0.8632 becomes "86.32 %"."""
     return "-" if share is None else f"{share:.2%}".replace("%", " %")

@@ -375,11 +375,11 @@ def test_lines_for_people(preview):
     assert note == "  a note"
     assert lines == [
         "  Trials      4 (0 reference trials, 4 sampled), then 2 trainings of finalists on 2 new "
-        "seed(s)",
+        "seeds",
         "  Epochs      about 25 (20 to 30 in 9 of 10 cases) in the search with asha (40 without), "
         "10 of finalists, and the final fit",
         "  Step        250 ms; an epoch 1.6 s (4 steps, validation, checkpoint): measured with 1 "
-        "process(es) at a time, 1 thread(s) each",
+        "process at a time, 1 thread each",
         "  Time        about 1 min 10 s (1 min 1 s to 1 min 19 s in 9 of 10 cases), 2 trials at a "
         "time",
         "              of it 10 s to start and end, 5 s to prepare images and features, 3 s at "

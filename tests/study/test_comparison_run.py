@@ -111,7 +111,7 @@ def test_run_comparison__more_seeds_need_another_opening_and_say_so_before_they_
     (comparison.folder / RESULT_NAME).unlink()  # the answers are kept beside it
     assert run_comparison(comparison, studies.run) == first
     assert len(openings(comparison)) == 1
-    with pytest.raises(ConfigError, match=r"opened 1 time\(s\) before.*add --again"):
+    with pytest.raises(ConfigError, match=r"opened before \(1 time\), first.*add --again"):
         run_comparison(plan(3, TWO), studies.run)
     assert studies.num_trained == 2 * 2
     found = run_comparison(plan(3, TWO), studies.run, again=True)

@@ -273,7 +273,7 @@ def test_a_copy_of_a_study_brings_the_openings_of_its_split(here: Path) -> None:
     shutil.copytree(other, elsewhere / "other")
     with pytest.raises(ConfigError) as caught:
         evaluate_study("other", str(elsewhere))
-    assert "was opened 2 time(s) before" in str(caught.value)
+    assert "was opened before (2 times)" in str(caught.value)
     # Beside it, a study that never saw the first storage.
     shutil.copytree(elsewhere / "other", elsewhere / "third")
     (elsewhere / "third" / OPENINGS_NAME).unlink()

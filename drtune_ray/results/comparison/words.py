@@ -11,12 +11,7 @@ from drtune_ray.results.comparison.compared import (
     Difference,
 )
 from drtune_ray.results.comparison.power import POINT
-from drtune_ray.results.words import title
-
-
-def counted(number: int, noun: str) -> str:
-    """Return a number with its noun."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+from drtune_ray.results.words import counted, title
 
 
 def points(share: float, *, is_signed: bool = False) -> str:
