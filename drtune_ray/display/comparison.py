@@ -35,7 +35,7 @@ def comparison_lines(result: ComparisonResult) -> Iterator[str]:
     """Yield the answer, each method's verdict, the tables and the files."""
     from drtune_ray.results.comparison.result import PAGE_NAME, SEEDS_NAME
     from drtune_ray.results.comparison.table import HEADERS, cells
-    from drtune_ray.results.comparison.words import tested_on
+    from drtune_ray.results.comparison.words import held_fixed, tested_on
 
     if result.was_done:
         yield "This comparison is already done; nothing was left to run."
@@ -48,7 +48,7 @@ def comparison_lines(result: ComparisonResult) -> Iterator[str]:
     yield ""
     yield from aligned([(row[0], *row[NUM_RESULT_COLUMNS:]) for row in rows])
     yield ""
-    for text in result.sentences.values():
+    for text in (*result.sentences.values(), held_fixed(compared)):
         yield f"{text}."
     yield ""
     yield f"Picture: {result.folder / PAGE_NAME}"

@@ -10,7 +10,7 @@ from drtune_ray.folders import atomic_write
 from drtune_ray.results.comparison.compared import BETTER, TOO_FEW_SEEDS, WORSE
 from drtune_ray.results.comparison.result import PAGE_NAME, ComparisonResult
 from drtune_ray.results.comparison.table import HEADERS, cells
-from drtune_ray.results.comparison.words import span, tested_on
+from drtune_ray.results.comparison.words import held_fixed, span, tested_on
 from drtune_ray.results.report import html
 from drtune_ray.results.report.figure import Figure, label, rounded
 from drtune_ray.results.report.page import page
@@ -46,7 +46,7 @@ def comparison_page(result: ComparisonResult) -> str:
     answer = f'<p class="verdict">{html.prose(result.conclusion)}.</p>'
     parts: list[str | Figure] = [
         answer,
-        html.paragraphs([tested_on(compared, result.num_openings)]),
+        html.paragraphs([tested_on(compared, result.num_openings), f"{held_fixed(compared)}."]),
         differences_figure(result),
     ]
     if len({runs.share for runs in result.methods.values()}) > 1:

@@ -79,6 +79,16 @@ def tested_on(compared: Compared, num_openings: int) -> str:
     )
 
 
+def held_fixed(compared: Compared) -> str:
+    """Return what the intervals do not cover."""
+    if compared.is_folds:
+        return "Each fold has a search of its own a method: the intervals cover that too"
+    return (
+        "Each method was searched once: the intervals cover seeds and test images, not what "
+        "another search would have found"
+    )
+
+
 def conclusion(compared: Compared) -> str:
     """Return the answer to whether another method is better than its baseline."""
     answers = [_conclusion(compared, baseline) for baseline in compared.baselines]

@@ -87,6 +87,7 @@ def test_lines__the_answer_comes_first_and_every_method_has_a_row(result) -> Non
     (row,) = re.findall(r"^  CE-tuning +\d.*$", rest, re.M)[:1]
     assert "baseline" in row
     assert "1 h 1 min" in rest and "120" in rest  # what it cost
+    assert "the intervals cover seeds and test images, not what another search" in rest
     assert max(map(len, text.splitlines())) <= 132
     assert json.dumps(comparison_facts(result))
 
