@@ -5,7 +5,7 @@
     .venv/bin/python benchmarks/evidence.py tables FOLDER                # what is done, as Markdown
 
 Each set is one `drtune-ray compare`: every method has a search of its own with the same number of
-epochs, its best configuration is trained again on the same fresh seeds, and the test split is
+epochs, its best configurations are trained again on the same fresh seeds, and the test split is
 opened once. The sets were divided before the first run into those on which defaults may be chosen
 and those that confirm them. All images come with packages:
 
@@ -177,7 +177,10 @@ def study_values(name: str, folder: Path, options: argparse.Namespace) -> dict[s
         "storage": str(folder / "studies"),
         "space": "quick",
         "trials": options.trials,
-        "finalists": {"num_configurations": 1, "num_seeds": options.seeds},
+        "finalists": {
+            "num_configurations": options.configurations,
+            "num_seeds": options.seeds,
+        },
         "trial": {
             "data": {
                 "train": str(write_images(name, folder)),
@@ -234,8 +237,11 @@ def parse_arguments() -> argparse.Namespace:
     one.add_argument("set", choices=(*CHOOSING, *CONFIRMING))
     one.add_argument("folder")
     one.add_argument("--methods", default=METHODS)
-    one.add_argument("--trials", type=int, default=6, help="times --epochs are searched")
+    one.add_argument("--trials", type=int, default=12, help="times --epochs are searched")
     one.add_argument("--epochs", type=int, default=8)
+    one.add_argument(
+        "--configurations", type=int, default=2, help="best of a search, run again on the seeds"
+    )
     one.add_argument("--seeds", type=int, default=10)
     one.add_argument("--preview", action="store_true", help="estimate the hours alone")
     one.set_defaults(act=run)
