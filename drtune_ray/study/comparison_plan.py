@@ -98,6 +98,8 @@ def planned(
     entries = _entries(methods)
     _give_spaces(entries, spaces)
     problems = [*_unfit(config)]
+    if shares is not None and config.trial.data.train_share < 1:
+        problems.append("data.train_share: --shares sets the shares of a comparison: leave it out")
     by_share = _by_share(entries, _shares(shares))
     baseline = next(name for name, entry in entries.items() if entry.method == CE_TUNING)
     baselines = {
