@@ -77,7 +77,7 @@ def test_evaluate_models__one_opening_for_all_and_a_second_is_refused(study, win
     assert (study / OPENINGS_NAME).read_text() == f"{line}\n"
     assert found.num_openings == 1 and len(found.hashes) == len(found.correct["trained"])
     assert found.correct["constant"].mean() == pytest.approx(1 / 3)
-    with pytest.raises(ConfigError, match=r"opened 1 time\(s\) before, first by .*compare"):
+    with pytest.raises(ConfigError, match=r"opened before \(1 time\), first by .*compare"):
         opened(study, winner, images)
     with pytest.raises(ConfigError, match="add --again"):
         evaluate(winner, study / SPLITS_NAME, images, study.parent)

@@ -277,7 +277,7 @@ def test_a_copy_of_a_study_brings_the_openings_of_its_split(here: Path) -> None:
     # Beside it, a study that never saw the first storage.
     shutil.copytree(elsewhere / "other", elsewhere / "third")
     (elsewhere / "third" / OPENINGS_NAME).unlink()
-    with pytest.raises(ConfigError, match=r"was opened 2 time\(s\) before"):
+    with pytest.raises(ConfigError, match=r"was opened before \(2 times\)"):
         evaluate_study("third", str(elsewhere))
     assert evaluate_study("third", str(elsewhere), again=True).num_openings == 3
 
@@ -287,7 +287,7 @@ def test_a_study_that_is_begun_after_an_opening_knows_of_it(here: Path) -> None:
     run_study(config_in(here))
     shutil.copytree(here / "storage" / NAME, here / "elsewhere" / NAME)
     (here / "elsewhere" / NAME / RESULT_NAME).unlink()
-    with pytest.raises(ConfigError, match=r"was opened 1 time\(s\) before"):
+    with pytest.raises(ConfigError, match=r"was opened before \(1 time\)"):
         evaluate_study(NAME, str(here / "elsewhere"))
 
 

@@ -324,7 +324,7 @@ def test_the_test_split_opens_once_unless_asked_again(finished):
     kept = result_file.read_text()
     for other in (re.sub(r'(sha256": ")\w+', r"\g<1>0", kept), "{", "[]", '{"weights_sha256": 1}'):
         result_file.write_text(other)
-        with pytest.raises(ConfigError, match=r"was opened 1 time\(s\) before.*add --again"):
+        with pytest.raises(ConfigError, match=r"was opened before \(1 time\), first.*add --again"):
             evaluate_study("small", config.storage)
     assert evaluate_study("small", config.storage, again=True).num_openings == 2
     assert (result.folder / "winner" / "model.safetensors").stat().st_mode & 0o777 == 0o644
