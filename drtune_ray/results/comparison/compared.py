@@ -200,7 +200,8 @@ def compare_folds(
 ) -> Compared:
     """Compare methods with a baseline over the folds of a repeated cross-validation.
 
-    Intervals and p are of the corrected resampled t-test, p after Holm's correction.
+    Intervals and p are of the corrected resampled t-test, p after Holm's correction. Accuracies are
+    multiples of one image: a smaller spread over the folds is not believed.
 
     Args:
         accuracies: Accuracy of each method on the test images of each fold, (J,), in one order.
@@ -213,16 +214,21 @@ def compare_folds(
     """
     values = {name: np.array(found, np.float64) for name, found in accuracies.items()}
     tested = {
-        name: corrected_resampled_t_test(found, num_train, num_test)
+        name: corrected_resampled_t_test(found, num_train, num_test, 1 / num_test)
         for name, found in values.items()
     }
     scores = {
-        name: MethodScore(tuple(map(float, values[name])), Interval(low, high, FOLDS))
+        name: MethodScore(
+            tuple(map(float, values[name])), Interval(max(0.0, low), min(1.0, high), FOLDS)
+        )
         for name, (_, low, high) in tested.items()
     }
     others = [name for name in values if name != baseline]
     paired = {name: values[name] - values[baseline] for name in others}
-    found = {name: corrected_resampled_t_test(paired[name], num_train, num_test) for name in others}
+    found = {
+        name: corrected_resampled_t_test(paired[name], num_train, num_test, 1 / num_test)
+        for name in others
+    }
     corrected = holm([found[name][0] for name in others])
     differences = {}
     for name, p in zip(others, corrected, strict=True):

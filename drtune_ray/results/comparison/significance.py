@@ -100,7 +100,7 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def corrected_resampled_t_test(
-    differences: Floats, num_train: float, num_test: float
+    differences: Floats, num_train: float, num_test: float, resolution: float = 0.0
 ) -> tuple[float, float, float]:
     """Test a mean difference over repeated folds, whose training images overlap.
 
@@ -111,6 +111,8 @@ def corrected_resampled_t_test(
         differences: One difference a fold, of all repetitions, (J,).
         num_train: Number of training images of a fold.
         num_test: Number of test images of a fold.
+        resolution: Least standard deviation s of a fold's difference that is believed: few folds
+            that are equal by chance are no certainty.
 
     Returns:
         The two-sided p, and lower and upper end of the 95 % interval of the mean.
@@ -121,7 +123,7 @@ def corrected_resampled_t_test(
     number = len(differences)
     if number < 2:
         raise ValueError(f"at least two folds are needed, but got {number}")
-    mean, variance = differences.mean(), differences.var(ddof=1)
+    mean, variance = differences.mean(), max(differences.var(ddof=1), resolution**2)
     error = math.sqrt((1 / number + num_test / num_train) * variance)
     half = stats.t.ppf(1 - ALPHA / 2, number - 1) * error
     if error == 0:

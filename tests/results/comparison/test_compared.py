@@ -366,13 +366,13 @@ def test_compare_folds__is_the_corrected_resampled_t_test_after_holm(random):
         "dr_tune": base + random.normal(0.05, 0.01, 10),
         "bss": base + random.normal(0.0, 0.01, 10),
     }
-    found = compare_folds(of, "ce_tuning", 64, 20)
-    p, low, high = corrected_resampled_t_test(of["dr_tune"] - base, 64, 20)
+    found = compare_folds(of, "ce_tuning", 640, 200)
+    p, low, high = corrected_resampled_t_test(of["dr_tune"] - base, 640, 200, 1 / 200)
     better, other = found.differences["dr_tune"], found.differences["bss"]
     assert (better.p, better.interval) == (2 * p, Interval(low, high, FOLDS))
     assert (better.verdict, other.verdict) == (BETTER, UNDECIDED)
     assert found.scores["bss"].accuracies == tuple(of["bss"])
-    assert (found.num_seeds, found.num_images, found.is_folds) == (10, 20, True)
+    assert (found.num_seeds, found.num_images, found.is_folds) == (10, 200, True)
     assert "DR-Tune is better than CE-tuning by" in conclusion(found)
     assert "further repeats only a little" in sentence("bss", found)
     assert Compared.from_mapping(json.loads(json.dumps(found.to_mapping()))) == found
@@ -381,3 +381,11 @@ def test_compare_folds__is_the_corrected_resampled_t_test_after_holm(random):
 def test_compare_folds__the_same_accuracies_are_no_difference():
     found = compare_folds({"ce_tuning": [0.5, 0.6], "twin": [0.5, 0.6]}, "ce_tuning", 8, 2)
     assert sentence("twin", found).endswith("no difference, the same accuracy in every fold")
+
+
+def test_compare_folds__two_folds_that_are_equal_by_chance_decide_nothing():
+    found = compare_folds({"ce_tuning": [0.75, 0.78], "new": [0.83, 0.86]}, "ce_tuning", 21, 36)
+    difference = found.differences["new"]
+    assert difference.verdict == UNDECIDED
+    assert difference.interval.low < 0 < difference.interval.high
+    assert found.scores["new"].interval.high == 1.0
