@@ -131,26 +131,16 @@ def _planned(
     )
 
 
-def _first(comparison: Comparison | FoldedComparison) -> tuple[Comparison, int]:
-    """Return the comparison of one split, or of the first fold, and the number of folds."""
-    from drtune_ray.study.folds_plan import FoldedComparison
-
-    if isinstance(comparison, FoldedComparison):
-        return comparison.parts[0], len(comparison.parts)
-    return comparison, 1
-
-
 def _preview(comparison: Comparison | FoldedComparison, stream: Any, as_json: bool) -> None:
     from drtune_ray.display.comparison import previewed_facts, previewed_lines
     from drtune_ray.display.outputs import write_json
     from drtune_ray.preview.estimate import preview_study  # only now: it imports torch and Ray
 
-    first, num_folds = _first(comparison)
-    previews = [preview_study(study) for study in first.studies.values()]
+    previews = [preview_study(study) for study in comparison.parts[0].studies.values()]
     if as_json:
-        write_json(stream, "preview", previewed_facts(first, previews, num_folds))
+        write_json(stream, "preview", previewed_facts(comparison, previews))
     else:
-        echo(previewed_lines(first, previews, num_folds))
+        echo(previewed_lines(comparison, previews))
 
 
 def _run(
@@ -173,7 +163,7 @@ def _run(
     from drtune_ray.study.folds_plan import FoldedComparison
     from drtune_ray.study.status import write_command
 
-    first, num_folds = _first(comparison)
+    num_studies = sum(len(part.studies) for part in comparison.parts)
 
     def announce(plan: StudyPlan) -> None:
         write_command(plan.config.folder)
@@ -185,10 +175,10 @@ def _run(
         return run_shown(study, output, on_plan=announce, tags=tags)
 
     def say(study: str, number: int) -> None:
-        output.say(f"Study {number} of {num_folds * len(first.studies)}: {study!r}")
+        output.say(f"Study {number} of {num_studies}: {study!r}")
 
     if not as_json:
-        for line in comparison_plan_lines(first, num_folds):
+        for line in comparison_plan_lines(comparison):
             output.say(line)
     if isinstance(comparison, FoldedComparison):
         result = run_folds(comparison, run, again=again, on_method=say)

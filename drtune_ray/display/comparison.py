@@ -12,14 +12,16 @@ if TYPE_CHECKING:
     from drtune_ray.preview.estimate import Preview
     from drtune_ray.results.comparison.result import ComparisonResult
     from drtune_ray.study.comparison_plan import Comparison
+    from drtune_ray.study.folds_plan import FoldedComparison
 
 NUM_RESULT_COLUMNS = 6
 
 
-def comparison_plan_lines(comparison: Comparison, num_folds: int = 1) -> Iterator[str]:
+def comparison_plan_lines(comparison: Comparison | FoldedComparison) -> Iterator[str]:
     """Yield lines that describe a comparison before its first study."""
-    config, first = comparison.config, next(iter(comparison.studies.values()))
-    yield f"Comparison {config.name!r}: {comparison.folder}"
+    part, num_folds = comparison.parts[0], len(comparison.parts)
+    config, first = part.config, next(iter(part.studies.values()))
+    yield f"Comparison {comparison.config.name!r}: {comparison.folder}"
     budget = first.budget.max_epochs or first.trials * config.trial.training.last_epoch
     finals = config.finalists
     yield (
@@ -65,12 +67,13 @@ def comparison_facts(result: ComparisonResult) -> dict[str, Any]:
 
 
 def previewed_lines(
-    comparison: Comparison, previews: Sequence[Preview], num_folds: int = 1
+    comparison: Comparison | FoldedComparison, previews: Sequence[Preview]
 ) -> Iterator[str]:
     """Yield what each method's study will cost, and all of them together, in all folds."""
-    yield from comparison_plan_lines(comparison, num_folds)
+    num_folds = len(comparison.parts)
+    yield from comparison_plan_lines(comparison)
     rows = [("method", "epochs", "time")]
-    for name, found in zip(comparison.studies, previews, strict=True):
+    for name, found in zip(comparison.parts[0].studies, previews, strict=True):
         rows.append((name, f"{found.spread('epochs').mean:.0f}", duration(found.seconds.mean)))
     num_epochs = sum(found.spread("epochs").mean for found in previews)
     seconds = [
@@ -85,12 +88,13 @@ def previewed_lines(
 
 
 def previewed_facts(
-    comparison: Comparison, previews: Sequence[Preview], num_folds: int = 1
+    comparison: Comparison | FoldedComparison, previews: Sequence[Preview]
 ) -> dict[str, Any]:
     """Return the figures of `previewed_lines` for programs."""
     from drtune_ray.display.preview import preview_facts
 
-    found = zip(comparison.studies, previews, strict=True)
+    num_folds = len(comparison.parts)
+    found = zip(comparison.parts[0].studies, previews, strict=True)
     return {
         "comparison": comparison.config.name,
         "folder": str(comparison.folder),

@@ -68,6 +68,11 @@ class Comparison:
         """Folder of the comparison; those of its studies lie beside it."""
         return full_path(self.config.storage) / f"{self.config.name}-{SUFFIX}"
 
+    @property
+    def parts(self) -> tuple[Comparison, ...]:
+        """The comparison of each fold: this one alone."""
+        return (self,)
+
     def to_mapping(self) -> dict[str, object]:
         """Return methods and settings as plain values."""
         return {"methods": self.methods, "study": self.config.to_mapping()}

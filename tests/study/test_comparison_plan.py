@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from drtune_ray.config.study import StudyConfig
+from drtune_ray.display.comparison import comparison_plan_lines
 from drtune_ray.errors import ConfigError
 from drtune_ray.results.comparison.significance import seeds_to_decide
 from drtune_ray.results.words import title
@@ -196,3 +197,10 @@ def test_planned_folds__folds_of_the_study_are_refused() -> None:
     data = {"train": "images", "folds": 5}
     with pytest.raises(ConfigError, match="--folds sets the folds of a comparison"):
         planned_folds(config(trial={"data": data}), "ce_tuning,dr_tune", folds=3)
+
+
+def test_plan_lines__folds_are_one_comparison() -> None:
+    folded = planned_folds(config(), "ce_tuning,dr_tune", folds=3, has_seeds=False)
+    first, budget, folds = comparison_plan_lines(folded)
+    assert first == f"Comparison 'flowers': {folded.folder}"
+    assert "1 fresh seed, the same for all" in budget and "each of 3 folds" in folds
