@@ -70,7 +70,7 @@ def served(
             {
                 "model": model,
                 "tracking_uri": tracking_uri,
-                "requires_token": False,
+                "requires_token": False,  # nosec B105 # yes or no, no secret
                 "batch_size": batch_size,
                 "num_replicas": num_replicas,
                 **_share(capacity, num_replicas),
