@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from drtune_ray.method.class_rows import ClassRows
+from drtune_ray.method.equations import distribution_regularization
 from drtune_ray.method.precision import joint_norm
 
 
@@ -56,3 +57,40 @@ def sparse_class_share(classes: ClassRows) -> Tensor:
 def agreement(first_logits: Tensor, second_logits: Tensor) -> Tensor:
     """Share of the rows for which both logits, (K, C), are largest at the same class, 0 to 1."""
     return (first_logits.argmax(1) == second_logits.argmax(1)).double().mean()
+
+
+@torch.enable_grad()
+def head_gradient_share(
+    downstream: Tensor,
+    calibrated: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    regularization_weight: float,
+    class_weights: Tensor | None = None,
+) -> Tensor:
+    """Share of DR in the gradient of the head, lambda |g_DR| / (|g_CE| + lambda |g_DR|), 0 to 1.
+
+    Both gradients are means over the bank's rows: g_CE of the cross-entropy of the downstream
+    features, g_DR of the calibrated ones (eq. 5, 13). The norms are those of weight and bias
+    together.
+
+    Args:
+        downstream: z^d, shape (K, D).
+        calibrated: v^ of the same images, shape (K, D).
+        labels: y, shape (K,).
+        weight: phi, shape (C, D).
+        bias: Bias of the head, shape (C,).
+        regularization_weight: lambda of eq. 14.
+        class_weights: Weights of the classes in both losses, shape (C,); 1 by default.
+    """
+    weight = weight.detach().requires_grad_()
+    bias = None if bias is None else bias.detach().requires_grad_()
+    head = [weight] if bias is None else [weight, bias]
+
+    def norm(rows: Tensor) -> Tensor:
+        loss = distribution_regularization(rows, labels, weight, bias, class_weights=class_weights)
+        return joint_norm(torch.column_stack(torch.autograd.grad(loss, head)))
+
+    own, other = norm(downstream), regularization_weight * norm(calibrated)
+    return (other / (own + other).clamp(min=torch.finfo(own.dtype).tiny)).detach()

@@ -17,7 +17,7 @@ from drtune_ray.method.base import CROSS_ENTROPY, Method, MethodOutput, MixedBat
 from drtune_ray.method.calibration import SemanticCalibration
 from drtune_ray.method.class_rows import ClassRows
 from drtune_ray.method.collective import MicroBatch, Shard
-from drtune_ray.method.diagnostics import agreement, sparse_class_share
+from drtune_ray.method.diagnostics import agreement, head_gradient_share, sparse_class_share
 from drtune_ray.method.equations import (
     REDUCTIONS,
     Reduction,
@@ -205,7 +205,8 @@ class DRTune(Method):
             ``bank_rows``: number of filled rows, the only one for an empty bank.
             ``sparse_class_share``: share of the classes with fewer than two bank rows.
             ``head_agreement``: share of the bank rows for which the head predicts the same class
-            from (calibrated) pretrained and from downstream features. With a calibration also
+            from (calibrated) pretrained and from downstream features. ``dr_gradient_share``: share
+            of DR in the head's gradient, see :func:`head_gradient_share`. With a calibration also
             ``semantic_drift`` and ``semantic_drift_remaining``: mean distance of the class centres
             of pretrained and downstream features before and after calibration (unit-length
             features where it normalises), and, once R was solved, ``rotation_angle``: angle by
@@ -227,6 +228,15 @@ class DRTune(Method):
                 found |= self.calibration.diagnostics(pretrained, downstream, rows, classes)
             found["head_agreement"] = agreement(
                 F.linear(rows, weight, bias), F.linear(downstream, weight, bias)
+            )
+            found["dr_gradient_share"] = head_gradient_share(
+                downstream,
+                rows,
+                labels,
+                weight,
+                bias,
+                self.regularization_weight,
+                self.class_weights,
             )
         return found
 

@@ -1,6 +1,7 @@
 """The per-epoch numbers that tell why a trial won, against loops and known cases."""
 
 import math
+import operator
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from drtune_ray.method.class_rows import ClassRows
 from drtune_ray.method.diagnostics import (
     agreement,
     centre_distance,
+    head_gradient_share,
     sparse_class_share,
     turning_angle,
 )
@@ -69,6 +71,35 @@ def test_agreement_counts_equal_predictions():
     assert agreement(first, second).item() == 0.75
 
 
+def head_gradient(rows, labels, weight, bias, class_weights):
+    """Mean over the rows of w_y (p - onehot(y)) times the row and 1, as one list."""
+    gradient = [[0.0] * 5 for _ in range(3)]
+    for row, label in zip(rows.tolist(), labels.tolist(), strict=True):
+        logits = [sum(map(operator.mul, weight[c], row)) + bias[c] for c in range(3)]
+        total = sum(math.exp(logit) for logit in logits)
+        for c in range(3):
+            error = math.exp(logits[c]) / total - (c == label)
+            for d, x in enumerate([*row, 1.0]):
+                gradient[c][d] += class_weights[label] * error * x / len(rows)
+    return [x for of_class in gradient for x in of_class]
+
+
+@pytest.mark.parametrize("class_weights", [[1.0, 1.0, 1.0], [0.5, 2.0, 1.5]])
+def test_share_of_dr_in_the_gradient_of_the_head(class_weights):
+    downstream, calibrated, weight = rows_of(0), rows_of(1), rows_of(2, 3)
+    bias, labels = rows_of(3)[0, :3], torch.tensor([0, 1, 2, 2, 1, 0, 0, 1, 1])
+    norms = [
+        math.hypot(*head_gradient(rows, labels, weight.tolist(), bias.tolist(), class_weights))
+        for rows in (downstream, calibrated)
+    ]
+    weights = torch.tensor(class_weights).double()
+    found = head_gradient_share(downstream, calibrated, labels, weight, bias, 0.7, weights)
+    assert found.item() == pytest.approx(0.7 * norms[1] / (norms[0] + 0.7 * norms[1]))
+    assert head_gradient_share(downstream, calibrated, labels, weight, None, 0.0).item() == 0.0
+    same = head_gradient_share(downstream, downstream, labels, weight, bias, 1.0)
+    assert same.item() == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize("options", [RANDOMIZED, KEPT], ids=["randomized", "svd"])
 def test_calibration_takes_away_most_of_the_drift(options):
     method = warmed_up(12, bank_size=12, options=options | {"confidence_weighting": False})
@@ -113,4 +144,9 @@ def test_without_bank_or_calibration_there_is_less_to_say():
     assert CETuning(make_encoder(0), make_head()).diagnostics() == {}
     assert make_method().diagnostics() == {"bank_rows": 0.0}
     found = warmed_up(8, bank_size=8, options=None).diagnostics()
-    assert sorted(found) == ["bank_rows", "head_agreement", "sparse_class_share"]
+    assert sorted(found) == [
+        "bank_rows",
+        "dr_gradient_share",
+        "head_agreement",
+        "sparse_class_share",
+    ]

@@ -209,6 +209,7 @@ class MadeStudy:
                     "semantic_drift_remaining": drift * 0.4,
                     "rotation_angle": 20.0 * drift,
                     "head_agreement": 0.8 + 0.01 * epoch,
+                    "dr_gradient_share": 0.5 + 0.01 * epoch,
                     "sparse_class_share": 0.1,
                 }
             self.spool.append(MetricsRecorded(number, epoch, metrics, now))

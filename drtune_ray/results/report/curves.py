@@ -45,6 +45,12 @@ DIAGNOSTICS: dict[str, tuple[str, str, str]] = {
         "Share of the bank for which the head predicts the same class from calibrated pretrained "
         "and from downstream features.",
     ),
+    "dr_gradient_share": (
+        "Share of DR in the head's gradient",
+        "share",
+        "How much of the head's gradient comes from the distribution regularization; below 0.1 the "
+        "training is CE-tuning in all but name.",
+    ),
     "sparse_class_share": (
         "Classes with too few rows",
         "share",
