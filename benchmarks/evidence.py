@@ -226,6 +226,7 @@ def tables(options: argparse.Namespace) -> int:
         rows = [HEADERS, ["---"] * len(HEADERS), *(cells(result, n) for n in result.methods)]
         for row in rows:
             print(f"| {' | '.join(row)} |")
+        print("".join(f"\n{text}." for text in result.gradient_shares))
     return 0
 
 

@@ -50,7 +50,7 @@ def comparison_lines(result: ComparisonResult) -> Iterator[str]:
     yield ""
     yield from aligned([(row[0], *row[NUM_RESULT_COLUMNS:]) for row in rows])
     yield ""
-    for text in (*result.sentences.values(), held_fixed(compared)):
+    for text in (*result.sentences.values(), *result.gradient_shares, held_fixed(compared)):
         yield f"{text}."
     yield ""
     yield f"Picture: {result.folder / PAGE_NAME}"

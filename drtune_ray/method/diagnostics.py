@@ -15,6 +15,8 @@ from drtune_ray.method.class_rows import ClassRows
 from drtune_ray.method.equations import distribution_regularization
 from drtune_ray.method.precision import joint_norm
 
+DR_GRADIENT_SHARE = "dr_gradient_share"
+
 
 def centre_distance(first: Tensor, second: Tensor, classes: ClassRows) -> Tensor:
     """Mean distance of the class centres of two sets of rows, over the classes that have rows.

@@ -17,7 +17,12 @@ from drtune_ray.method.base import CROSS_ENTROPY, Method, MethodOutput, MixedBat
 from drtune_ray.method.calibration import SemanticCalibration
 from drtune_ray.method.class_rows import ClassRows
 from drtune_ray.method.collective import MicroBatch, Shard
-from drtune_ray.method.diagnostics import agreement, head_gradient_share, sparse_class_share
+from drtune_ray.method.diagnostics import (
+    DR_GRADIENT_SHARE,
+    agreement,
+    head_gradient_share,
+    sparse_class_share,
+)
 from drtune_ray.method.equations import (
     REDUCTIONS,
     Reduction,
@@ -229,7 +234,7 @@ class DRTune(Method):
             found["head_agreement"] = agreement(
                 F.linear(rows, weight, bias), F.linear(downstream, weight, bias)
             )
-            found["dr_gradient_share"] = head_gradient_share(
+            found[DR_GRADIENT_SHARE] = head_gradient_share(
                 downstream,
                 rows,
                 labels,

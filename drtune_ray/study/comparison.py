@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from drtune_ray.config.study import StudyConfig
 from drtune_ray.data.kinds.recognize import open_images
 from drtune_ray.errors import ConfigError, NoTrialCompleted
 from drtune_ray.execution.interrupts import signals_as_interrupt
 from drtune_ray.folders import files_as_problem, open_folder
+from drtune_ray.method.diagnostics import DR_GRADIENT_SHARE
 from drtune_ray.results.comparison.answers import StoredAnswers, read_answers, write_answers
 from drtune_ray.results.comparison.compared import compare
 from drtune_ray.results.comparison.picture import write_page
@@ -204,7 +208,18 @@ def _method_runs(
         tuple(float(run.best_value or 0.0) for run in finals),
         tuple(run.number for run in finals),
         config_of(finals[0]).data.train_share,
+        _dr_gradient_share(result.epochs_path, [run.number for run in finals]),
     )
+
+
+def _dr_gradient_share(epochs: Path, runs: Sequence[int]) -> float | None:
+    """Return the median over the epochs of the runs; None where none recorded it."""
+    found = pq.read_table(epochs) if epochs.exists() else pa.table({})
+    if DR_GRADIENT_SHARE not in found.column_names:
+        return None
+    of_runs = found.filter(pc.field("number").isin(list(runs)))
+    values = of_runs[DR_GRADIENT_SHARE].drop_null().to_numpy()
+    return float(np.median(values)) if len(values) else None
 
 
 def _answers(

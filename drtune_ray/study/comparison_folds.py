@@ -121,7 +121,13 @@ def _runs(folds: Sequence[MethodRuns]) -> MethodRuns:
         search_epochs=sum(fold.search_epochs for fold in folds),
         search_seconds=sum(fold.search_seconds for fold in folds),
         epoch_seconds=float(np.mean([fold.epoch_seconds for fold in folds])),
+        dr_gradient_share=_median([fold.dr_gradient_share for fold in folds]),
         seeds=tuple(range(1, len(folds) + 1)),
         val_values=tuple(float(np.mean(fold.val_values)) for fold in folds),
         runs=tuple(fold.runs[0] for fold in folds),
     )
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.median(known)) if known else None

@@ -116,6 +116,11 @@ def test_result__twins_show_no_difference_and_seeds_are_counted(story):
         assert runs["searched"] == ["optim.backbone_lr"]
         assert runs["search_epochs"] == 2 * 2 and runs["seeds"] == [1, 2]
         assert runs["epoch_seconds"] > 0
+    shares = {name: runs["dr_gradient_share"] for name, runs in end["methods"].items()}
+    epochs = pq.read_table(story.storage / "small-dr_tune" / "epochs.parquet").to_pandas()
+    finals = epochs[epochs["number"].isin(end["methods"]["dr_tune"]["runs"])]
+    assert shares["ce_tuning"] is shares["twin"] is None
+    assert 0 < shares["dr_tune"] == finals["dr_gradient_share"].median() < 1
 
 
 def test_test_split__is_opened_once(story):

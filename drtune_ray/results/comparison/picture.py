@@ -52,7 +52,7 @@ def comparison_page(result: ComparisonResult) -> str:
     if len({runs.share for runs in result.methods.values()}) > 1:
         parts.append(shares_figure(result))
     what = "folds" if compared.is_folds else "seeds"
-    sentences = [f"{text}." for text in result.sentences.values()]
+    sentences = [f"{text}." for text in (*result.sentences.values(), *result.gradient_shares)]
     rows = [cells(result, name) for name in result.methods]
     table = html.table(HEADERS, rows, f"Differences are to {other}, in points of accuracy")
     sections = [

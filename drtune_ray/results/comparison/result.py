@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from drtune_ray.folders import LocalFolder, atomic_write
 from drtune_ray.results.comparison.compared import Compared
-from drtune_ray.results.comparison.words import conclusion, sentence
+from drtune_ray.results.comparison.words import conclusion, gradient_share, sentence
 
 RESULT_NAME, SEEDS_NAME = "comparison.json", "seeds.parquet"
 ANSWERS_NAME, PAGE_NAME = "answers.parquet", "comparison.html"
@@ -37,6 +37,8 @@ class MethodRuns:
         val_values: Best value of the metric that chose, of each final run.
         runs: Number of each final run's trial in its study.
         share: Share of the training images that it got.
+        dr_gradient_share: Share of distribution regularization (DR) in the head's gradient, median
+            over the epochs of the final runs; None without DR.
     """
 
     method: str
@@ -51,6 +53,7 @@ class MethodRuns:
     val_values: tuple[float, ...]
     runs: tuple[int, ...]
     share: float = 1.0
+    dr_gradient_share: float | None = None
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> MethodRuns:
@@ -95,6 +98,12 @@ class ComparisonResult:
     def sentences(self) -> dict[str, str]:
         """Verdict on each method but the baseline."""
         return {name: sentence(name, self.compared) for name in self.compared.differences}
+
+    @property
+    def gradient_shares(self) -> list[str]:
+        """How much of the head's gradient is DR, of each method that has it."""
+        shares = {name: runs.dr_gradient_share for name, runs in self.methods.items()}
+        return [gradient_share(name, x) for name, x in shares.items() if x is not None]
 
     def to_mapping(self) -> dict[str, Any]:
         """Return everything as plain values."""

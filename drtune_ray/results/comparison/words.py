@@ -13,6 +13,8 @@ from drtune_ray.results.comparison.compared import (
 from drtune_ray.results.comparison.power import POINT
 from drtune_ray.results.words import counted, title
 
+SMALL_GRADIENT_SHARE = 0.1  # below it DR hardly moves the head
+
 
 def points(share: float, *, is_signed: bool = False) -> str:
     """Return a share in percentage points, with one digit."""
@@ -87,6 +89,12 @@ def held_fixed(compared: Compared) -> str:
         "Each method was searched once: the intervals cover seeds and test images, not what "
         "another search would have found"
     )
+
+
+def gradient_share(name: str, share: float) -> str:
+    """Return how much of the head's gradient is distribution regularization (DR)."""
+    text = f"{title(name)}: DR is {100 * share:.0f} % of the head's gradient"
+    return f"{text}, CE-tuning in all but name" if share < SMALL_GRADIENT_SHARE else text
 
 
 def conclusion(compared: Compared) -> str:

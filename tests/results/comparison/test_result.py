@@ -45,6 +45,7 @@ def result(tmp_path: Path) -> ComparisonResult:
             tuple(range(1, 9)),
             (0.9,) * 8,
             tuple(range(12, 20)),
+            dr_gradient_share={"dr_tune": 0.34, "bss": 0.04}.get(name),
         )
         for name in NAMES
     }
@@ -88,6 +89,9 @@ def test_lines__the_answer_comes_first_and_every_method_has_a_row(result) -> Non
     assert "baseline" in row
     assert "1 h 1 min" in rest and "120" in rest  # what it cost
     assert "the intervals cover seeds and test images, not what another search" in rest
+    assert "DR-Tune: DR is 34 % of the head's gradient." in rest
+    assert "BSS: DR is 4 % of the head's gradient, CE-tuning in all but name." in rest
+    assert "CE-tuning: DR is" not in rest
     assert max(map(len, text.splitlines())) <= 132
     assert json.dumps(comparison_facts(result))
 
@@ -109,6 +113,7 @@ def test_page__one_picture_right_of_the_line_is_better(result) -> None:
     low, high = figure["layout"]["xaxis"]["range"]
     assert low == -high
     assert "<mine>" not in page
+    assert "DR-Tune: DR is 34&nbsp;% of the head" in page
     assert '<p class="verdict">DR-Tune is better than CE-tuning by' in page
     write_page(result)
     assert (result.folder / "comparison.html").read_text() == page
