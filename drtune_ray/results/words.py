@@ -101,6 +101,12 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {seconds_left} s" if minutes else f"{seconds_left} s"
 
 
+def energy(joules: float) -> str:
+    """Format an energy: 7200 becomes "2.0 Wh"."""
+    hours = joules / 3600
+    return f"{hours:.1f} Wh" if hours < 1000 else f"{hours / 1000:.1f} kWh"
+
+
 def size(num_bytes: float) -> str:
     """Format a number of bytes: 1536 becomes "1.5 KiB"."""
     for unit in UNITS:

@@ -76,6 +76,7 @@ from drtune_ray.tracking.events import (
     Sink,
     fan_out,
 )
+from drtune_ray.tracking.machine_watch import MachineWatch
 from drtune_ray.tracking.mlflow_recorder import build_recorder
 from drtune_ray.tracking.spool import Spool
 from drtune_ray.tracking.writer import BackgroundWriter, send_rest
@@ -157,6 +158,7 @@ class StudyDriver:
         with (
             self.artifacts.unsent_kept(spool),
             BackgroundWriter(spool, recorder) as writer,
+            MachineWatch(writer.emit, spool),
             TableStore(self.storage, limit, self.artifacts.shelf) as store,
         ):
             self._writer, self._store, self._spool = writer, store, spool

@@ -43,6 +43,7 @@ from drtune_ray.study.record_start import training_started
 from drtune_ray.study.registration import model_ready
 from drtune_ray.study.tables import prepare, preparing_device
 from drtune_ray.tracking.events import FilesReady, RunFinished, Sink, fan_out
+from drtune_ray.tracking.machine_watch import MachineWatch
 from drtune_ray.tracking.mlflow_recorder import build_recorder, check_tracking, ignored_variables
 from drtune_ray.tracking.spool import Spool
 from drtune_ray.tracking.writer import BackgroundWriter, send_rest
@@ -133,7 +134,11 @@ def run_training(
             kept.keep(RECORD_FILE, SPLITS_NAME)
             on_plan((*checked.notes(), *ignored_variables(tracking)))
             recorder = build_recorder(tracking, storage, record.study_id)
-            with kept.unsent_kept(spool), BackgroundWriter(spool, recorder) as writer:
+            with (
+                kept.unsent_kept(spool),
+                BackgroundWriter(spool, recorder) as writer,
+                MachineWatch(writer.emit, spool),
+            ):
                 emit = fan_out(writer.emit, observer)
                 run = RunContext(
                     folder,

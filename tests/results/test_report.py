@@ -57,6 +57,7 @@ from drtune_ray.study.report_content import gather
 from drtune_ray.study.status import DONE, INTERRUPTED, RUNNING
 from drtune_ray.study.status import FAILED as FAILED_STUDY
 from drtune_ray.tracking.events import MetricsRecorded, RunFinished, RunStarted
+from drtune_ray.tracking.machine_watch import CPU_ENERGY, GPU_ENERGY
 from drtune_ray.tracking.spool import Spool
 from tests import past_studies
 from tests.results.made_studies import DIVERGED, LOST, MadeStudy, made_study
@@ -253,6 +254,18 @@ def test_history__time_until_the_first_epoch_with_the_best_value(
     first = min(e.time_ms for e in measured if e.metrics[content.metric.measure] == best)
     assert content.history.cost is not None
     assert content.history.cost.best_after_seconds == pytest.approx((first - start) / 1000)
+
+
+def test_cost__has_energy_where_counters_were_read(tmp_path: Path, content: Content) -> None:
+    assert content.history.cost is not None and content.history.cost.energy_joules is None
+    assert "energy of the CPUs" not in own_part(report_page(content))
+    made = made_study(tmp_path / "studies" / "flowers", 3)
+    for step, joules in enumerate((9000.0, 5400.0), 1):
+        energies = {CPU_ENERGY: joules, GPU_ENERGY: 2 * joules}
+        made.spool.append(MetricsRecorded(None, step, energies | {"system/other": 1.0}))
+    text = own_part(report_page(gather(made.record, state=DONE)))
+    (row,) = re.findall(r"<tr>[^\n]*?energy of the CPUs and GPUs of the machine.*?</tr>", text)
+    assert "12.0 Wh" in row
 
 
 def test_history__spans_of_a_lane_never_overlap(content: Content) -> None:

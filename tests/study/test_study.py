@@ -175,6 +175,7 @@ def test_mlflow_holds_one_parent_and_a_child_for_each_trial(finished):
     chart = client.get_metric_history(parent.info.run_id, "search_best_val_accuracy")
     assert sorted(metric.step for metric in chart) == [1, 2, 3, 4, 5, 6]
     assert max(metric.value for metric in chart) == result.best_trial.best_val_accuracy
+    assert 0 <= parent.data.metrics["system/cpu_utilization_percentage"] <= 100
     inputs = [item.path for item in client.list_artifacts(parent.info.run_id, "inputs")]
     assert inputs == ["inputs/data.txt", "inputs/weights.json", "inputs/weights.txt"]
     names = [item.path for item in client.list_artifacts(parent.info.run_id, "winner")]

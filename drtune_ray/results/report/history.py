@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial
 from drtune_ray.config.metric import Metric
 from drtune_ray.results.trials import HOST, TrialSummary, is_trained, values_by_epoch
 from drtune_ray.tracking.events import Event, MetricsRecorded, RunFinished, RunStarted
+from drtune_ray.tracking.machine_watch import CPU_ENERGY, GPU_ENERGY
 from drtune_ray.training.reports import OBJECTIVE, OF_SETTINGS
 
 # How a trial ended, as the report groups them.
@@ -64,6 +65,8 @@ class Cost:
         num_epochs: Number of trained epochs.
         epoch_seconds: Median time of an epoch; None if unknown.
         best_after_seconds: Time until the best value of the search was reached; None if unknown.
+        energy_joules: Energy of the CPUs and GPUs of the machine that ran the command, by all of
+            its programs; None where it cannot be read.
     """
 
     wall_seconds: float
@@ -72,6 +75,7 @@ class Cost:
     num_epochs: int
     epoch_seconds: float | None
     best_after_seconds: float | None
+    energy_joules: float | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,7 @@ class _Watch:
     choosing: Mapping[int, Metric]
     metrics: dict[int, dict[int, dict[str, float]]] = field(default_factory=dict)
     times: dict[int, list[tuple[int, float]]] = field(default_factory=dict)  # of best scores
+    energies: list[float] = field(default_factory=list)
     _open: dict[int, tuple[int, int]] = field(default_factory=dict)
     _closed: list[tuple[int, int, int]] = field(default_factory=list)
 
@@ -147,6 +152,10 @@ class _Watch:
     def take(self, event: Event) -> None:
         """Add an event that follows the ones before."""
         number = event.number
+        if number is None and isinstance(event, MetricsRecorded):
+            self.energies += [
+                event.metrics[name] for name in (CPU_ENERGY, GPU_ENERGY) if name in event.metrics
+            ]
         if not isinstance(number, int) or number not in self.known:
             return
         if isinstance(event, RunStarted):
@@ -220,6 +229,7 @@ def _cost(trials: Sequence[TrialSummary], watch: _Watch, spans: Sequence[Span]) 
         num_epochs=sum(map(len, watch.metrics.values())),
         epoch_seconds=statistics.median(per_epoch) if per_epoch else None,
         best_after_seconds=(-max(reached)[1] - start) / 1000 if reached else None,
+        energy_joules=sum(watch.energies) if watch.energies else None,
     )
 
 

@@ -23,7 +23,7 @@ from drtune_ray.results.report.space_figures import (
 from drtune_ray.results.report.verdict import Candidate, has_interval
 from drtune_ray.results.report.work_figures import timeline
 from drtune_ray.results.trials import TrialSummary
-from drtune_ray.results.words import by, duration, figure, noun, percent, short
+from drtune_ray.results.words import by, duration, energy, figure, noun, percent, short
 
 
 @dataclass(frozen=True)
@@ -262,6 +262,9 @@ def _work(content: Content) -> Iterator[str | Figure]:
         if cost.best_after_seconds is not None:
             after = duration(cost.best_after_seconds)
             rows.append([f"until the search's best {noun(content.metric)}", after])
+        if cost.energy_joules is not None:
+            what = "energy of the CPUs and GPUs of the machine that ran the command"
+            rows.append([what, energy(cost.energy_joules)])
         yield html.table(["what", "cost"], rows, "Cost")
 
 
