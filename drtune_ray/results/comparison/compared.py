@@ -93,7 +93,10 @@ class Difference:
 
     @property
     def images_to_show(self) -> int | None:
-        """Number of test images that such a difference needs at least; None with one seed."""
+        """Number of test images that such a difference needs at least.
+
+        None with one seed, and where the seeds differ too much for any number.
+        """
         spread = self.spread
         return spread.images_to_show(POINT, self.num_comparisons) if spread else None
 

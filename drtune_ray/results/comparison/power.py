@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -89,15 +89,27 @@ class Spread:
         """Return how many seeds show a true difference with a power; None if no number does."""
         return _seeds_to_show(self, difference, num_comparisons, power)
 
-    def images_to_show(self, difference: float = POINT, num_comparisons: int = 1) -> int:
-        """Return about how many test images show a true difference, whatever the seeds.
+    def images_to_show(self, difference: float = POINT, num_comparisons: int = 1) -> int | None:
+        """Return about how many test images show a true difference with `MAX_SEEDS` seeds.
+
+        They are more than those of the comparison wherever :meth:`seeds_to_show` finds no number.
+        None if the seeds differ so much that no number of images does.
 
         Args:
             difference: The true difference.
             num_comparisons: Number of comparisons that Holm corrects for.
         """
         steps = stats.norm.ppf(1 - ALPHA / (2 * num_comparisons)) + stats.norm.ppf(POWER)
-        return math.ceil(self.of_images * float(steps / difference) ** 2)
+
+        def suffices(spread: Spread) -> bool:
+            return spread.power(MAX_SEEDS, difference, num_comparisons) >= POWER
+
+        if not suffices(replace(self, of_images=0.0, of_rest=0.0)):
+            return None
+        number = max(1, math.ceil(self.of_images * float(steps / difference) ** 2))
+        while not suffices(replace(self, num_images=number)):
+            number = math.ceil(1.02 * number)
+        return number
 
 
 @cache

@@ -57,6 +57,8 @@ def _way_on(found: Difference, compared: Compared) -> str:
     """Return how many further seeds would show a difference of one point."""
     if compared.is_folds:
         return "more images narrow the interval, further repeats only a little"
+    if found.more_seeds is None and found.images_to_show is None:
+        return "the seeds differ too much to show a difference of 1 point with any number"
     if found.more_seeds is None:
         return (
             f"no number of seeds would show a difference of 1 point on {compared.num_images} test "

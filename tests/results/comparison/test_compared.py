@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -231,7 +232,30 @@ def test_seeds_to_show__more_for_less_and_none_for_too_few_images():
     assert spread.power(small, POINT) >= 0.8 > spread.power(small - 1, POINT)
     few = Spread(of_seeds=0.0004, of_images=0.09, of_rest=0.05, num_images=100)
     assert few.seeds_to_show(POINT) is None
-    assert few.images_to_show(POINT) == pytest.approx(0.09 * 2.80**2 / 0.01**2, rel=0.01)
+    with_all_seeds_there_are = 0.09 * 2.80**2 / 0.01**2
+    found = few.images_to_show(POINT)
+    assert found is not None
+    assert with_all_seeds_there_are * 0.99 <= found <= with_all_seeds_there_are * 1.1
+
+
+@pytest.mark.parametrize(
+    "spread",
+    [
+        Spread(of_seeds=0.0004, of_images=0.09, of_rest=0.05, num_images=100),
+        # Two comparisons: 202 images would do with more seeds than there can be.
+        Spread(of_seeds=0.00058, of_images=0.0021175, of_rest=0.12565, num_images=206),
+    ],
+)
+def test_images_to_show__are_more_than_there_are_and_enough(spread):
+    assert spread.seeds_to_show(POINT, 2) is None
+    found = spread.images_to_show(POINT, 2)
+    assert found is not None and found > spread.num_images
+    assert replace(spread, num_images=found).seeds_to_show(POINT, 2) is not None
+
+
+def test_images_to_show__none_where_the_seeds_differ_too_much():
+    spread = Spread(of_seeds=0.2**2, of_images=0.01, of_rest=0.05, num_images=500)
+    assert spread.seeds_to_show(POINT) is None and spread.images_to_show(POINT) is None
 
 
 # ---- verdicts
@@ -275,21 +299,23 @@ def test_sentence__cannot_be_told_apart(random):
 
 
 @pytest.mark.parametrize(
-    ("needed", "text"),
+    ("needed", "images", "text"),
     [
-        (24, "14 more seeds would show a difference of 1 point"),
-        (11, "1 more seed would show a difference of 1 point"),
-        (9, "10 seeds are enough to show a difference of 1 point"),
-        (None, "on 50 test images: about 79 are needed"),
+        (24, 40, "14 more seeds would show a difference of 1 point"),
+        (11, 40, "1 more seed would show a difference of 1 point"),
+        (9, 40, "10 seeds are enough to show a difference of 1 point"),
+        (None, 79, "on 50 test images: about 79 are needed"),
+        (None, None, "the seeds differ too much to show a difference of 1 point with any number"),
     ],
 )
-def test_sentence__further_seeds_are_counted(monkeypatch, needed, text):
+def test_sentence__further_seeds_are_counted(monkeypatch, needed, images, text):
     interval = Interval(-0.01, 0.018, "t")
     spread = Spread(0.0001, 0.001, 0.01, 50)
     difference = Difference("ce_tuning", 0.004, interval, UNDECIDED, 0.5, 10, 1, spread)
     monkeypatch.setattr(Spread, "seeds_to_show", lambda *_: needed)
     score = MethodScore((0.9,) * 10, interval)
     scores = {"ce_tuning": score, "l2_sp": score}
+    monkeypatch.setattr(Spread, "images_to_show", lambda *_: images)
     found = sentence("l2_sp", Compared(10, 50, scores, {"l2_sp": difference}))
     assert found.startswith("L2-SP and CE-tuning cannot be told apart: +0.4 points (-1.0 to 1.8);")
     assert found.endswith(text)
