@@ -60,6 +60,14 @@ class Winner:
     whites: WhiteValues = DEFAULT_WHITES
 
 
+def _plain(normalization: Normalization) -> dict[str, Any]:
+    return {
+        "mean": list(normalization.mean),
+        "std": list(normalization.std),
+        "interpolation": normalization.interpolation,
+    }
+
+
 def write_winner(
     folder: Path,
     best_checkpoint: Path,
@@ -109,11 +117,7 @@ def write_winner(
     card = {
         "about": about | {"epoch": best["record"]["epoch"]},
         "classes": list(classes),
-        "normalization": {
-            "mean": list(normalization.mean),
-            "std": list(normalization.std),
-            "interpolation": normalization.interpolation,
-        },
+        "normalization": _plain(normalization),
         "white_values": asdict(whites),
         "trial": trial.to_mapping(),
     }

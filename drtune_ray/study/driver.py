@@ -76,10 +76,10 @@ from drtune_ray.tracking.events import (
     Sink,
     fan_out,
 )
-from drtune_ray.tracking.machine_watch import MachineWatch
+from drtune_ray.tracking.machine_watch import watched_writer
 from drtune_ray.tracking.mlflow_recorder import build_recorder
 from drtune_ray.tracking.spool import Spool
-from drtune_ray.tracking.writer import BackgroundWriter, send_rest
+from drtune_ray.tracking.writer import send_rest
 from drtune_ray.training.backbones import read_backbone
 from drtune_ray.training.checkpoint import trial_folder
 from drtune_ray.training.complexity import complexity
@@ -157,8 +157,7 @@ class StudyDriver:
         limit = self.config.trial.data.cache_limit_gib
         with (
             self.artifacts.unsent_kept(spool),
-            BackgroundWriter(spool, recorder) as writer,
-            MachineWatch(writer.emit, spool),
+            watched_writer(spool, recorder) as writer,
             TableStore(self.storage, limit, self.artifacts.shelf) as store,
         ):
             self._writer, self._store, self._spool = writer, store, spool

@@ -43,10 +43,10 @@ from drtune_ray.study.record_start import training_started
 from drtune_ray.study.registration import model_ready
 from drtune_ray.study.tables import prepare, preparing_device
 from drtune_ray.tracking.events import FilesReady, RunFinished, Sink, fan_out
-from drtune_ray.tracking.machine_watch import MachineWatch
+from drtune_ray.tracking.machine_watch import watched_writer
 from drtune_ray.tracking.mlflow_recorder import build_recorder, check_tracking, ignored_variables
 from drtune_ray.tracking.spool import Spool
-from drtune_ray.tracking.writer import BackgroundWriter, send_rest
+from drtune_ray.tracking.writer import send_rest
 from drtune_ray.training.checkpoint import trial_identity
 from drtune_ray.training.reports import COMPLETED, OBJECTIVE, OUTCOME, PATIENCE
 from drtune_ray.values import full_path
@@ -134,11 +134,7 @@ def run_training(
             kept.keep(RECORD_FILE, SPLITS_NAME)
             on_plan((*checked.notes(), *ignored_variables(tracking)))
             recorder = build_recorder(tracking, storage, record.study_id)
-            with (
-                kept.unsent_kept(spool),
-                BackgroundWriter(spool, recorder) as writer,
-                MachineWatch(writer.emit, spool),
-            ):
+            with kept.unsent_kept(spool), watched_writer(spool, recorder) as writer:
                 emit = fan_out(writer.emit, observer)
                 run = RunContext(
                     folder,

@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import pynvml
 
 from drtune_ray.tracking.events import MetricsRecorded, Sink
 from drtune_ray.tracking.spool import Spool
+from drtune_ray.tracking.writer import BackgroundWriter, Recorder
 
 logger = logging.getLogger(__name__)
 PERIOD_SECONDS = 30.0
@@ -28,6 +29,13 @@ PREFIX = "system/"
 CPU_ENERGY, GPU_ENERGY = f"{PREFIX}cpu_energy_joules", f"{PREFIX}gpu_energy_joules"
 POWERCAP = Path("/sys/class/powercap")
 Counters = dict[str, tuple[float, float]]  # by device: joules, and the largest value, or infinity
+
+
+@contextmanager
+def watched_writer(spool: Spool, recorder: Recorder) -> Iterator[BackgroundWriter]:
+    """Send the events of a run in the background, samples of the machine among them."""
+    with BackgroundWriter(spool, recorder) as writer, MachineWatch(writer.emit, spool):
+        yield writer
 
 
 class MachineWatch:
