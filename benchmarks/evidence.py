@@ -30,7 +30,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from report import describe_machine
 
 from drtune_ray.config.demo_weights import DEMO_BACKBONE
 from drtune_ray.demo import write_digits
-from drtune_ray.results.comparison.result import read_result
+from drtune_ray.results.comparison.result import ComparisonResult, read_result
 from drtune_ray.results.comparison.table import HEADERS, cells
 from drtune_ray.results.comparison.words import tested_on
 from drtune_ray.values import to_yaml
@@ -213,9 +213,8 @@ def run(options: argparse.Namespace) -> int:
 def tables(options: argparse.Namespace) -> int:
     """Print the results of the sets that are done, in the folder or those of docs/evidence.md."""
     print(describe_machine(f"benchmarks/evidence.py tables {options.folder}"))
-    for name in (*CHOOSING, *CONFIRMING):
-        place = Path(options.folder) / name / "studies" / f"{name}-compare"
-        result = read_result(place) or read_result(RECORDED / name)
+    results = {name: read_set(name, Path(options.folder)) for name in (*CHOOSING, *CONFIRMING)}
+    for name, result in results.items():
         if result is None:
             print(f"\n{name}: not done")
             continue
@@ -227,7 +226,31 @@ def tables(options: argparse.Namespace) -> int:
         for row in rows:
             print(f"| {' | '.join(row)} |")
         print("".join(f"\n{text}." for text in result.gradient_shares))
+    confirmed = [found for name in CONFIRMING if (found := results[name])]
+    if len(confirmed) == len(CONFIRMING):
+        print(f"\n{mean_difference(confirmed)}")
     return 0
+
+
+def read_set(name: str, folder: Path) -> ComparisonResult | None:
+    """Return the result of a set, from the folder or as recorded; None if it is not done."""
+    place = folder / name / "studies" / f"{name}-compare"
+    return read_result(place) or read_result(RECORDED / name)
+
+
+def mean_difference(results: Sequence[ComparisonResult]) -> str:
+    """Return the mean difference of DR-Tune to CE-tuning over independent sets.
+
+    Half the widths of the intervals add in squares.
+    """
+    found = [result.compared.differences["dr_tune"] for result in results]
+    mean = sum(each.mean for each in found) / len(found)
+    halves = [(each.interval.high - each.interval.low) / 2 for each in found]
+    half = sum(x**2 for x in halves) ** 0.5 / len(found)
+    return (
+        f"DR-Tune minus CE-tuning, mean over the {len(found)} confirming sets: {100 * mean:+.1f} "
+        f"points ({100 * (mean - half):.1f} to {100 * (mean + half):.1f})"
+    )
 
 
 def parse_arguments() -> argparse.Namespace:

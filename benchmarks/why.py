@@ -25,13 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from accuracy import CALIBRATION, PROCESSES, one_thread, paired, prepare_tables
-from evidence import CHOOSING, CONFIRMING, RECORDED, study_values
+from evidence import CHOOSING, CONFIRMING, read_set, study_values
 from report import describe_machine
 
 from drtune_ray.config.trial import TrialConfig
 from drtune_ray.data.dataset import Tables, TrainingData
 from drtune_ray.method.diagnostics import DR_GRADIENT_SHARE
-from drtune_ray.results.comparison.result import read_result
 from drtune_ray.training.backbones import read_backbone
 from drtune_ray.training.loop import train_epochs
 from drtune_ray.training.reports import EpochReport
@@ -61,8 +60,7 @@ def base_values(name: str, folder: Path) -> dict[str, Any]:
     """Return the trial of the set with what its comparison found for CE-tuning."""
     options = argparse.Namespace(trials=1, configurations=1, seeds=1)
     trial = flattened(study_values(name, folder / name, options)["trial"])
-    place = folder / name / "studies" / f"{name}-compare"
-    result = read_result(place) or read_result(RECORDED / name)
+    result = read_set(name, folder)
     if result is None:
         raise SystemExit(f"{name} is not done: benchmarks/evidence.py run {name} {folder}")
     return trial | result.methods["ce_tuning"].settings
