@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import threading
+import warnings
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import PurePath
@@ -52,6 +55,11 @@ WHITES = (1, 2**8 - 1, 2**10 - 1, 2**12 - 1, 2**14 - 1, SIXTEEN_BITS)
 # Largest value of floating-point images that is neither clearly of 0 to 1 nor of 0 to 255.
 UNCLEAR_PEAK = 16
 BITS_PER_SAMPLE = 258  # tag of TIFF
+# Pillow refuses twice as many pixels as it warns of; what lies between is an image like any other.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Decoding takes up to 20 bytes a pixel: threads that decode such images at once fill the memory.
+LARGE_PIXELS = 2**24
+_ROOM_FOR_LARGE = threading.Lock()
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -114,7 +122,8 @@ def decode(content: bytes, whites: WhiteValues = DEFAULT_WHITES) -> Image.Image:
     Raises:
         UndecodableImageError: If Pillow cannot decode it.
     """
-    return _rgb(_upright(content), whites)
+    with _room_for(content):
+        return _rgb(_upright(content), whites)
 
 
 def rgb_of(image: Image.Image, whites: WhiteValues = DEFAULT_WHITES) -> Image.Image:
@@ -136,6 +145,11 @@ def examine(content: bytes) -> PixelFacts:
     Raises:
         UndecodableImageError: If Pillow cannot decode it, or its values have no known brightness.
     """
+    with _room_for(content):
+        return _facts(content)
+
+
+def _facts(content: bytes) -> PixelFacts:
     image = _upright(content)
     if image.mode == "F" or image.mode.startswith("I"):
         return _deep_facts(image, content)
@@ -191,6 +205,15 @@ def _format_by_suffix() -> dict[str, str]:
 def _opened(file: BinaryIO, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """Open an image: the one place that calls Pillow's `open`."""
     return Image.open(file, formats=formats)
+
+
+def _room_for(content: bytes) -> AbstractContextManager[object]:
+    """Return what to hold while an image is decoded: a lock for a large one."""
+    try:
+        width, height = _opened(io.BytesIO(content)).size
+    except Exception:  # whoever decodes it says why it cannot be
+        return nullcontext()
+    return _ROOM_FOR_LARGE if width * height > LARGE_PIXELS else nullcontext()
 
 
 def _upright(content: bytes) -> Image.Image:
@@ -249,7 +272,7 @@ def _rgb(image: Image.Image, whites: WhiteValues) -> Image.Image:
     if image.mode in OPAQUE_FIRST:
         image = image.convert(OPAQUE_FIRST[image.mode])
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
@@ -278,8 +301,13 @@ def _deep_facts(image: Image.Image, content: bytes) -> PixelFacts:
 
 
 def _pixel_hash(image: Image.Image) -> str:
-    shape = f"{image.mode} {image.size}".encode()
-    return hashlib.blake2b(shape + image.tobytes(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(f"{image.mode} {image.size}".encode(), digest_size=16)
+    num_rows = max(1, LARGE_PIXELS // 4 // image.width)
+    for top in range(0, image.height, num_rows):  # no second copy of a large image
+        box = 0, top, image.width, min(top + num_rows, image.height)
+        part = image if image.height <= num_rows else image.crop(box)
+        digest.update(part.tobytes())
+    return digest.hexdigest()
 
 
 def _declared_peak(content: bytes) -> float:
