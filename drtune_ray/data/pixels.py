@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import io
-import threading
+import os
 import warnings
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import PurePath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,7 +59,7 @@ BITS_PER_SAMPLE = 258  # tag of TIFF
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # Decoding takes up to 20 bytes a pixel: threads that decode such images at once fill the memory.
 LARGE_PIXELS = 2**24
-_ROOM_FOR_LARGE = threading.Lock()
+Made = TypeVar("Made")
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -122,8 +122,7 @@ def decode(content: bytes, whites: WhiteValues = DEFAULT_WHITES) -> Image.Image:
     Raises:
         UndecodableImageError: If Pillow cannot decode it.
     """
-    with _room_for(content):
-        return _rgb(_upright(content), whites)
+    return _one_if_large(lambda: _rgb(_upright(content), whites), content)
 
 
 def rgb_of(image: Image.Image, whites: WhiteValues = DEFAULT_WHITES) -> Image.Image:
@@ -145,8 +144,7 @@ def examine(content: bytes) -> PixelFacts:
     Raises:
         UndecodableImageError: If Pillow cannot decode it, or its values have no known brightness.
     """
-    with _room_for(content):
-        return _facts(content)
+    return _one_if_large(lambda: _facts(content), content)
 
 
 def _facts(content: bytes) -> PixelFacts:
@@ -207,13 +205,22 @@ def _opened(file: BinaryIO, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     return Image.open(file, formats=formats)
 
 
-def _room_for(content: bytes) -> AbstractContextManager[object]:
-    """Return what to hold while an image is decoded: a lock for a large one."""
+def _one_if_large(make: Callable[[], Made], content: bytes) -> Made:
+    """Call a function that decodes an image; for large ones in one thread, one after another."""
     try:
         width, height = _opened(io.BytesIO(content)).size
-    except Exception:  # whoever decodes it says why it cannot be
-        return nullcontext()
-    return _ROOM_FOR_LARGE if width * height > LARGE_PIXELS else nullcontext()
+    except Exception:  # whatever it is, the function says why the image cannot be decoded
+        return make()
+    return _large_images().submit(make).result() if width * height > LARGE_PIXELS else make()
+
+
+@cache
+def _large_images() -> ThreadPoolExecutor:
+    """Return the thread for large images: a lock would leave each thread with memory of its own."""
+    return ThreadPoolExecutor(1, "large-image")
+
+
+os.register_at_fork(after_in_child=_large_images.cache_clear)  # the child lacks the thread
 
 
 def _upright(content: bytes) -> Image.Image:

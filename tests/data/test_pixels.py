@@ -1,7 +1,12 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import io
+import multiprocessing
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -246,3 +251,55 @@ def test_formats__pillow_is_called_in_one_place_with_a_list() -> None:
     assert not {"EPS", "WMF", "MPEG", "GRIB", "BUFR", "HDF5", "FITS", "PDF"} & set(pixels.FORMATS)
     Image.init()
     assert set(pixels.FORMATS) <= set(Image.OPEN)
+
+
+EXAMINED_AT_ONCE = """
+import resource, sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from drtune_ray.data.pixels import examine
+content = Path(sys.argv[1]).read_bytes()
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+before = peak()
+with ThreadPoolExecutor(8) as pool:
+    all_facts = pool.map(examine, [content] * int(sys.argv[2]))
+    (found,) = {facts.pixel_hash for facts in all_facts}
+print(found, peak() - before)
+"""
+
+
+def test_examine__large_images_at_once_take_the_memory_of_one(tmp_path: Path) -> None:
+    """Eight of 24 megapixels; each takes up to 20 bytes a pixel while it is decoded."""
+    image = Image.new("RGBA", (6000, 4000), (200, 100, 50, 255))
+    image.paste((10, 20, 30, 100), (1000, 1500, 4000, 3500))
+    image.save(tmp_path / "large.png", compress_level=1)
+    command = [sys.executable, "-c", EXAMINED_AT_ONCE, str(tmp_path / "large.png"), "8"]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    pixel_hash, mebibytes = output.split()
+    assert float(mebibytes) < 2 * 20 * 24
+    flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    whole = hashlib.blake2b(b"RGB (6000, 4000)" + flat.tobytes(), digest_size=16)
+    assert pixel_hash == whole.hexdigest()  # though it is hashed in strips
+
+
+def test_scan__an_image_that_pillow_warns_of_is_one_like_any_other(tmp_path: Path) -> None:
+    image = Image.new("1", (10000, 9000))
+    image.save(tmp_path / "wide.png")
+    command = [sys.executable, "-c", EXAMINED_AT_ONCE, str(tmp_path / "wide.png"), "1"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stderr == ""
+
+
+def test_decode__a_large_image_in_a_forked_process(tmp_path: Path) -> None:
+    """The thread for large images is the parent's alone."""
+    content = encoded(Image.new("1", (5000, 4000), 1), "PNG")
+    assert decode(content).size == (5000, 4000)
+    process = multiprocessing.get_context("fork").Process(target=decode, args=(content,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads, as meant
+        process.start()
+    process.join(60)
+    is_done = process.exitcode == 0
+    process.kill()
+    assert is_done
